@@ -1,0 +1,134 @@
+"""python -m pipelines.compare RUN: one frozen decoder, every prior side by side.
+
+The figures, all measured on the same number of images and against the training split:
+
+    fd          Fréchet distance (see metrics.py)
+    nll         -E_q[log p(z)] of held-out images' latents under a prior, in nats an image
+    gap_closed  (fd(standard) - fd(learned)) / (fd(standard) - fd(reconstruction)): 0 where the learned prior buys nothing,
+                1 where its samples are as near to the data as the decoder's own reconstructions
+"""
+
+import platform
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import tyro
+from torch import Tensor
+
+from pipelines.checkpoint import write_json
+from pipelines.console import Progress, run_command, say
+from pipelines.data import Splits
+from pipelines.generate import generate
+from pipelines.metrics import feature_space
+from pipelines.report import picture, table
+from pipelines.run import CLASSIFIERS, PRIORS, Run, devices
+from stage1_vae.autoencoder import Autoencoder
+from stage2_prior.latents import LatentDataset
+from stage2_prior.prior import Prior
+
+SHOWN = 16  # images in a row of the picture
+NOT_A_GENERATOR = "not a generator: reconstructs training images"
+BATCH = 500
+
+
+def compare(run: Run, splits: Splits, seed: int = 0) -> dict[str, Any]:
+    """Sample from every prior, measure, and write RUN/compare/{metrics.json, samples.png}; returns the metrics."""
+    autoencoder = run.load_autoencoder()
+    specs = run.specs(autoencoder)
+    space = feature_space(run.fabric, run.config.metrics, splits, run.folder.parent / CLASSIFIERS)
+    count = min(run.config.metrics.images, len(splits.test))
+    chosen = torch.randperm(len(splits.test), generator=torch.Generator().manual_seed(seed))[:count].sort().values
+    real = splits.test.images[chosen]
+    latents = run.encode(autoencoder, splits.test, "test")
+    reconstructions = reconstruct(run, autoencoder, latents, chosen)
+    rows = {"real": real, "reconstruction": reconstructions}
+    metrics: dict[str, Any] = {
+        "real": {"fd": space.frechet_distance(real, "features of real images")},
+        "reconstruction": {"fd": space.frechet_distance(reconstructions, "features of reconstructions")},
+        "priors": {},
+    }
+    for name in PRIORS:
+        prior = run.prior(name, specs)
+        images = generate(autoencoder, prior, count, seed=seed, device=run.fabric.device, label=f"sampling {name}")
+        rows[name] = images
+        entry: dict[str, Any] = {"fd": space.frechet_distance(images, f"features of {name} samples")}
+        if autoencoder.bottleneck.has_density:
+            entry["nll"] = latent_nll(run, prior, latents, chosen, seed)
+        if name == "posterior":
+            entry["note"] = NOT_A_GENERATOR
+        metrics["priors"][name] = entry
+    metrics |= verdict(metrics)
+    metrics["images"] = count
+    metrics["images_of"] = {"reference": len(splits.train), "real": "test split", "reconstruction": "test split"}
+    metrics["seed"] = seed
+    metrics["features"] = space.description
+    metrics["versions"] = {"python": platform.python_version(), "torch": torch.__version__}
+    folder = run.folder / "compare"
+    picture(folder / "samples.png", {name: images[:SHOWN] for name, images in rows.items()}, metrics)
+    write_json(folder / "metrics.json", metrics)
+    return metrics
+
+
+@torch.inference_mode()
+def reconstruct(run: Run, autoencoder: Autoencoder, latents: LatentDataset, chosen: Tensor) -> Tensor:
+    """The decoder's mean image at a sample z ~ q(z|x), as generation decodes samples; uint8 N C H W."""
+    images = []
+    with Progress("reconstructing", len(chosen), "images") as progress:
+        for batch in chosen.split(BATCH):
+            posteriors = run.fabric.to_device(latents.posteriors(batch))
+            torch.manual_seed(int(batch[0]))
+            images.append(autoencoder.render(autoencoder.sample(posteriors)).cpu())
+            progress.update(len(batch))
+    return torch.cat(images)
+
+
+@torch.inference_mode()
+def latent_nll(run: Run, prior: Prior, latents: LatentDataset, chosen: Tensor, seed: int) -> float:
+    """-E_q[log p(z)] in nats an image, over one z ~ q(z|x) of each chosen image; the same draws for every prior."""
+    total = 0.0
+    with Progress("likelihood of latents", len(chosen), "images") as progress:
+        for batch in chosen.split(BATCH):
+            torch.manual_seed(seed + int(batch[0]))
+            (levels,) = latents[batch]
+            total -= float(prior.log_prob(run.fabric.to_device(levels)).sum())
+            progress.update(len(batch))
+    return total / len(chosen)
+
+
+def verdict(metrics: dict[str, Any]) -> dict[str, Any]:
+    """gap_closed, or null with the reason."""
+    standard, learned = (metrics["priors"][name]["fd"] for name in ("standard", "learned"))
+    reconstruction = metrics["reconstruction"]["fd"]
+    if standard is None or learned is None or reconstruction is None:
+        return {"gap_closed": None, "gap_closed_reason": "too few images for a Fréchet distance"}
+    gap = standard - reconstruction
+    # The distance of real held-out images is what sampling error alone costs: a gap below it cannot be told from noise.
+    if gap <= max(metrics["real"]["fd"], 0.0):
+        return {"gap_closed": None, "gap_closed_reason": "N(0, I) is no worse than the reconstructions, beyond sampling error"}
+    return {"gap_closed": (standard - learned) / gap}
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Compare every prior of a run, through one frozen decoder."""
+
+    run: tyro.conf.Positional[str]
+    """a run's name under checkpoints/, or its path"""
+    seed: int = 0
+    """seed of the samples"""
+    device: str = "auto"
+    """auto, cpu, cuda or mps"""
+
+
+def main(arguments: list[str] | None = None) -> None:
+    asked = tyro.cli(Arguments, prog="python -m pipelines.compare", args=arguments)
+    run = Run.open(asked.run, devices(asked.device))
+    run.load_autoencoder()  # fails early when the run is unfinished
+    metrics = compare(run, run.data(), asked.seed)
+    say(table(metrics))
+    say(f"picture and figures: {run.folder / 'compare'}")
+
+
+if __name__ == "__main__":
+    run_command(main)

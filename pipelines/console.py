@@ -1,0 +1,104 @@
+"""What a person sees: errors in one sentence, and progress."""
+
+import difflib
+import errno
+import sys
+import time
+from collections.abc import Callable, Iterable
+
+from tqdm import tqdm
+
+
+class UserError(ValueError):
+    """A mistake that the user can mend; its message says how. Ends a command with exit code 2 and no traceback."""
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """`, did you mean 'x'?` for a misspelt name, and the names there are."""
+    known = list(known)
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    hint = f" - did you mean {close[0]!r}?" if close else ";"
+    return f"{hint} There are: {', '.join(known)}"
+
+
+def run_command(main: Callable[[], None]) -> None:
+    """Run an entry point; a user's mistake or a full disk is one sentence and exit code 2, Ctrl-C is exit code 130."""
+    try:
+        main()
+    except UserError as error:
+        sys.exit(fail(str(error)))
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT, errno.EPERM):
+            raise
+        sys.exit(
+            fail(
+                f"{error.strerror}: {error.filename or 'while writing'}. Nothing that was finished is lost; make room or"
+                " permission and run the same command again."
+            )
+        )
+    except KeyboardInterrupt:
+        print("\ninterrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        sys.exit(130)
+
+
+def fail(message: str) -> int:
+    print(f"error: {message}", file=sys.stderr)
+    return 2
+
+
+def say(message: str) -> None:
+    """One line for the person, and for the log."""
+    tqdm.write(message, file=sys.stdout)
+    sys.stdout.flush()
+
+
+class Progress:
+    """A bar on a terminal; elsewhere a line now and then.
+
+    values passed to `update` (floats by name) stand behind the bar; they are only read when something is shown, so they
+    may be callables.
+    """
+
+    LINES = 10  # at most about so many lines where the output is no terminal
+    SECONDS = 5.0  # and none before the first line's worth of time
+
+    def __init__(self, label: str, total: int, unit: str, done: int = 0):
+        self.label, self.total, self.unit, self.done, self.first = label, total, unit, done, done
+        self.started = self.shown = time.monotonic()
+        self.next_line = done + max(1, (total - done) // self.LINES)
+        self.bar = (
+            tqdm(total=total, initial=done, desc=label, unit=f" {unit}", dynamic_ncols=True) if sys.stderr.isatty() else None
+        )
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def update(self, count: int, values: Callable[[], dict[str, float]] | None = None) -> None:
+        self.done += count
+        now = time.monotonic()
+        if self.bar is not None:
+            if values is not None and now - self.shown > 0.5:
+                self.bar.set_postfix_str(formatted(values()), refresh=False)
+                self.shown = now
+            self.bar.update(count)
+        elif self.done >= self.next_line and now - self.shown > self.SECONDS:
+            self.line(values() if values is not None else {})
+            self.next_line = self.done + max(1, (self.total - self.first) // self.LINES)
+            self.shown = now
+
+    def line(self, values: dict[str, float]) -> None:
+        seconds = max(time.monotonic() - self.started, 1e-9)
+        speed = (self.done - self.first) / seconds
+        left = tqdm.format_interval((self.total - self.done) / max(speed, 1e-9))
+        say(
+            f"{self.label}: {self.done}/{self.total} {self.unit}, {100 * self.done // max(self.total, 1)} %,"
+            f" {speed:.1f} {self.unit}/s, {left} left{', ' if values else ''}{formatted(values)}"
+        )
+
+    def __exit__(self, *_: object) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+
+def formatted(values: dict[str, float]) -> str:
+    return ", ".join(f"{name} {value:.4g}" for name, value in values.items())

@@ -1,0 +1,223 @@
+"""The only training loop, used by both stages and by the classifier behind the metrics.
+
+It knows only `model(*batch, step=step)["loss"]`, and judges held-out batches by the same dict.
+
+The data order is a function of (seed, step); torch is reseeded from (seed, step, rank) before every step; the learning
+rate is a function of the step. So a resumed run equals an uninterrupted one, and there is no state but weights,
+optimizer and step.
+"""
+
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from lightning_fabric import Fabric
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
+
+from pipelines import checkpoint
+from pipelines.console import Progress, UserError, say
+
+
+class Source(Protocol):
+    """Examples in memory: `source[indices]` are the positional arguments of the model for a batch."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, indices: Any) -> tuple: ...
+
+
+@dataclass(frozen=True)
+class FitConfig:
+    """One training."""
+
+    steps: int
+    """optimizer steps"""
+    batch_size: int = 128
+    """images a step, over all devices"""
+    learning_rate: float = 1e-3
+    """peak learning rate of AdamW, after a linear warm-up and before a cosine decay to 0"""
+    warmup_steps: int = 100
+    """steps of linear warm-up"""
+    weight_decay: float = 0.01
+    """AdamW's decoupled weight decay; torch's default"""
+    gradient_clip: float = 100.0
+    """largest norm of the gradient, in nats an image"""
+    average_decay: float = 0.999
+    """decay a step of the running average of the weights, which is what is kept; 0 keeps the raw weights"""
+    checkpoint_steps: int = 500
+    """steps between checkpoints; the held-out loss is measured at each, and the best one is kept"""
+
+
+def learning_rate(config: FitConfig, step: int) -> float:
+    warmup = min(1.0, (step + 1) / max(config.warmup_steps, 1))
+    return config.learning_rate * warmup * 0.5 * (1 + math.cos(math.pi * step / config.steps))
+
+
+class Order:
+    """Which examples step s sees: consecutive slices of one permutation an epoch, a function of (seed, step) alone."""
+
+    def __init__(self, length: int, batch_size: int, seed: int):
+        self.length, self.batch_size, self.seed = length, batch_size, seed
+        self.epoch, self.permutation = -1, torch.empty(0)
+
+    def permuted(self, epoch: int) -> Tensor:
+        if epoch != self.epoch:
+            generator = torch.Generator().manual_seed(seed_of(self.seed, epoch))
+            self.epoch, self.permutation = epoch, torch.randperm(self.length, generator=generator)
+        return self.permutation
+
+    def indices(self, step: int) -> Tensor:
+        position, stop = step * self.batch_size, (step + 1) * self.batch_size
+        parts = []
+        while position < stop:  # a batch may cross the end of an epoch, or of several when the data set is tiny
+            epoch, start = divmod(position, self.length)
+            parts.append(self.permuted(epoch)[start : start + stop - position])
+            position += len(parts[-1])
+        return torch.cat(parts)
+
+
+def seed_of(*numbers: int) -> int:
+    """One 63-bit seed from several numbers, so that neighbours share nothing."""
+    state = 0
+    for number in numbers:  # the finalizer of splitmix64 (Steele et al. 2014)
+        state = (state + number + 0x9E3779B97F4A7C15) & (2**64 - 1)
+        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & (2**64 - 1)
+        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & (2**64 - 1)
+        state ^= state >> 31
+    return state >> 1
+
+
+def running_average(decay: float):
+    """An exponential average whose window grows with the step, so that it forgets the initial weights early."""
+
+    def update(averaged: list[Tensor], current: list[Tensor], count: Tensor) -> None:
+        steps = float(count)
+        torch._foreach_lerp_(averaged, current, 1 - min(decay, (1 + steps) / (10 + steps)))
+
+    return update
+
+
+@torch.no_grad()
+def evaluate(fabric: Fabric, model: nn.Module, source: Source, batch_size: int, seed: int) -> dict[str, float]:
+    """The mean of the model's terms over a data set, with the same draws every time. The model is left in training mode."""
+    model.eval()
+    torch.manual_seed(seed_of(seed, 1))
+    totals: dict[str, float] = {}
+    for start in range(0, len(source), batch_size):
+        rows = slice(start, min(start + batch_size, len(source)))
+        for name, value in model(*fabric.to_device(source[rows])).items():
+            totals[name] = totals.get(name, 0.0) + float(value) * (rows.stop - rows.start)
+    model.train()
+    return {name: total / len(source) for name, total in totals.items()}
+
+
+def fit(
+    fabric: Fabric, model: nn.Module, train: Source, held_out: Source, config: FitConfig, seed: int, folder: Path, label: str
+) -> checkpoint.Checkpoint:
+    """Train `model` in place, from its last checkpoint under `folder` if there is one; returns the best checkpoint.
+
+    The model ends with the best checkpoint's weights, in eval mode. A finished training is only loaded.
+    Raises UserError when the loss is no longer a number, and OSError when a checkpoint cannot be written.
+    """
+    done = checkpoint.usable(folder)
+    if not done or done[-1].step < config.steps:
+        Training(fabric, model, train, held_out, config, seed, folder, label).run(done)
+        done = checkpoint.usable(folder)
+    else:
+        say(f"{label}: finished, skipped")
+    chosen = checkpoint.best(done)
+    model.load_state_dict(chosen.model())
+    fabric.to_device(model).eval()
+    return chosen
+
+
+class Training:
+    """The state of one `fit`: weights, their average, the optimizer, and the history of held-out terms."""
+
+    def __init__(
+        self,
+        fabric: Fabric,
+        model: nn.Module,
+        train: Source,
+        held_out: Source,
+        config: FitConfig,
+        seed: int,
+        folder: Path,
+        label: str,
+    ):
+        self.fabric, self.model, self.train, self.held_out = fabric, model, train, held_out
+        self.config, self.seed, self.folder, self.label = config, seed, folder, label
+        self.order = Order(len(train), config.batch_size, seed)
+        self.optimizer = torch.optim.AdamW(
+            model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay, betas=(0.9, 0.99), fused=True
+        )
+        self.wrapped, self.wrapped_optimizer = fabric.setup(model, self.optimizer)
+        self.average = AveragedModel(model, multi_avg_fn=running_average(config.average_decay))
+        self.history: list[dict[str, Any]] = []
+
+    def run(self, checkpoints: list[checkpoint.Checkpoint]) -> None:
+        config, start = self.config, 0
+        if checkpoints:
+            start = self.restore(checkpoints[-1])
+            say(f"{self.label}: going on from step {start}")
+        self.model.train()
+        terms: dict[str, Tensor] = {}
+        rate = config.batch_size
+        with Progress(self.label, config.steps * rate, "images", start * rate) as progress:
+            for step in range(start, config.steps):
+                terms = self.step(step)
+                progress.update(rate, lambda: {name: float(value) for name, value in terms.items()})
+                if (step + 1) % config.checkpoint_steps == 0 or step + 1 == config.steps:
+                    self.save(step + 1, terms)
+
+    def step(self, step: int) -> dict[str, Tensor]:
+        indices = self.order.indices(step)[self.fabric.global_rank :: self.fabric.world_size]
+        torch.manual_seed(seed_of(self.seed, step, self.fabric.global_rank))
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(self.config, step)
+        terms = self.wrapped(*self.fabric.to_device(self.train[indices]), step=step)
+        self.optimizer.zero_grad()
+        self.fabric.backward(terms["loss"])
+        self.fabric.clip_gradients(
+            self.wrapped, self.wrapped_optimizer, max_norm=self.config.gradient_clip, error_if_nonfinite=False
+        )
+        self.wrapped_optimizer.step()
+        self.average.update_parameters(self.model)
+        return {name: value.detach() for name, value in terms.items()}
+
+    def save(self, step: int, terms: dict[str, Tensor]) -> None:
+        averaged = self.average.module
+        held_out = evaluate(self.fabric, averaged, self.held_out, self.config.batch_size, self.seed)
+        if not (math.isfinite(held_out["loss"]) and math.isfinite(float(terms["loss"]))):
+            last = checkpoint.usable(self.folder)
+            where = f"the last good checkpoint is {last[-1].folder}" if last else "no checkpoint was written before"
+            raise UserError(
+                f"{self.label}: the loss is no longer a number at step {step}; {where}. A lower learning rate may help."
+            )
+        self.history.append({"step": step, "train": {k: float(v) for k, v in terms.items()}, "held_out": held_out})
+        training = {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
+        for index, state in self.optimizer.state_dict()["state"].items():
+            training |= {f"optimizer.{index}.{name}": value for name, value in state.items()}
+        record = {"step": step, "held_out": held_out, "history": self.history, "time": time.time()}
+        checkpoint.save(self.folder, record, averaged.state_dict(), training)
+        checkpoint.prune(self.folder)
+
+    def restore(self, last: checkpoint.Checkpoint) -> int:
+        training = last.training()
+        self.model.load_state_dict(
+            {name.removeprefix("model."): tensor for name, tensor in training.items() if name.startswith("model.")}
+        )
+        self.average.module.load_state_dict(last.model())
+        self.average.n_averaged.fill_(last.step)
+        state: dict[int, dict[str, Tensor]] = {}
+        for key, tensor in training.items():
+            if key.startswith("optimizer."):
+                _, index, name = key.split(".", 2)
+                state.setdefault(int(index), {})[name] = tensor
+        self.optimizer.load_state_dict({"state": state, "param_groups": self.optimizer.state_dict()["param_groups"]})
+        self.history = last.record["history"]
+        return last.step

@@ -1,0 +1,117 @@
+"""python -m pipelines.generate RUN: draw latents from a prior by name, decode them, and write the images."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+import tyro
+from torch import Tensor
+from torchvision.utils import make_grid, save_image
+
+from pipelines.checkpoint import write_file
+from pipelines.console import Progress, UserError, nearest, run_command, say
+from pipelines.run import PRIORS, Run, devices
+from stage1_vae.autoencoder import Autoencoder
+from stage2_prior.prior import Prior
+
+
+@torch.inference_mode()
+def generate(
+    autoencoder: Autoencoder,
+    prior: Prior,
+    count: int,
+    *,
+    seed: int,
+    device: torch.device,
+    batch_size: int = 256,
+    temperature: float = 1.0,
+    pixels: Literal["mean", "sample"] = "mean",
+    label: str = "sampling",
+) -> Tensor:
+    """`count` images, uint8 N C H W on the CPU: z from the prior, then the mean of p(x|z) or a draw from it.
+
+    Image i under one seed comes from the same latent whatever the count and the batch size.
+    """
+    images = []
+    with Progress(label, count, "images") as progress:
+        for start in range(0, count, batch_size):
+            indices = torch.arange(start, min(start + batch_size, count), device=device)
+            torch.manual_seed(seed + start)  # of draws from p(x|z)
+            images.append(autoencoder.render(prior.sample(indices, seed, temperature), pixels).cpu())
+            progress.update(len(indices))
+    return torch.cat(images)
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Draw latents from a prior, decode them, and write the images."""
+
+    run: tyro.conf.Positional[str]
+    """a run's name under checkpoints/, or its path"""
+    count: int = 64
+    """number of images"""
+    prior: str = "learned"
+    """learned, standard (N(0, I)), gaussian, mixture, or posterior (reconstructs training images: not a generator)"""
+    seed: int = 0
+    """sample i under one seed is always the same image"""
+    out: Path = Path("samples.png")
+    """.png for one picture of all images; .npz for one array arr_0, uint8, N H W C"""
+    pixels: Literal["mean", "sample"] = "mean"
+    """the mean of p(x|z), or a draw from it"""
+    temperature: float = 1.0
+    """below 1 sharpens the prior, 0 takes its modes"""
+    batch_size: int = 256
+    """images sampled at once"""
+    device: str = "auto"
+    """auto, cpu, cuda or mps"""
+
+    def check(self) -> None:
+        if self.count < 1:
+            raise UserError(f"--count is a number of images from 1 up, not {self.count}")
+        if self.batch_size < 1:
+            raise UserError(f"--batch-size is a number of images from 1 up, not {self.batch_size}")
+        if not 0 <= self.temperature < float("inf"):
+            raise UserError(f"--temperature is 0 or more, not {self.temperature}")
+        if self.out.suffix not in (".png", ".npz"):
+            raise UserError(f"--out ends in .png or .npz, not {self.out.name!r}")
+        if self.prior not in PRIORS:
+            raise UserError(f"there is no prior {self.prior!r}{nearest(self.prior, PRIORS)}")
+
+
+def write_images(path: Path, images: Tensor) -> None:
+    """images uint8 N C H W as a picture (.png) or as the array arr_0, N H W C (.npz); whole or not at all."""
+    import io
+
+    buffer = io.BytesIO()
+    if path.suffix == ".npz":
+        np.savez_compressed(buffer, arr_0=images.permute(0, 2, 3, 1).contiguous().numpy())
+    else:
+        columns = max(1, round(len(images) ** 0.5))
+        save_image(make_grid(images.float() / 255, nrow=columns, padding=1, pad_value=0.5), buffer, format="png")
+    write_file(path, buffer.getvalue())
+
+
+def main(arguments: list[str] | None = None) -> None:
+    asked = tyro.cli(Arguments, prog="python -m pipelines.generate", args=arguments)
+    asked.check()
+    fabric = devices(asked.device)
+    run = Run.open(asked.run, fabric)
+    autoencoder = run.load_autoencoder()
+    images = generate(
+        autoencoder,
+        run.prior(asked.prior, run.specs(autoencoder)),
+        asked.count,
+        seed=asked.seed,
+        device=fabric.device,
+        batch_size=asked.batch_size,
+        temperature=asked.temperature,
+        pixels=asked.pixels,
+    )
+    write_images(asked.out, images)
+    say(f"{asked.count} images from the {asked.prior} prior of {run.folder}: {asked.out}")
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,196 @@
+"""A run: one folder under checkpoints/ with its config, its two trained stages, its latents and its comparison.
+
+RUN/config.json            the RunConfig
+    stage1/step-N/         the autoencoder
+    latents/*.safetensors  encoded posteriors: mean and std of every image
+    stage2/step-N/         the learned prior
+    baselines/*.safetensors  the fitted Gaussian and the mixture
+    compare/               picture and figures
+"""
+
+import json
+from pathlib import Path
+
+import torch
+from lightning_fabric import Fabric
+from safetensors.torch import load_file
+from torch import nn
+
+from pipelines import checkpoint
+from pipelines.config import RunConfig, differences, from_dict, to_dict
+from pipelines.console import Progress, UserError, nearest
+from pipelines.data import ImageSet, Splits
+from pipelines.fit import seed_of
+from stage1_vae.autoencoder import Autoencoder
+from stage2_prior.autoregressive import AutoregressivePrior
+from stage2_prior.latents import LatentDataset, LatentSpec
+from stage2_prior.prior import BASELINES, AggregatePosterior, Prior
+
+CHECKPOINTS = Path("checkpoints")
+CLASSIFIERS = ".classifiers"  # beside the runs: shared by all runs on one data set
+PRIORS = ["standard", "gaussian", "mixture", "learned", "posterior"]
+ENCODING_BATCH = 500
+
+
+def devices(device: str = "auto") -> Fabric:
+    """The device to run on: auto, cpu, cuda or mps. Raises UserError when it is not there."""
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("there is no CUDA device here; use --device cpu")
+    if device == "mps" and not torch.backends.mps.is_available():
+        raise UserError("there is no MPS device here; use --device cpu")
+    if device not in ("auto", "cpu", "cuda", "mps"):
+        raise UserError(f"there is no device {device!r}{nearest(device, ['auto', 'cpu', 'cuda', 'mps'])}")
+    return Fabric(accelerator=device, devices=1)
+
+
+class Run:
+    def __init__(self, folder: Path, config: RunConfig, fabric: Fabric):
+        self.folder, self.config, self.fabric = folder, config, fabric
+
+    @classmethod
+    def create(cls, folder: Path, config: RunConfig, fabric: Fabric) -> "Run":
+        """Start a run, or go on with it. Raises UserError when the folder holds a run of another config."""
+        path = folder / "config.json"
+        wanted = json.loads(json.dumps(to_dict(config)))
+        if path.exists():
+            changed = differences(read_config(path)[1], wanted)
+            changed = [change for change in changed if not change.startswith("data.root:")]
+            if changed:
+                raise UserError(
+                    f"{folder} holds a run of another config ({'; '.join(changed)}). Give this one another name with --run,"
+                    f" or delete {folder}."
+                )
+        elif folder.is_dir() and any(folder.iterdir()):
+            raise UserError(f"{folder} is not empty and holds no run; give another name with --run")
+        checkpoint.write_json(path, wanted)
+        return cls(folder, config, fabric)
+
+    @classmethod
+    def open(cls, name: str, fabric: Fabric) -> "Run":
+        """A run by its name under checkpoints/, or by its path. Raises UserError when it is not there."""
+        folder = next((path for path in (CHECKPOINTS / name, Path(name)) if (path / "config.json").is_file()), None)
+        if folder is None:
+            known = sorted(path.parent.name for path in CHECKPOINTS.glob("*/config.json"))
+            hint = nearest(name, known) if known else "; train one with python -m pipelines.train_all"
+            raise UserError(f"there is no run {name!r}{hint}")
+        config, _ = read_config(folder / "config.json")
+        return cls(folder, config, fabric)
+
+    def data(self) -> Splits:
+        return self.config.data.load()
+
+    # Stage 1
+
+    def new_autoencoder(self, image_shape: tuple[int, int, int]) -> Autoencoder:
+        """Raises UserError when the network cannot take such images."""
+        torch.manual_seed(seed_of(self.config.seed, 1))
+        try:
+            return self.config.autoencoder.build(image_shape)
+        except ValueError as error:
+            raise UserError(str(error)) from error
+
+    def load_autoencoder(self) -> Autoencoder:
+        """Raises UserError when stage 1 is not finished."""
+        autoencoder = self.new_autoencoder(self.facts()["image_shape"])
+        self.load(autoencoder, "stage1", self.config.stage1.steps)
+        return autoencoder
+
+    def facts(self) -> dict:
+        """What the data set told stage 1: image_shape and label_names."""
+        path = self.folder / "stage1" / "facts.json"
+        if not path.is_file():
+            raise UserError(f"{self.folder} is unfinished: stage 1 has not been trained. Run its train_all command again.")
+        facts = json.loads(path.read_text())
+        return facts | {"image_shape": tuple(facts["image_shape"])}
+
+    def load(self, model: nn.Module, stage: str, steps: int) -> None:
+        """The best checkpoint's weights. Raises UserError when the stage is unfinished or the weights do not fit."""
+        checkpoints = checkpoint.usable(self.folder / stage)
+        if not checkpoints or checkpoints[-1].step < steps:
+            done = f"is at step {checkpoints[-1].step} of {steps}" if checkpoints else "has not been trained"
+            raise UserError(f"{self.folder} is unfinished: {stage} {done}. Run its train_all command again.")
+        model.load_state_dict(checkpoint.best(checkpoints).model())
+        self.fabric.to_device(model).eval()
+
+    # Latents
+
+    def encode(self, autoencoder: Autoencoder, images: ImageSet, part: str) -> LatentDataset:
+        """The posteriors of a split, from disk when they were made by these very weights."""
+        digest = checkpoint.best(checkpoint.usable(self.folder / "stage1")).digest()
+        path = self.folder / "latents" / f"{part}.safetensors"
+        tensors = checkpoint.cached(path, digest, lambda: encoded(self.fabric, autoencoder, images, f"encoding {part}"))
+        return latent_dataset(tensors)
+
+    def latents(self, part: str) -> LatentDataset:
+        path = self.folder / "latents" / f"{part}.safetensors"
+        if not path.is_file():
+            raise UserError(f"{self.folder} is unfinished: there is no {path}. Run its train_all command again.")
+        return latent_dataset(load_file(path))
+
+    # Stage 2
+
+    def specs(self, autoencoder: Autoencoder) -> list[LatentSpec]:
+        return [LatentSpec(shape, vocabulary) for shape, vocabulary in autoencoder.latents]
+
+    def new_prior(self, specs: list[LatentSpec]) -> AutoregressivePrior:
+        torch.manual_seed(seed_of(self.config.seed, 2))
+        (spec,) = specs
+        try:
+            return self.config.prior.build(spec)
+        except ValueError as error:
+            raise UserError(str(error)) from error
+
+    def prior(self, name: str, specs: list[LatentSpec]) -> Prior:
+        """A prior by name, fitted. Raises UserError for an unknown name or an unfinished run."""
+        if name == "learned":
+            learned = self.new_prior(specs)
+            self.load(learned, "stage2", self.config.stage2.steps)
+            return learned
+        if name == "posterior":
+            return AggregatePosterior(self.latents("train"))
+        if name not in BASELINES:
+            raise UserError(f"there is no prior {name!r}{nearest(name, PRIORS)}")
+        (spec,) = specs
+        baseline = BASELINES[name](spec)
+        latents = self.latents("train")
+
+        def fitted() -> dict:
+            with Progress(f"fitting the {name} prior", len(latents), "images") as progress:
+                baseline.estimate(latents)
+                progress.update(len(latents))
+            return baseline.state_dict()
+
+        if baseline.state_dict():
+            key = checkpoint.best(checkpoint.usable(self.folder / "stage1")).digest()
+            baseline.load_state_dict(checkpoint.cached(self.folder / "baselines" / f"{name}.safetensors", key, fitted))
+        return self.fabric.to_device(baseline).eval()
+
+
+def read_config(path: Path) -> tuple[RunConfig, dict]:
+    try:
+        values = json.loads(path.read_text())
+        return from_dict(values), values
+    except ValueError as error:
+        raise UserError(f"{path} cannot be read ({error}); delete {path.parent}, or mend the file") from error
+
+
+@torch.inference_mode()
+def encoded(fabric: Fabric, autoencoder: Autoencoder, images: ImageSet, label: str) -> dict:
+    """The posteriors of all images, as tensors named LEVEL.NAME, on the CPU."""
+    batches: dict[str, list] = {}
+    with Progress(label, len(images), "images") as progress:
+        for start in range(0, len(images), ENCODING_BATCH):
+            (batch,) = images[start : start + ENCODING_BATCH]
+            for level, posterior in enumerate(autoencoder.encode(fabric.to_device(batch))):
+                for name, tensor in posterior.items():
+                    batches.setdefault(f"{level}.{name}", []).append(tensor.cpu())
+            progress.update(len(batch))
+    return {name: torch.cat(parts) for name, parts in batches.items()}
+
+
+def latent_dataset(tensors: dict) -> LatentDataset:
+    levels: dict[int, dict] = {}
+    for key, tensor in tensors.items():
+        level, name = key.split(".")
+        levels.setdefault(int(level), {})[name] = tensor
+    return LatentDataset([levels[level] for level in sorted(levels)])

@@ -1,0 +1,84 @@
+"""python -m pipelines.train_all [PRESET]: train stage 1, encode, fit stage 2, sample and compare.
+
+The same command again goes on where it was: finished parts are skipped, an interrupted one resumes from its checkpoint.
+"""
+
+import json
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from pipelines.checkpoint import write_json
+from pipelines.compare import compare
+from pipelines.config import PRESETS, RunConfig, preset
+from pipelines.console import run_command, say
+from pipelines.fit import fit
+from pipelines.report import table
+from pipelines.run import CHECKPOINTS, Run, devices
+
+DEFAULT_PRESET = "mnist5k"
+
+
+def train_all(run: Run) -> None:
+    """Every part of a run that is not finished yet."""
+    config, fabric, started = run.config, run.fabric, time.monotonic()
+    splits = run.data()
+    autoencoder = run.new_autoencoder(splits.image_shape)
+    say(f"{run.folder}: {len(splits.train)} training, {len(splits.validation)} validation, {len(splits.test)} test images")
+    write_json(run.folder / "stage1" / "facts.json", {"image_shape": splits.image_shape, "label_names": splits.label_names})
+    fit(fabric, autoencoder, splits.train, splits.validation, config.stage1, config.seed, run.folder / "stage1", "stage 1")
+    train, validation = (run.encode(autoencoder, getattr(splits, part), part) for part in ("train", "validation"))
+    prior = run.new_prior(run.specs(autoencoder))
+    prior.estimate(train)
+    fit(fabric, prior, train, validation, config.stage2, config.seed, run.folder / "stage2", "stage 2")
+    path = run.folder / "compare" / "metrics.json"
+    if path.exists():
+        metrics = json.loads(path.read_text())
+        say("compare: finished, skipped")
+    else:
+        metrics = compare(run, splits)
+    say(table(metrics))
+    say(
+        f"everything lies in {run.folder}; look at {run.folder / 'compare' / 'samples.png'};"
+        f" more samples: python -m pipelines.generate {run.folder.name} --count 64 --out samples.png"
+    )
+    say(f"{time.monotonic() - started:.0f} seconds")
+
+
+def parse(arguments: list[str]) -> tuple[str, RunConfig, str]:
+    """The run's name, its config, and the device, from the command line."""
+    named = bool(arguments) and not arguments[0].startswith("-")
+    name = arguments[0] if named else DEFAULT_PRESET
+    default = preset(name)
+
+    @dataclass(frozen=True)
+    class Arguments:
+        config: Annotated[RunConfig, tyro.conf.arg(name="")] = default
+        run: str = name
+        """name of the run, a folder under checkpoints/, or a path; the preset's name when not given"""
+        device: str = "auto"
+        """auto, cpu, cuda or mps"""
+
+    presets = "\n".join(f"  {key:15} {description}" for key, (description, _) in PRESETS.items())
+    asked = tyro.cli(
+        Arguments,
+        prog=f"python -m pipelines.train_all {name}",
+        description=f"Train both stages, sample and compare. Presets:\n\n{presets}",
+        args=arguments[1:] if named else arguments,
+        config=(tyro.conf.AvoidSubcommands,),
+    )
+    return asked.run, asked.config, asked.device
+
+
+def main(arguments: list[str] | None = None) -> None:
+    name, config, device = parse(sys.argv[1:] if arguments is None else arguments)
+    folder = Path(name) if len(Path(name).parts) > 1 else CHECKPOINTS / name
+    train_all(Run.create(folder, config, devices(device)))
+
+
+if __name__ == "__main__":
+    run_command(main)

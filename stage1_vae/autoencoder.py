@@ -1,0 +1,87 @@
+"""Encoder → bottleneck → decoder → likelihood, as one module.
+
+B batch, C colour channels, H×W pixels, L samples of z an image.
+
+    loss = E_q[-log p(x|z)] + β · KL(q(z|x) ‖ p(z)),   in nats an image: sums over pixels and latents, never means.
+
+Images are uint8, B C H W, at every public boundary; the likelihood says in which scale its log_prob is.
+"""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from einops import rearrange
+from torch import Tensor, distributions, nn
+
+from stage1_vae import bottlenecks, likelihoods
+from stage1_vae.bottlenecks import BottleneckConfig, Posterior
+from stage1_vae.likelihoods import LikelihoodConfig
+from stage1_vae.networks import Convolutional, NetworkConfig
+
+
+@dataclass(frozen=True)
+class AutoencoderConfig:
+    """Stage 1."""
+
+    network: NetworkConfig = field(default_factory=Convolutional)
+    bottleneck: BottleneckConfig = field(default_factory=bottlenecks.Gaussian)
+    likelihood: LikelihoodConfig = field(default_factory=likelihoods.Gaussian)
+
+    def build(self, image_shape: tuple[int, int, int]) -> "Autoencoder":
+        """image_shape: C H W. Raises ValueError when the network cannot take it."""
+        return Autoencoder(image_shape, self)
+
+
+class Autoencoder(nn.Module):
+    def __init__(self, image_shape: tuple[int, int, int], config: AutoencoderConfig):
+        super().__init__()
+        grid = config.network.grid(image_shape)
+        self.encoder, features = config.network.encoder(image_shape)
+        self.bottleneck = config.bottleneck.build(features)
+        self.likelihood = config.likelihood.build()
+        self.decoder = config.network.decoder(
+            self.bottleneck.latent_channels, image_shape, image_shape[0] * self.likelihood.outputs_per_channel
+        )
+        self.latents = [((self.bottleneck.latent_channels, *grid), self.bottleneck.vocabulary)]
+        """Shape and vocabulary of each level of latents, coarse to fine: all that stage 2 needs to know."""
+
+    def features(self, images: Tensor) -> Tensor:
+        return self.encoder(2 * likelihoods.unit_interval(images) - 1)
+
+    def forward(self, images: Tensor, step: int = 0) -> dict[str, Tensor]:
+        """images uint8 B C H W; returns loss, distortion and the bottleneck's terms (rate), mean nats an image."""
+        embedded, penalty, terms = self.bottleneck(self.features(images), step)
+        samples = len(embedded)
+        outputs = self.decoder(rearrange(embedded, "l b ... -> (l b) ..."))
+        targets = self.likelihood.scale(images)
+        log_prob = self.likelihood(outputs).log_prob(targets.repeat(samples, 1, 1, 1))
+        # The average over z is of log-likelihoods (Kingma and Welling 2014, equation 7), never of reconstructions.
+        distortion = -rearrange(log_prob, "(l b) -> l b", l=samples).mean(0)
+        if self.training:
+            self.likelihood.update(outputs, targets.repeat(samples, 1, 1, 1))
+        means = {name: value.mean() for name, value in {"distortion": distortion, **terms}.items()}
+        return {"loss": (distortion + penalty).mean(), **means}
+
+    def encode(self, images: Tensor) -> list[Posterior]:
+        """images uint8 B C H W to the posterior q(z|x) of each level, coarse to fine."""
+        return [self.bottleneck.posterior(self.features(images))]
+
+    def sample(self, posteriors: list[Posterior]) -> list[Tensor]:
+        """z ~ q(z|x), one latent for each level."""
+        return [self.bottleneck.sample(posterior) for posterior in posteriors]
+
+    def mean(self, posteriors: list[Posterior]) -> list[Tensor]:
+        """The posterior's mean, one latent for each level."""
+        return [self.bottleneck.mean(posterior) for posterior in posteriors]
+
+    def decode(self, levels: list[Tensor]) -> distributions.Distribution:
+        """Latents, one for each level, to p(x|z) over images in the likelihood's scale."""
+        (latent,) = levels
+        return self.likelihood(self.decoder(self.bottleneck.embed(latent)))
+
+    def render(self, levels: list[Tensor], pixels: Literal["mean", "sample"] = "mean") -> Tensor:
+        """Latents to uint8 images B C H W: the mean of p(x|z), or a draw from it."""
+        distribution = self.decode(levels)
+        values = distribution.mean if pixels == "mean" else distribution.sample()
+        return (values * 255).round().clamp(0, 255).to(torch.uint8)

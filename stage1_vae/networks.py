@@ -1,0 +1,127 @@
+"""Encoders and decoders.
+
+B batch, C colour channels, H×W pixels, F feature maps, h×w latent grid.
+
+A network config builds a pair: an encoder from C H W images to F h w features, and a decoder from the bottleneck's
+channels on h×w to feature maps on H×W.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Protocol
+
+from einops.layers.torch import Rearrange
+from torch import Tensor, nn
+
+
+class Network(Protocol):
+    def grid(self, image_shape: tuple[int, int, int]) -> tuple[int, int]: ...
+
+    def encoder(self, image_shape: tuple[int, int, int]) -> tuple[nn.Module, int]: ...
+
+    def decoder(self, latent_channels: int, image_shape: tuple[int, int, int], outputs: int) -> nn.Module: ...
+
+
+@dataclass(frozen=True)
+class Convolutional:
+    """Residual convolutional encoder and decoder, after VQ-VAE (van den Oord et al. 2017, section 4.1)."""
+
+    width: int = 64
+    """feature maps on the latent grid; half as many on the finest grid"""
+    blocks: int = 2
+    """residual blocks on the latent grid, in the encoder and in the decoder; 2 in the paper"""
+    downsample: int = 4
+    """image size over latent grid size, a power of two: 4 makes 28×28 images 7×7 latents"""
+
+    def grid(self, image_shape: tuple[int, int, int]) -> tuple[int, int]:
+        """The latent grid of images C H W. Raises ValueError when the size cannot be divided."""
+        if self.downsample < 2 or self.downsample & (self.downsample - 1):
+            raise ValueError(f"downsample is a power of two from 2 up, not {self.downsample}")
+        _, height, width = image_shape
+        if height % self.downsample or width % self.downsample:
+            raise ValueError(
+                f"{height}×{width} images cannot be downsampled by {self.downsample}: use an image size divisible by"
+                f" {self.downsample}, or another downsample"
+            )
+        return height // self.downsample, width // self.downsample
+
+    def widths(self) -> list[int]:
+        """Feature maps after each halving of the resolution, from the finest grid to the latent grid."""
+        halvings = int(math.log2(self.downsample))
+        return [self.width // 2] * (halvings - 1) + [self.width]
+
+    def encoder(self, image_shape: tuple[int, int, int]) -> tuple[nn.Module, int]:
+        layers: list[nn.Module] = []
+        channels = image_shape[0]
+        for width in self.widths():
+            layers += [nn.Conv2d(channels, width, 4, stride=2, padding=1), nn.ReLU()]
+            channels = width
+        layers += [nn.Conv2d(channels, channels, 3, padding=1)]
+        layers += [ResidualBlock(channels) for _ in range(self.blocks)] + [nn.ReLU()]
+        return nn.Sequential(*layers), channels
+
+    def decoder(self, latent_channels: int, image_shape: tuple[int, int, int], outputs: int) -> nn.Module:
+        layers: list[nn.Module] = [nn.Conv2d(latent_channels, self.width, 3, padding=1)]
+        layers += [ResidualBlock(self.width) for _ in range(self.blocks)] + [nn.ReLU()]
+        channels, *finer = reversed(self.widths())
+        for width in finer:
+            layers += [nn.ConvTranspose2d(channels, width, 4, stride=2, padding=1), nn.ReLU()]
+            channels = width
+        layers += [nn.ConvTranspose2d(channels, outputs, 4, stride=2, padding=1)]
+        return nn.Sequential(*layers)
+
+
+class ResidualBlock(nn.Module):
+    def __init__(self, channels: int):
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.ReLU(), nn.Conv2d(channels, channels, 3, padding=1), nn.ReLU(), nn.Conv2d(channels, channels, 1)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.layers(x)
+
+
+@dataclass(frozen=True)
+class FullyConnected:
+    """Fully connected encoder and decoder with a flat latent; two layers of 500 are the classic network for digits."""
+
+    layers: int = 2
+    """hidden layers in the encoder and in the decoder"""
+    width: int = 500
+    """units in a hidden layer"""
+    dimensions: int = 2
+    """numbers in the flat latent, arranged as a grid of one row"""
+
+    def grid(self, image_shape: tuple[int, int, int]) -> tuple[int, int]:
+        return 1, self.dimensions
+
+    def encoder(self, image_shape: tuple[int, int, int]) -> tuple[nn.Module, int]:
+        features = 2  # for each latent number: enough for a mean and a standard deviation
+        sizes = [math.prod(image_shape)] + [self.width] * self.layers
+        return nn.Sequential(
+            nn.Flatten(),
+            *hidden_layers(sizes),
+            nn.Linear(sizes[-1], features * self.dimensions),
+            Rearrange("b (f d) -> b f 1 d", f=features),
+        ), features
+
+    def decoder(self, latent_channels: int, image_shape: tuple[int, int, int], outputs: int) -> nn.Module:
+        _, height, width = image_shape
+        sizes = [latent_channels * self.dimensions] + [self.width] * self.layers
+        return nn.Sequential(
+            nn.Flatten(),
+            *hidden_layers(sizes),
+            nn.Linear(sizes[-1], outputs * height * width),
+            nn.Unflatten(1, (outputs, height, width)),
+        )
+
+
+def hidden_layers(sizes: list[int]) -> list[nn.Module]:
+    layers: list[nn.Module] = []
+    for inputs, outputs in zip(sizes, sizes[1:]):
+        layers += [nn.Linear(inputs, outputs), nn.ReLU()]
+    return layers
+
+
+NetworkConfig = Convolutional | FullyConnected

@@ -1,0 +1,157 @@
+"""Heads: the density of one position's latent given the backbone's features there.
+
+B batch, D width, C latent channels, K mixture components, h×w latent grid.
+
+A head offers `log_prob` over a whole grid and `draw` at one position, by inverse CDF from a fixed number of uniforms
+(`uniforms`), so that it is the only place that samples and needs no random state of its own.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+from stage2_prior.latents import LatentSpec
+from stage2_prior.sampling import choose
+
+LOG_SQRT_2PI = 0.5 * math.log(2 * math.pi)
+MINIMUM_LOG_STD = -7.0  # of standardized latents; a floor keeps a component from collapsing onto one training latent
+
+
+class Head(Protocol):
+    uniforms: int
+
+    def log_prob(self, features: Tensor, latent: Tensor) -> Tensor: ...
+
+    def draw(self, features: Tensor, uniforms: Tensor, temperature: float = 1.0) -> Tensor: ...
+
+    def __call__(self, features: Tensor, latent: Tensor) -> Tensor: ...
+
+
+def gaussian_log_prob(value: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
+    return -0.5 * ((value - mean) * torch.exp(-log_std)).square() - log_std - LOG_SQRT_2PI
+
+
+def floored(raw_log_std: Tensor) -> Tensor:
+    """A log standard deviation above MINIMUM_LOG_STD that keeps its gradient."""
+    return MINIMUM_LOG_STD + nn.functional.softplus(raw_log_std - MINIMUM_LOG_STD)
+
+
+@dataclass(frozen=True)
+class JointMixture:
+    """A mixture of K diagonal Gaussians over all C channels of a position jointly (GIVT, Tschannen et al. 2023)."""
+
+    components: int = 16
+    """number of Gaussians in the mixture; GIVT's default"""
+
+    def build(self, spec: LatentSpec, width: int) -> "JointMixtureHead":
+        return JointMixtureHead(spec.channels, width, self.components)
+
+
+class JointMixtureHead(nn.Module):
+    def __init__(self, channels: int, width: int, components: int):
+        super().__init__()
+        self.channels, self.components = channels, components
+        self.uniforms = 1 + channels
+        self.hidden = nn.Linear(width, width)
+        self.output = nn.Linear(width, components * (1 + 2 * channels))
+
+    def parameters_of(self, features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """features … D; returns log weights … K, means and log standard deviations … K C."""
+        raw = self.output(nn.functional.gelu(self.hidden(features)))
+        raw = rearrange(raw, "... (k p) -> ... k p", k=self.components)
+        logits, mean, raw_log_std = raw.split((1, self.channels, self.channels), dim=-1)
+        return logits.squeeze(-1).log_softmax(-1), mean, floored(raw_log_std)
+
+    def log_prob(self, features: Tensor, latent: Tensor) -> Tensor:
+        """features B D h w, latent B C h w; returns B h w in nats."""
+        log_weights, mean, log_std = self.parameters_of(rearrange(features, "b d h w -> b h w d"))
+        value = rearrange(latent, "b c h w -> b h w 1 c")
+        return (log_weights + gaussian_log_prob(value, mean, log_std).sum(-1)).logsumexp(-1)
+
+    forward = log_prob
+
+    def draw(self, features: Tensor, uniforms: Tensor, temperature: float = 1.0) -> Tensor:
+        """features B D, uniforms B 1+C; returns B C. See `tempered` for what the temperature does."""
+        log_weights, mean, log_std = self.parameters_of(features)
+        component = tempered_choice(log_weights, log_std.sum(-1), uniforms[:, 0], temperature)[:, None, None]
+        mean, log_std = (t.gather(1, component.expand(-1, 1, self.channels)).squeeze(1) for t in (mean, log_std))
+        return mean + math.sqrt(temperature) * log_std.exp() * torch.special.ndtri(uniforms[:, 1:]).to(mean.dtype)
+
+
+def tempered_choice(log_weights: Tensor, log_scale: Tensor, uniform: Tensor, temperature: float) -> Tensor:
+    """Pick a component of a Gaussian mixture sharpened to p^(1/T); log_weights and log_scale B K, uniform B.
+
+    For components that do not overlap, p^(1/T) is again a mixture: variances grow by T and a component of weight π and
+    volume s gets the weight π^(1/T) s^(1-1/T). At T = 1 this is the mixture itself, at T = 0 its highest mode.
+    """
+    if temperature == 0:
+        return (log_weights - log_scale).argmax(-1)
+    return choose(log_weights / temperature + (1 - 1 / temperature) * log_scale, uniform)
+
+
+@dataclass(frozen=True)
+class ChannelwiseMixture:
+    """Channel by channel: each channel a mixture of K Gaussians given the position's earlier channels."""
+
+    components: int = 10
+    """number of Gaussians in the mixture of one channel; PixelCNN++ uses 10 logistics"""
+    hidden: int = 64
+    """width of the small network of one channel"""
+
+    def build(self, spec: LatentSpec, width: int) -> "ChannelwiseMixtureHead":
+        return ChannelwiseMixtureHead(spec.channels, width, self.components, self.hidden)
+
+
+class ChannelwiseMixtureHead(nn.Module):
+    """One two-layer network a channel, all channels at once: log p(z_c | features, z_<c)."""
+
+    def __init__(self, channels: int, width: int, components: int, hidden: int):
+        super().__init__()
+        self.channels, self.components = channels, components
+        self.uniforms = 2 * channels
+        self.from_features = nn.Linear(width, channels * hidden)
+        # Row c of `from_earlier` is only ever multiplied with channels before c.
+        self.from_earlier = nn.Parameter(torch.randn(channels, hidden, channels) / math.sqrt(channels))
+        self.register_buffer("earlier", torch.ones(channels, channels).tril(-1)[:, None, :], persistent=False)
+        self.output = nn.Parameter(torch.randn(channels, 3 * components, hidden) / math.sqrt(hidden))
+        self.bias = nn.Parameter(torch.zeros(channels, 3 * components))
+        with torch.no_grad():
+            self.bias[:, components : 2 * components] = torch.linspace(-1.5, 1.5, components)
+
+    def parameters_of(self, hidden: Tensor, channel: int | slice) -> tuple[Tensor, Tensor, Tensor]:
+        equation = "...f,kf->...k" if isinstance(channel, int) else "...cf,ckf->...ck"
+        raw = torch.einsum(equation, nn.functional.gelu(hidden), self.output[channel]) + self.bias[channel]
+        logits, mean, raw_log_std = raw.chunk(3, dim=-1)
+        return logits.log_softmax(-1), mean, floored(raw_log_std)
+
+    def log_prob(self, features: Tensor, latent: Tensor) -> Tensor:
+        """features B D h w, latent B C h w; returns B h w in nats."""
+        value = rearrange(latent, "b c h w -> b h w c")
+        hidden = rearrange(self.from_features(rearrange(features, "b d h w -> b h w d")), "... (c f) -> ... c f", c=self.channels)
+        hidden = hidden + torch.einsum("...e,cfe->...cf", value, self.from_earlier * self.earlier)
+        log_weights, mean, log_std = self.parameters_of(hidden, slice(None))
+        return (log_weights + gaussian_log_prob(value[..., None], mean, log_std)).logsumexp(-1).sum(-1)
+
+    forward = log_prob
+
+    def draw(self, features: Tensor, uniforms: Tensor, temperature: float = 1.0) -> Tensor:
+        """features B D, uniforms B 2C; returns B C."""
+        hidden = rearrange(self.from_features(features), "b (c f) -> b c f", c=self.channels)
+        normal = torch.special.ndtri(uniforms[:, self.channels :]).to(features.dtype)
+        drawn: list[Tensor] = []
+        for channel in range(self.channels):
+            row = hidden[:, channel]
+            if drawn:
+                row = row + torch.stack(drawn, -1) @ self.from_earlier[channel, :, :channel].T
+            log_weights, mean, log_std = self.parameters_of(row, channel)
+            component = tempered_choice(log_weights, log_std, uniforms[:, channel], temperature)[:, None]
+            mean, log_std = mean.gather(1, component).squeeze(1), log_std.gather(1, component).squeeze(1)
+            drawn.append(mean + math.sqrt(temperature) * log_std.exp() * normal[:, channel])
+        return torch.stack(drawn, -1)
+
+
+HeadConfig = JointMixture | ChannelwiseMixture

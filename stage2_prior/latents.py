@@ -1,0 +1,83 @@
+"""What stage 2 knows of stage 1: the shape of the latents, and the encoded posteriors.
+
+B batch, C latent channels, h×w latent grid, K codes.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+Posterior = dict[str, Tensor]
+"""One level of an encoded batch: `mean` and `std`, both B C h w, or `codes`, B h w."""
+
+
+@dataclass(frozen=True)
+class LatentSpec:
+    """The shape of one level of latents.
+
+    shape: (C, h, w) for continuous latents, (h, w) for a grid of codes. A flat latent of n numbers is (1, 1, n).
+    vocabulary: None for continuous latents, K for codes in 0 … K-1.
+    """
+
+    shape: tuple[int, ...]
+    vocabulary: int | None = None
+
+    def __post_init__(self) -> None:
+        rank = 3 if self.vocabulary is None else 2
+        if len(self.shape) != rank or min(self.shape) < 1:
+            kind = "continuous latents are (C, h, w)" if self.vocabulary is None else "codes are (h, w)"
+            raise ValueError(f"latent shape {self.shape} does not fit: {kind}")
+
+    @property
+    def channels(self) -> int:
+        return self.shape[0] if self.vocabulary is None else 1
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        return self.shape[-2], self.shape[-1]
+
+    @property
+    def positions(self) -> int:
+        return math.prod(self.grid)
+
+    @property
+    def dimensions(self) -> int:
+        return math.prod(self.shape)
+
+
+def draw(posterior: Posterior, noise: Tensor | None = None) -> Tensor:
+    """z ~ q(z|x), B C h w; codes are returned as they are.
+
+    noise: standard normal numbers of the shape of the mean; drawn from torch's generator when None.
+    """
+    if "codes" in posterior:
+        return posterior["codes"]
+    noise = torch.randn_like(posterior["mean"]) if noise is None else noise
+    return torch.addcmul(posterior["mean"], posterior["std"], noise)
+
+
+class LatentDataset:
+    """The encoded training set as stage 2 sees it: a fresh z ~ q(z|x) each time an image comes by.
+
+    Storing mean and std, never one frozen draw, makes the data set the aggregate posterior
+    q(z) = 1/n Σ q(z|x_i) itself rather than n points of it.
+    """
+
+    def __init__(self, levels: list[Posterior]):
+        lengths = {len(tensor) for level in levels for tensor in level.values()}
+        if len(lengths) != 1 or 0 in lengths:
+            raise ValueError(f"the levels of a latent data set need one common, positive length, not {sorted(lengths)}")
+        self.levels = levels
+        (self.length,) = lengths
+
+    def __len__(self) -> int:
+        return self.length
+
+    def posteriors(self, indices: Tensor | slice) -> list[Posterior]:
+        return [{name: tensor[indices] for name, tensor in level.items()} for level in self.levels]
+
+    def __getitem__(self, indices: Tensor | slice) -> tuple[list[Tensor]]:
+        """The arguments of `Prior.forward` for these images: one list of freshly drawn levels."""
+        return ([draw(posterior) for posterior in self.posteriors(indices)],)

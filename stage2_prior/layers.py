@@ -1,0 +1,76 @@
+"""Causal layers, each with a whole-grid `forward` and an equal one-row or one-position `step` over a cache.
+
+B batch, D width, h×w grid, k kernel size, m = (k+1)/2 the kernel's causal half.
+
+Causality is built by padding and cropping, never by masking weights: no weight exists that could see the future, so
+none is computed, stored or zeroed again.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+def gate(features: Tensor, dim: int = 1) -> Tensor:
+    """tanh(a) · σ(b) over the two halves of the channels (van den Oord et al. 2016b, equation 2)."""
+    a, b = features.chunk(2, dim=dim)
+    return torch.tanh(a) * torch.sigmoid(b)
+
+
+def shift_down(x: Tensor) -> Tensor:
+    """Row r becomes row r-1; the first row becomes zero."""
+    return F.pad(x, (0, 0, 1, 0))[:, :, :-1]
+
+
+def shift_right(x: Tensor) -> Tensor:
+    """Column c becomes column c-1; the first column becomes zero."""
+    return F.pad(x, (1, 0))[..., :-1]
+
+
+class VerticalConv(nn.Module):
+    """A k×k convolution cropped to the m rows at and above its output."""
+
+    def __init__(self, inputs: int, outputs: int, kernel: int):
+        super().__init__()
+        self.rows, self.margin = (kernel + 1) // 2, kernel // 2
+        self.conv = nn.Conv2d(inputs, outputs, (self.rows, kernel))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """B D h w to B D' h w; row r depends on rows r-m+1 … r."""
+        return self.conv(F.pad(x, (self.margin, self.margin, self.rows - 1, 0)))
+
+    def begin(self, batch: int, width: int) -> Tensor:
+        """The cache: the last m rows with the margins left and right, B D m w+2·margin."""
+        return self.conv.weight.new_zeros(batch, self.conv.in_channels, self.rows, width + 2 * self.margin)
+
+    def step(self, row: Tensor, cache: Tensor) -> Tensor:
+        """The next row, B D w, to its output, B D' w."""
+        if self.rows > 1:
+            cache[:, :, :-1] = cache[:, :, 1:].clone()
+        cache[:, :, -1, self.margin : self.margin + row.shape[-1]] = row
+        return self.conv(cache).squeeze(2)
+
+
+class HorizontalConv(nn.Module):
+    """A 1×k convolution cropped to the m columns at and left of its output."""
+
+    def __init__(self, inputs: int, outputs: int, kernel: int):
+        super().__init__()
+        self.columns = (kernel + 1) // 2
+        self.conv = nn.Conv2d(inputs, outputs, (1, self.columns))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """B D h w to B D' h w; column c depends on columns c-m+1 … c."""
+        return self.conv(F.pad(x, (self.columns - 1, 0)))
+
+    def begin(self, batch: int) -> Tensor:
+        """The cache: the last m columns of the row, B m D; zeroed at the start of a row."""
+        return self.conv.weight.new_zeros(batch, self.columns, self.conv.in_channels)
+
+    def step(self, column: Tensor, cache: Tensor) -> Tensor:
+        """The next position, B D, to its output, B D'."""
+        if self.columns > 1:
+            cache[:, :-1] = cache[:, 1:].clone()
+        cache[:, -1] = column
+        weight = self.conv.weight.squeeze(2).transpose(1, 2).flatten(1)  # D' (m D)
+        return F.linear(cache.flatten(1), weight, self.conv.bias)

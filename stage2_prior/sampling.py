@@ -1,0 +1,109 @@
+"""The noise of a sample, and the one cached loop that draws a grid from any backbone and head.
+
+B batch, P positions, C latent channels, D width, h×w latent grid.
+
+The noise of sample i under seed s is a function of (s, i, position) alone, by the counter-based generator Philox
+(Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"), so a sample is the same at any batch size, at any
+place in a batch, in any number of processes and on any device.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from stage2_prior.heads import Head
+    from stage2_prior.pixelcnn import Backbone
+
+WORD = 0xFFFFFFFF  # the low 32 bits of an int64
+
+
+def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int]) -> tuple[Tensor, ...]:
+    """Philox4x32-10 on int64 tensors that hold unsigned 32-bit words; returns four words for each counter.
+
+    The product of two 32-bit words wraps in int64 exactly as it would in uint64, so shifts and masks recover both halves.
+    """
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
+    for _ in range(10):
+        product0, product1 = c0 * 0xD2511F53, c2 * 0xCD9E8D57
+        c0, c1, c2, c3 = (
+            ((product1 >> 32) & WORD) ^ c1 ^ k0,
+            product1 & WORD,
+            ((product0 >> 32) & WORD) ^ c3 ^ k1,
+            product0 & WORD,
+        )
+        k0, k1 = (k0 + 0x9E3779B9) & WORD, (k1 + 0xBB67AE85) & WORD
+    return c0, c1, c2, c3
+
+
+def uniforms(seed: int, indices: Tensor, positions: Tensor, count: int, stream: int = 0) -> Tensor:
+    """Uniform numbers in (0, 1), float32, B P count: a function of (seed, index, position, stream) alone.
+
+    indices: B sample numbers; positions: P position numbers, both int64 on the device wanted.
+    stream: tells apart independent uses for one sample, below 2**16.
+    """
+    blocks = -(-count // 4)
+    index = indices[:, None, None]
+    position = positions[None, :, None]
+    block = torch.arange(blocks, device=indices.device)[None, None, :] + (stream << 16)
+    counter = torch.broadcast_tensors(index & WORD, (index >> 32) & WORD, position & WORD, block)
+    words = torch.stack(philox(counter, (seed & WORD, (seed >> 32) & WORD)), dim=-1)  # B P blocks 4
+    # The midpoints of 2**23 equal cells: exact in float32, never 0 and never 1.
+    return ((words.flatten(2)[..., :count] >> 9).to(torch.float32) + 0.5) * 2.0**-23
+
+
+def normals(seed: int, indices: Tensor, shape: tuple[int, ...], stream: int = 0) -> Tensor:
+    """Standard normal numbers, B × shape, by the inverse CDF of `uniforms`."""
+    count = torch.Size(shape).numel()
+    position = torch.zeros(1, dtype=torch.int64, device=indices.device)
+    return torch.special.ndtri(uniforms(seed, indices, position, count, stream)).view(len(indices), *shape)
+
+
+def choose(log_weights: Tensor, uniform: Tensor) -> Tensor:
+    """The index of a category by inverse CDF: log_weights B K (need not be normalized), uniform B; returns B."""
+    cumulative = log_weights.softmax(-1).cumsum(-1)
+    # Compare with the last entry, not with 1: rounding must not leave an index of K.
+    return (cumulative < uniform[:, None] * cumulative[:, -1:]).sum(-1)
+
+
+def sample_grid(
+    backbone: Backbone,
+    embed,
+    head: Head,
+    grid: tuple[int, int],
+    indices: Tensor,
+    seed: int,
+    *,
+    stream: int = 0,
+    map: Tensor | None = None,
+    given: Tensor | None = None,
+    mask: Tensor | None = None,
+    temperature: float = 1.0,
+) -> Tensor:
+    """Draw one level position by position, each position from the cached step of the backbone; B C h w.
+
+    embed: from B C to B D, what the backbone is fed.
+    given, mask: known latents, B C h w, and where to hold them, h w (True is held).
+    temperature: 1 samples the density as fitted, 0 takes its mode where the head has one.
+    """
+    height, width = grid
+    device = indices.device
+    noise = uniforms(seed, indices, torch.arange(height * width, device=device), head.uniforms, stream)
+    held = [False] * (height * width) if mask is None else mask.flatten().tolist()
+    state = backbone.begin(len(indices), grid, map)
+    previous: Tensor | None = None
+    drawn = []
+    for position in range(height * width):
+        features = backbone.step(previous, position, state)
+        if held[position]:
+            assert given is not None
+            value = given[:, :, position // width, position % width]
+        else:
+            value = head.draw(features, noise[:, position], temperature)
+        drawn.append(value)
+        previous = embed(value)
+    return torch.stack(drawn, dim=-1).unflatten(-1, grid)
