@@ -38,7 +38,7 @@ def compare(run: Run, splits: Splits, seed: int = 0) -> dict[str, Any]:
     specs = run.specs(autoencoder)
     space = feature_space(run.fabric, run.config.metrics, splits, run.folder.parent / CLASSIFIERS)
     count = min(run.config.metrics.images, len(splits.test))
-    chosen = torch.randperm(len(splits.test), generator=torch.Generator().manual_seed(seed))[:count].sort().values
+    chosen = torch.randperm(len(splits.test), generator=torch.Generator().manual_seed(seed))[:count]
     real = splits.test.images[chosen]
     latents = run.encode(autoencoder, splits.test, "test")
     reconstructions = reconstruct(run, autoencoder, latents, chosen)

@@ -102,6 +102,7 @@ def converter() -> cattrs.Converter:
 
 
 def to_dict(config: RunConfig) -> dict[str, Any]:
+    """As JSON holds it; a union's member is named by `kind`."""
     return converter().unstructure(config, unstructure_as=RunConfig)
 
 

@@ -4,7 +4,8 @@ import difflib
 import errno
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from typing import SupportsFloat
 
 from tqdm import tqdm
 
@@ -55,8 +56,7 @@ def say(message: str) -> None:
 class Progress:
     """A bar on a terminal; elsewhere a line now and then.
 
-    values passed to `update` (floats by name) stand behind the bar; they are only read when something is shown, so they
-    may be callables.
+    values passed to `update` stand behind the bar; they are only read (a tensor fetched from its device) when shown.
     """
 
     LINES = 10  # at most about so many lines where the output is no terminal
@@ -73,20 +73,20 @@ class Progress:
     def __enter__(self) -> "Progress":
         return self
 
-    def update(self, count: int, values: Callable[[], dict[str, float]] | None = None) -> None:
+    def update(self, count: int, values: Mapping[str, SupportsFloat] | None = None) -> None:
         self.done += count
         now = time.monotonic()
         if self.bar is not None:
-            if values is not None and now - self.shown > 0.5:
-                self.bar.set_postfix_str(formatted(values()), refresh=False)
+            if values and now - self.shown > 0.5:
+                self.bar.set_postfix_str(formatted(values), refresh=False)
                 self.shown = now
             self.bar.update(count)
         elif self.done >= self.next_line and now - self.shown > self.SECONDS:
-            self.line(values() if values is not None else {})
+            self.line(values or {})
             self.next_line = self.done + max(1, (self.total - self.first) // self.LINES)
             self.shown = now
 
-    def line(self, values: dict[str, float]) -> None:
+    def line(self, values: Mapping[str, SupportsFloat]) -> None:
         seconds = max(time.monotonic() - self.started, 1e-9)
         speed = (self.done - self.first) / seconds
         left = tqdm.format_interval((self.total - self.done) / max(speed, 1e-9))
@@ -100,5 +100,5 @@ class Progress:
             self.bar.close()
 
 
-def formatted(values: dict[str, float]) -> str:
-    return ", ".join(f"{name} {value:.4g}" for name, value in values.items())
+def formatted(values: Mapping[str, SupportsFloat]) -> str:
+    return ", ".join(f"{name} {float(value):.4g}" for name, value in values.items())

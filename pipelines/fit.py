@@ -170,7 +170,7 @@ class Training:
         with Progress(self.label, config.steps * rate, "images", start * rate) as progress:
             for step in range(start, config.steps):
                 terms = self.step(step)
-                progress.update(rate, lambda: {name: float(value) for name, value in terms.items()})
+                progress.update(rate, terms)
                 if (step + 1) % config.checkpoint_steps == 0 or step + 1 == config.steps:
                     self.save(step + 1, terms)
 

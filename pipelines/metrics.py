@@ -93,7 +93,8 @@ def feature_space(fabric: Fabric, config: MetricsConfig, splits: Splits, cache: 
     channels = splits.image_shape[0]
     if not splits.label_names:
         model = Classifier(channels, 2)
-        return FeatureSpace(fabric.to_device(model), {"extractor": "random network, seed 0 (no labels)"}, splits.train, fabric)
+        fabric.to_device(model)
+        return FeatureSpace(model, {"extractor": "random network, seed 0 (no labels)"}, splits.train, fabric)
     model = Classifier(channels, len(splits.label_names))
     key = hashlib.sha256(repr(config.classifier).encode())
     for part in (splits.train.images, splits.train.labels, splits.validation.images):

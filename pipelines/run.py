@@ -49,20 +49,21 @@ class Run:
 
     @classmethod
     def create(cls, folder: Path, config: RunConfig, fabric: Fabric) -> "Run":
-        """Start a run, or go on with it. Raises UserError when the folder holds a run of another config."""
+        """A new run, or one to go on with; writes nothing yet.
+
+        Raises UserError when the folder holds a run of another config, or something else.
+        """
         path = folder / "config.json"
-        wanted = json.loads(json.dumps(to_dict(config)))
         if path.exists():
-            changed = differences(read_config(path)[1], wanted)
+            changed = differences(read_config(path)[1], to_dict(config))
             changed = [change for change in changed if not change.startswith("data.root:")]
             if changed:
                 raise UserError(
                     f"{folder} holds a run of another config ({'; '.join(changed)}). Give this one another name with --run,"
                     f" or delete {folder}."
                 )
-        elif folder.is_dir() and any(folder.iterdir()):
+        elif folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
             raise UserError(f"{folder} is not empty and holds no run; give another name with --run")
-        checkpoint.write_json(path, wanted)
         return cls(folder, config, fabric)
 
     @classmethod
@@ -79,6 +80,20 @@ class Run:
     def data(self) -> Splits:
         return self.config.data.load()
 
+    def write_facts(self, splits: Splits) -> None:
+        """Put down the config, and what the data set told stage 1, so that nothing else needs the data set to load a model."""
+        checkpoint.write_json(self.folder / "config.json", to_dict(self.config))
+        facts = {"image_shape": splits.image_shape, "label_names": splits.label_names}
+        checkpoint.write_json(self.folder / "stage1" / "facts.json", facts)
+
+    def facts(self) -> dict:
+        """What `write_facts` put down: image_shape and label_names."""
+        path = self.folder / "stage1" / "facts.json"
+        if not path.is_file():
+            raise UserError(f"{self.folder} is unfinished: stage 1 has not been trained. Run its train_all command again.")
+        facts = json.loads(path.read_text())
+        return facts | {"image_shape": tuple(facts["image_shape"])}
+
     # Stage 1
 
     def new_autoencoder(self, image_shape: tuple[int, int, int]) -> Autoencoder:
@@ -94,14 +109,6 @@ class Run:
         autoencoder = self.new_autoencoder(self.facts()["image_shape"])
         self.load(autoencoder, "stage1", self.config.stage1.steps)
         return autoencoder
-
-    def facts(self) -> dict:
-        """What the data set told stage 1: image_shape and label_names."""
-        path = self.folder / "stage1" / "facts.json"
-        if not path.is_file():
-            raise UserError(f"{self.folder} is unfinished: stage 1 has not been trained. Run its train_all command again.")
-        facts = json.loads(path.read_text())
-        return facts | {"image_shape": tuple(facts["image_shape"])}
 
     def load(self, model: nn.Module, stage: str, steps: int) -> None:
         """The best checkpoint's weights. Raises UserError when the stage is unfinished or the weights do not fit."""
@@ -163,7 +170,8 @@ class Run:
         if baseline.state_dict():
             key = checkpoint.best(checkpoint.usable(self.folder / "stage1")).digest()
             baseline.load_state_dict(checkpoint.cached(self.folder / "baselines" / f"{name}.safetensors", key, fitted))
-        return self.fabric.to_device(baseline).eval()
+        self.fabric.to_device(baseline)
+        return baseline.eval()
 
 
 def read_config(path: Path) -> tuple[RunConfig, dict]:

@@ -12,7 +12,6 @@ from typing import Annotated
 
 import tyro
 
-from pipelines.checkpoint import write_json
 from pipelines.compare import compare
 from pipelines.config import PRESETS, RunConfig, preset
 from pipelines.console import run_command, say
@@ -28,11 +27,11 @@ def train_all(run: Run) -> None:
     config, fabric, started = run.config, run.fabric, time.monotonic()
     splits = run.data()
     autoencoder = run.new_autoencoder(splits.image_shape)
+    prior = run.new_prior(run.specs(autoencoder))
+    run.write_facts(splits)  # only now: a config that cannot be built leaves nothing behind
     say(f"{run.folder}: {len(splits.train)} training, {len(splits.validation)} validation, {len(splits.test)} test images")
-    write_json(run.folder / "stage1" / "facts.json", {"image_shape": splits.image_shape, "label_names": splits.label_names})
     fit(fabric, autoencoder, splits.train, splits.validation, config.stage1, config.seed, run.folder / "stage1", "stage 1")
     train, validation = (run.encode(autoencoder, getattr(splits, part), part) for part in ("train", "validation"))
-    prior = run.new_prior(run.specs(autoencoder))
     prior.estimate(train)
     fit(fabric, prior, train, validation, config.stage2, config.seed, run.folder / "stage2", "stage 2")
     path = run.folder / "compare" / "metrics.json"

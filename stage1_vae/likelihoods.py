@@ -63,8 +63,8 @@ class Gaussian:
     """Independent Gaussian pixels with one standard deviation."""
 
     sigma: float | None = None
-    """standard deviation in units of the pixel range [0, 1]; None learns it, as state of the model, from half a grey level up
-    (the optimal σ is the root mean squared error: Rybkin et al. 2021, "Simple and effective VAE training with calibrated decoders")"""
+    """standard deviation in units of the pixel range [0, 1]; None learns it, as state of the model, from half a grey level
+    up (the optimal σ is the root mean squared error: Rybkin et al. 2021)"""
 
     def build(self) -> "GaussianLikelihood":
         return GaussianLikelihood(self.sigma)

@@ -52,12 +52,16 @@ class AutoregressivePrior(Prior):
         variance = mean.var((0, 2, 3), correction=0) + std.square().mean((0, 2, 3))
         self.scale.copy_(variance.sqrt()[:, None, None])
 
-    def log_prob(self, levels: list[Tensor]) -> Tensor:
-        """Nats per image in raw latents, B: the change of scale is included."""
+    def log_prob_by_position(self, levels: list[Tensor]) -> Tensor:
+        """log p(z_i | z_<i) in nats of raw latents, B h w: the change of scale is included."""
         standardized = (only(levels) - self.shift) / self.scale
         inputs = self.embedding(standardized.movedim(1, -1)).movedim(-1, 1)
         features = self.backbone(inputs, self.position.expand_as(inputs))
-        return self.head(features, standardized).flatten(1).sum(1) - self.scale.log().sum() * self.spec.positions
+        return self.head(features, standardized) - self.scale.log().sum()
+
+    def log_prob(self, levels: list[Tensor]) -> Tensor:
+        """Nats per image in raw latents, B."""
+        return self.log_prob_by_position(levels).flatten(1).sum(1)
 
     def sample(
         self,

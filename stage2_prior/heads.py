@@ -109,6 +109,8 @@ class ChannelwiseMixture:
 class ChannelwiseMixtureHead(nn.Module):
     """One two-layer network a channel, all channels at once: log p(z_c | features, z_<c)."""
 
+    earlier: Tensor
+
     def __init__(self, channels: int, width: int, components: int, hidden: int):
         super().__init__()
         self.channels, self.components = channels, components

@@ -88,12 +88,15 @@ class State:
 
 
 class PixelCNN(nn.Module):
+    layers: list[GatedLayer]
+
     def __init__(self, config: PixelCNNConfig):
         super().__init__()
         if config.kernel % 2 == 0 or config.kernel < 3:
             raise ValueError(f"a PixelCNN kernel is odd and at least 3, not {config.kernel}")
         self.width = config.width
-        self.layers = nn.ModuleList(GatedLayer(config.width, config.kernel, config.dropout) for _ in range(config.layers))
+        layers = (GatedLayer(config.width, config.kernel, config.dropout) for _ in range(config.layers))
+        self.layers = nn.ModuleList(layers)  # type: ignore[assignment]
         self.reach = len(self.layers) * (config.kernel // 2)
         """What a position sees: reach+1 positions to its left, and reach+1 rows above, reach columns to either side."""
 

@@ -91,6 +91,7 @@ class GaussianMixturePrior(Prior):
             mean, std = (posterior[name].flatten(1).double() for name in ("mean", "std"))
             # Law of total variance: Cov[z] = Cov[E[z|x]] + E[Var[z|x]].
             noise = std.square().mean(0)
+            noise = noise + 1e-6 * (noise + mean.var(0, correction=0)).mean()  # a point posterior can leave directions empty
             self.means.copy_(mean.mean(0, keepdim=True))
             if self.full:
                 covariance = torch.cov(mean.T, correction=0).reshape(len(noise), -1) + torch.diag(noise)
@@ -128,7 +129,7 @@ class GaussianMixturePrior(Prior):
         component = choose(
             self.weights.log().expand(len(indices), -1), uniforms(seed, indices, first, 1, COMPONENT_STREAM)[:, 0, 0]
         )
-        noise = temperature**0.5 * normals(seed, indices, (self.means.shape[1],))
+        noise = temperature**0.5 * normals(seed, indices, (self.means.shape[1],)).to(self.means)
         value = self.means[component]
         for k in component.unique():  # one factor at a time: a gathered B D D would not fit
             rows = component == k

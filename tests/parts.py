@@ -1,0 +1,90 @@
+"""The parts that contract tests iterate over, and small stand-ins for data."""
+
+import dataclasses
+
+import torch
+from torch import Tensor, nn
+
+from pipelines.config import RunConfig
+from pipelines.data import ImageSet, Splits, with_validation
+from pipelines.fit import FitConfig
+from stage1_vae import bottlenecks, likelihoods
+from stage1_vae.networks import Convolutional, FullyConnected
+from stage2_prior.autoregressive import AutoregressiveConfig, AutoregressivePrior
+from stage2_prior.heads import JointMixture
+from stage2_prior.latents import LatentDataset, LatentSpec
+from stage2_prior.pixelcnn import PixelCNNConfig
+
+BACKBONES = {
+    "pixelcnn": PixelCNNConfig(width=6, layers=2, kernel=3),
+    "pixelcnn-kernel5": PixelCNNConfig(width=6, layers=1, kernel=5),
+}
+HEADS = {"joint": JointMixture(components=3)}
+BOTTLENECKS = {"deterministic": bottlenecks.Deterministic(channels=3), "gaussian": bottlenecks.Gaussian(channels=3, samples=2)}
+LIKELIHOODS = {
+    "bernoulli": likelihoods.Bernoulli(),
+    "gaussian": likelihoods.Gaussian(sigma=0.1),
+    "gaussian-learned": likelihoods.Gaussian(),
+}
+NETWORKS = {
+    "convolutional": Convolutional(width=8, blocks=1, downsample=4),
+    "fully-connected": FullyConnected(layers=1, width=16, dimensions=3),
+}
+
+
+def randomized(module: nn.Module, scale: float = 0.4, seed: int = 0) -> nn.Module:
+    """Every parameter random, so that none hides behind an initial zero."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.copy_(scale * torch.randn(parameter.shape, generator=generator))
+    return module
+
+
+def random_prior(spec: LatentSpec, backbone: str, head: str, scale: float = 0.3) -> AutoregressivePrior:
+    prior = AutoregressiveConfig(BACKBONES[backbone], HEADS[head]).build(spec).double().eval()
+    randomized(prior, scale)
+    prior.shift.fill_(0.3)
+    prior.scale.fill_(1.7)
+    return prior
+
+
+def random_latents(count: int, spec: LatentSpec, seed: int = 0) -> LatentDataset:
+    generator = torch.Generator().manual_seed(seed)
+    mean = 2 * torch.randn(count, *spec.shape, generator=generator) + 1
+    std = torch.rand(count, *spec.shape, generator=generator) * 0.5 + 0.1
+    return LatentDataset([{"mean": mean, "std": std}])
+
+
+def small_splits(shape: tuple[int, int, int], classes: int, count: int = 240) -> Splits:
+    """Bright squares on a dark ground; the class is the square's place."""
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 60, (count, *shape), generator=generator, dtype=torch.uint8)
+    labels = torch.arange(count) % max(classes, 1)
+    step = shape[1] // max(classes, 2)
+    for image, label in zip(images, labels.tolist()):
+        image[:, label * step : label * step + 4, 8:20] = 220
+    everything = ImageSet(images, labels if classes else None)
+    half = count // 2
+    train, test = everything.subset(torch.arange(half)), everything.subset(torch.arange(half, count))
+    return with_validation(train, test, [str(label) for label in range(classes)])
+
+
+def shrunk(config: RunConfig) -> RunConfig:
+    """The same kinds of parts, seconds of work."""
+    fit = FitConfig(steps=4, batch_size=16, checkpoint_steps=2, warmup_steps=1)
+    network = config.autoencoder.network
+    small = {"width": 8, "blocks": 1} if isinstance(network, Convolutional) else {"width": 16}
+    return dataclasses.replace(
+        config,
+        stage1=fit,
+        stage2=fit,
+        autoencoder=dataclasses.replace(config.autoencoder, network=dataclasses.replace(network, **small)),
+        prior=AutoregressiveConfig(PixelCNNConfig(width=8, layers=2), config.prior.head),
+        metrics=dataclasses.replace(config.metrics, classifier=fit),
+    )
+
+
+def jacobian(function, inputs: Tensor) -> Tensor:
+    """d function(inputs) / d inputs for a single example without batch axis; outputs … × inputs …."""
+    return torch.autograd.functional.jacobian(lambda x: function(x[None])[0], inputs)

@@ -1,0 +1,40 @@
+"""Who may import whom: pipelines uses both stages; the stages import neither each other nor pipelines."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+FORBIDDEN = {
+    "stage1_vae": {"stage2_prior", "pipelines", "tests"},
+    "stage2_prior": {"stage1_vae", "pipelines", "tests"},
+    "pipelines": {"tests"},
+}
+
+
+def imported(path: Path) -> set[str]:
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            names.add((node.module or "").split(".")[0])
+    return names
+
+
+@pytest.mark.parametrize("room", FORBIDDEN)
+def test_import_rule(room):
+    files = sorted((ROOT / room).glob("*.py"))
+    assert len(files) > 3
+    for path in files:
+        assert not imported(path) & FORBIDDEN[room], path
+
+
+def test_nothing_is_read_by_pickle():
+    for room in FORBIDDEN:
+        for path in (ROOT / room).glob("*.py"):
+            assert "pickle" not in imported(path)
+            assert not re.search(r"(?<!safetensors\.)torch\.(load|save)\b|allow_pickle=True", path.read_text()), path

@@ -1,0 +1,241 @@
+"""Stage 1: the contract of every bottleneck, likelihood and network; the KL, the ELBO, and what is averaged."""
+
+import math
+
+import pytest
+import torch
+from torch import distributions, nn
+
+from stage1_vae import bottlenecks, likelihoods
+from stage1_vae.autoencoder import AutoencoderConfig
+from stage1_vae.bottlenecks import gaussian_rate
+from stage1_vae.bounds import elbo, importance_weighted_bound, log_weights
+from stage1_vae.networks import Convolutional, FullyConnected
+from tests.parts import BOTTLENECKS, LIKELIHOODS, NETWORKS
+
+SHAPES = [(1, 28, 28), (3, 16, 24)]
+
+
+def random_images(count: int, shape=(1, 28, 28), seed: int = 0):
+    return torch.randint(0, 256, (count, *shape), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
+
+
+def build(network="convolutional", bottleneck="gaussian", likelihood="gaussian", shape=(1, 28, 28)):
+    torch.manual_seed(0)
+    return AutoencoderConfig(NETWORKS[network], BOTTLENECKS[bottleneck], LIKELIHOODS[likelihood]).build(shape)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("likelihood", LIKELIHOODS)
+@pytest.mark.parametrize("bottleneck", BOTTLENECKS)
+@pytest.mark.parametrize("network", NETWORKS)
+def test_contract(network, bottleneck, likelihood, shape):
+    model = build(network, bottleneck, likelihood, shape)
+    images = random_images(5, shape)
+    terms = model(images, step=3)
+    assert all(value.ndim == 0 and value.isfinite() for value in terms.values())
+    assert ("rate" in terms) == model.bottleneck.has_density
+    terms["loss"].backward()
+    without = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
+    assert without == []
+    model.eval()
+    posteriors = model.encode(images)
+    assert [tuple(p["mean"].shape[1:]) for p in posteriors] == [shape for shape, _ in model.latents]
+    levels = model.sample(posteriors)
+    assert model.decode(levels).log_prob(model.likelihood.scale(images)).shape == (5,)
+    for pixels in ("mean", "sample"):
+        rendered = model.render(levels, pixels)
+        assert rendered.shape == images.shape and rendered.dtype == torch.uint8
+    spread = (model.sample(posteriors)[0] - levels[0]).abs().max()
+    assert (spread > 0) == model.bottleneck.has_density
+
+
+def test_the_rate_is_the_divergence_of_torch():
+    mean, log_std = torch.randn(2, 6, 3, 4, 5, dtype=torch.float64)
+    q, p = distributions.Normal(mean, log_std.exp()), distributions.Normal(0.0, 1.0)
+    expected = distributions.kl_divergence(q, p).flatten(1).sum(1)
+    assert torch.allclose(gaussian_rate(mean, log_std), expected)
+
+
+@torch.no_grad()
+def test_losses_are_sums_in_nats_and_beta_weighs_the_rate():
+    images = random_images(4)
+    for beta in (0.0, 1.0, 4.0):
+        torch.manual_seed(0)
+        model = AutoencoderConfig(NETWORKS["convolutional"], bottlenecks.Gaussian(beta=beta), likelihoods.Gaussian(0.5)).build(
+            (1, 28, 28)
+        )
+        model.eval()
+        terms = model(images)
+        assert float(terms["loss"]) == pytest.approx(float(terms["distortion"] + beta * terms["rate"]), rel=1e-6)
+        # 784 Gaussian pixels of σ = 1/2 cost at least 784 · log(σ √2π) nats: a sum, not a mean.
+        assert float(terms["distortion"]) > 784 * math.log(0.5 * math.sqrt(2 * math.pi))
+
+
+@torch.no_grad()
+def test_several_samples_average_log_likelihoods_not_reconstructions():
+    model = build(bottleneck="gaussian", likelihood="gaussian").eval()
+    images, samples = random_images(3), 400
+    model.bottleneck.samples = samples
+    torch.manual_seed(0)
+    many = float(model(images)["distortion"])
+    torch.manual_seed(0)
+    embedded, _, _ = model.bottleneck(model.features(images), 0)
+    targets = model.likelihood.scale(images)
+    outputs = torch.stack([model.decoder(z) for z in embedded])
+    of_likelihoods = -torch.stack([model.likelihood(output).log_prob(targets) for output in outputs]).mean()
+    of_reconstructions = -model.likelihood(outputs.mean(0)).log_prob(targets).mean()
+    assert many == pytest.approx(float(of_likelihoods), rel=1e-5)
+    # Jensen: the average reconstruction is nearer to the image than the reconstructions are on average.
+    assert of_reconstructions < of_likelihoods - 1e-3
+
+
+def test_a_learned_sigma_is_the_root_mean_squared_error_and_state():
+    likelihood = likelihoods.Gaussian().build()
+    torch.manual_seed(0)
+    targets = torch.rand(500, 1, 8, 8)
+    outputs = targets + 0.2 * torch.randn_like(targets)
+    for start in range(0, 500, 50):
+        likelihood.update(outputs[start : start + 50], targets[start : start + 50])
+    assert float(likelihood.sigma) == pytest.approx(0.2, abs=0.005)
+    restored = likelihoods.Gaussian().build()
+    restored.load_state_dict(likelihood.state_dict())
+    assert restored.sigma == likelihood.sigma
+
+
+def test_sigma_is_floored_at_half_a_grey_level():
+    likelihood = likelihoods.Gaussian().build()
+    for _ in range(200):
+        likelihood.update(torch.zeros(2, 1, 4, 4), torch.zeros(2, 1, 4, 4))
+    assert float(likelihood.sigma) == pytest.approx(0.5 / 255)
+
+
+def test_a_likelihood_never_depends_on_batch_mates():
+    model = build(likelihood="gaussian-learned").eval()
+    images = random_images(6)
+    posteriors = model.encode(images)
+    alone = model.decode([posteriors[0]["mean"][:1]]).log_prob(model.likelihood.scale(images[:1]))
+    together = model.decode([posteriors[0]["mean"]]).log_prob(model.likelihood.scale(images))[:1]
+    assert torch.allclose(alone, together, rtol=1e-5)
+    sigma = model.likelihood.sigma.clone()
+    model(images)
+    assert model.likelihood.sigma == sigma
+
+
+def test_bernoulli_is_a_density_of_binary_pixels_only():
+    likelihood = likelihoods.Bernoulli().build()
+    binary = random_images(3) // 128 * 255
+    assert likelihood.is_density_of(binary)
+    assert not likelihood.is_density_of(random_images(3))
+    logits = torch.randn(3, 1, 28, 28)
+    expected = -nn.functional.binary_cross_entropy_with_logits(logits, binary / 255, reduction="none").flatten(1).sum(1)
+    assert torch.allclose(likelihood(logits).log_prob(likelihood.scale(binary)), expected, rtol=1e-5)
+
+
+class LinearGaussian(nn.Module):
+    """x = W z + b + σ ε with z ~ N(0, I): evidence, posterior and all bounds are known in closed form.
+
+    Behind the autoencoder's methods, for `bounds`; images are one row of pixels.
+    """
+
+    def __init__(self, pixels: int, dimensions: int, sigma: float, optimal: bool):
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.weight = torch.randn(pixels, dimensions, generator=generator, dtype=torch.float64) * 0.3
+        self.likelihood = likelihoods.Gaussian(sigma).build().double()
+        self.bottleneck = bottlenecks.Gaussian(channels=1).build(1)
+        precision = torch.eye(dimensions, dtype=torch.float64) + self.weight.T @ self.weight / sigma**2
+        self.gain = torch.linalg.solve(precision, self.weight.T) / sigma**2
+        self.std = precision.diagonal().rsqrt() if optimal else torch.full((dimensions,), 0.5, dtype=torch.float64)
+        # With orthogonal columns the true posterior is diagonal, so the optimal encoder makes the ELBO tight.
+        self.covariance = self.weight @ self.weight.T + sigma**2 * torch.eye(pixels, dtype=torch.float64)
+
+    def encode(self, images):
+        mean = self.likelihood.scale(images).double().flatten(1) @ self.gain.T
+        return [{"mean": mean[:, None, None], "std": self.std.expand_as(mean)[:, None, None]}]
+
+    def sample(self, posteriors):
+        return [torch.normal(p["mean"], p["std"]) for p in posteriors]
+
+    def decode(self, levels):
+        return self.likelihood((levels[0].flatten(1) @ self.weight.T)[:, None, None])
+
+    def evidence(self, images):
+        zero = torch.zeros(len(self.weight), dtype=torch.float64)
+        return distributions.MultivariateNormal(zero, self.covariance).log_prob(self.likelihood.scale(images).double().flatten(1))
+
+
+def standard_normal(levels):
+    return distributions.Normal(0.0, 1.0).log_prob(levels[0]).flatten(1).sum(1)
+
+
+@pytest.mark.parametrize("dimensions", [1, 3])
+def test_the_bounds_against_a_known_evidence(dimensions):
+    torch.manual_seed(0)
+    images = random_images(6, (1, 1, 12))
+    model = LinearGaussian(12, dimensions, sigma=0.4, optimal=False)
+    weights = log_weights(model, images, 4000, standard_normal)
+    evidence, bound, tight = model.evidence(images), elbo(weights), importance_weighted_bound(weights)
+    error = weights.std(0) / len(weights) ** 0.5
+    q = model.encode(images)[0]
+    assert (bound < evidence + 4 * error).all()
+    assert (tight > bound).all()
+    assert torch.allclose(tight, evidence, atol=0.05)
+    if dimensions == 1:  # the gap is KL(q ‖ true posterior), here between two Gaussians of one mean
+        truth = LinearGaussian(12, 1, sigma=0.4, optimal=True)
+        gap = (
+            distributions.kl_divergence(
+                distributions.Normal(q["mean"], q["std"]), distributions.Normal(q["mean"], truth.encode(images)[0]["std"])
+            )
+            .flatten(1)
+            .sum(1)
+        )
+        assert torch.allclose(evidence - bound, gap, atol=4 * float(error.max()))
+
+
+def test_the_elbo_is_tight_where_the_encoder_is_optimal():
+    images = random_images(6, (1, 1, 12))
+    model = LinearGaussian(12, 1, sigma=0.4, optimal=True)
+    weights = log_weights(model, images, 3, standard_normal)
+    assert torch.allclose(weights, model.evidence(images).expand_as(weights), rtol=1e-6)
+
+
+@torch.no_grad()
+def test_the_training_loss_is_the_negative_elbo():
+    model = build(bottleneck="gaussian", likelihood="gaussian").eval()
+    images = random_images(4)
+    model.bottleneck.samples = 1
+    torch.manual_seed(0)
+    losses = [float(model(images)["loss"]) for _ in range(300)]
+    weights = log_weights(model, images, 300, standard_normal)
+    mean, error = sum(losses) / 300, torch.tensor(losses).std() / 300**0.5
+    assert mean == pytest.approx(-float(elbo(weights).mean()), abs=5 * float(error) + 5 * float(weights.mean(1).std()) / 300**0.5)
+
+
+def test_a_deterministic_encoder_has_no_likelihood():
+    model = build(bottleneck="deterministic")
+    assert model.encode(random_images(2))[0]["std"].abs().max() == 0
+    with pytest.raises(ValueError, match="no density"):
+        log_weights(model, random_images(2), 1, standard_normal)
+
+
+def test_the_latent_grid_is_a_setting():
+    for downsample, grid in ((2, (14, 14)), (4, (7, 7))):
+        model = AutoencoderConfig(Convolutional(width=8, downsample=downsample)).build((1, 28, 28))
+        assert model.latents == [((4, *grid), None)]
+    flat = AutoencoderConfig(FullyConnected(dimensions=5), bottlenecks.Gaussian(channels=1)).build((1, 28, 28))
+    assert flat.latents == [((1, 1, 5), None)]
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (lambda: Convolutional(downsample=8).grid((1, 28, 28)), "divisible by 8"),
+        (lambda: Convolutional(downsample=3).grid((1, 28, 28)), "power of two"),
+        (lambda: bottlenecks.Gaussian(samples=0).build(4), "at least 1"),
+        (lambda: likelihoods.Gaussian(sigma=0.0).build(), "above 0"),
+    ],
+)
+def test_refuses_what_cannot_work(config, message):
+    with pytest.raises(ValueError, match=message):
+        config()

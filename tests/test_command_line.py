@@ -1,0 +1,98 @@
+"""The real command line, in an empty folder: one run, and what it says of bad input."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+SHRUNK = [
+    *("--stage1.steps", "6", "--stage1.batch-size", "16", "--stage1.checkpoint-steps", "3"),
+    *("--stage2.steps", "6", "--stage2.batch-size", "16", "--stage2.checkpoint-steps", "3"),
+    *("--metrics.classifier.steps", "6", "--autoencoder.network.width", "8", "--prior.backbone.width", "8"),
+    *("--metrics.images", "100", "--device", "cpu"),
+]
+
+
+def command(module: str, *arguments: str, cwd) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-m", f"pipelines.{module}", *arguments], cwd=cwd, capture_output=True, text=True, timeout=300
+    )
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("empty")
+    done = command("train_all", *SHRUNK, cwd=folder)
+    assert done.returncode == 0, done.stderr
+    return folder, done
+
+
+def test_trains_and_compares(trained):
+    folder, done = trained
+    assert "checkpoints/mnist5k" in done.stdout and "gap closed" in done.stdout
+    metrics = json.loads((folder / "checkpoints/mnist5k/compare/metrics.json").read_text())
+    assert {"real", "reconstruction", "priors", "gap_closed"} <= set(metrics)
+    assert [path.name for path in folder.iterdir()] == ["checkpoints"]
+
+
+def test_the_same_command_again_skips_everything(trained):
+    folder, _ = trained
+    again = command("train_all", *SHRUNK, cwd=folder)
+    assert again.returncode == 0 and again.stdout.count("skipped") == 3
+
+
+def test_compares_again_and_generates(trained):
+    folder, _ = trained
+    before = (folder / "checkpoints/mnist5k/compare/metrics.json").read_text()
+    assert command("compare", "mnist5k", "--device", "cpu", cwd=folder).returncode == 0
+    assert (folder / "checkpoints/mnist5k/compare/metrics.json").read_text() == before
+    made = command("generate", "checkpoints/mnist5k", "--count", "9", "--out", "nine.npz", "--device", "cpu", cwd=folder)
+    assert made.returncode == 0, made.stderr
+    assert np.load(folder / "nine.npz")["arr_0"].shape == (9, 28, 28, 1)
+    (folder / "nine.npz").unlink()
+
+
+BAD = [
+    (["train_all", "mnits"], "mnist"),
+    (["train_all", "folder"], "--data.root"),
+    (["train_all", "folder", "--data.root", "nowhere"], "nowhere"),
+    (["train_all", "folder", "--data.root", "empty"], "holds 0 images"),
+    (["train_all", "--run", "odd", "--autoencoder.network.downsample", "8"], "divisible by 8"),
+    (["train_all", *SHRUNK, "--stage1.steps", "7"], "stage1.steps: 6 in the run, 7 asked for"),
+    (["train_all", "--stage1.stepz", "7"], "stage1.steps"),
+    (["generate", "mnist5K"], "mnist5k"),
+    (["generate", "mnist5k", "--prior", "lerned"], "learned"),
+    (["generate", "mnist5k", "--count", "0"], "--count"),
+    (["generate", "mnist5k", "--temperature", "-1"], "--temperature"),
+    (["generate", "mnist5k", "--out", "x.jpg"], ".png or .npz"),
+    (["generate", "mnist5k", "--device", "tpu"], "there is no device"),
+    (["compare", "nothing"], "there is no run"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "says"), BAD, ids=[" ".join(arguments)[:40] for arguments, _ in BAD])
+def test_bad_input_is_one_sentence_and_exit_code_2(trained, arguments, says):
+    folder, _ = trained
+    (folder / "empty").mkdir(exist_ok=True)
+    before = sorted(folder.rglob("*"))
+    done = command(*arguments, cwd=folder)
+    assert done.returncode == 2
+    assert says in done.stderr and "Traceback" not in done.stderr
+    assert sorted(folder.rglob("*")) == before, "something half-written was left"
+    (folder / "empty").rmdir()
+
+
+def test_a_damaged_checkpoint_is_named(trained):
+    folder, _ = trained
+    newest = sorted((folder / "checkpoints/mnist5k/stage2").glob("step-*"))[-1] / "model.safetensors"
+    content = newest.read_bytes()
+    newest.write_bytes(content[:-10])
+    try:
+        done = command("train_all", *SHRUNK, cwd=folder)
+        assert str(newest.relative_to(folder)) in done.stdout
+        assert done.returncode == 0  # trained again from the one before
+        assert newest.read_bytes() == content
+    finally:
+        newest.write_bytes(content)

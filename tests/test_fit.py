@@ -1,0 +1,150 @@
+"""The training loop: its order, its resume, its average, and what it does when a number goes wrong."""
+
+import dataclasses
+
+import pytest
+import torch
+from lightning_fabric import Fabric
+from torch import nn
+
+from pipelines import checkpoint
+from pipelines.console import UserError
+from pipelines.fit import FitConfig, Order, fit, learning_rate, seed_of
+
+CONFIG = FitConfig(steps=12, batch_size=4, checkpoint_steps=4, warmup_steps=2, learning_rate=0.05)
+
+
+class Points:
+    def __init__(self, count: int):
+        self.x = torch.randn(count, 3, generator=torch.Generator().manual_seed(0))
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def __getitem__(self, indices):
+        return (self.x[indices] + 0.1 * torch.randn(3),)  # a draw, as the latents of stage 2 are
+
+
+class Noisy(nn.Module):
+    """Draws noise and drops out in forward, and keeps state in a buffer."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(3, 8), nn.Dropout(0.3), nn.Linear(8, 3))
+        self.register_buffer("seen", torch.tensor(0.0))
+
+    def forward(self, x, step=0):
+        if self.training:
+            self.seen += x.abs().sum()
+        return {"loss": (self.layers(x + 0.1 * torch.randn_like(x)) - x).square().mean()}
+
+
+def train(folder, config=CONFIG, model=None):
+    torch.manual_seed(1)
+    model = Noisy() if model is None else model
+    chosen = fit(Fabric(accelerator="cpu"), model, Points(30), Points(10), config, 0, folder, "test")
+    return model, chosen
+
+
+class Killed(Exception):
+    pass
+
+
+@pytest.mark.parametrize("saves", [1, 2])
+def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, monkeypatch, saves):
+    _, whole = train(tmp_path / "whole")
+    save, count = checkpoint.save, 0
+
+    def killed_after(*arguments):
+        nonlocal count
+        result = save(*arguments)
+        count += 1
+        if count == saves:
+            raise Killed
+        return result
+
+    monkeypatch.setattr(checkpoint, "save", killed_after)
+    with pytest.raises(Killed):
+        train(tmp_path / "killed")
+    monkeypatch.setattr(checkpoint, "save", save)
+    _, resumed = train(tmp_path / "killed")
+    assert resumed.step == whole.step
+    for a, b in ((whole.model(), resumed.model()), (whole.training(), resumed.training())):
+        assert a.keys() == b.keys()
+        assert all(torch.equal(a[name], b[name]) for name in a)
+    records = [dict(c.record, time=None) for c in (whole, resumed)]
+    assert records[0] == records[1]
+
+
+def test_a_finished_training_is_only_loaded(tmp_path, capsys):
+    first, chosen = train(tmp_path)
+    files = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    second, again = train(tmp_path)
+    assert again.folder == chosen.folder and "skipped" in capsys.readouterr().out
+    assert files == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    assert all(torch.equal(a, b) for a, b in zip(first.state_dict().values(), second.state_dict().values()))
+
+
+def test_keeps_the_last_two_and_the_best(tmp_path, monkeypatch):
+    losses = iter([3.0, 1.0, 2.0, 5.0, 4.0, 6.0])
+    monkeypatch.setattr("pipelines.fit.evaluate", lambda *_: {"loss": next(losses)})
+    _, chosen = train(tmp_path, dataclasses.replace(CONFIG, checkpoint_steps=2))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-0000004", "step-0000010", "step-0000012"]
+    assert chosen.step == 4
+
+
+@pytest.mark.parametrize(("length", "batch"), [(10, 4), (10, 10), (3, 8), (7, 1)])
+def test_every_epoch_sees_every_example_once(length, batch):
+    order = Order(length, batch, seed=3)
+    seen = torch.cat([order.indices(step) for step in range(6 * length)])
+    for epoch in range(len(seen) // length):
+        assert sorted(seen[epoch * length : (epoch + 1) * length].tolist()) == list(range(length))
+    assert torch.equal(Order(length, batch, seed=3).indices(5), order.indices(5))
+    if length > 3:
+        assert not torch.equal(seen[:length], seen[length : 2 * length])
+        assert not torch.equal(Order(length, batch, seed=4).indices(0), order.indices(0)) or batch == 1
+
+
+def test_the_learning_rate_warms_up_and_decays():
+    rates = [learning_rate(CONFIG, step) for step in range(CONFIG.steps)]
+    assert rates[0] == pytest.approx(0.025) and max(rates) <= CONFIG.learning_rate
+    assert all(a > b for a, b in zip(rates[1:], rates[2:])) and rates[-1] < 0.1 * CONFIG.learning_rate
+
+
+def test_the_kept_weights_are_the_average():
+    """Against the average written out: w̄ ← d w̄ + (1-d) w with d = min(decay, (1+t)/(10+t))."""
+    from pipelines.fit import running_average
+
+    torch.manual_seed(0)
+    current = torch.randn(20, 5)
+    averaged, expected = [current[0].clone()], current[0].clone()
+    update = running_average(0.5)
+    for t in range(1, 20):
+        update(averaged, [current[t]], torch.tensor(t))
+        decay = min(0.5, (1 + t) / (10 + t))
+        expected = decay * expected + (1 - decay) * current[t]
+    assert torch.allclose(averaged[0], expected)
+
+
+def test_buffers_of_the_kept_weights_are_the_models_own(tmp_path):
+    model, chosen = train(tmp_path, dataclasses.replace(CONFIG, steps=4))
+    assert torch.equal(chosen.model()["seen"], chosen.training()["model.seen"])
+    assert chosen.model()["seen"] > 0
+    assert not torch.equal(chosen.model()["layers.0.weight"], chosen.training()["model.layers.0.weight"])
+
+
+def test_a_loss_that_is_no_number_stops_with_the_step_and_the_last_good_checkpoint(tmp_path):
+    class Breaks(Noisy):
+        def forward(self, x, step=0):
+            terms = super().forward(x, step)
+            return {"loss": terms["loss"] * (float("nan") if step >= 6 else 1.0)}
+
+    with pytest.raises(UserError, match="no longer a number at step .*step-0000004"):
+        train(tmp_path, model=Breaks())
+    assert [path.name for path in tmp_path.iterdir()] == ["step-0000004"]
+    assert all(tensor.isfinite().all() for tensor in checkpoint.check(tmp_path / "step-0000004").model().values())
+
+
+def test_seeds_differ():
+    seeds = {seed_of(a, b, c) for a in range(10) for b in range(10) for c in range(10)}
+    assert len(seeds) == 1000 and all(0 <= seed < 2**63 for seed in seeds)

@@ -1,0 +1,136 @@
+"""Every preset end to end, in process, shrunk, on a small data set of its shape."""
+
+import dataclasses
+import json
+import shutil
+
+import numpy as np
+import pytest
+
+from pipelines import generate
+from pipelines.compare import compare
+from pipelines.config import PRESETS, RunConfig, from_dict, preset, to_dict
+from pipelines.console import UserError
+from pipelines.run import CHECKPOINTS, PRIORS, Run, devices
+from pipelines.train_all import parse, train_all
+from stage1_vae import bottlenecks
+from tests.parts import shrunk, small_splits
+
+IMAGES = {"mnist5k": (1, 28, 28), "mnist": (1, 28, 28), "fashion-mnist": (1, 28, 28), "cifar10": (3, 32, 32)} | {
+    "mnist-2d": (1, 28, 28),
+    "folder": (3, 64, 64),
+}
+
+
+def train(name: str, config: RunConfig, monkeypatch, classes: int = 4) -> Run:
+    splits = small_splits(IMAGES[name], classes)
+    monkeypatch.setattr(type(config.data), "load", lambda self: splits)
+    run = Run.create(CHECKPOINTS / name, config, devices("cpu"))
+    train_all(run)
+    return run
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_end_to_end(name, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    run = train(name, shrunk(preset(name)), monkeypatch)
+    metrics = json.loads((run.folder / "compare" / "metrics.json").read_text())
+    assert set(metrics["priors"]) == set(PRIORS)
+    for row in (metrics["real"], metrics["reconstruction"], *metrics["priors"].values()):
+        assert np.isfinite(row["fd"]) and row["fd"] > 0
+    assert all(np.isfinite(row["nll"]) for row in metrics["priors"].values())
+    assert "gap_closed" in metrics and metrics["images"] == 120
+    assert (run.folder / "compare" / "samples.png").stat().st_size > 1000
+    capsys.readouterr()
+
+    train(name, run.config, monkeypatch)
+    assert capsys.readouterr().out.count("skipped") == 3
+
+    for prior in PRIORS:
+        generate.main([name, "--prior", prior, "--count", "5", "--out", f"{prior}.npz", "--device", "cpu"])
+        images = np.load(tmp_path / f"{prior}.npz")["arr_0"]
+        channels, height, width = IMAGES[name]
+        assert images.shape == (5, height, width, channels) and images.dtype == np.uint8
+
+
+def test_samples_do_not_depend_on_the_batch_size(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    train("mnist5k", shrunk(preset("mnist5k")), monkeypatch)
+    for prior in PRIORS:
+        rows = []
+        for batch in ("7", "3"):
+            generate.main(
+                ["mnist5k", "--prior", prior, "--count", "7", "--batch-size", batch, "--out", "s.npz", "--device", "cpu"]
+            )
+            rows.append(np.load("s.npz")["arr_0"].astype(int))
+        assert np.abs(rows[0] - rows[1]).max() <= 1
+    generate.main(["mnist5k", "--count", "7", "--pixels", "sample", "--out", "s.npz", "--device", "cpu"])
+    assert np.abs(np.load("s.npz")["arr_0"] - rows[0]).max() > 1
+
+
+def test_a_deterministic_bottleneck_has_no_likelihoods(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = shrunk(preset("mnist5k"))
+    config = dataclasses.replace(
+        config, autoencoder=dataclasses.replace(config.autoencoder, bottleneck=bottlenecks.Deterministic())
+    )
+    run = train("mnist5k", config, monkeypatch)
+    metrics = json.loads((run.folder / "compare" / "metrics.json").read_text())
+    assert all("nll" not in row for row in metrics["priors"].values())
+
+
+def test_without_labels_the_random_network_is_named(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run = train("folder", shrunk(preset("folder")), monkeypatch, classes=0)
+    metrics = json.loads((run.folder / "compare" / "metrics.json").read_text())
+    assert "random network" in metrics["features"]["extractor"]
+
+
+def test_another_config_under_the_same_name_is_refused_with_the_difference(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run = train("mnist5k", shrunk(preset("mnist5k")), monkeypatch)
+    other = dataclasses.replace(run.config, stage2=dataclasses.replace(run.config.stage2, batch_size=99))
+    with pytest.raises(UserError, match="stage2.batch_size: 16 in the run, 99 asked for"):
+        Run.create(run.folder, other, run.fabric)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_config_comes_back_from_its_file(name):
+    config = preset(name)
+    assert from_dict(json.loads(json.dumps(to_dict(config)))) == config
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_values_are_overridden_on_the_command_line(name):
+    run, config, device = parse([name, "--run", "r", "--stage2.steps", "7", "--prior.backbone.width", "12", "--seed", "3"])
+    expected = dataclasses.replace(preset(name), stage2=dataclasses.replace(preset(name).stage2, steps=7), seed=3)
+    backbone = dataclasses.replace(expected.prior.backbone, width=12)
+    assert config == dataclasses.replace(expected, prior=dataclasses.replace(expected.prior, backbone=backbone))
+    assert (run, device) == ("r", "auto")
+
+
+def test_the_default_is_the_embedded_preset():
+    assert parse([]) == ("mnist5k", preset("mnist5k"), "auto")
+
+
+def test_an_unfinished_run_says_so(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = shrunk(preset("mnist5k"))
+    run = Run.create(tmp_path / "r", config, devices("cpu"))
+    assert not run.folder.exists()
+    with pytest.raises(UserError, match="unfinished: stage 1"):
+        run.load_autoencoder()
+    run = train("mnist5k", config, monkeypatch)
+    shutil.rmtree(run.folder / "stage2")
+    with pytest.raises(UserError, match="unfinished: stage2"):
+        generate.main(["mnist5k", "--device", "cpu"])
+
+
+def test_the_rows_of_the_comparison_use_the_same_images(tmp_path, monkeypatch):
+    """Sampling the same prior twice gives the same figure; the seed is stated."""
+    monkeypatch.chdir(tmp_path)
+    run = train("mnist5k", shrunk(preset("mnist5k")), monkeypatch)
+    first = json.loads((run.folder / "compare" / "metrics.json").read_text())
+    assert compare(run, run.data()) == first
+    other = compare(run, run.data(), seed=1)
+    assert other["priors"]["learned"]["fd"] != first["priors"]["learned"]["fd"] and other["seed"] == 1
