@@ -53,10 +53,10 @@ def compare(run: Run, splits: Splits, seed: int = 0) -> dict[str, Any]:
         images = generate(autoencoder, prior, count, seed=seed, device=run.fabric.device, label=f"sampling {name}")
         rows[name] = images
         entry: dict[str, Any] = {"fd": space.frechet_distance(images, f"features of {name} samples")}
-        if autoencoder.bottleneck.has_density:
-            entry["nll"] = latent_nll(run, prior, latents, chosen, seed)
         if name == "posterior":
             entry["note"] = NOT_A_GENERATOR
+        elif autoencoder.bottleneck.has_density:
+            entry["nll"] = latent_nll(run, prior, latents, chosen, seed)
         metrics["priors"][name] = entry
     metrics |= verdict(metrics)
     metrics["images"] = count

@@ -61,7 +61,7 @@ class JointMixtureHead(nn.Module):
 
     def parameters_of(self, features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """features … D; returns log weights … K, means and log standard deviations … K C."""
-        raw = self.output(nn.functional.gelu(self.hidden(features)))
+        raw = self.output(nn.functional.silu(self.hidden(features)))
         raw = rearrange(raw, "... (k p) -> ... k p", k=self.components)
         logits, mean, raw_log_std = raw.split((1, self.channels, self.channels), dim=-1)
         return logits.squeeze(-1).log_softmax(-1), mean, floored(raw_log_std)
@@ -126,7 +126,7 @@ class ChannelwiseMixtureHead(nn.Module):
 
     def parameters_of(self, hidden: Tensor, channel: int | slice) -> tuple[Tensor, Tensor, Tensor]:
         equation = "...f,kf->...k" if isinstance(channel, int) else "...cf,ckf->...ck"
-        raw = torch.einsum(equation, nn.functional.gelu(hidden), self.output[channel]) + self.bias[channel]
+        raw = torch.einsum(equation, nn.functional.silu(hidden), self.output[channel]) + self.bias[channel]
         logits, mean, raw_log_std = raw.chunk(3, dim=-1)
         return logits.log_softmax(-1), mean, floored(raw_log_std)
 

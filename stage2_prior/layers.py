@@ -6,15 +6,31 @@ Causality is built by padding and cropping, never by masking weights: no weight 
 none is computed, stored or zeroed again.
 """
 
+from typing import Any, Protocol
+
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 
+class Backbone(Protocol):
+    """What every causal backbone offers: position i of the output depends only on inputs before i, and on the map."""
+
+    def __call__(self, inputs: Tensor, map: Tensor | None = None) -> Tensor: ...
+
+    def begin(self, batch: int, grid: tuple[int, int], map: Tensor | None = None) -> Any: ...
+
+    def step(self, previous: Tensor | None, position: int, state: Any) -> Tensor: ...
+
+
 def gate(features: Tensor, dim: int = 1) -> Tensor:
-    """tanh(a) · σ(b) over the two halves of the channels (van den Oord et al. 2016b, equation 2)."""
-    a, b = features.chunk(2, dim=dim)
-    return torch.tanh(a) * torch.sigmoid(b)
+    """tanh(a/2) · σ(b) over the two halves a, b of the channels (van den Oord et al. 2016b, equation 2, with a halved).
+
+    Since tanh(a/2) = 2σ(a) - 1, one sigmoid does both; on CPUs it is several times as fast as tanh.
+    """
+    a, b = torch.sigmoid(features).chunk(2, dim=dim)
+    return (2 * a - 1) * b
 
 
 def shift_down(x: Tensor) -> Tensor:
@@ -63,14 +79,11 @@ class HorizontalConv(nn.Module):
         """B D h w to B D' h w; column c depends on columns c-m+1 … c."""
         return self.conv(F.pad(x, (self.columns - 1, 0)))
 
-    def begin(self, batch: int) -> Tensor:
-        """The cache: the last m columns of the row, B m D; zeroed at the start of a row."""
-        return self.conv.weight.new_zeros(batch, self.columns, self.conv.in_channels)
+    def matrix(self) -> Tensor:
+        """The weights as a matrix, m·D D', for a window of m columns laid end to end."""
+        return rearrange(self.conv.weight.detach(), "o d 1 m -> (m d) o").contiguous()
 
-    def step(self, column: Tensor, cache: Tensor) -> Tensor:
-        """The next position, B D, to its output, B D'."""
-        if self.columns > 1:
-            cache[:, :-1] = cache[:, 1:].clone()
-        cache[:, -1] = column
-        weight = self.conv.weight.squeeze(2).transpose(1, 2).flatten(1)  # D' (m D)
-        return F.linear(cache.flatten(1), weight, self.conv.bias)
+    def bias(self) -> Tensor:
+        """B D' w wide enough to add to a row."""
+        assert self.conv.bias is not None
+        return self.conv.bias.detach()[:, None]

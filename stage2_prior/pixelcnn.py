@@ -16,22 +16,12 @@ mask; dropout after the gate; conditions arrive as one map added to both stacks'
 """
 
 from dataclasses import dataclass
-from typing import Any, Protocol
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 
 from stage2_prior.layers import HorizontalConv, VerticalConv, gate, shift_down, shift_right
-
-
-class Backbone(Protocol):
-    """What every causal backbone offers: position i of the output depends only on inputs before i, and on the map."""
-
-    def __call__(self, inputs: Tensor, map: Tensor | None = None) -> Tensor: ...
-
-    def begin(self, batch: int, grid: tuple[int, int], map: Tensor | None = None) -> Any: ...
-
-    def step(self, previous: Tensor | None, position: int, state: Any) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -51,13 +41,25 @@ class PixelCNNConfig:
         return PixelCNN(self)
 
 
+@dataclass
+class LayerState:
+    """What one gated layer keeps between steps; its weights as plain matrices, laid out once."""
+
+    rows: Tensor  # the vertical stack's cache: B D m w+2p
+    history: Tensor  # inputs of the horizontal stack in this row, m-1 zeros first: B (m-1+w)·D
+    seen_above: Tensor  # what the vertical stack adds to this row of the horizontal stack: w B 2D
+    horizontal: Tensor  # m·D 2D
+    output: Tensor  # D D
+
+
 class GatedLayer(nn.Module):
     def __init__(self, width: int, kernel: int, dropout: float):
         super().__init__()
+        self.width = width
         self.vertical = VerticalConv(width, 2 * width, kernel)
         self.horizontal = HorizontalConv(width, 2 * width, kernel)
         self.vertical_to_horizontal = nn.Conv2d(2 * width, 2 * width, 1)
-        self.output = nn.Conv2d(width, width, 1)
+        self.output = nn.Conv2d(width, width, 1, bias=False)
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, v: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
@@ -65,26 +67,45 @@ class GatedLayer(nn.Module):
         seen_above = self.vertical_to_horizontal(v)
         return gate(v), h + self.output(self.dropout(gate(self.horizontal(h) + seen_above)))
 
-    def step_row(self, v: Tensor, cache: Tensor) -> tuple[Tensor, Tensor]:
-        """The vertical stack for one row, B D w; returns its output and what it adds to the horizontal stack."""
-        v = self.vertical.step(v, cache)
-        return gate(v), self.vertical_to_horizontal(v[:, :, None]).squeeze(2)
+    def begin(self, batch: int, width: int) -> LayerState:
+        """The state before the first row of a grid of `width` columns."""
+        past = self.horizontal.columns - 1
+        output = self.output.weight.detach().flatten(1)
+        return LayerState(
+            rows=self.vertical.begin(batch, width),
+            history=output.new_zeros(batch, (past + width) * self.width),
+            seen_above=output.new_empty(0),
+            horizontal=self.horizontal.matrix(),
+            output=output.T.contiguous(),
+        )
 
-    def step(self, h: Tensor, seen_above: Tensor, cache: Tensor) -> Tensor:
-        """The horizontal stack for one position: h B D, seen_above B 2D."""
-        gated = gate(self.horizontal.step(h, cache) + seen_above)
-        return h + nn.functional.linear(gated, self.output.weight.flatten(1), self.output.bias)
+    def input_at(self, column: int, state: LayerState) -> Tensor:
+        """Where the horizontal stack's input at a column of this row lies: a view, B D."""
+        position = self.horizontal.columns - 1 + column
+        return state.history[:, position * self.width : (position + 1) * self.width]
+
+    def step_row(self, v: Tensor, state: LayerState) -> Tensor:
+        """The vertical stack for the next row, B D w to B D w; puts down what it adds to the horizontal stack."""
+        v = self.vertical.step(v, state.rows)
+        seen_above = self.vertical_to_horizontal(v[:, :, None]).squeeze(2) + self.horizontal.bias()
+        state.seen_above = rearrange(seen_above, "b d w -> w b d").contiguous()
+        return gate(v)
+
+    def step(self, column: int, state: LayerState, out: Tensor) -> None:
+        """The horizontal stack at one position: reads its input from state.history, writes its output, B D, to `out`."""
+        window = state.history[:, column * self.width : (column + self.horizontal.columns) * self.width]
+        seen = torch.addmm(state.seen_above[column], window, state.horizontal)
+        torch.addmm(window[:, -self.width :], gate(seen), state.output, out=out)
 
 
 @dataclass
 class State:
-    """Everything `step` keeps: caches of what the kernels reach, and the current and the previous row."""
+    """Everything `step` keeps between positions."""
 
     map: Tensor | None  # B D h w
-    row: Tensor  # B D w, the inputs of the current row, filled from left to right
-    vertical: list[Tensor]  # a cache a layer
-    horizontal: list[Tensor]
-    seen_above: list[Tensor]  # B 2D w, what each vertical layer adds to the current row of the horizontal stack
+    row: Tensor  # the inputs of this row, filled from left to right: B D w
+    layers: list[LayerState]
+    features: Tensor  # the result of the last step: B D
 
 
 class PixelCNN(nn.Module):
@@ -111,38 +132,37 @@ class PixelCNN(nn.Module):
 
     def begin(self, batch: int, grid: tuple[int, int], map: Tensor | None = None) -> State:
         """The state before position 0 of a grid of h rows and w columns."""
-        width = grid[1]
+        new = self.layers[0].output.weight.detach().new_zeros
         return State(
             map=map,
-            row=self.layers[0].output.weight.new_zeros(batch, self.width, width),
-            vertical=[layer.vertical.begin(batch, width) for layer in self.layers],
-            horizontal=[layer.horizontal.begin(batch) for layer in self.layers],
-            seen_above=[],
+            row=new(batch, self.width, grid[1]),
+            layers=[layer.begin(batch, grid[1]) for layer in self.layers],
+            features=new(batch, self.width),
         )
 
+    @torch.no_grad()
     def step(self, previous: Tensor | None, position: int, state: State) -> Tensor:
-        """Exactly position `position` of `forward`, B D; previous: the input at position - 1, B D (None at the first)."""
+        """Position `position` of `forward`, B D, overwritten by the next step.
+
+        previous: the input at position - 1, B D; None at the first.
+        """
         width = state.row.shape[-1]
         r, c = divmod(position, width)
         if previous is not None:
             state.row[:, :, (position - 1) % width] = previous
         if c == 0:
-            self.step_row(r, state)
-        h = previous if previous is not None and c > 0 else torch.zeros_like(state.row[:, :, 0])
+            # The vertical stack runs once a row. state.row holds the row above: zeros before the first.
+            v = state.row if state.map is None else state.row + state.map[:, :, r]
+            for layer, layer_state in zip(self.layers, state.layers):
+                v = layer.step_row(v, layer_state)
+        inputs = [layer.input_at(c, layer_state) for layer, layer_state in zip(self.layers, state.layers)]
+        # The horizontal stack sees the input to the left in this row.
+        inputs[0].zero_() if c == 0 or previous is None else inputs[0].copy_(previous)
         if state.map is not None:
-            h = h + state.map[:, :, r, c]
-        for layer, cache, seen_above in zip(self.layers, state.horizontal, state.seen_above):
-            h = layer.step(h, seen_above[:, :, c], cache)
-        return h
-
-    def step_row(self, r: int, state: State) -> None:
-        """Run the vertical stack for row r, once a row; state.row holds row r-1 (zeros before the first)."""
-        v = state.row if state.map is None else state.row + state.map[:, :, r]
-        state.seen_above = []
-        for layer, vertical, horizontal in zip(self.layers, state.vertical, state.horizontal):
-            v, seen_above = layer.step_row(v, vertical)
-            state.seen_above.append(seen_above)
-            horizontal.zero_()
+            inputs[0].add_(state.map[:, :, r, c])
+        for layer, layer_state, out in zip(self.layers, state.layers, [*inputs[1:], state.features]):
+            layer.step(c, layer_state, out)
+        return state.features
 
 
 BackboneConfig = PixelCNNConfig

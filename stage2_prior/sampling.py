@@ -16,7 +16,7 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from stage2_prior.heads import Head
-    from stage2_prior.pixelcnn import Backbone
+    from stage2_prior.layers import Backbone
 
 WORD = 0xFFFFFFFF  # the low 32 bits of an int64
 
