@@ -122,7 +122,7 @@ def main(arguments: list[str] | None = None) -> None:
     asked = tyro.cli(Arguments, prog="python -m pipelines.benchmark", args=arguments)
     if asked.repeats < 1:
         raise UserError(f"--repeats is a number from 1 up, not {asked.repeats}")
-    rows = benchmark_training(asked.preset, devices(asked.device), asked.repeats)
+    rows = benchmark_training(asked.preset, devices(asked.device, preset(asked.preset).precision), asked.repeats)
     say(f"{'part':10} {'images/s':>10} {'bare loop':>10} {'ratio':>7}   ({torch.get_num_threads()} threads)")
     for line in rows:
         say(f"{line['part']:10} {line['images_per_s']:10.0f} {line['bare_images_per_s']:10.0f} {line['ratio']:7.3f}")

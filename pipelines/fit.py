@@ -11,7 +11,7 @@ import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from lightning_fabric import Fabric
@@ -20,6 +20,18 @@ from torch.optim.swa_utils import AveragedModel
 
 from pipelines import checkpoint
 from pipelines.console import Progress, UserError, say
+
+Precision = Literal["auto", "float32", "bfloat16"]
+
+
+def fabric_for(device: str, precision: Precision) -> Fabric:
+    """Where and how to train. device: a Lightning accelerator's name; auto precision: see RunConfig."""
+    if precision == "auto":
+        on_gpu = device != "cpu" and torch.cuda.is_available()
+        cpu = torch.cpu.get_capabilities()
+        native = torch.cuda.is_bf16_supported() if on_gpu else cpu.get("avx512_bf16") or cpu.get("amx_bf16")
+        precision = "bfloat16" if native else "float32"
+    return Fabric(accelerator=device, devices=1, precision="bf16-mixed" if precision == "bfloat16" else "32-true")
 
 
 class Source(Protocol):

@@ -20,7 +20,7 @@ from pipelines import checkpoint
 from pipelines.config import RunConfig, differences, from_dict, to_dict
 from pipelines.console import Progress, UserError, nearest
 from pipelines.data import ImageSet, Splits
-from pipelines.fit import seed_of
+from pipelines.fit import Precision, fabric_for, seed_of
 from stage1_vae.autoencoder import Autoencoder
 from stage2_prior.autoregressive import AutoregressivePrior
 from stage2_prior.latents import LatentDataset, LatentSpec
@@ -32,15 +32,15 @@ PRIORS = ["standard", "gaussian", "mixture", "learned", "posterior"]
 ENCODING_BATCH = 500
 
 
-def devices(device: str = "auto") -> Fabric:
-    """The device to run on: auto, cpu, cuda or mps. Raises UserError when it is not there."""
+def devices(device: str = "auto", precision: Precision = "float32") -> Fabric:
+    """The device to run on: auto, cpu, cuda or mps; the precision of training. Raises UserError when it is not there."""
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("there is no CUDA device here; use --device cpu")
     if device == "mps" and not torch.backends.mps.is_available():
         raise UserError("there is no MPS device here; use --device cpu")
     if device not in ("auto", "cpu", "cuda", "mps"):
         raise UserError(f"there is no device {device!r}{nearest(device, ['auto', 'cpu', 'cuda', 'mps'])}")
-    return Fabric(accelerator=device, devices=1)
+    return fabric_for(device, precision)
 
 
 class Run:
@@ -163,6 +163,7 @@ class Run:
 
         def fitted() -> dict:
             with Progress(f"fitting the {name} prior", len(latents), "images") as progress:
+                torch.manual_seed(seed_of(self.config.seed, 3))
                 baseline.estimate(latents)
                 progress.update(len(latents))
             return baseline.state_dict()

@@ -76,7 +76,7 @@ def parse(arguments: list[str]) -> tuple[str, RunConfig, str]:
 def main(arguments: list[str] | None = None) -> None:
     name, config, device = parse(sys.argv[1:] if arguments is None else arguments)
     folder = Path(name) if len(Path(name).parts) > 1 else CHECKPOINTS / name
-    train_all(Run.create(folder, config, devices(device)))
+    train_all(Run.create(folder, config, devices(device, config.precision)))
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from einops import rearrange
 from torch import Tensor, distributions, nn
 
 from stage1_vae import bottlenecks, likelihoods
-from stage1_vae.bottlenecks import BottleneckConfig, Posterior
+from stage1_vae.bottlenecks import BottleneckConfig, Posterior, full_precision
 from stage1_vae.likelihoods import LikelihoodConfig
 from stage1_vae.networks import Convolutional, NetworkConfig
 
@@ -53,7 +53,7 @@ class Autoencoder(nn.Module):
         """images uint8 B C H W; returns loss, distortion and the bottleneck's terms (rate), mean nats an image."""
         embedded, penalty, terms = self.bottleneck(self.features(images), step)
         samples = len(embedded)
-        outputs = self.decoder(rearrange(embedded, "l b ... -> (l b) ..."))
+        outputs = full_precision(self.decoder(rearrange(embedded, "l b ... -> (l b) ...")))
         targets = self.likelihood.scale(images)
         log_prob = self.likelihood(outputs).log_prob(targets.repeat(samples, 1, 1, 1))
         # The average over z is of log-likelihoods (Kingma and Welling 2014, equation 7), never of reconstructions.

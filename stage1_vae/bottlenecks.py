@@ -39,6 +39,11 @@ class Bottleneck(Protocol):
     def embed(self, latent: Tensor) -> Tensor: ...
 
 
+def full_precision(x: Tensor) -> Tensor:
+    """float32 at least: under mixed precision a density is never computed from rounded numbers."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 @dataclass(frozen=True)
 class Deterministic:
     """A plain autoencoder: q(z|x) is a point, so there is no rate and no ELBO."""
@@ -60,11 +65,11 @@ class DeterministicBottleneck(nn.Module):
         self.project = nn.Conv2d(features, config.channels, 1)
 
     def forward(self, features: Tensor, step: int) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        latent = self.project(features)
+        latent = full_precision(self.project(features))
         return latent[None], latent.new_zeros(len(latent)), {}
 
     def posterior(self, features: Tensor) -> Posterior:
-        mean = self.project(features)
+        mean = full_precision(self.project(features))
         return {"mean": mean, "std": torch.zeros_like(mean)}
 
     def sample(self, posterior: Posterior) -> Tensor:
@@ -105,13 +110,13 @@ class GaussianBottleneck(nn.Module):
         self.project = nn.Conv2d(features, 2 * config.channels, 1)
 
     def forward(self, features: Tensor, step: int) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        mean, log_std = self.project(features).chunk(2, dim=1)
+        mean, log_std = full_precision(self.project(features)).chunk(2, dim=1)
         rate = gaussian_rate(mean, log_std)
         noise = torch.randn(self.samples, *mean.shape, dtype=mean.dtype, device=mean.device)
         return mean + log_std.exp() * noise, self.beta * rate, {"rate": rate}
 
     def posterior(self, features: Tensor) -> Posterior:
-        mean, log_std = self.project(features).chunk(2, dim=1)
+        mean, log_std = full_precision(self.project(features)).chunk(2, dim=1)
         return {"mean": mean, "std": log_std.exp()}
 
     def sample(self, posterior: Posterior) -> Tensor:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from stage2_prior.heads import HeadConfig, JointMixture
+from stage2_prior.heads import GaussianMixture, HeadConfig
 from stage2_prior.latents import LatentDataset, LatentSpec
 from stage2_prior.pixelcnn import BackboneConfig, PixelCNNConfig
 from stage2_prior.prior import Prior, only
@@ -22,7 +22,7 @@ class AutoregressiveConfig:
     """The learned prior."""
 
     backbone: BackboneConfig = field(default_factory=PixelCNNConfig)
-    head: HeadConfig = field(default_factory=JointMixture)
+    head: HeadConfig = field(default_factory=GaussianMixture)
 
     def build(self, spec: LatentSpec) -> "AutoregressivePrior":
         return AutoregressivePrior(spec, self)
@@ -57,7 +57,9 @@ class AutoregressivePrior(Prior):
         standardized = (only(levels) - self.shift) / self.scale
         inputs = self.embedding(standardized.movedim(1, -1)).movedim(-1, 1)
         features = self.backbone(inputs, self.position.expand_as(inputs))
-        return self.head(features, standardized) - self.scale.log().sum()
+        # Under mixed precision the backbone may round; a density never does.
+        with torch.autocast(features.device.type, enabled=False):
+            return self.head(features.to(standardized.dtype), standardized) - self.scale.log().sum()
 
     def log_prob(self, levels: list[Tensor]) -> Tensor:
         """Nats per image in raw latents, B."""

@@ -41,17 +41,22 @@ def floored(raw_log_std: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class JointMixture:
-    """A mixture of K diagonal Gaussians over all C channels of a position jointly (GIVT, Tschannen et al. 2023)."""
+class GaussianMixture:
+    """A mixture of K diagonal Gaussians over all C channels of a position jointly (GIVT, Tschannen et al. 2023).
+
+    The other way, channel by channel with a mixture each, was measured on the latents of MNIST: after 48,000 images, each at
+    its best learning rate, 209.8 nats an image against 209.9 for this one. It was 8 % slower to train and takes C steps a
+    position to sample, so there is one head for continuous latents.
+    """
 
     components: int = 16
     """number of Gaussians in the mixture; GIVT's default"""
 
-    def build(self, spec: LatentSpec, width: int) -> "JointMixtureHead":
-        return JointMixtureHead(spec.channels, width, self.components)
+    def build(self, spec: LatentSpec, width: int) -> "GaussianMixtureHead":
+        return GaussianMixtureHead(spec.channels, width, self.components)
 
 
-class JointMixtureHead(nn.Module):
+class GaussianMixtureHead(nn.Module):
     def __init__(self, channels: int, width: int, components: int):
         super().__init__()
         self.channels, self.components = channels, components
@@ -93,67 +98,4 @@ def tempered_choice(log_weights: Tensor, log_scale: Tensor, uniform: Tensor, tem
     return choose(log_weights / temperature + (1 - 1 / temperature) * log_scale, uniform)
 
 
-@dataclass(frozen=True)
-class ChannelwiseMixture:
-    """Channel by channel: each channel a mixture of K Gaussians given the position's earlier channels."""
-
-    components: int = 10
-    """number of Gaussians in the mixture of one channel; PixelCNN++ uses 10 logistics"""
-    hidden: int = 64
-    """width of the small network of one channel"""
-
-    def build(self, spec: LatentSpec, width: int) -> "ChannelwiseMixtureHead":
-        return ChannelwiseMixtureHead(spec.channels, width, self.components, self.hidden)
-
-
-class ChannelwiseMixtureHead(nn.Module):
-    """One two-layer network a channel, all channels at once: log p(z_c | features, z_<c)."""
-
-    earlier: Tensor
-
-    def __init__(self, channels: int, width: int, components: int, hidden: int):
-        super().__init__()
-        self.channels, self.components = channels, components
-        self.uniforms = 2 * channels
-        self.from_features = nn.Linear(width, channels * hidden)
-        # Row c of `from_earlier` is only ever multiplied with channels before c.
-        self.from_earlier = nn.Parameter(torch.randn(channels, hidden, channels) / math.sqrt(channels))
-        self.register_buffer("earlier", torch.ones(channels, channels).tril(-1)[:, None, :], persistent=False)
-        self.output = nn.Parameter(torch.randn(channels, 3 * components, hidden) / math.sqrt(hidden))
-        self.bias = nn.Parameter(torch.zeros(channels, 3 * components))
-        with torch.no_grad():
-            self.bias[:, components : 2 * components] = torch.linspace(-1.5, 1.5, components)
-
-    def parameters_of(self, hidden: Tensor, channel: int | slice) -> tuple[Tensor, Tensor, Tensor]:
-        equation = "...f,kf->...k" if isinstance(channel, int) else "...cf,ckf->...ck"
-        raw = torch.einsum(equation, nn.functional.silu(hidden), self.output[channel]) + self.bias[channel]
-        logits, mean, raw_log_std = raw.chunk(3, dim=-1)
-        return logits.log_softmax(-1), mean, floored(raw_log_std)
-
-    def log_prob(self, features: Tensor, latent: Tensor) -> Tensor:
-        """features B D h w, latent B C h w; returns B h w in nats."""
-        value = rearrange(latent, "b c h w -> b h w c")
-        hidden = rearrange(self.from_features(rearrange(features, "b d h w -> b h w d")), "... (c f) -> ... c f", c=self.channels)
-        hidden = hidden + torch.einsum("...e,cfe->...cf", value, self.from_earlier * self.earlier)
-        log_weights, mean, log_std = self.parameters_of(hidden, slice(None))
-        return (log_weights + gaussian_log_prob(value[..., None], mean, log_std)).logsumexp(-1).sum(-1)
-
-    forward = log_prob
-
-    def draw(self, features: Tensor, uniforms: Tensor, temperature: float = 1.0) -> Tensor:
-        """features B D, uniforms B 2C; returns B C."""
-        hidden = rearrange(self.from_features(features), "b (c f) -> b c f", c=self.channels)
-        normal = torch.special.ndtri(uniforms[:, self.channels :]).to(features.dtype)
-        drawn: list[Tensor] = []
-        for channel in range(self.channels):
-            row = hidden[:, channel]
-            if drawn:
-                row = row + torch.stack(drawn, -1) @ self.from_earlier[channel, :, :channel].T
-            log_weights, mean, log_std = self.parameters_of(row, channel)
-            component = tempered_choice(log_weights, log_std, uniforms[:, channel], temperature)[:, None]
-            mean, log_std = mean.gather(1, component).squeeze(1), log_std.gather(1, component).squeeze(1)
-            drawn.append(mean + math.sqrt(temperature) * log_std.exp() * normal[:, channel])
-        return torch.stack(drawn, -1)
-
-
-HeadConfig = JointMixture | ChannelwiseMixture
+HeadConfig = GaussianMixture

@@ -6,13 +6,15 @@ Two stacks of gated convolutions run side by side. The *vertical* stack at row r
 above r; the *horizontal* stack at (r, c) has seen the columns left of c in row r, and is fed the vertical stack at
 (r, c). Together they see everything before (r, c) in raster order, with no blind spot.
 
-                 vertical  v ──▶ crop k×k conv ──┬──▶ gate ──▶ v'
+                           ┌───────── residual ────────┐
+                 vertical  v ──▶ crop k×k conv ──┬──▶ gate ──+──▶ v'
                                                  ▼ 1×1
                horizontal  h ──▶ crop 1×k conv ──+──▶ gate ──▶ 1×1 ──+──▶ h'
                            └───────────────── residual ──────────────┘
 
-Where we deviate: the inputs are shifted once, before the first layer, so every layer is the same and none needs a
-mask; dropout after the gate; conditions arrive as one map added to both stacks' inputs instead of in every gate.
+Where we deviate: the vertical stack is residual too, without which its signal fades with depth; the inputs are shifted
+once, before the first layer, so every layer is the same and none needs a mask; dropout after the gate; conditions arrive
+as one map added to both stacks' inputs instead of in every gate.
 """
 
 from dataclasses import dataclass
@@ -63,9 +65,9 @@ class GatedLayer(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, v: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
-        v = self.vertical(v)
-        seen_above = self.vertical_to_horizontal(v)
-        return gate(v), h + self.output(self.dropout(gate(self.horizontal(h) + seen_above)))
+        above = self.vertical(v)
+        seen_above = self.vertical_to_horizontal(above)
+        return v + gate(above), h + self.output(self.dropout(gate(self.horizontal(h) + seen_above)))
 
     def begin(self, batch: int, width: int) -> LayerState:
         """The state before the first row of a grid of `width` columns."""
@@ -86,10 +88,10 @@ class GatedLayer(nn.Module):
 
     def step_row(self, v: Tensor, state: LayerState) -> Tensor:
         """The vertical stack for the next row, B D w to B D w; puts down what it adds to the horizontal stack."""
-        v = self.vertical.step(v, state.rows)
-        seen_above = self.vertical_to_horizontal(v[:, :, None]).squeeze(2) + self.horizontal.bias()
+        above = self.vertical.step(v, state.rows)
+        seen_above = self.vertical_to_horizontal(above[:, :, None]).squeeze(2) + self.horizontal.bias()
         state.seen_above = rearrange(seen_above, "b d w -> w b d").contiguous()
-        return gate(v)
+        return v + gate(above)
 
     def step(self, column: int, state: LayerState, out: Tensor) -> None:
         """The horizontal stack at one position: reads its input from state.history, writes its output, B D, to `out`."""

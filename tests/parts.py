@@ -11,7 +11,7 @@ from pipelines.fit import FitConfig
 from stage1_vae import bottlenecks, likelihoods
 from stage1_vae.networks import Convolutional, FullyConnected
 from stage2_prior.autoregressive import AutoregressiveConfig, AutoregressivePrior
-from stage2_prior.heads import JointMixture
+from stage2_prior.heads import GaussianMixture
 from stage2_prior.latents import LatentDataset, LatentSpec
 from stage2_prior.pixelcnn import PixelCNNConfig
 
@@ -19,7 +19,7 @@ BACKBONES = {
     "pixelcnn": PixelCNNConfig(width=6, layers=2, kernel=3),
     "pixelcnn-kernel5": PixelCNNConfig(width=6, layers=1, kernel=5),
 }
-HEADS = {"joint": JointMixture(components=3)}
+HEADS = {"mixture": GaussianMixture(components=3)}
 BOTTLENECKS = {"deterministic": bottlenecks.Deterministic(channels=3), "gaussian": bottlenecks.Gaussian(channels=3, samples=2)}
 LIKELIHOODS = {
     "bernoulli": likelihoods.Bernoulli(),
