@@ -1,31 +1,41 @@
-"""python -m pipelines.benchmark training: how near the training loop comes to a bare loop over one fixed batch.
+"""python -m pipelines.benchmark training | sampling: speed, stated as ratios within one run.
 
-Speed is stated as ratios within one run, medians over interleaved repeats: they hold on a noisy machine where seconds
-do not. More than one thing to measure will be more than one name in place of `training`.
+Medians over repeats that alternate between what is compared: the ratios hold on a noisy machine where seconds do not.
+
+    training   how near the training loop comes to a bare loop over one fixed batch
+    sampling   how near drawing a grid comes to one teacher-forced forward pass over the same batch, which does all the
+               arithmetic that sampling needs; and the loop that runs the whole network for every position, beside it
 """
 
 import json
+import math
 import statistics
 import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import tyro
 from lightning_fabric import Fabric
+from torch import Tensor
 
 from pipelines.checkpoint import write_file
 from pipelines.config import preset
 from pipelines.console import UserError, run_command, say
-from pipelines.fit import Source, Training
+from pipelines.fit import FitConfig, Source, Training
 from pipelines.run import Run, devices, encoded, latent_dataset
+from stage2_prior.autoregressive import AutoregressiveConfig, AutoregressivePrior
+from stage2_prior.latents import LatentSpec
+from stage2_prior.sampling import uniforms
+
+Rows = list[dict[str, Any]]
 
 
-def median_rates(images: int, parts: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
-    """Images/s of each part: the median over repeats that alternate between the parts, after one unmeasured round."""
+def median_seconds(parts: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
+    """The median time of each part, over repeats that alternate between the parts, after one unmeasured round."""
     seconds: dict[str, list[float]] = {name: [] for name in parts}
     for repeat in range(repeats + 1):
         for name, part in parts.items():
@@ -35,17 +45,71 @@ def median_rates(images: int, parts: dict[str, Callable[[], object]], repeats: i
                 torch.cuda.synchronize()
             if repeat:
                 seconds[name].append(time.perf_counter() - started)
-    return {name: images / statistics.median(values) for name, values in seconds.items()}
+    return {name: statistics.median(values) for name, values in seconds.items()}
 
 
-def training_row(fabric: Fabric, part: str, model: torch.nn.Module, source: Source, config, repeats: int) -> dict[str, Any]:
+# Training
+
+
+@dataclass(frozen=True)
+class BenchmarkTraining:
+    """The training loop against a bare loop over one fixed batch."""
+
+    preset: str = "mnist5k"
+    """whose networks and batch sizes"""
+    repeats: int = 7
+    """measured repeats of each part; medians are stated"""
+    json: Path | None = None
+    """file to write the rows to"""
+    device: str = "auto"
+    """auto, cpu, cuda or mps"""
+
+    def rows(self) -> Rows:
+        """One row a part, for the networks and batch sizes of the preset: stage 1, encoding, stage 2."""
+        config = preset(self.preset)
+        fabric = devices(self.device, config.precision)
+        splits = config.data.load()
+        run = Run(Path(), config, fabric)
+        autoencoder = run.new_autoencoder(splits.image_shape)
+        rows = [training_row(fabric, "stage 1", autoencoder, splits.train, config.stage1, self.repeats)]
+
+        autoencoder.eval()
+        subset = splits.train.subset(torch.arange(min(3000, len(splits.train))))
+        batches = subset.images.split(500)
+        fixed = fabric.to_device(batches[0])
+        latents: dict[str, Tensor] = {}
+
+        @torch.inference_mode()
+        def bare() -> None:
+            for _ in batches:
+                autoencoder.encode(fixed)
+
+        def whole() -> None:
+            latents.update(encoded(fabric, autoencoder, subset, "encoding"))
+
+        rows.append(training_summary("encoding", len(subset), median_seconds({"whole": whole, "bare": bare}, self.repeats)))
+
+        dataset = latent_dataset(latents)
+        prior = run.new_prior(run.specs(autoencoder))
+        prior.estimate(dataset)
+        return [*rows, training_row(fabric, "stage 2", prior, dataset, config.stage2, self.repeats)]
+
+    def table(self, rows: Rows) -> str:
+        lines = [f"{'part':10} {'images/s':>10} {'bare loop':>10} {'ratio':>7}   ({torch.get_num_threads()} threads)"]
+        for row in rows:
+            lines.append(f"{row['part']:10} {row['images_per_s']:10.0f} {row['bare_images_per_s']:10.0f} {row['ratio']:7.3f}")
+        return "\n".join(lines)
+
+
+def training_row(
+    fabric: Fabric, part: str, model: torch.nn.Module, source: Source, config: FitConfig, repeats: int
+) -> dict[str, Any]:
     """`fit`'s own steps against forward, backward and optimizer step on one fixed batch."""
-    steps = 10
+    steps, done = 10, 0
     with tempfile.TemporaryDirectory() as folder:
-        training = Training(fabric, model, source, source, config, 0, Path(folder), part)
+        training = Training(fabric, model, source, source, replace(config, steps=10**6), 0, Path(folder), part)
         model.train()
         fixed = fabric.to_device(source[training.order.indices(0)])
-        done = 0
 
         def whole() -> None:
             nonlocal done
@@ -60,72 +124,168 @@ def training_row(fabric: Fabric, part: str, model: torch.nn.Module, source: Sour
                 loss.backward()
                 training.optimizer.step()
 
-        rates = median_rates(steps * config.batch_size, {"whole": whole, "bare": bare}, repeats)
-    return row(part, rates)
+        seconds = median_seconds({"whole": whole, "bare": bare}, repeats)
+    return training_summary(part, steps * config.batch_size, seconds)
 
 
-def row(part: str, rates: dict[str, float]) -> dict[str, Any]:
-    whole, bare = rates["whole"], rates["bare"]
-    return {"part": part, "images_per_s": whole, "bare_images_per_s": bare, "ratio": whole / bare}
+def training_summary(part: str, images: int, seconds: dict[str, float]) -> dict[str, Any]:
+    whole, bare = seconds["whole"], seconds["bare"]
+    return {"part": part, "images_per_s": images / whole, "bare_images_per_s": images / bare, "ratio": bare / whole}
 
 
-def benchmark_training(name: str, fabric: Fabric, repeats: int) -> list[dict[str, Any]]:
-    """One row a part, for the networks and batch sizes of a preset: stage 1, encoding, stage 2."""
-    config = preset(name)
-    splits = config.data.load()
-    run = Run(Path(), config, fabric)
-    autoencoder = run.new_autoencoder(splits.image_shape)
-    fitting = replace(config.stage1, steps=10**6)
-    rows = [training_row(fabric, "stage 1", autoencoder, splits.train, fitting, repeats)]
-
-    autoencoder.eval()
-    subset = splits.train.subset(torch.arange(min(3000, len(splits.train))))
-    batches = subset.images.split(500)
-    fixed = fabric.to_device(batches[0])
-
-    @torch.inference_mode()
-    def bare() -> None:
-        for _ in batches:
-            autoencoder.encode(fixed)
-
-    latents: dict[str, Any] = {}
-
-    def whole() -> None:
-        latents.update(encoded(fabric, autoencoder, subset, "encoding"))
-
-    rows.append(row("encoding", median_rates(len(subset), {"whole": whole, "bare": bare}, repeats)))
-
-    dataset = latent_dataset(latents)
-    prior = run.new_prior(run.specs(autoencoder))
-    prior.estimate(dataset)
-    rows.append(training_row(fabric, "stage 2", prior, dataset, replace(config.stage2, steps=10**6), repeats))
-    return rows
+# Sampling
 
 
 @dataclass(frozen=True)
-class Arguments:
-    """Measure speed, as ratios."""
+class BenchmarkSampling:
+    """Drawing latents against one teacher-forced forward pass of the same batch."""
 
-    what: tyro.conf.Positional[Literal["training"]]
-    """training: the training loop against a bare loop over one fixed batch"""
-    preset: str = "mnist5k"
-    """whose networks and batch sizes"""
-    repeats: int = 7
-    """measured repeats of each part; medians are stated"""
+    prior: AutoregressiveConfig = AutoregressiveConfig()
+    channels: int = 4
+    """latent channels at a position"""
+    grids: tuple[str, ...] = ("7x7", "8x8", "16x16", "32x32")
+    """latent grids, h×w"""
+    batches: tuple[int, ...] = (256, 256, 64, 16)
+    """grids drawn at once, one number for each grid"""
+    threads: tuple[int, ...] = (1, 2)
+    """CPU threads, each measured"""
+    growth: tuple[int, ...] = (8, 16, 32, 64)
+    """sides of the square grids over which the growth of time with positions is fitted, at batch 16"""
+    repeats: int = 5
+    """measured repeats; medians are stated"""
     json: Path | None = None
     """file to write the rows to"""
     device: str = "auto"
     """auto, cpu, cuda or mps"""
 
+    def rows(self) -> Rows:
+        """One row for each thread count and grid; then one row with the exponent of growth."""
+        device = devices(self.device).device
+        shapes = [shape_of(grid) for grid in self.grids]
+        if len(shapes) != len(self.batches) or min(self.batches, default=0) < 1:
+            raise UserError(f"--batches needs one number from 1 up for each of the {len(shapes)} grids")
+        rows = []
+        for threads in self.threads:
+            torch.set_num_threads(threads)
+            for shape, batch in zip(shapes, self.batches):
+                rows.append(sampling_row(self.prior, (self.channels, *shape), batch, device, self.repeats))
+                say(sampling_line(rows[-1]))
+        if len(self.growth) > 1:
+            rows.append(self.growth_row(device))
+            say(f"time grows with positions to the power {rows[-1]['exponent']:.2f}, from {rows[-1]['grids']}")
+        return rows
+
+    def growth_row(self, device: torch.device) -> dict[str, Any]:
+        """The exponent of time ~ positions^exponent, by least squares on logarithms."""
+        seconds = []
+        for side in self.growth:
+            prior = random_prior(self.prior, (self.channels, side, side), device)
+            indices = torch.arange(16, device=device)
+            seconds.append(median_seconds({"sample": lambda p=prior, i=indices: p.sample(i, 0)}, 3)["sample"])  # type: ignore[misc]
+        x, y = (torch.tensor([math.log(v) for v in values]) for values in ([side**2 for side in self.growth], seconds))
+        slope = ((x - x.mean()) * (y - y.mean())).sum() / (x - x.mean()).square().sum()
+        return {"grids": [f"{side}x{side}" for side in self.growth], "seconds": seconds, "exponent": float(slope)}
+
+    def table(self, rows: Rows) -> str:
+        return "ratio: sampling over one forward pass; full loop: the whole network for every position, extrapolated"
+
+
+def shape_of(grid: str) -> tuple[int, int]:
+    try:
+        height, width = (int(side) for side in grid.split("x"))
+        assert height > 0 and width > 0
+        return height, width
+    except (ValueError, AssertionError) as error:
+        raise UserError(f"a grid is HxW, for example 8x8, not {grid!r}") from error
+
+
+def random_prior(config: AutoregressiveConfig, shape: tuple[int, int, int], device: torch.device) -> AutoregressivePrior:
+    torch.manual_seed(0)
+    return config.build(LatentSpec(shape)).to(device).eval()
+
+
+@torch.inference_mode()
+def sampling_row(
+    config: AutoregressiveConfig, shape: tuple[int, int, int], batch: int, device: torch.device, repeats: int
+) -> dict[str, Any]:
+    prior = random_prior(config, shape, device)
+    indices = torch.arange(batch, device=device)
+    (latent,) = prior.sample(indices, 0)
+    channels_last = random_prior(config, shape, device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    last = latent.contiguous(memory_format=torch.channels_last)
+    positions, tried = shape[1] * shape[2], 3
+
+    def few_full_passes() -> None:
+        noise = uniforms(0, indices, torch.arange(tried, device=device), prior.head.uniforms)
+        for position in range(tried):
+            inputs = prior.embedding(latent.movedim(1, -1)).movedim(-1, 1)
+            features = prior.backbone(inputs, prior.position.expand_as(inputs))
+            prior.head.draw(features.flatten(2)[..., position], noise[:, position])
+
+    parts: dict[str, Callable[[], object]] = {
+        "forward": lambda: prior.log_prob([latent]),
+        "forward, channels last": lambda: channels_last.log_prob([last]),
+        "sample": lambda: prior.sample(indices, 0),
+        "full": few_full_passes,
+    }
+    seconds = median_seconds(parts, repeats)
+    forward = min(seconds["forward"], seconds["forward, channels last"])
+    memory = {name: peak_bytes(parts[name], device) for name in ("forward", "sample")}
+    return {
+        "backbone": type(config.backbone).__name__.removesuffix("Config"),
+        "head": type(config.head).__name__,
+        "grid": f"{shape[1]}x{shape[2]}",
+        "batch": batch,
+        "device": str(device),
+        "threads": torch.get_num_threads(),
+        "dtype": str(latent.dtype).removeprefix("torch."),
+        "parameters": sum(parameter.numel() for parameter in prior.parameters()),
+        "forward_s": forward,
+        "sample_s": seconds["sample"],
+        "ratio": seconds["sample"] / forward,
+        "full_loop_s": seconds["full"] / tried * positions,
+        "full_loop_extrapolated": True,
+        "images_per_s": batch / seconds["sample"],
+        "forward_peak_bytes": memory["forward"],
+        "sample_peak_bytes": memory["sample"],
+    }
+
+
+def sampling_line(row: dict[str, Any]) -> str:
+    return (
+        f"{row['backbone']} {row['grid']:>6}, batch {row['batch']:4}, {row['device']}, {row['threads']} threads:"
+        f" forward {1e3 * row['forward_s']:.1f} ms, sample {1e3 * row['sample_s']:.1f} ms, ratio {row['ratio']:.2f},"
+        f" full loop {1e3 * row['full_loop_s']:.0f} ms, {row['images_per_s']:.0f} images/s,"
+        f" memory ratio {row['sample_peak_bytes'] / row['forward_peak_bytes']:.2f}"
+    )
+
+
+def peak_bytes(part: Callable[[], object], device: torch.device) -> int:
+    """The most memory that torch's allocator held for a part at once."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        part()
+        return torch.cuda.max_memory_allocated() - before
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        part()
+    held = peak = 0
+    assert profile.profiler is not None and profile.profiler.kineto_results is not None
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return peak
+
 
 def main(arguments: list[str] | None = None) -> None:
-    asked = tyro.cli(Arguments, prog="python -m pipelines.benchmark", args=arguments)
+    asked = tyro.extras.subcommand_cli_from_dict(
+        {"training": BenchmarkTraining, "sampling": BenchmarkSampling}, prog="python -m pipelines.benchmark", args=arguments
+    )
     if asked.repeats < 1:
         raise UserError(f"--repeats is a number from 1 up, not {asked.repeats}")
-    rows = benchmark_training(asked.preset, devices(asked.device, preset(asked.preset).precision), asked.repeats)
-    say(f"{'part':10} {'images/s':>10} {'bare loop':>10} {'ratio':>7}   ({torch.get_num_threads()} threads)")
-    for line in rows:
-        say(f"{line['part']:10} {line['images_per_s']:10.0f} {line['bare_images_per_s']:10.0f} {line['ratio']:7.3f}")
+    rows = asked.rows()
+    say(asked.table(rows))
     if asked.json is not None:
         write_file(asked.json, (json.dumps(rows, indent=2) + "\n").encode())
 

@@ -80,22 +80,25 @@ class GaussianMixtureHead(nn.Module):
     forward = log_prob
 
     def draw(self, features: Tensor, uniforms: Tensor, temperature: float = 1.0) -> Tensor:
-        """features B D, uniforms B 1+C; returns B C. See `tempered` for what the temperature does."""
+        """features B D, uniforms B 1+C; returns B C. See `tempered_choice` for what the temperature does."""
         log_weights, mean, log_std = self.parameters_of(features)
-        component = tempered_choice(log_weights, log_std.sum(-1), uniforms[:, 0], temperature)[:, None, None]
+        component = tempered_choice(log_weights, log_std, uniforms[:, 0], temperature)[:, None, None]
         mean, log_std = (t.gather(1, component.expand(-1, 1, self.channels)).squeeze(1) for t in (mean, log_std))
         return mean + math.sqrt(temperature) * log_std.exp() * torch.special.ndtri(uniforms[:, 1:]).to(mean.dtype)
 
 
-def tempered_choice(log_weights: Tensor, log_scale: Tensor, uniform: Tensor, temperature: float) -> Tensor:
-    """Pick a component of a Gaussian mixture sharpened to p^(1/T); log_weights and log_scale B K, uniform B.
+def tempered_choice(log_weights: Tensor, log_std: Tensor, uniform: Tensor, temperature: float) -> Tensor:
+    """Pick a component of a Gaussian mixture sharpened to p^(1/T); log_weights B K, log_std B K C, uniform B.
 
     For components that do not overlap, p^(1/T) is again a mixture: variances grow by T and a component of weight π and
     volume s gets the weight π^(1/T) s^(1-1/T). At T = 1 this is the mixture itself, at T = 0 its highest mode.
     """
+    if temperature == 1:
+        return choose(log_weights, uniform)
+    log_volume = log_std.sum(-1)
     if temperature == 0:
-        return (log_weights - log_scale).argmax(-1)
-    return choose(log_weights / temperature + (1 - 1 / temperature) * log_scale, uniform)
+        return (log_weights - log_volume).argmax(-1)
+    return choose(log_weights / temperature + (1 - 1 / temperature) * log_volume, uniform)
 
 
 HeadConfig = GaussianMixture

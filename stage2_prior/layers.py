@@ -1,4 +1,4 @@
-"""Causal layers, each with a whole-grid `forward` and an equal one-row or one-position `step` over a cache.
+"""Causal layers, and what every causal backbone offers.
 
 B batch, D width, h×w grid, k kernel size, m = (k+1)/2 the kernel's causal half.
 
@@ -9,7 +9,6 @@ none is computed, stored or zeroed again.
 from typing import Any, Protocol
 
 import torch
-from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -78,12 +77,3 @@ class HorizontalConv(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """B D h w to B D' h w; column c depends on columns c-m+1 … c."""
         return self.conv(F.pad(x, (self.columns - 1, 0)))
-
-    def matrix(self) -> Tensor:
-        """The weights as a matrix, m·D D', for a window of m columns laid end to end."""
-        return rearrange(self.conv.weight.detach(), "o d 1 m -> (m d) o").contiguous()
-
-    def bias(self) -> Tensor:
-        """B D' w wide enough to add to a row."""
-        assert self.conv.bias is not None
-        return self.conv.bias.detach()[:, None]

@@ -45,13 +45,21 @@ class PixelCNNConfig:
 
 @dataclass
 class LayerState:
-    """What one gated layer keeps between steps; its weights as plain matrices, laid out once."""
+    """What one gated layer keeps between steps, all of it laid out once and written in place.
+
+    The gate is tanh(a)·σ(b) = (2σ(2a) - 1)·σ(b). With 2 folded into the weights that make a, one sigmoid over both halves
+    leaves s and t, and with -1 folded into the output weights, [s·t, t] times the matrix [2W; -W] is what is added to h.
+    """
 
     rows: Tensor  # the vertical stack's cache: B D m w+2p
+    gates: Tensor  # what the vertical stack adds to this row of the horizontal stack, then its gates: w B 2D
+    halves: list[tuple[Tensor, Tensor, Tensor]]  # for each column, views of `gates`: B 2D, and its halves, B D each
     history: Tensor  # inputs of the horizontal stack in this row, m-1 zeros first: B (m-1+w)·D
-    seen_above: Tensor  # what the vertical stack adds to this row of the horizontal stack: w B 2D
+    windows: list[Tensor]  # for each column, the view of `history` that its kernel reaches: B m·D
+    inputs: list[Tensor]  # for each column, the view of `history` with its own input: B D
     horizontal: Tensor  # m·D 2D
-    output: Tensor  # D D
+    bias: Tensor  # 2D
+    output: Tensor  # 2D D
 
 
 class GatedLayer(nn.Module):
@@ -71,33 +79,37 @@ class GatedLayer(nn.Module):
 
     def begin(self, batch: int, width: int) -> LayerState:
         """The state before the first row of a grid of `width` columns."""
-        past = self.horizontal.columns - 1
-        output = self.output.weight.detach().flatten(1)
+        d, m = self.width, self.horizontal.columns
+        horizontal = rearrange(self.horizontal.conv.weight.detach(), "o d 1 m -> (m d) o").contiguous()
+        horizontal[:, :d] *= 2
+        output = self.output.weight.detach().flatten(1).T
+        history, gates = output.new_zeros(batch, (m - 1 + width) * d), output.new_empty(width, batch, 2 * d)
         return LayerState(
             rows=self.vertical.begin(batch, width),
-            history=output.new_zeros(batch, (past + width) * self.width),
-            seen_above=output.new_empty(0),
-            horizontal=self.horizontal.matrix(),
-            output=output.T.contiguous(),
+            gates=gates,
+            halves=[(column, column[:, :d], column[:, d:]) for column in gates],
+            history=history,
+            windows=[history[:, c * d : (c + m) * d] for c in range(width)],
+            inputs=[history[:, (c + m - 1) * d : (c + m) * d] for c in range(width)],
+            horizontal=horizontal,
+            bias=self.horizontal.conv.bias.detach(),  # type: ignore[union-attr]
+            output=torch.cat([2 * output, -output]),
         )
-
-    def input_at(self, column: int, state: LayerState) -> Tensor:
-        """Where the horizontal stack's input at a column of this row lies: a view, B D."""
-        position = self.horizontal.columns - 1 + column
-        return state.history[:, position * self.width : (position + 1) * self.width]
 
     def step_row(self, v: Tensor, state: LayerState) -> Tensor:
         """The vertical stack for the next row, B D w to B D w; puts down what it adds to the horizontal stack."""
         above = self.vertical.step(v, state.rows)
-        seen_above = self.vertical_to_horizontal(above[:, :, None]).squeeze(2) + self.horizontal.bias()
-        state.seen_above = rearrange(seen_above, "b d w -> w b d").contiguous()
+        state.gates.copy_(rearrange(self.vertical_to_horizontal(above[:, :, None]), "b d 1 w -> w b d"))
+        state.gates += state.bias
+        state.gates[..., : self.width] *= 2
         return v + gate(above)
 
     def step(self, column: int, state: LayerState, out: Tensor) -> None:
-        """The horizontal stack at one position: reads its input from state.history, writes its output, B D, to `out`."""
-        window = state.history[:, column * self.width : (column + self.horizontal.columns) * self.width]
-        seen = torch.addmm(state.seen_above[column], window, state.horizontal)
-        torch.addmm(window[:, -self.width :], gate(seen), state.output, out=out)
+        """The horizontal stack at one position, from state.inputs[column] to `out`, B D."""
+        gates, s, t = state.halves[column]
+        gates.addmm_(state.windows[column], state.horizontal).sigmoid_()
+        s.mul_(t)
+        torch.addmm(state.inputs[column], gates, state.output, out=out)
 
 
 @dataclass
@@ -157,12 +169,13 @@ class PixelCNN(nn.Module):
             v = state.row if state.map is None else state.row + state.map[:, :, r]
             for layer, layer_state in zip(self.layers, state.layers):
                 v = layer.step_row(v, layer_state)
-        inputs = [layer.input_at(c, layer_state) for layer, layer_state in zip(self.layers, state.layers)]
         # The horizontal stack sees the input to the left in this row.
-        inputs[0].zero_() if c == 0 or previous is None else inputs[0].copy_(previous)
+        first = state.layers[0].inputs[c]
+        first.zero_() if previous is None or c == 0 else first.copy_(previous)
         if state.map is not None:
-            inputs[0].add_(state.map[:, :, r, c])
-        for layer, layer_state, out in zip(self.layers, state.layers, [*inputs[1:], state.features]):
+            first.add_(state.map[:, :, r, c])
+        outs = [*(layer_state.inputs[c] for layer_state in state.layers[1:]), state.features]
+        for layer, layer_state, out in zip(self.layers, state.layers, outs):
             layer.step(c, layer_state, out)
         return state.features
 

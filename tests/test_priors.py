@@ -20,7 +20,8 @@ def all_priors(spec: LatentSpec) -> dict:
     torch.manual_seed(0)  # of the draws that the mixture is fitted to
     dataset = random_latents(2000, spec)
     dataset = LatentDataset([{name: tensor.double() for name, tensor in level.items()} for level in dataset.levels])
-    priors = {name: make(spec).double() for name, make in BASELINES.items()} | {"posterior": AggregatePosterior(dataset)}
+    few = LatentDataset([{name: tensor[:20] for name, tensor in level.items()} for level in dataset.levels])
+    priors = {name: make(spec).double() for name, make in BASELINES.items()} | {"posterior": AggregatePosterior(few)}
     priors |= {f"{backbone}-{head}": random_prior(spec, backbone, head) for backbone, head in LEARNED}
     for name in BASELINES:
         priors[name].estimate(dataset)
