@@ -22,7 +22,7 @@ from pipelines.data import Splits
 from pipelines.generate import generate
 from pipelines.metrics import feature_space
 from pipelines.report import picture, table
-from pipelines.run import CLASSIFIERS, PRIORS, Run, devices
+from pipelines.run import CLASSIFIERS, PRIORS, Run
 from stage1_vae.autoencoder import Autoencoder
 from stage2_prior.latents import LatentDataset
 from stage2_prior.prior import Prior
@@ -123,7 +123,7 @@ class Arguments:
 
 def main(arguments: list[str] | None = None) -> None:
     asked = tyro.cli(Arguments, prog="python -m pipelines.compare", args=arguments)
-    run = Run.open(asked.run, devices(asked.device))
+    run = Run.open(asked.run, asked.device)
     run.load_autoencoder()  # fails early when the run is unfinished
     metrics = compare(run, run.data(), asked.seed)
     say(table(metrics))

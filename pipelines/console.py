@@ -60,7 +60,7 @@ class Progress:
     """
 
     LINES = 10  # at most about so many lines where the output is no terminal
-    SECONDS = 5.0  # and none before the first line's worth of time
+    SECONDS = 5.0  # at least between two of them
 
     def __init__(self, label: str, total: int, unit: str, done: int = 0):
         self.label, self.total, self.unit, self.done, self.first = label, total, unit, done, done

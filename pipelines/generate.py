@@ -1,5 +1,6 @@
 """python -m pipelines.generate RUN: draw latents from a prior by name, decode them, and write the images."""
 
+import io
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -12,7 +13,7 @@ from torchvision.utils import make_grid, save_image
 
 from pipelines.checkpoint import write_file
 from pipelines.console import Progress, UserError, nearest, run_command, say
-from pipelines.run import PRIORS, Run, devices
+from pipelines.run import PRIORS, Run
 from stage1_vae.autoencoder import Autoencoder
 from stage2_prior.prior import Prior
 
@@ -82,8 +83,6 @@ class Arguments:
 
 def write_images(path: Path, images: Tensor) -> None:
     """images uint8 N C H W as a picture (.png) or as the array arr_0, N H W C (.npz); whole or not at all."""
-    import io
-
     buffer = io.BytesIO()
     if path.suffix == ".npz":
         np.savez_compressed(buffer, arr_0=images.permute(0, 2, 3, 1).contiguous().numpy())
@@ -96,15 +95,14 @@ def write_images(path: Path, images: Tensor) -> None:
 def main(arguments: list[str] | None = None) -> None:
     asked = tyro.cli(Arguments, prog="python -m pipelines.generate", args=arguments)
     asked.check()
-    fabric = devices(asked.device)
-    run = Run.open(asked.run, fabric)
+    run = Run.open(asked.run, asked.device)
     autoencoder = run.load_autoencoder()
     images = generate(
         autoencoder,
         run.prior(asked.prior, run.specs(autoencoder)),
         asked.count,
         seed=asked.seed,
-        device=fabric.device,
+        device=run.fabric.device,
         batch_size=asked.batch_size,
         temperature=asked.temperature,
         pixels=asked.pixels,

@@ -48,7 +48,7 @@ class Run:
         self.folder, self.config, self.fabric = folder, config, fabric
 
     @classmethod
-    def create(cls, folder: Path, config: RunConfig, fabric: Fabric) -> "Run":
+    def create(cls, folder: Path, config: RunConfig, device: str = "auto") -> "Run":
         """A new run, or one to go on with; writes nothing yet.
 
         Raises UserError when the folder holds a run of another config, or something else.
@@ -64,10 +64,10 @@ class Run:
                 )
         elif folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
             raise UserError(f"{folder} is not empty and holds no run; give another name with --run")
-        return cls(folder, config, fabric)
+        return cls(folder, config, devices(device, config.precision))
 
     @classmethod
-    def open(cls, name: str, fabric: Fabric) -> "Run":
+    def open(cls, name: str, device: str = "auto") -> "Run":
         """A run by its name under checkpoints/, or by its path. Raises UserError when it is not there."""
         folder = next((path for path in (CHECKPOINTS / name, Path(name)) if (path / "config.json").is_file()), None)
         if folder is None:
@@ -75,7 +75,7 @@ class Run:
             hint = nearest(name, known) if known else "; train one with python -m pipelines.train_all"
             raise UserError(f"there is no run {name!r}{hint}")
         config, _ = read_config(folder / "config.json")
-        return cls(folder, config, fabric)
+        return cls(folder, config, devices(device, config.precision))
 
     def data(self) -> Splits:
         return self.config.data.load()

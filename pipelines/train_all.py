@@ -17,7 +17,7 @@ from pipelines.config import PRESETS, RunConfig, preset
 from pipelines.console import run_command, say
 from pipelines.fit import fit
 from pipelines.report import table
-from pipelines.run import CHECKPOINTS, Run, devices
+from pipelines.run import CHECKPOINTS, Run
 
 DEFAULT_PRESET = "mnist5k"
 
@@ -76,7 +76,7 @@ def parse(arguments: list[str]) -> tuple[str, RunConfig, str]:
 def main(arguments: list[str] | None = None) -> None:
     name, config, device = parse(sys.argv[1:] if arguments is None else arguments)
     folder = Path(name) if len(Path(name).parts) > 1 else CHECKPOINTS / name
-    train_all(Run.create(folder, config, devices(device, config.precision)))
+    train_all(Run.create(folder, config, device))
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from pipelines import generate
 from pipelines.compare import compare
 from pipelines.config import PRESETS, RunConfig, from_dict, preset, to_dict
 from pipelines.console import UserError
-from pipelines.run import CHECKPOINTS, PRIORS, Run, devices
+from pipelines.run import CHECKPOINTS, PRIORS, Run
 from pipelines.train_all import parse, train_all
 from stage1_vae import bottlenecks
 from tests.parts import shrunk, small_splits
@@ -25,7 +25,7 @@ IMAGES = {"mnist5k": (1, 28, 28), "mnist": (1, 28, 28), "fashion-mnist": (1, 28,
 def train(name: str, config: RunConfig, monkeypatch, classes: int = 4) -> Run:
     splits = small_splits(IMAGES[name], classes)
     monkeypatch.setattr(type(config.data), "load", lambda self: splits)
-    run = Run.create(CHECKPOINTS / name, config, devices("cpu"))
+    run = Run.create(CHECKPOINTS / name, config, "cpu")
     train_all(run)
     return run
 
@@ -92,7 +92,7 @@ def test_another_config_under_the_same_name_is_refused_with_the_difference(tmp_p
     run = train("mnist5k", shrunk(preset("mnist5k")), monkeypatch)
     other = dataclasses.replace(run.config, stage2=dataclasses.replace(run.config.stage2, batch_size=99))
     with pytest.raises(UserError, match="stage2.batch_size: 16 in the run, 99 asked for"):
-        Run.create(run.folder, other, run.fabric)
+        Run.create(run.folder, other)
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -117,7 +117,7 @@ def test_the_default_is_the_embedded_preset():
 def test_an_unfinished_run_says_so(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     config = shrunk(preset("mnist5k"))
-    run = Run.create(tmp_path / "r", config, devices("cpu"))
+    run = Run.create(tmp_path / "r", config, "cpu")
     assert not run.folder.exists()
     with pytest.raises(UserError, match="unfinished: stage 1"):
         run.load_autoencoder()
