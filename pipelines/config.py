@@ -76,14 +76,19 @@ CIFAR10 = RunConfig(
 PRESETS: dict[str, tuple[str, RunConfig]] = {
     "mnist5k": ("5,000 real digits that need no download; minutes on 2 cores", MNIST5K),
     "mnist": ("MNIST, 60,000 digits", MNIST),
-    "fashion-mnist": ("Fashion-MNIST, 60,000 pieces of clothing", replace(MNIST, data=TorchvisionSet("FashionMNIST"))),
+    "fashion-mnist": (
+        "Fashion-MNIST, 60,000 pieces of clothing",
+        replace(MNIST, data=TorchvisionSet("FashionMNIST"), stage2=replace(STAGE2, steps=5000)),
+    ),
     "cifar10": ("CIFAR-10, 50,000 colour pictures", CIFAR10),
     "mnist-2d": (
         "the classic plane of digits: fully connected, two latent numbers",
         replace(
             MNIST,
+            stage1=replace(STAGE1, learning_rate=1e-3),
+            stage2=replace(STAGE2, steps=2000),
             autoencoder=AutoencoderConfig(FullyConnected(), bottlenecks.Gaussian(channels=1), likelihoods.Bernoulli()),
-            prior=AutoregressiveConfig(PixelCNNConfig(width=64, layers=2)),
+            prior=AutoregressiveConfig(PixelCNNConfig(layers=2)),
         ),
     ),
     "folder": ("your own images: --data.root PATH", replace(CIFAR10, data=Folder())),

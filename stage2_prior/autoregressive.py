@@ -50,7 +50,7 @@ class AutoregressivePrior(Prior):
         mean, std = posterior["mean"].double(), posterior["std"].double()
         self.shift.copy_(mean.mean((0, 2, 3))[:, None, None])
         variance = mean.var((0, 2, 3), correction=0) + std.square().mean((0, 2, 3))
-        self.scale.copy_(variance.sqrt()[:, None, None])
+        self.scale.copy_(variance.sqrt().clamp(min=1e-6)[:, None, None])  # a channel that never varies keeps a density
 
     def log_prob_by_position(self, levels: list[Tensor]) -> Tensor:
         """log p(z_i | z_<i) in nats of raw latents, B h w: the change of scale is included."""

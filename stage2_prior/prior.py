@@ -6,7 +6,7 @@ A prior takes all levels as a list, always, so that nothing that uses one loops 
 
     forward(levels, step)          -> {"loss": …}, mean nats per image: what training calls
     log_prob(levels)               -> B, nats per image in raw latents
-    sample(indices, seed, …)       -> levels; sample i under one seed is the same in any batch
+    sample(indices, seed, …)       -> levels; sample i under one seed is the same in any batch, up to rounding
     estimate(dataset)              -> fits what is not trained by gradient, into buffers
 """
 
