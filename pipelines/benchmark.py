@@ -119,7 +119,8 @@ def training_row(
 
         def bare() -> None:
             for _ in range(steps):
-                loss = training.wrapped(*fixed)["loss"]
+                with fabric.autocast():
+                    loss = model(*fixed)["loss"]
                 training.optimizer.zero_grad()
                 loss.backward()
                 training.optimizer.step()
