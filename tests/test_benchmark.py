@@ -1,0 +1,21 @@
+"""The benchmarks run, and write the rows they promise. Their speeds are not tested."""
+
+import json
+
+from pipelines import benchmark
+
+
+def test_training(tmp_path):
+    benchmark.main(["training", "--repeats", "1", "--json", str(tmp_path / "b.json"), "--device", "cpu"])
+    rows = json.loads((tmp_path / "b.json").read_text())
+    assert [row["part"] for row in rows] == ["stage 1", "encoding", "stage 2"]
+    assert all(set(row) == {"part", "images_per_s", "bare_images_per_s", "ratio"} and row["ratio"] > 0 for row in rows)
+
+
+def test_sampling(tmp_path):
+    small = ["--grids", "3x4", "--batches", "2", "--threads", "1", "--growth", "2", "4", "--repeats", "1", "--device", "cpu"]
+    benchmark.main(["sampling", *small, "--json", str(tmp_path / "b.json")])
+    row, growth = json.loads((tmp_path / "b.json").read_text())
+    assert row["grid"] == "3x4" and row["batch"] == 2 and row["full_loop_extrapolated"]
+    assert row["forward_s"] > 0 and row["ratio"] > 0 and row["sample_peak_bytes"] > 0
+    assert len(growth["seconds"]) == 2
