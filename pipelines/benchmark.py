@@ -29,7 +29,7 @@ from pipelines.fit import FitConfig, Source, Training
 from pipelines.run import Run, devices, encoded, latent_dataset
 from stage2_prior.autoregressive import AutoregressiveConfig, AutoregressivePrior
 from stage2_prior.latents import LatentSpec
-from stage2_prior.sampling import uniforms
+from stage2_prior.sampling import AS_FITTED, uniforms
 
 Rows = list[dict[str, Any]]
 
@@ -219,9 +219,8 @@ def sampling_row(
     def few_full_passes() -> None:
         noise = uniforms(0, indices, torch.arange(tried, device=device), prior.head.uniforms)
         for position in range(tried):
-            inputs = prior.embedding(latent.movedim(1, -1)).movedim(-1, 1)
-            features = prior.backbone(inputs, prior.position.expand_as(inputs))
-            prior.head.draw(features.flatten(2)[..., position], noise[:, position])
+            features = prior.backbone(prior.head.embed(prior.head.values(latent)).movedim(-1, 1), prior.position)
+            prior.head.draw(features.flatten(2)[..., position], noise[:, position], AS_FITTED)
 
     parts: dict[str, Callable[[], object]] = {
         "forward": lambda: prior.log_prob([latent]),

@@ -3,7 +3,7 @@
 import io
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ from pipelines.console import Progress, UserError, nearest, run_command, say
 from pipelines.run import PRIORS, Run
 from stage1_vae.autoencoder import Autoencoder
 from stage2_prior.prior import Prior
+from stage2_prior.sampling import AS_FITTED, CannotSample, Sampling
 
 
 @torch.inference_mode()
@@ -27,22 +28,41 @@ def generate(
     seed: int,
     device: torch.device,
     batch_size: int = 256,
-    temperature: float = 1.0,
+    how: Sampling = AS_FITTED,
     pixels: Literal["mean", "sample"] = "mean",
     label: str = "sampling",
 ) -> Tensor:
     """`count` images, uint8 N C H W on the CPU: z from the prior, then the mean of p(x|z) or a draw from it.
 
-    Image i under one seed comes from the same latent whatever the count and the batch size.
+    Image i under one seed comes from the same latent whatever the count and the batch size. A batch that does not fit
+    into memory is halved. Raises UserError when one image does not fit, or when `how` makes no sense for this prior.
     """
-    images = []
+    images: list[Tensor] = []
+    done = 0
     with Progress(label, count, "images") as progress:
-        for start in range(0, count, batch_size):
-            indices = torch.arange(start, min(start + batch_size, count), device=device)
-            torch.manual_seed(seed + start)  # of draws from p(x|z)
-            images.append(autoencoder.render(prior.sample(indices, seed, temperature), pixels).cpu())
+        while done < count:
+            indices = torch.arange(done, min(done + batch_size, count), device=device)
+            torch.manual_seed(seed + done)  # of draws from p(x|z)
+            try:
+                images.append(autoencoder.render(prior.sample(indices, seed, how), pixels).cpu())
+            except CannotSample as error:
+                raise UserError(str(error)) from error
+            except RuntimeError as error:
+                if not out_of_memory(error):
+                    raise
+                if len(indices) == 1:
+                    raise UserError(f"out of memory: not even one image fits on {device}") from error
+                batch_size = len(indices) // 2
+                say(f"out of memory: going on with batches of {batch_size}")
+                continue
+            done += len(indices)
             progress.update(len(indices))
     return torch.cat(images)
+
+
+def out_of_memory(error: RuntimeError) -> bool:
+    """Whether an allocation failed; on the CPU torch raises no error of its own kind for it."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 @dataclass(frozen=True)
@@ -61,8 +81,7 @@ class Arguments:
     """.png for one picture of all images; .npz for one array arr_0, uint8, N H W C"""
     pixels: Literal["mean", "sample"] = "mean"
     """the mean of p(x|z), or a draw from it"""
-    temperature: float = 1.0
-    """below 1 sharpens the prior, 0 takes its modes"""
+    how: Annotated[Sampling, tyro.conf.arg(name="")] = AS_FITTED
     batch_size: int = 256
     """images sampled at once"""
     device: str = "auto"
@@ -73,8 +92,6 @@ class Arguments:
             raise UserError(f"--count is a number of images from 1 up, not {self.count}")
         if self.batch_size < 1:
             raise UserError(f"--batch-size is a number of images from 1 up, not {self.batch_size}")
-        if not 0 <= self.temperature < float("inf"):
-            raise UserError(f"--temperature is 0 or more, not {self.temperature}")
         if self.out.suffix not in (".png", ".npz"):
             raise UserError(f"--out ends in .png or .npz, not {self.out.name!r}")
         if self.prior not in PRIORS:
@@ -104,7 +121,7 @@ def main(arguments: list[str] | None = None) -> None:
         seed=asked.seed,
         device=run.fabric.device,
         batch_size=asked.batch_size,
-        temperature=asked.temperature,
+        how=asked.how,
         pixels=asked.pixels,
     )
     write_images(asked.out, images)

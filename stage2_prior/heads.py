@@ -1,34 +1,60 @@
-"""Heads: the density of one position's latent given the backbone's features there.
+"""Heads: all that a prior knows of the latent at one position. Its density, how it is drawn, and how it is fed back.
 
-B batch, D width, C latent channels, K mixture components, h×w latent grid.
+B batch, D width, C latent channels, K codes or mixture components, h×w latent grid.
 
-A head offers `log_prob` over a whole grid and `draw` at one position, by inverse CDF from a fixed number of uniforms
-(`uniforms`), so that it is the only place that samples and needs no random state of its own.
+A head works on *values*, the latents position by position: B h w C, standardized, for continuous latents, B h w for codes.
+It is the only place that samples, by inverse CDF from a fixed number of uniforms, so it needs no random state of its own.
 """
 
 import math
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
-from einops import rearrange
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from stage2_prior.latents import LatentSpec
-from stage2_prior.sampling import choose
+from stage2_prior.latents import LatentSpec, Posterior
+from stage2_prior.sampling import CannotSample, Sampling, choose
 
 LOG_SQRT_2PI = 0.5 * math.log(2 * math.pi)
 MINIMUM_LOG_STD = -7.0  # of standardized latents; a floor keeps a component from collapsing onto one training latent
 
 
-class Head(Protocol):
+class Head(nn.Module, ABC):
+    """The contract. `…` stands for any leading axes: B h w in training, B while sampling."""
+
     uniforms: int
+    """how many uniform numbers one draw takes"""
 
-    def log_prob(self, features: Tensor, latent: Tensor) -> Tensor: ...
+    def estimate(self, posterior: Posterior) -> None:
+        """Fit what is not trained by gradient, once, from the encoded training set."""
 
-    def draw(self, features: Tensor, uniforms: Tensor, temperature: float = 1.0) -> Tensor: ...
+    @abstractmethod
+    def values(self, latent: Tensor) -> Tensor:
+        """A latent of the level's shape to values."""
 
-    def __call__(self, features: Tensor, latent: Tensor) -> Tensor: ...
+    @abstractmethod
+    def latent(self, values: Tensor) -> Tensor:
+        """The inverse of `values`."""
+
+    @abstractmethod
+    def embed(self, values: Tensor) -> Tensor:
+        """What the backbone is fed at the next position, … D."""
+
+    @abstractmethod
+    def log_prob(self, features: Tensor, values: Tensor) -> Tensor:
+        """features … D; returns … in nats of the raw latent, any change of scale included."""
+
+    @abstractmethod
+    def draw(self, features: Tensor, uniforms: Tensor, how: Sampling) -> Tensor:
+        """The values of one position; features B D, uniforms B U. Raises CannotSample for what has no meaning here."""
+
+    def forward(self, features: Tensor, values: Tensor) -> Tensor:
+        return self.log_prob(features, values)
+
+
+# Continuous latents
 
 
 def gaussian_log_prob(value: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
@@ -36,8 +62,8 @@ def gaussian_log_prob(value: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
 
 
 def floored(raw_log_std: Tensor) -> Tensor:
-    """A log standard deviation above MINIMUM_LOG_STD that keeps its gradient."""
-    return MINIMUM_LOG_STD + nn.functional.softplus(raw_log_std - MINIMUM_LOG_STD)
+    """A log standard deviation above MINIMUM_LOG_STD that keeps its gradient: of e^raw + e^minimum."""
+    return torch.logaddexp(raw_log_std, raw_log_std.new_tensor(MINIMUM_LOG_STD))
 
 
 @dataclass(frozen=True)
@@ -53,52 +79,142 @@ class GaussianMixture:
     """number of Gaussians in the mixture; GIVT's default"""
 
     def build(self, spec: LatentSpec, width: int) -> "GaussianMixtureHead":
+        if spec.vocabulary is not None:
+            raise ValueError("a mixture of Gaussians is a head for continuous latents, not for codes")
         return GaussianMixtureHead(spec.channels, width, self.components)
 
 
-class GaussianMixtureHead(nn.Module):
+class GaussianMixtureHead(Head):
+    shift: Tensor
+    scale: Tensor
+
     def __init__(self, channels: int, width: int, components: int):
         super().__init__()
         self.channels, self.components = channels, components
         self.uniforms = 1 + channels
+        # Latents are modelled standardized; shift and scale, C, are fitted once by `estimate`.
+        self.register_buffer("shift", torch.zeros(channels))
+        self.register_buffer("scale", torch.ones(channels))
+        self.embedding = nn.Linear(channels, width)
         self.hidden = nn.Linear(width, width)
         self.output = nn.Linear(width, components * (1 + 2 * channels))
 
-    def parameters_of(self, features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """features … D; returns log weights … K, means and log standard deviations … K C."""
-        raw = self.output(nn.functional.silu(self.hidden(features)))
-        raw = rearrange(raw, "... (k p) -> ... k p", k=self.components)
-        logits, mean, raw_log_std = raw.split((1, self.channels, self.channels), dim=-1)
-        return logits.squeeze(-1).log_softmax(-1), mean, floored(raw_log_std)
+    def estimate(self, posterior: Posterior) -> None:
+        """Shift and scale become the aggregate posterior's mean and standard deviation per channel, exactly."""
+        mean, std = posterior["mean"].double(), posterior["std"].double()
+        self.shift.copy_(mean.mean((0, 2, 3)))
+        variance = mean.var((0, 2, 3), correction=0) + std.square().mean((0, 2, 3))
+        self.scale.copy_(variance.sqrt().clamp(min=1e-6))  # a channel that never varies keeps a density
 
-    def log_prob(self, features: Tensor, latent: Tensor) -> Tensor:
-        """features B D h w, latent B C h w; returns B h w in nats."""
-        log_weights, mean, log_std = self.parameters_of(rearrange(features, "b d h w -> b h w d"))
-        value = rearrange(latent, "b c h w -> b h w 1 c")
-        return (log_weights + gaussian_log_prob(value, mean, log_std).sum(-1)).logsumexp(-1)
+    def values(self, latent: Tensor) -> Tensor:
+        return (latent.movedim(1, -1) - self.shift) / self.scale
 
-    forward = log_prob
+    def latent(self, values: Tensor) -> Tensor:
+        return (values * self.scale + self.shift).movedim(-1, 1)
 
-    def draw(self, features: Tensor, uniforms: Tensor, temperature: float = 1.0) -> Tensor:
-        """features B D, uniforms B 1+C; returns B C. See `tempered_choice` for what the temperature does."""
-        log_weights, mean, log_std = self.parameters_of(features)
-        component = tempered_choice(log_weights, log_std, uniforms[:, 0], temperature)[:, None, None]
-        mean, log_std = (t.gather(1, component.expand(-1, 1, self.channels)).squeeze(1) for t in (mean, log_std))
-        return mean + math.sqrt(temperature) * log_std.exp() * torch.special.ndtri(uniforms[:, 1:]).to(mean.dtype)
+    def embed(self, values: Tensor) -> Tensor:
+        return self.embedding(values)
+
+    def raw(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits of the components, … K, and their means and unfloored log standard deviations, … K 2C."""
+        raw = self.output(F.silu(self.hidden(features)))
+        logits, components = raw.tensor_split((self.components,), dim=-1)
+        return logits, components.unflatten(-1, (self.components, 2 * self.channels))
+
+    def log_prob(self, features: Tensor, values: Tensor) -> Tensor:
+        logits, components = self.raw(features)
+        mean, raw_log_std = components.chunk(2, dim=-1)
+        per_component = gaussian_log_prob(values[..., None, :], mean, floored(raw_log_std)).sum(-1)
+        return (logits.log_softmax(-1) + per_component).logsumexp(-1) - self.scale.log().sum()
+
+    def draw(self, features: Tensor, uniforms: Tensor, how: Sampling) -> Tensor:
+        """See `tempered` for what the temperature does."""
+        if how.top_k is not None or how.top_p < 1:
+            raise CannotSample("top-k and top-p choose among codes; these latents are continuous")
+        logits, components = self.raw(features)
+        if how.temperature != 1:
+            logits = tempered(logits.log_softmax(-1), floored(components[..., self.channels :]), how.temperature)
+        chosen = choose(logits, uniforms[:, 0])[:, None, None].expand(-1, 1, 2 * self.channels)
+        mean, raw_log_std = components.gather(1, chosen).squeeze(1).chunk(2, dim=-1)
+        noise = torch.special.ndtri(uniforms[:, 1:]).to(mean.dtype)
+        return torch.addcmul(mean, raw_log_std.exp().add_(math.exp(MINIMUM_LOG_STD)), noise, value=math.sqrt(how.temperature))
 
 
-def tempered_choice(log_weights: Tensor, log_std: Tensor, uniform: Tensor, temperature: float) -> Tensor:
-    """Pick a component of a Gaussian mixture sharpened to p^(1/T); log_weights B K, log_std B K C, uniform B.
+def tempered(log_weights: Tensor, log_std: Tensor, temperature: float) -> Tensor:
+    """The component logits of a Gaussian mixture sharpened to p^(1/T); log_weights B K, log_std B K C.
 
     For components that do not overlap, p^(1/T) is again a mixture: variances grow by T and a component of weight π and
     volume s gets the weight π^(1/T) s^(1-1/T). At T = 1 this is the mixture itself, at T = 0 its highest mode.
     """
-    if temperature == 1:
-        return choose(log_weights, uniform)
     log_volume = log_std.sum(-1)
     if temperature == 0:
-        return (log_weights - log_volume).argmax(-1)
-    return choose(log_weights / temperature + (1 - 1 / temperature) * log_volume, uniform)
+        return only_largest(log_weights - log_volume)
+    return log_weights / temperature + (1 - 1 / temperature) * log_volume
 
 
-HeadConfig = GaussianMixture
+# Codes
+
+
+@dataclass(frozen=True)
+class Categorical:
+    """A category for each code."""
+
+    def build(self, spec: LatentSpec, width: int) -> "CategoricalHead":
+        if spec.vocabulary is None:
+            raise ValueError("a categorical head is for codes, not for continuous latents")
+        return CategoricalHead(spec.vocabulary, width)
+
+
+class CategoricalHead(Head):
+    uniforms = 1
+
+    def __init__(self, vocabulary: int, width: int):
+        super().__init__()
+        self.embedding = nn.Embedding(vocabulary, width)
+        self.hidden = nn.Linear(width, width)
+        self.output = nn.Linear(width, vocabulary)
+
+    def values(self, latent: Tensor) -> Tensor:
+        return latent
+
+    def latent(self, values: Tensor) -> Tensor:
+        return values
+
+    def embed(self, values: Tensor) -> Tensor:
+        return self.embedding(values)
+
+    def logits(self, features: Tensor) -> Tensor:
+        return self.output(F.silu(self.hidden(features)))
+
+    def log_prob(self, features: Tensor, values: Tensor) -> Tensor:
+        logits = self.logits(features)
+        return -F.cross_entropy(logits.flatten(0, -2), values.flatten(), reduction="none").view(values.shape)
+
+    def draw(self, features: Tensor, uniforms: Tensor, how: Sampling) -> Tensor:
+        return choose(truncated(self.logits(features), how), uniforms[:, 0])
+
+
+def truncated(logits: Tensor, how: Sampling) -> Tensor:
+    """Logits, B K, at a temperature, with all but the top k and the top p of the probability set to -inf.
+
+    Top p keeps the fewest codes whose probabilities sum to p or more (nucleus sampling, Holtzman et al. 2020).
+    """
+    if how.temperature == 0:
+        return only_largest(logits)
+    logits = logits / how.temperature
+    if how.top_k is not None and how.top_k < logits.shape[-1]:
+        least = logits.topk(how.top_k, dim=-1).values[..., -1:]
+        logits = logits.masked_fill(logits < least, -math.inf)
+    if how.top_p < 1:
+        descending, order = logits.sort(dim=-1, descending=True)
+        probabilities = descending.softmax(-1)
+        dropped = probabilities.cumsum(-1) - probabilities >= how.top_p
+        logits = logits.masked_fill(dropped.gather(-1, order.argsort(-1)), -math.inf)
+    return logits
+
+
+def only_largest(logits: Tensor) -> Tensor:
+    return torch.full_like(logits, -math.inf).scatter(-1, logits.argmax(-1, keepdim=True), 0.0)
+
+
+HeadConfig = GaussianMixture | Categorical

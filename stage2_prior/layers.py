@@ -54,17 +54,6 @@ class VerticalConv(nn.Module):
         """B D h w to B D' h w; row r depends on rows r-m+1 … r."""
         return self.conv(F.pad(x, (self.margin, self.margin, self.rows - 1, 0)))
 
-    def begin(self, batch: int, width: int) -> Tensor:
-        """The cache: the last m rows with the margins left and right, B D m w+2·margin."""
-        return self.conv.weight.new_zeros(batch, self.conv.in_channels, self.rows, width + 2 * self.margin)
-
-    def step(self, row: Tensor, cache: Tensor) -> Tensor:
-        """The next row, B D w, to its output, B D' w."""
-        if self.rows > 1:
-            cache[:, :, :-1] = cache[:, :, 1:].clone()
-        cache[:, :, -1, self.margin : self.margin + row.shape[-1]] = row
-        return self.conv(cache).squeeze(2)
-
 
 class HorizontalConv(nn.Module):
     """A 1×k convolution cropped to the m columns at and left of its output."""

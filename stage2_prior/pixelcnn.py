@@ -1,6 +1,6 @@
 """Gated PixelCNN (van den Oord et al. 2016b, "Conditional Image Generation with PixelCNN Decoders", section 2).
 
-B batch, D width, h×w grid, k kernel size, p = (k-1)/2.
+B batch, D width, h×w grid, k kernel size, m = (k+1)/2 the kernel's causal half, p = (k-1)/2 its margin.
 
 Two stacks of gated convolutions run side by side. The *vertical* stack at row r has seen every column of the rows
 above r; the *horizontal* stack at (r, c) has seen the columns left of c in row r, and is fed the vertical stack at
@@ -15,6 +15,9 @@ above r; the *horizontal* stack at (r, c) has seen the columns left of c in row 
 Where we deviate: the vertical stack is residual too, without which its signal fades with depth; the inputs are shifted
 once, before the first layer, so every layer is the same and none needs a mask; dropout after the gate; conditions arrive
 as one map added to both stacks' inputs instead of in every gate.
+
+To sample, `step` runs the vertical stack once a row, for all its columns, and the horizontal stack once a position:
+the arithmetic of one `forward`. What it keeps lies position by position, w B D, so that everything is a matrix product.
 """
 
 from dataclasses import dataclass
@@ -45,27 +48,32 @@ class PixelCNNConfig:
 
 @dataclass
 class LayerState:
-    """What one gated layer keeps between steps, all of it laid out once and written in place.
+    """What one gated layer keeps between steps, laid out once and written in place, and its weights as matrices.
 
-    The gate is tanh(a)·σ(b) = (2σ(2a) - 1)·σ(b). With 2 folded into the weights that make a, one sigmoid over both halves
-    leaves s and t, and with -1 folded into the output weights, [s·t, t] times the matrix [2W; -W] is what is added to h.
+    The gate is tanh(a)·σ(b) = 2st - t with s = σ(2a) and t = σ(b): with the 2 folded into the weights that make a, one
+    sigmoid over both halves gives s and t; the sign is folded into the output weights.
     """
 
-    rows: Tensor  # the vertical stack's cache: B D m w+2p
-    gates: Tensor  # what the vertical stack adds to this row of the horizontal stack, then its gates: w B 2D
-    halves: list[tuple[Tensor, Tensor, Tensor]]  # for each column, views of `gates`: B 2D, and its halves, B D each
+    rows: list[Tensor]  # inputs of the vertical stack in this row and the m-1 above, a ring with zeros around: w+2p B D each
+    shifted: list[list[Tensor]]  # views of `rows` as its kernel's k columns see them: w·B D each
+    above: Tensor  # the vertical convolution of this row: w·B 2D
+    seen: Tensor  # what the vertical stack gives this row of the horizontal stack: w·B 2D
+    gates: list[tuple[Tensor, Tensor, Tensor]]  # views of `seen` a column: B 2D, and its halves s and t, B D each
+    gated: Tensor  # B D
     history: Tensor  # inputs of the horizontal stack in this row, m-1 zeros first: B (m-1+w)·D
-    windows: list[Tensor]  # for each column, the view of `history` that its kernel reaches: B m·D
+    reached: list[Tensor]  # for each column, the view of `history` that its kernel reaches: B m·D
     inputs: list[Tensor]  # for each column, the view of `history` with its own input: B D
+    vertical: list[list[Tensor]]  # m rows, this one first, of k columns: D 2D each
+    vertical_bias: Tensor  # 2D
+    across: Tensor  # 2D 2D
+    across_bias: Tensor  # 2D
     horizontal: Tensor  # m·D 2D
-    bias: Tensor  # 2D
-    output: Tensor  # 2D D
+    output: Tensor  # D D
 
 
 class GatedLayer(nn.Module):
     def __init__(self, width: int, kernel: int, dropout: float):
         super().__init__()
-        self.width = width
         self.vertical = VerticalConv(width, 2 * width, kernel)
         self.horizontal = HorizontalConv(width, 2 * width, kernel)
         self.vertical_to_horizontal = nn.Conv2d(2 * width, 2 * width, 1)
@@ -79,45 +87,58 @@ class GatedLayer(nn.Module):
 
     def begin(self, batch: int, width: int) -> LayerState:
         """The state before the first row of a grid of `width` columns."""
-        d, m = self.width, self.horizontal.columns
-        horizontal = rearrange(self.horizontal.conv.weight.detach(), "o d 1 m -> (m d) o").contiguous()
-        horizontal[:, :d] *= 2
-        output = self.output.weight.detach().flatten(1).T
-        history, gates = output.new_zeros(batch, (m - 1 + width) * d), output.new_empty(width, batch, 2 * d)
+        vertical, across, horizontal = self.vertical.conv, self.vertical_to_horizontal, self.horizontal.conv
+        d, m, k = horizontal.in_channels, *vertical.kernel_size
+        new = self.output.weight.new_zeros
+        rows = [new(width + k - 1, batch, d) for _ in range(m)]
+        seen, history = new(width * batch, 2 * d), new(batch, (m - 1 + width) * d)
+        twice = torch.cat([new(d) + 2, new(d) + 1])
         return LayerState(
-            rows=self.vertical.begin(batch, width),
-            gates=gates,
-            halves=[(column, column[:, :d], column[:, d:]) for column in gates],
+            rows=rows,
+            shifted=[[row[j : j + width].flatten(0, 1) for j in range(k)] for row in rows],
+            above=new(width * batch, 2 * d),
+            seen=seen,
+            gates=[(column, column[:, :d], column[:, d:]) for column in seen.split(batch)],
+            gated=new(batch, d),
             history=history,
-            windows=[history[:, c * d : (c + m) * d] for c in range(width)],
+            reached=[history[:, c * d : (c + m) * d] for c in range(width)],
             inputs=[history[:, (c + m - 1) * d : (c + m) * d] for c in range(width)],
-            horizontal=horizontal,
-            bias=self.horizontal.conv.bias.detach(),  # type: ignore[union-attr]
-            output=torch.cat([2 * output, -output]),
+            vertical=[list(row) for row in (rearrange(vertical.weight, "o d m k -> m k d o") * twice).flip(0)],
+            vertical_bias=vertical.bias * twice,  # type: ignore[operator]
+            across=rearrange(across.weight, "o i 1 1 -> i o") * twice / twice[:, None],
+            across_bias=(across.bias + horizontal.bias) * twice,  # type: ignore[operator]
+            horizontal=rearrange(horizontal.weight, "o d 1 m -> (m d) o") * twice,
+            output=-rearrange(self.output.weight, "o i 1 1 -> i o"),
         )
 
-    def step_row(self, v: Tensor, state: LayerState) -> Tensor:
-        """The vertical stack for the next row, B D w to B D w; puts down what it adds to the horizontal stack."""
-        above = self.vertical.step(v, state.rows)
-        state.gates.copy_(rearrange(self.vertical_to_horizontal(above[:, :, None]), "b d 1 w -> w b d"))
-        state.gates += state.bias
-        state.gates[..., : self.width] *= 2
-        return v + gate(above)
+    def step_row(self, v: Tensor, row: int, state: LayerState) -> Tensor:
+        """The vertical stack for the next row, w B D to w B D; puts down what it gives to the horizontal stack."""
+        m, margin = len(state.rows), (len(state.vertical[0]) - 1) // 2
+        state.rows[row % m][margin : margin + len(v)] = v
+        above = state.above.copy_(state.vertical_bias)
+        for up, weights in enumerate(state.vertical):
+            for inputs, weight in zip(state.shifted[(row - up) % m], weights):
+                above.addmm_(inputs, weight)
+        torch.addmm(state.across_bias, above, state.across, out=state.seen)
+        s, t = above.sigmoid_().unflatten(0, v.shape[:2]).chunk(2, dim=-1)
+        return torch.addcmul(v, s, t, value=2).sub_(t)
 
     def step(self, column: int, state: LayerState, out: Tensor) -> None:
         """The horizontal stack at one position, from state.inputs[column] to `out`, B D."""
-        gates, s, t = state.halves[column]
-        gates.addmm_(state.windows[column], state.horizontal).sigmoid_()
-        s.mul_(t)
-        torch.addmm(state.inputs[column], gates, state.output, out=out)
+        both, s, t = state.gates[column]
+        both.addmm_(state.reached[column], state.horizontal).sigmoid_()
+        torch.addcmul(t, s, t, value=-2, out=state.gated)
+        torch.addmm(state.inputs[column], state.gated, state.output, out=out)
 
 
 @dataclass
 class State:
     """Everything `step` keeps between positions."""
 
-    map: Tensor | None  # B D h w
-    row: Tensor  # the inputs of this row, filled from left to right: B D w
+    map: list[Tensor]  # for each row, w B D or w 1 D
+    row: Tensor  # the inputs of this row, filled from left to right: w B D
+    columns: list[Tensor]  # views of `row`: B D each
+    here: list[Tensor]  # the map at the columns of this row: B D or 1 D each
     layers: list[LayerState]
     features: Tensor  # the result of the last step: B D
 
@@ -136,7 +157,7 @@ class PixelCNN(nn.Module):
         """What a position sees: reach+1 positions to its left, and reach+1 rows above, reach columns to either side."""
 
     def forward(self, inputs: Tensor, map: Tensor | None = None) -> Tensor:
-        """inputs, map and the result B D h w; position i depends on inputs before i in raster order, and on the map."""
+        """inputs and the result B D h w, map B D h w or 1 D h w; position i depends on inputs before i, and on the map."""
         v, h = shift_down(inputs), shift_right(inputs)
         if map is not None:
             v, h = v + map, h + map
@@ -144,12 +165,17 @@ class PixelCNN(nn.Module):
             v, h = layer(v, h)
         return h
 
+    @torch.no_grad()
     def begin(self, batch: int, grid: tuple[int, int], map: Tensor | None = None) -> State:
         """The state before position 0 of a grid of h rows and w columns."""
-        new = self.layers[0].output.weight.detach().new_zeros
+        new = self.layers[0].output.weight.new_zeros
+        row = new(grid[1], batch, self.width)
+        map = new(1, self.width, *grid) if map is None else map.to(row.dtype)
         return State(
-            map=map,
-            row=new(batch, self.width, grid[1]),
+            map=list(rearrange(map, "b d h w -> h w b d").contiguous()),
+            row=row,
+            columns=list(row),
+            here=[],
             layers=[layer.begin(batch, grid[1]) for layer in self.layers],
             features=new(batch, self.width),
         )
@@ -160,20 +186,20 @@ class PixelCNN(nn.Module):
 
         previous: the input at position - 1, B D; None at the first.
         """
-        width = state.row.shape[-1]
-        r, c = divmod(position, width)
+        r, c = divmod(position, len(state.columns))
         if previous is not None:
-            state.row[:, :, (position - 1) % width] = previous
+            state.columns[c - 1].copy_(previous)
+        first = state.layers[0].inputs[c]
         if c == 0:
             # The vertical stack runs once a row. state.row holds the row above: zeros before the first.
-            v = state.row if state.map is None else state.row + state.map[:, :, r]
+            v = state.row + state.map[r]
             for layer, layer_state in zip(self.layers, state.layers):
-                v = layer.step_row(v, layer_state)
-        # The horizontal stack sees the input to the left in this row.
-        first = state.layers[0].inputs[c]
-        first.zero_() if previous is None or c == 0 else first.copy_(previous)
-        if state.map is not None:
-            first.add_(state.map[:, :, r, c])
+                v = layer.step_row(v, r, layer_state)
+            state.here = list(state.map[r])
+            first.copy_(state.here[0].expand_as(first))
+        else:
+            # The horizontal stack sees the input to the left in this row.
+            torch.add(state.columns[c - 1], state.here[c], out=first)
         outs = [*(layer_state.inputs[c] for layer_state in state.layers[1:]), state.features]
         for layer, layer_state, out in zip(self.layers, state.layers, outs):
             layer.step(c, layer_state, out)

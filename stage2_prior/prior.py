@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from stage2_prior.heads import LOG_SQRT_2PI
 from stage2_prior.latents import LatentDataset, LatentSpec, draw
-from stage2_prior.sampling import choose, normals, uniforms
+from stage2_prior.sampling import AS_FITTED, Sampling, choose, normals, uniforms
 
 LARGEST_FULL_COVARIANCE = 1024  # dimensions; beyond it the Gaussian and the mixture are diagonal
 COMPONENT_STREAM = 1  # of the noise; the values of the latents use stream 0
@@ -36,7 +36,7 @@ class Prior(nn.Module, ABC):
     def log_prob(self, levels: list[Tensor]) -> Tensor: ...
 
     @abstractmethod
-    def sample(self, indices: Tensor, seed: int, temperature: float = 1.0) -> list[Tensor]: ...
+    def sample(self, indices: Tensor, seed: int, how: Sampling = AS_FITTED) -> list[Tensor]: ...
 
     def estimate(self, dataset: LatentDataset) -> None:
         """Fit what is not trained by gradient. N(0, I) has nothing to fit."""
@@ -59,8 +59,8 @@ class StandardNormal(Prior):
     def log_prob(self, levels: list[Tensor]) -> Tensor:
         return (-0.5 * only(levels).square() - LOG_SQRT_2PI).flatten(1).sum(1)
 
-    def sample(self, indices: Tensor, seed: int, temperature: float = 1.0) -> list[Tensor]:
-        return [temperature**0.5 * normals(seed, indices, self.shape)]
+    def sample(self, indices: Tensor, seed: int, how: Sampling = AS_FITTED) -> list[Tensor]:
+        return [how.temperature**0.5 * normals(seed, indices, self.shape)]
 
 
 class GaussianMixturePrior(Prior):
@@ -124,12 +124,12 @@ class GaussianMixturePrior(Prior):
             per_component.append(weight.log() + density)
         return torch.stack(per_component, -1).logsumexp(-1)
 
-    def sample(self, indices: Tensor, seed: int, temperature: float = 1.0) -> list[Tensor]:
+    def sample(self, indices: Tensor, seed: int, how: Sampling = AS_FITTED) -> list[Tensor]:
         first = torch.zeros(1, dtype=torch.int64, device=indices.device)
         component = choose(
             self.weights.log().expand(len(indices), -1), uniforms(seed, indices, first, 1, COMPONENT_STREAM)[:, 0, 0]
         )
-        noise = temperature**0.5 * normals(seed, indices, (self.means.shape[1],)).to(self.means)
+        noise = how.temperature**0.5 * normals(seed, indices, (self.means.shape[1],)).to(self.means)
         value = self.means[component]
         for k in component.unique():  # one factor at a time: a gathered B D D would not fit
             rows = component == k
@@ -157,13 +157,13 @@ class AggregatePosterior(Prior):
         log_scale = 0.5 * precision.log().sum(1) - value.shape[1] * LOG_SQRT_2PI
         return (log_scale - 0.5 * distance).logsumexp(1).to(only(levels)) - torch.tensor(float(len(self.dataset))).log()
 
-    def sample(self, indices: Tensor, seed: int, temperature: float = 1.0) -> list[Tensor]:
+    def sample(self, indices: Tensor, seed: int, how: Sampling = AS_FITTED) -> list[Tensor]:
         first = torch.zeros(1, dtype=torch.int64, device=indices.device)
         uniform = uniforms(seed, indices, first, 1, COMPONENT_STREAM)[:, 0, 0].double()
         chosen = (uniform * len(self.dataset)).long()
         posterior = only(self.dataset.posteriors(chosen))
         shape = tuple(posterior["mean"].shape[1:])
-        return [draw(posterior, temperature**0.5 * normals(seed, indices, shape))]
+        return [draw(posterior, how.temperature**0.5 * normals(seed, indices, shape))]
 
 
 MIXTURE_COMPONENTS = 10

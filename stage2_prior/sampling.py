@@ -1,6 +1,6 @@
 """The noise of a sample, and the one cached loop that draws a grid from any backbone and head.
 
-B batch, P positions, C latent channels, D width, h×w latent grid.
+B batch, P positions, C latent channels, K categories, D width, h×w latent grid.
 
 The noise of sample i under seed s is a function of (s, i, position) alone, by the counter-based generator Philox
 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"), so a sample is the same at any batch size, at any
@@ -9,6 +9,8 @@ place in a batch, in any number of processes and on any device.
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -63,47 +65,72 @@ def normals(seed: int, indices: Tensor, shape: tuple[int, ...], stream: int = 0)
     return torch.special.ndtri(uniforms(seed, indices, position, count, stream)).view(len(indices), *shape)
 
 
-def choose(log_weights: Tensor, uniform: Tensor) -> Tensor:
-    """The index of a category by inverse CDF: log_weights B K (need not be normalized), uniform B; returns B."""
-    cumulative = log_weights.softmax(-1).cumsum(-1)
-    # Compare with the last entry, not with 1: rounding must not leave an index of K.
-    return (cumulative < uniform[:, None] * cumulative[:, -1:]).sum(-1)
+def choose(logits: Tensor, uniform: Tensor) -> Tensor:
+    """The index of a category by inverse CDF: logits B K (need not be normalized), uniform B; returns B."""
+    cumulative = logits.softmax(-1).cumsum(-1)
+    # Search for a share of the last entry, not of 1, because of rounding; what was not a number stays within bounds.
+    found = torch.searchsorted(cumulative, uniform[:, None] * cumulative[:, -1:])
+    return found.squeeze(1).clamp_(max=logits.shape[-1] - 1)
+
+
+class CannotSample(ValueError):
+    """What was asked of a sampler makes no sense for this prior; the message says what and why."""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How draws depart from the density as fitted; by default not at all."""
+
+    temperature: float = 1.0
+    """below 1 sharpens the density, 0 takes its mode at each position"""
+    top_k: int | None = None
+    """draw each code from the k likeliest only"""
+    top_p: float = 1.0
+    """draw each code from the fewest likeliest whose probabilities sum to p"""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.temperature < math.inf:
+            raise CannotSample(f"a temperature is 0 or more, not {self.temperature}")
+        if self.top_k is not None and self.top_k < 1:
+            raise CannotSample(f"top-k is a number of codes from 1 up, not {self.top_k}")
+        if not 0 < self.top_p <= 1:
+            raise CannotSample(f"top-p lies above 0 and at most at 1, not at {self.top_p}")
+
+
+AS_FITTED = Sampling()
 
 
 def sample_grid(
     backbone: Backbone,
-    embed,
     head: Head,
     grid: tuple[int, int],
     indices: Tensor,
     seed: int,
+    how: Sampling = AS_FITTED,
     *,
     stream: int = 0,
     map: Tensor | None = None,
     given: Tensor | None = None,
     mask: Tensor | None = None,
-    temperature: float = 1.0,
 ) -> Tensor:
-    """Draw one level position by position, each position from the cached step of the backbone; B C h w.
+    """Draw one level position by position, each from the cached step of the backbone; values B h w C, or codes B h w.
 
-    embed: from B C to B D, what the backbone is fed.
-    given, mask: known latents, B C h w, and where to hold them, h w (True is held).
-    temperature: 1 samples the density as fitted, 0 takes its mode where the head has one.
+    map: B D h w or 1 D h w, what the backbone is told of every position.
+    given, mask: known values, and where to hold them, h w (True is held).
     """
     height, width = grid
-    device = indices.device
-    noise = uniforms(seed, indices, torch.arange(height * width, device=device), head.uniforms, stream)
+    noise = uniforms(seed, indices, torch.arange(height * width, device=indices.device), head.uniforms, stream).unbind(1)
     held = [False] * (height * width) if mask is None else mask.flatten().tolist()
     state = backbone.begin(len(indices), grid, map)
     previous: Tensor | None = None
     drawn = []
-    for position in range(height * width):
+    for position, held_here in enumerate(held):
         features = backbone.step(previous, position, state)
-        if held[position]:
+        if held_here:
             assert given is not None
-            value = given[:, :, position // width, position % width]
+            value = given[:, position // width, position % width]
         else:
-            value = head.draw(features, noise[:, position], temperature)
+            value = head.draw(features, noise[position], how)
         drawn.append(value)
-        previous = embed(value)
-    return torch.stack(drawn, dim=-1).unflatten(-1, grid)
+        previous = head.embed(value)
+    return torch.stack(drawn, dim=1).unflatten(1, grid)

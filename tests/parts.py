@@ -11,7 +11,7 @@ from pipelines.fit import FitConfig
 from stage1_vae import bottlenecks, likelihoods
 from stage1_vae.networks import Convolutional, FullyConnected
 from stage2_prior.autoregressive import AutoregressiveConfig, AutoregressivePrior
-from stage2_prior.heads import GaussianMixture
+from stage2_prior.heads import Categorical, GaussianMixture, GaussianMixtureHead
 from stage2_prior.latents import LatentDataset, LatentSpec
 from stage2_prior.pixelcnn import PixelCNNConfig
 
@@ -19,7 +19,8 @@ BACKBONES = {
     "pixelcnn": PixelCNNConfig(width=6, layers=2, kernel=3),
     "pixelcnn-kernel5": PixelCNNConfig(width=6, layers=1, kernel=5),
 }
-HEADS = {"mixture": GaussianMixture(components=3)}
+HEADS = {"mixture": GaussianMixture(components=3), "categorical": Categorical()}
+LEARNED = [(backbone, head) for backbone in BACKBONES for head in HEADS]
 BOTTLENECKS = {"deterministic": bottlenecks.Deterministic(channels=3), "gaussian": bottlenecks.Gaussian(channels=3, samples=2)}
 LIKELIHOODS = {
     "bernoulli": likelihoods.Bernoulli(),
@@ -44,13 +45,20 @@ def randomized(module: nn.Module, scale: float = 0.4, seed: int = 0) -> nn.Modul
 def random_prior(spec: LatentSpec, backbone: str, head: str, scale: float = 0.3) -> AutoregressivePrior:
     prior = AutoregressiveConfig(BACKBONES[backbone], HEADS[head]).build(spec).double().eval()
     randomized(prior, scale)
-    prior.shift.fill_(0.3)
-    prior.scale.fill_(1.7)
+    if isinstance(prior.head, GaussianMixtureHead):
+        prior.head.shift.fill_(0.3)
+        prior.head.scale.fill_(1.7)
     return prior
+
+
+def spec_for(head: str, grid: tuple[int, int]) -> LatentSpec:
+    return LatentSpec(grid, vocabulary=5) if head == "categorical" else LatentSpec((2, *grid))
 
 
 def random_latents(count: int, spec: LatentSpec, seed: int = 0) -> LatentDataset:
     generator = torch.Generator().manual_seed(seed)
+    if spec.vocabulary is not None:
+        return LatentDataset([{"codes": torch.randint(0, spec.vocabulary, (count, *spec.shape), generator=generator)}])
     mean = 2 * torch.randn(count, *spec.shape, generator=generator) + 1
     std = torch.rand(count, *spec.shape, generator=generator) * 0.5 + 0.1
     return LatentDataset([{"mean": mean, "std": std}])

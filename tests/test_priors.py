@@ -7,11 +7,12 @@ import torch
 from scipy import stats
 
 from stage2_prior.autoregressive import AutoregressiveConfig
+from stage2_prior.heads import truncated
 from stage2_prior.latents import LatentDataset, LatentSpec, draw
 from stage2_prior.prior import BASELINES, AggregatePosterior
-from tests.parts import BACKBONES, HEADS, random_latents, random_prior
+from stage2_prior.sampling import CannotSample, Sampling, uniforms
+from tests.parts import BACKBONES, HEADS, LEARNED, random_latents, random_prior, spec_for
 
-LEARNED = [(backbone, head) for backbone in BACKBONES for head in HEADS]
 TINY = {"two-positions": LatentSpec((1, 1, 2)), "two-rows": LatentSpec((1, 2, 1)), "two-channels": LatentSpec((2, 1, 1))}
 FALSE_ALARM = 1e-4  # the stated error rate of each statistical test; seeds are fixed
 
@@ -22,7 +23,7 @@ def all_priors(spec: LatentSpec) -> dict:
     dataset = LatentDataset([{name: tensor.double() for name, tensor in level.items()} for level in dataset.levels])
     few = LatentDataset([{name: tensor[:20] for name, tensor in level.items()} for level in dataset.levels])
     priors = {name: make(spec).double() for name, make in BASELINES.items()} | {"posterior": AggregatePosterior(few)}
-    priors |= {f"{backbone}-{head}": random_prior(spec, backbone, head) for backbone, head in LEARNED}
+    priors |= {f"{backbone}-{head}": random_prior(spec, backbone, head) for backbone, head in LEARNED if head != "categorical"}
     for name in BASELINES:
         priors[name].estimate(dataset)
     return priors
@@ -87,11 +88,10 @@ def test_a_sample_is_the_same_in_any_batch(name):
 
 @pytest.mark.parametrize(("backbone", "head"), LEARNED)
 def test_every_factor_depends_on_nothing_later(backbone, head):
-    spec = LatentSpec((2, 3, 3))
+    spec = spec_for(head, (3, 3))
     prior = random_prior(spec, backbone, head)
-    latent = torch.randn(spec.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    influence = torch.autograd.functional.jacobian(lambda z: prior.log_prob_by_position([z[None]])[0], latent)
-    influence = influence.abs().amax(2).flatten(2).flatten(0, 1)  # position × position, over channels
+    (latent,) = random_latents(1, spec)[torch.arange(1)][0]
+    influence = sensitivity(prior, latent[0])
     positions = torch.arange(spec.positions)
     later = positions[None, :] > positions[:, None]
     assert (influence[later] == 0).all()
@@ -101,45 +101,159 @@ def test_every_factor_depends_on_nothing_later(backbone, head):
         assert (influence[i, j] > 0) == seen
 
 
+def sensitivity(prior, latent) -> torch.Tensor:
+    """How far log p(z_i | z_<i) moves with the latent at position j: i × j."""
+    if prior.spec.vocabulary is None:
+        jacobian = torch.autograd.functional.jacobian(lambda z: prior.log_prob_by_position([z[None]])[0], latent.double())
+        return jacobian.abs().amax(2).flatten(2).flatten(0, 1)
+    rows = []
+    for j in range(latent.numel()):  # codes: try every other code at j
+        others = latent.flatten().repeat(prior.spec.vocabulary, 1)
+        others[:, j] = torch.arange(prior.spec.vocabulary)
+        with torch.no_grad():
+            values = prior.log_prob_by_position([others.view(-1, *latent.shape)]).flatten(1)
+        rows.append((values - values[latent.flatten()[j]]).abs().amax(0))
+    return torch.stack(rows, 1)
+
+
 @pytest.mark.parametrize(("backbone", "head"), LEARNED)
 def test_every_parameter_receives_a_gradient(backbone, head):
     torch.manual_seed(0)
-    prior = AutoregressiveConfig(BACKBONES[backbone], HEADS[head]).build(LatentSpec((2, 4, 4)))
+    prior = AutoregressiveConfig(BACKBONES[backbone], HEADS[head]).build(spec_for(head, (4, 4)))
     prior(*random_latents(8, prior.spec)[torch.arange(8)])["loss"].backward()
     without = [name for name, p in prior.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
     assert without == []
 
 
+def held_mask(grid: tuple[int, int]) -> torch.Tensor:
+    """The first three positions and one later."""
+    mask = torch.zeros(grid, dtype=torch.bool)
+    mask.view(-1)[[0, 1, 2, -2]] = True
+    return mask
+
+
+@pytest.mark.parametrize("completing", [False, True])
+@pytest.mark.parametrize("grid", [(4, 4), (3, 5), (1, 6)])
 @pytest.mark.parametrize(("backbone", "head"), LEARNED)
-def test_held_positions_stay_and_the_rest_is_drawn(backbone, head):
-    spec = LatentSpec((2, 3, 4))
-    prior = random_prior(spec, backbone, head)
-    given = torch.randn(5, *spec.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    mask = torch.zeros(spec.grid, dtype=torch.bool)
-    mask[0, :3] = mask[2, 1] = True
+def test_the_cached_sampler_draws_what_whole_forward_passes_would(backbone, head, grid, completing):
+    """In float32: features equal to 1e-5, and the same noise drawn from a whole forward's features gives the same sample."""
+    spec = spec_for(head, grid)
+    prior = random_prior(spec, backbone, head).float()
+    indices, mask = torch.arange(4), held_mask(grid)
+    (given,) = random_latents(4, spec)[indices]
+    known = {"given": given, "mask": [mask]} if completing else {}
     with torch.no_grad():
-        (free,) = prior.sample(torch.arange(5), seed=0)
-        (held,) = prior.sample(torch.arange(5), seed=0, given=[given], mask=[mask])
-    assert torch.allclose(held[:, :, mask], given[:, :, mask], rtol=1e-12, atol=1e-12)
-    assert (held[:, :, ~mask] != free[:, :, ~mask]).all()  # what is held is seen by everything after it
+        (sample,) = prior.sample(indices, 3, **known)
+        values = prior.head.values(sample)
+        features = prior.backbone(prior.head.embed(values).movedim(-1, 1), prior.position).movedim(1, -1)
+        noise = uniforms(3, indices, torch.arange(spec.positions), prior.head.uniforms)
+        for position in range(spec.positions):
+            r, c = divmod(position, grid[1])
+            if not (completing and mask[r, c]):
+                again = prior.head.draw(features[:, r, c], noise[:, position], Sampling())
+                assert torch.allclose(again.float(), values[:, r, c].float(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("backbone", "head"), LEARNED)
+def test_held_positions_stay_and_are_seen_by_everything_after(backbone, head):
+    spec = spec_for(head, (3, 4))
+    prior = random_prior(spec, backbone, head, scale=1.0 if head == "categorical" else 0.3)
+    (given,) = random_latents(50, spec)[torch.arange(50)]
+    mask = held_mask(spec.grid)
+    with torch.no_grad():
+        (free,) = prior.sample(torch.arange(50), seed=0)
+        (held,) = prior.sample(torch.arange(50), seed=0, given=given, mask=[mask])
+    assert torch.allclose(held[..., mask], given[0][..., mask].to(held), rtol=1e-12, atol=1e-12)
+    changed = (held != free).view(50, -1, *spec.grid).any(1).any(0)
+    assert changed[~mask].all()
+
+
+@pytest.mark.parametrize(("backbone", "head"), LEARNED)
+def test_known_latents_of_a_wrong_shape_are_refused(backbone, head):
+    prior = random_prior(spec_for(head, (3, 4)), backbone, head)
+    (given,) = random_latents(2, prior.spec)[torch.arange(2)]
+    for known in ({"given": given}, {"mask": [held_mask((3, 4))]}):
+        with pytest.raises(CannotSample, match="come together"):
+            prior.sample(torch.arange(2), 0, **known)
+    with pytest.raises(CannotSample, match="a mask of known latents is boolean"):
+        prior.sample(torch.arange(2), 0, given=given, mask=[held_mask((4, 3))])
+    with pytest.raises(CannotSample, match="known latents of 3 samples"):
+        prior.sample(torch.arange(3), 0, given=given, mask=[held_mask((3, 4))])
 
 
 @pytest.mark.parametrize(("backbone", "head"), LEARNED)
 def test_temperature_zero_is_one_sample(backbone, head):
-    prior = random_prior(LatentSpec((2, 2, 2)), backbone, head)
+    prior = random_prior(spec_for(head, (2, 2)), backbone, head)
     with torch.no_grad():
-        (coldest,) = prior.sample(torch.arange(4), seed=0, temperature=0.0)
+        (coldest,) = prior.sample(torch.arange(4), seed=0, how=Sampling(temperature=0.0))
     assert torch.allclose(coldest, coldest[:1].expand_as(coldest))
+
+
+# Codes
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_codes_are_normalized_and_sampled_as_their_probabilities_say(backbone):
+    """All 5³ grids of three codes: probabilities sum to one, and a χ² test of samples against them."""
+    prior = random_prior(LatentSpec((1, 3), vocabulary=5), backbone, "categorical")
+    everything = torch.cartesian_prod(*3 * [torch.arange(5)]).view(-1, 1, 3)
+    with torch.no_grad():
+        probabilities = prior.log_prob([everything]).exp()
+        (samples,) = prior.sample(torch.arange(20_000), seed=2)
+    assert float(probabilities.sum()) == pytest.approx(1, abs=1e-12)
+    observed = torch.bincount(samples.flatten(1) @ torch.tensor([25, 5, 1]), minlength=125)
+    often = probabilities * 20_000 > 5
+    expected = torch.cat([probabilities[often], probabilities[~often].sum()[None] + 1e-12]) * 20_000
+    counts = torch.cat([observed[often], observed[~often].sum()[None]]).double()
+    assert stats.chisquare(counts.numpy(), (expected * counts.sum() / expected.sum()).numpy()).pvalue > FALSE_ALARM
+
+
+def test_truncation_keeps_exactly_what_it_says():
+    logits = torch.tensor([[0.1, 0.4, 0.2, 0.3]]).log()
+
+    def kept(**how) -> list[int]:
+        return torch.nonzero(truncated(logits, Sampling(**how))[0] > -math.inf).flatten().tolist()
+
+    assert kept() == [0, 1, 2, 3]
+    assert kept(top_k=2) == [1, 3]
+    assert kept(top_k=9) == [0, 1, 2, 3]
+    assert kept(top_p=0.39) == [1]
+    assert kept(top_p=0.69) == [1, 3]
+    assert kept(top_p=0.75) == [1, 2, 3]
+    assert kept(temperature=0.0) == [1]
+    assert kept(top_k=3, top_p=0.5) == [1, 3]
+    assert truncated(logits, Sampling(temperature=0.5)).softmax(-1)[0, 1] == pytest.approx(0.16 / 0.30)
+
+
+@pytest.mark.parametrize("how", [{"temperature": -1.0}, {"top_k": 0}, {"top_p": 0.0}, {"top_p": 1.5}, {"temperature": math.inf}])
+def test_nonsense_is_refused(how):
+    with pytest.raises(CannotSample):
+        Sampling(**how)
+
+
+def test_continuous_latents_have_no_top_k():
+    prior = random_prior(LatentSpec((2, 2, 2)), "pixelcnn", "mixture")
+    with pytest.raises(CannotSample, match="continuous"):
+        prior.sample(torch.arange(2), 0, Sampling(top_k=3))
+
+
+def test_a_head_refuses_latents_of_the_other_kind():
+    for head, other in (("mixture", "categorical"), ("categorical", "mixture")):
+        with pytest.raises(ValueError, match="continuous latents"):
+            AutoregressiveConfig(BACKBONES["pixelcnn"], HEADS[head]).build(spec_for(other, (2, 2)))
+
+
+# Standardization and baselines
 
 
 def test_standardization_is_part_of_the_density():
     """Twice the latents with twice the scale: the density falls by log 2 a dimension."""
     spec = LatentSpec((2, 2, 3))
     prior = random_prior(spec, "pixelcnn", "mixture")
-    prior.shift.zero_()
+    prior.head.shift.zero_()
     latent = torch.randn(3, *spec.shape, dtype=torch.float64)
     before = prior.log_prob([latent])
-    prior.scale.mul_(2)
+    prior.head.scale.mul_(2)
     assert torch.allclose(prior.log_prob([2 * latent]), before - spec.dimensions * math.log(2))
 
 
@@ -149,9 +263,10 @@ def test_estimate_standardizes_the_aggregate_posterior():
     prior = AutoregressiveConfig().build(spec)
     prior.estimate(dataset)
     draws = torch.cat([dataset[torch.arange(500)][0][0] for _ in range(200)])
-    standardized = (draws - prior.shift) / prior.scale
-    assert standardized.mean((0, 2, 3)).abs().max() < 0.01
-    assert (standardized.std((0, 2, 3)) - 1).abs().max() < 0.01
+    standardized = prior.head.values(draws)
+    assert torch.allclose(prior.head.latent(standardized), draws, atol=1e-5)
+    assert standardized.mean((0, 1, 2)).abs().max() < 0.01
+    assert (standardized.std((0, 1, 2)) - 1).abs().max() < 0.01
 
 
 def test_the_fitted_gaussian_has_the_moments_of_the_aggregate_posterior():
