@@ -1,10 +1,11 @@
-"""python -m pipelines.benchmark training | sampling: speed, stated as ratios within one run.
+"""python -m pipelines.benchmark training | sampling | batches: speed, stated as ratios within one run; sameness.
 
 Medians over repeats that alternate between what is compared: the ratios hold on a noisy machine where seconds do not.
 
     training   how near the training loop comes to a bare loop over one fixed batch
     sampling   how near drawing a grid comes to one teacher-forced forward pass over the same batch, which does all the
                arithmetic that sampling needs; and the loop that runs the whole network for every position, beside it
+    batches    how many images are the same at two batch sizes
 """
 
 import json
@@ -15,7 +16,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import tyro
@@ -24,11 +25,14 @@ from torch import Tensor
 
 from pipelines.checkpoint import write_file
 from pipelines.config import preset
-from pipelines.console import UserError, run_command, say
+from pipelines.console import UserError, nearest, run_command, say
 from pipelines.fit import FitConfig, Source, Training
+from pipelines.generate import generate
 from pipelines.run import Run, devices, encoded, latent_dataset
 from stage2_prior.autoregressive import AutoregressiveConfig, AutoregressivePrior
+from stage2_prior.heads import Categorical, GaussianMixture, HeadConfig
 from stage2_prior.latents import LatentSpec
+from stage2_prior.pixelcnn import BackboneConfig, PixelCNNConfig
 from stage2_prior.sampling import AS_FITTED, uniforms
 
 Rows = list[dict[str, Any]]
@@ -36,6 +40,8 @@ Rows = list[dict[str, Any]]
 
 def median_seconds(parts: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
     """The median time of each part, over repeats that alternate between the parts, after one unmeasured round."""
+    if repeats < 1:
+        raise UserError(f"--repeats is a number from 1 up, not {repeats}")
     seconds: dict[str, list[float]] = {name: [] for name in parts}
     for repeat in range(repeats + 1):
         for name, part in parts.items():
@@ -137,21 +143,34 @@ def training_summary(part: str, images: int, seconds: dict[str, float]) -> dict[
 # Sampling
 
 
+BACKBONES: dict[str, BackboneConfig] = {"pixelcnn": PixelCNNConfig()}
+"""Each of 0.5 to 1 M parameters."""
+
+HEADS: dict[str, tuple[HeadConfig, Callable[[tuple[int, int]], LatentSpec]]] = {
+    "mixture": (GaussianMixture(), lambda grid: LatentSpec((4, *grid))),
+    "categorical": (Categorical(), lambda grid: LatentSpec(grid, vocabulary=512)),
+}
+"""Each with the latents it is measured on."""
+
+
 @dataclass(frozen=True)
 class BenchmarkSampling:
     """Drawing latents against one teacher-forced forward pass of the same batch."""
 
-    prior: AutoregressiveConfig = AutoregressiveConfig()
-    channels: int = 4
-    """latent channels at a position"""
-    grids: tuple[str, ...] = ("7x7", "8x8", "16x16", "32x32")
+    backbone: str = "pixelcnn"
+    """the causal network"""
+    head: str = "mixture"
+    """mixture: four continuous channels a position; categorical: one of 512 codes"""
+    grid: tuple[str, ...] = ("7x7", "8x8", "16x16", "32x32")
     """latent grids, h×w"""
-    batches: tuple[int, ...] = (256, 256, 64, 16)
+    batch: tuple[int, ...] = (256, 256, 64, 16)
     """grids drawn at once, one number for each grid"""
     threads: tuple[int, ...] = (1, 2)
     """CPU threads, each measured"""
     growth: tuple[int, ...] = (8, 16, 32, 64)
-    """sides of the square grids over which the growth of time with positions is fitted, at batch 16"""
+    """sides of the square grids over which the growth of time with positions is fitted, at batch 16; none for one side"""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """of the backbone"""
     repeats: int = 5
     """measured repeats; medians are stated"""
     json: Path | None = None
@@ -159,17 +178,30 @@ class BenchmarkSampling:
     device: str = "auto"
     """auto, cpu, cuda or mps"""
 
+    def prior(self, grid: tuple[int, int], device: torch.device) -> AutoregressivePrior:
+        """With random weights: speed does not depend on them."""
+        torch.manual_seed(0)
+        head, latents = HEADS[self.head]
+        prior = AutoregressiveConfig(BACKBONES[self.backbone], head).build(latents(grid)).to(device).eval()
+        prior.backbone.to(getattr(torch, self.dtype))
+        return prior
+
     def rows(self) -> Rows:
         """One row for each thread count and grid; then one row with the exponent of growth."""
         device = devices(self.device).device
-        shapes = [shape_of(grid) for grid in self.grids]
-        if len(shapes) != len(self.batches) or min(self.batches, default=0) < 1:
-            raise UserError(f"--batches needs one number from 1 up for each of the {len(shapes)} grids")
+        for name, known in ((self.backbone, BACKBONES), (self.head, HEADS)):
+            if name not in known:
+                raise UserError(f"there is no {name!r}{nearest(name, known)}")
+        grids = [grid_of(grid) for grid in self.grid]
+        if len(grids) != len(self.batch) or min(self.batch, default=0) < 1:
+            raise UserError(f"--batch needs one number from 1 up for each of the {len(grids)} grids")
+        if min(self.threads, default=0) < 1:
+            raise UserError("--threads are numbers from 1 up")
         rows = []
         for threads in self.threads:
             torch.set_num_threads(threads)
-            for shape, batch in zip(shapes, self.batches):
-                rows.append(sampling_row(self.prior, (self.channels, *shape), batch, device, self.repeats))
+            for grid, batch in zip(grids, self.batch):
+                rows.append({"backbone": self.backbone, "head": self.head} | self.row(grid, batch, device))
                 say(sampling_line(rows[-1]))
         if len(self.growth) > 1:
             rows.append(self.growth_row(device))
@@ -180,75 +212,74 @@ class BenchmarkSampling:
         """The exponent of time ~ positions^exponent, by least squares on logarithms."""
         seconds = []
         for side in self.growth:
-            prior = random_prior(self.prior, (self.channels, side, side), device)
+            prior = self.prior((side, side), device)
             indices = torch.arange(16, device=device)
             seconds.append(median_seconds({"sample": lambda p=prior, i=indices: p.sample(i, 0)}, 3)["sample"])  # type: ignore[misc]
         x, y = (torch.tensor([math.log(v) for v in values]) for values in ([side**2 for side in self.growth], seconds))
         slope = ((x - x.mean()) * (y - y.mean())).sum() / (x - x.mean()).square().sum()
         return {"grids": [f"{side}x{side}" for side in self.growth], "seconds": seconds, "exponent": float(slope)}
 
+    @torch.inference_mode()
+    def row(self, grid: tuple[int, int], batch: int, device: torch.device) -> dict[str, Any]:
+        prior = self.prior(grid, device)
+        indices = torch.arange(batch, device=device)
+        (latent,) = prior.sample(indices, 0)
+        channels_last = self.prior(grid, device)
+        channels_last.backbone.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        positions, tried = grid[0] * grid[1], 3
+
+        def forward(prior: AutoregressivePrior) -> Callable[[], object]:
+            def teacher_forced() -> Tensor:
+                values = prior.head.values(latent)
+                inputs = prior.head.embed(values).movedim(-1, 1).to(next(prior.backbone.parameters()).dtype)
+                return prior.head(prior.backbone(inputs, prior.position).movedim(1, -1).to(prior.position.dtype), values)
+
+            return teacher_forced
+
+        def few_full_passes() -> None:
+            noise = uniforms(0, indices, torch.arange(tried, device=device), prior.head.uniforms)
+            for position in range(tried):
+                inputs = prior.head.embed(prior.head.values(latent)).movedim(-1, 1).to(next(prior.backbone.parameters()).dtype)
+                features = prior.backbone(inputs, prior.position).flatten(2)[..., position]
+                prior.head.draw(features.to(prior.position.dtype), noise[:, position], AS_FITTED)
+
+        parts: dict[str, Callable[[], object]] = {
+            "forward": forward(prior),
+            "forward, channels last": forward(channels_last),
+            "sample": lambda: prior.sample(indices, 0),
+            "full": few_full_passes,
+        }
+        seconds = median_seconds(parts, self.repeats)
+        fastest = min(("forward", "forward, channels last"), key=lambda name: seconds[name])
+        memory = {name: peak_bytes(parts[name], device) for name in (fastest, "sample")}
+        return {
+            "grid": f"{grid[0]}x{grid[1]}",
+            "batch": batch,
+            "device": str(device),
+            "threads": torch.get_num_threads(),
+            "dtype": self.dtype,
+            "parameters": sum(parameter.numel() for parameter in prior.parameters()),
+            "forward_s": seconds[fastest],
+            "sample_s": seconds["sample"],
+            "ratio": seconds["sample"] / seconds[fastest],
+            "full_loop_s": seconds["full"] / tried * positions,
+            "full_loop_extrapolated": True,
+            "images_per_s": batch / seconds["sample"],
+            "forward_peak_bytes": memory[fastest],
+            "sample_peak_bytes": memory["sample"],
+        }
+
     def table(self, rows: Rows) -> str:
         return "ratio: sampling over one forward pass; full loop: the whole network for every position, extrapolated"
 
 
-def shape_of(grid: str) -> tuple[int, int]:
+def grid_of(grid: str) -> tuple[int, int]:
     try:
         height, width = (int(side) for side in grid.split("x"))
         assert height > 0 and width > 0
         return height, width
     except (ValueError, AssertionError) as error:
         raise UserError(f"a grid is HxW, for example 8x8, not {grid!r}") from error
-
-
-def random_prior(config: AutoregressiveConfig, shape: tuple[int, int, int], device: torch.device) -> AutoregressivePrior:
-    torch.manual_seed(0)
-    return config.build(LatentSpec(shape)).to(device).eval()
-
-
-@torch.inference_mode()
-def sampling_row(
-    config: AutoregressiveConfig, shape: tuple[int, int, int], batch: int, device: torch.device, repeats: int
-) -> dict[str, Any]:
-    prior = random_prior(config, shape, device)
-    indices = torch.arange(batch, device=device)
-    (latent,) = prior.sample(indices, 0)
-    channels_last = random_prior(config, shape, device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    last = latent.contiguous(memory_format=torch.channels_last)
-    positions, tried = shape[1] * shape[2], 3
-
-    def few_full_passes() -> None:
-        noise = uniforms(0, indices, torch.arange(tried, device=device), prior.head.uniforms)
-        for position in range(tried):
-            features = prior.backbone(prior.head.embed(prior.head.values(latent)).movedim(-1, 1), prior.position)
-            prior.head.draw(features.flatten(2)[..., position], noise[:, position], AS_FITTED)
-
-    parts: dict[str, Callable[[], object]] = {
-        "forward": lambda: prior.log_prob([latent]),
-        "forward, channels last": lambda: channels_last.log_prob([last]),
-        "sample": lambda: prior.sample(indices, 0),
-        "full": few_full_passes,
-    }
-    seconds = median_seconds(parts, repeats)
-    forward = min(seconds["forward"], seconds["forward, channels last"])
-    memory = {name: peak_bytes(parts[name], device) for name in ("forward", "sample")}
-    return {
-        "backbone": type(config.backbone).__name__.removesuffix("Config"),
-        "head": type(config.head).__name__,
-        "grid": f"{shape[1]}x{shape[2]}",
-        "batch": batch,
-        "device": str(device),
-        "threads": torch.get_num_threads(),
-        "dtype": str(latent.dtype).removeprefix("torch."),
-        "parameters": sum(parameter.numel() for parameter in prior.parameters()),
-        "forward_s": forward,
-        "sample_s": seconds["sample"],
-        "ratio": seconds["sample"] / forward,
-        "full_loop_s": seconds["full"] / tried * positions,
-        "full_loop_extrapolated": True,
-        "images_per_s": batch / seconds["sample"],
-        "forward_peak_bytes": memory["forward"],
-        "sample_peak_bytes": memory["sample"],
-    }
 
 
 def sampling_line(row: dict[str, Any]) -> str:
@@ -278,12 +309,54 @@ def peak_bytes(part: Callable[[], object], device: torch.device) -> int:
     return peak
 
 
+# The same image in any batch
+
+
+@dataclass(frozen=True)
+class BenchmarkBatches:
+    """How many images of a trained run are the same at two batch sizes.
+
+    The noise of an image is its own, but matrix products round differently at different batch sizes, and a draw that lies
+    on the edge between two outcomes can fall to the other side.
+    """
+
+    run: tyro.conf.Positional[str]
+    """a run's name under checkpoints/, or its path"""
+    count: int = 512
+    """images drawn"""
+    batch: tuple[int, int] = (1, 256)
+    """the two batch sizes"""
+    json: Path | None = None
+    """file to write the row to"""
+    device: str = "auto"
+    """auto, cpu, cuda or mps"""
+
+    def rows(self) -> Rows:
+        run = Run.open(self.run, self.device)
+        autoencoder = run.load_autoencoder()
+        prior = run.prior("learned", run.specs(autoencoder))
+        images = [
+            generate(autoencoder, prior, self.count, seed=0, device=run.fabric.device, batch_size=size).int()
+            for size in self.batch
+        ]
+        apart = (images[0] - images[1]).abs().flatten(1).amax(1)
+        same = float((apart <= 1).float().mean())
+        return [{"run": self.run, "images": self.count, "batches": self.batch, "same": same, "largest": int(apart.max())}]
+
+    def table(self, rows: Rows) -> str:
+        (row,) = rows
+        return (
+            f"{100 * row['same']:.1f} % of {row['images']} images are equal to 1/255 at batch {row['batches'][0]} and"
+            f" {row['batches'][1]}; the largest difference of a pixel is {row['largest']}/255"
+        )
+
+
 def main(arguments: list[str] | None = None) -> None:
     asked = tyro.extras.subcommand_cli_from_dict(
-        {"training": BenchmarkTraining, "sampling": BenchmarkSampling}, prog="python -m pipelines.benchmark", args=arguments
+        {"training": BenchmarkTraining, "sampling": BenchmarkSampling, "batches": BenchmarkBatches},
+        prog="python -m pipelines.benchmark",
+        args=arguments,
     )
-    if asked.repeats < 1:
-        raise UserError(f"--repeats is a number from 1 up, not {asked.repeats}")
     rows = asked.rows()
     say(asked.table(rows))
     if asked.json is not None:

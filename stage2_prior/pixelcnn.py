@@ -60,14 +60,13 @@ class LayerState:
     seen: Tensor  # what the vertical stack gives this row of the horizontal stack: w·B 2D
     gates: list[tuple[Tensor, Tensor, Tensor]]  # views of `seen` a column: B 2D, and its halves s and t, B D each
     gated: Tensor  # B D
-    history: Tensor  # inputs of the horizontal stack in this row, m-1 zeros first: B (m-1+w)·D
-    reached: list[Tensor]  # for each column, the view of `history` that its kernel reaches: B m·D
-    inputs: list[Tensor]  # for each column, the view of `history` with its own input: B D
+    recent: Tensor  # inputs of the horizontal stack at this column and the m-1 left of it, a ring: B m·D
+    inputs: list[Tensor]  # views of `recent`: B D each
     vertical: list[list[Tensor]]  # m rows, this one first, of k columns: D 2D each
     vertical_bias: Tensor  # 2D
     across: Tensor  # 2D 2D
     across_bias: Tensor  # 2D
-    horizontal: Tensor  # m·D 2D
+    horizontal: list[Tensor]  # for each place of this column in the ring: m·D 2D
     output: Tensor  # D D
 
 
@@ -91,7 +90,7 @@ class GatedLayer(nn.Module):
         d, m, k = horizontal.in_channels, *vertical.kernel_size
         new = self.output.weight.new_zeros
         rows = [new(width + k - 1, batch, d) for _ in range(m)]
-        seen, history = new(width * batch, 2 * d), new(batch, (m - 1 + width) * d)
+        seen, recent = new(width * batch, 2 * d), new(batch, m * d)
         twice = torch.cat([new(d) + 2, new(d) + 1])
         return LayerState(
             rows=rows,
@@ -100,20 +99,22 @@ class GatedLayer(nn.Module):
             seen=seen,
             gates=[(column, column[:, :d], column[:, d:]) for column in seen.split(batch)],
             gated=new(batch, d),
-            history=history,
-            reached=[history[:, c * d : (c + m) * d] for c in range(width)],
-            inputs=[history[:, (c + m - 1) * d : (c + m) * d] for c in range(width)],
+            recent=recent,
+            inputs=list(recent.split(d, dim=1)),
             vertical=[list(row) for row in (rearrange(vertical.weight, "o d m k -> m k d o") * twice).flip(0)],
             vertical_bias=vertical.bias * twice,  # type: ignore[operator]
             across=rearrange(across.weight, "o i 1 1 -> i o") * twice / twice[:, None],
             across_bias=(across.bias + horizontal.bias) * twice,  # type: ignore[operator]
-            horizontal=rearrange(horizontal.weight, "o d 1 m -> (m d) o") * twice,
+            horizontal=[
+                (rearrange(horizontal.weight, "o d 1 m -> m d o") * twice).roll(place + 1, 0).flatten(0, 1) for place in range(m)
+            ],
             output=-rearrange(self.output.weight, "o i 1 1 -> i o"),
         )
 
     def step_row(self, v: Tensor, row: int, state: LayerState) -> Tensor:
         """The vertical stack for the next row, w B D to w B D; puts down what it gives to the horizontal stack."""
         m, margin = len(state.rows), (len(state.vertical[0]) - 1) // 2
+        state.recent.zero_()
         state.rows[row % m][margin : margin + len(v)] = v
         above = state.above.copy_(state.vertical_bias)
         for up, weights in enumerate(state.vertical):
@@ -124,11 +125,12 @@ class GatedLayer(nn.Module):
         return torch.addcmul(v, s, t, value=2).sub_(t)
 
     def step(self, column: int, state: LayerState, out: Tensor) -> None:
-        """The horizontal stack at one position, from state.inputs[column] to `out`, B D."""
+        """The horizontal stack at one position, from its place in the ring to `out`, B D."""
         both, s, t = state.gates[column]
-        both.addmm_(state.reached[column], state.horizontal).sigmoid_()
+        place = column % len(state.inputs)
+        both.addmm_(state.recent, state.horizontal[place]).sigmoid_()
         torch.addcmul(t, s, t, value=-2, out=state.gated)
-        torch.addmm(state.inputs[column], state.gated, state.output, out=out)
+        torch.addmm(state.inputs[place], state.gated, state.output, out=out)
 
 
 @dataclass
@@ -189,7 +191,8 @@ class PixelCNN(nn.Module):
         r, c = divmod(position, len(state.columns))
         if previous is not None:
             state.columns[c - 1].copy_(previous)
-        first = state.layers[0].inputs[c]
+        place = c % len(state.layers[0].inputs)
+        first = state.layers[0].inputs[place]
         if c == 0:
             # The vertical stack runs once a row. state.row holds the row above: zeros before the first.
             v = state.row + state.map[r]
@@ -200,7 +203,7 @@ class PixelCNN(nn.Module):
         else:
             # The horizontal stack sees the input to the left in this row.
             torch.add(state.columns[c - 1], state.here[c], out=first)
-        outs = [*(layer_state.inputs[c] for layer_state in state.layers[1:]), state.features]
+        outs = [*(layer_state.inputs[place] for layer_state in state.layers[1:]), state.features]
         for layer, layer_state, out in zip(self.layers, state.layers, outs):
             layer.step(c, layer_state, out)
         return state.features

@@ -13,7 +13,7 @@ def test_training(tmp_path):
 
 
 def test_sampling(tmp_path):
-    small = ["--grids", "3x4", "--batches", "2", "--threads", "1", "--growth", "2", "4", "--repeats", "1", "--device", "cpu"]
+    small = ["--grid", "3x4", "--batch", "2", "--threads", "1", "--growth", "2", "4", "--repeats", "1", "--device", "cpu"]
     benchmark.main(["sampling", *small, "--json", str(tmp_path / "b.json")])
     row, growth = json.loads((tmp_path / "b.json").read_text())
     assert row["grid"] == "3x4" and row["batch"] == 2 and row["full_loop_extrapolated"]
