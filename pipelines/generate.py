@@ -15,6 +15,7 @@ from pipelines.checkpoint import write_file
 from pipelines.console import Progress, UserError, nearest, run_command, say
 from pipelines.run import PRIORS, Run
 from stage1_vae.autoencoder import Autoencoder
+from stage2_prior.autoregressive import AutoregressivePrior
 from stage2_prior.prior import Prior
 from stage2_prior.sampling import AS_FITTED, CannotSample, Sampling
 
@@ -84,6 +85,8 @@ class Arguments:
     how: Annotated[Sampling, tyro.conf.arg(name="")] = AS_FITTED
     batch_size: int = 256
     """images sampled at once"""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """of the learned prior's backbone; its densities and the decoder stay float32"""
     device: str = "auto"
     """auto, cpu, cuda or mps"""
 
@@ -114,9 +117,12 @@ def main(arguments: list[str] | None = None) -> None:
     asked.check()
     run = Run.open(asked.run, asked.device)
     autoencoder = run.load_autoencoder()
+    prior = run.prior(asked.prior, run.specs(autoencoder))
+    if isinstance(prior, AutoregressivePrior):
+        prior.backbone.to(getattr(torch, asked.dtype))
     images = generate(
         autoencoder,
-        run.prior(asked.prior, run.specs(autoencoder)),
+        prior,
         asked.count,
         seed=asked.seed,
         device=run.fabric.device,

@@ -122,6 +122,7 @@ def sample_grid(
     noise = uniforms(seed, indices, torch.arange(height * width, device=indices.device), head.uniforms, stream).unbind(1)
     held = [False] * (height * width) if mask is None else mask.flatten().tolist()
     state = backbone.begin(len(indices), grid, map)
+    dtype = next(head.parameters()).dtype  # the backbone may be rounder; a density never is
     previous: Tensor | None = None
     drawn = []
     for position, held_here in enumerate(held):
@@ -130,7 +131,7 @@ def sample_grid(
             assert given is not None
             value = given[:, position // width, position % width]
         else:
-            value = head.draw(features, noise[position], how)
+            value = head.draw(features.to(dtype), noise[position], how)
         drawn.append(value)
         previous = head.embed(value)
     return torch.stack(drawn, dim=1).unflatten(1, grid)

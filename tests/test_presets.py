@@ -6,6 +6,7 @@ import shutil
 
 import numpy as np
 import pytest
+import torch
 
 from pipelines import generate
 from pipelines.compare import compare
@@ -14,6 +15,7 @@ from pipelines.console import UserError
 from pipelines.run import CHECKPOINTS, PRIORS, Run
 from pipelines.train_all import parse, train_all
 from stage1_vae import bottlenecks
+from stage2_prior.autoregressive import AutoregressivePrior
 from tests.parts import shrunk, small_splits
 
 IMAGES = {"mnist5k": (1, 28, 28), "mnist": (1, 28, 28), "fashion-mnist": (1, 28, 28), "cifar10": (3, 32, 32)} | {
@@ -67,6 +69,28 @@ def test_samples_do_not_depend_on_the_batch_size(tmp_path, monkeypatch):
         assert np.abs(rows[0] - rows[1]).max() <= 1
     generate.main(["mnist5k", "--count", "7", "--pixels", "sample", "--out", "s.npz", "--device", "cpu"])
     assert np.abs(np.load("s.npz")["arr_0"] - rows[0]).max() > 1
+
+
+def test_a_batch_that_does_not_fit_is_halved(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    train("mnist5k", shrunk(preset("mnist5k")), monkeypatch)
+    rows, sample = [], AutoregressivePrior.sample
+    for fits in (100, 3, 0):
+
+        def limited(self, indices, *rest, fits=fits, **more):
+            if len(indices) > fits:
+                raise torch.OutOfMemoryError("out of memory")
+            return sample(self, indices, *rest, **more)
+
+        monkeypatch.setattr(AutoregressivePrior, "sample", limited)
+        if fits:
+            generate.main(["mnist5k", "--count", "9", "--out", "s.npz", "--device", "cpu"])
+            rows.append(np.load("s.npz")["arr_0"].astype(int))
+        else:
+            with pytest.raises(UserError, match="not even one image fits"):
+                generate.main(["mnist5k", "--count", "9", "--out", "s.npz", "--device", "cpu"])
+    assert "going on with batches of 4" in capsys.readouterr().out
+    assert np.abs(rows[0] - rows[1]).max() <= 1
 
 
 def test_a_deterministic_bottleneck_has_no_likelihoods(tmp_path, monkeypatch):
