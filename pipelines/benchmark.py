@@ -96,7 +96,7 @@ class BenchmarkTraining:
         rows.append(training_summary("encoding", len(subset), median_seconds({"whole": whole, "bare": bare}, self.repeats)))
 
         dataset = latent_dataset(latents)
-        prior = run.new_prior(run.specs(autoencoder))
+        prior = run.new_prior(run.specs(autoencoder), 0)
         prior.estimate(dataset)
         return [*rows, training_row(fabric, "stage 2", prior, dataset, config.stage2, self.repeats)]
 
@@ -182,7 +182,7 @@ class BenchmarkSampling:
         """With random weights: speed does not depend on them."""
         torch.manual_seed(0)
         head, latents = HEADS[self.head]
-        prior = AutoregressiveConfig(BACKBONES[self.backbone], head).build(latents(grid)).to(device).eval()
+        prior = AutoregressiveConfig(BACKBONES[self.backbone], head).build([latents(grid)]).to(device).eval()
         prior.backbone.to(getattr(torch, self.dtype))
         return prior
 
@@ -237,7 +237,7 @@ class BenchmarkSampling:
             return teacher_forced
 
         def few_full_passes() -> None:
-            noise = uniforms(0, indices, torch.arange(tried, device=device), prior.head.uniforms)
+            noise = uniforms(0, indices, torch.arange(tried, device=device), prior.head.uniforms(AS_FITTED))
             for position in range(tried):
                 inputs = prior.head.embed(prior.head.values(latent)).movedim(-1, 1).to(next(prior.backbone.parameters()).dtype)
                 features = prior.backbone(inputs, prior.position).flatten(2)[..., position]

@@ -21,11 +21,11 @@ from pipelines.console import Progress, run_command, say
 from pipelines.data import Splits
 from pipelines.generate import generate
 from pipelines.metrics import feature_space
-from pipelines.report import picture, table
-from pipelines.run import CLASSIFIERS, PRIORS, Run
+from pipelines.report import histogram, picture, table
+from pipelines.run import CLASSIFIERS, Run
 from stage1_vae.autoencoder import Autoencoder
-from stage2_prior.latents import LatentDataset
-from stage2_prior.prior import Prior
+from stage2_prior.latents import LatentDataset, LatentSpec
+from stage2_prior.prior import Prior, baselines
 
 SHOWN = 16  # images in a row of the picture
 NOT_A_GENERATOR = "not a generator: reconstructs training images"
@@ -45,10 +45,13 @@ def compare(run: Run, splits: Splits, seed: int = 0) -> dict[str, Any]:
     rows = {"real": real, "reconstruction": reconstructions}
     metrics: dict[str, Any] = {
         "real": {"fd": space.frechet_distance(real, "features of real images")},
-        "reconstruction": {"fd": space.frechet_distance(reconstructions, "features of reconstructions")},
+        "reconstruction": {
+            "fd": space.frechet_distance(reconstructions, "features of reconstructions"),
+            "mse": float((reconstructions.double() - real.double()).div(255).square().mean()),
+        },
         "priors": {},
     }
-    for name in PRIORS:
+    for name in (*baselines(specs), "learned", "posterior"):
         prior = run.prior(name, specs)
         images = generate(autoencoder, prior, count, seed=seed, device=run.fabric.device, label=f"sampling {name}")
         rows[name] = images
@@ -57,7 +60,13 @@ def compare(run: Run, splits: Splits, seed: int = 0) -> dict[str, Any]:
             entry["note"] = NOT_A_GENERATOR
         elif autoencoder.bottleneck.has_density:
             entry["nll"] = latent_nll(run, prior, latents, chosen, seed)
+        if name == "learned" and (asked := run.contexts(prior, count, seed)) is not None and splits.label_names:
+            entry["label_read"] = float((space.read_labels(images) == asked).float().mean())
         metrics["priors"][name] = entry
+    codes = [posterior["codes"] for posterior in latents.levels if "codes" in posterior]
+    if codes:
+        metrics["codes"] = [code_report(level, spec) for level, spec in zip(codes, specs)]
+        histogram(run.folder / "compare" / "codes.png", codes, specs)
     metrics |= verdict(metrics)
     metrics["images"] = count
     metrics["images_of"] = {"reference": len(splits.train), "real": "test split", "reconstruction": "test split"}
@@ -90,10 +99,18 @@ def latent_nll(run: Run, prior: Prior, latents: LatentDataset, chosen: Tensor, s
     with Progress("likelihood of latents", len(chosen), "images") as progress:
         for batch in chosen.split(BATCH):
             torch.manual_seed(seed + int(batch[0]))
-            (levels,) = latents[batch]
-            total -= float(prior.log_prob(run.fabric.to_device(levels)).sum())
+            levels, contexts = run.fabric.to_device(latents[batch])
+            total -= float(prior.log_prob(levels, contexts).sum())
             progress.update(len(batch))
     return total / len(chosen)
+
+
+def code_report(codes: Tensor, spec: LatentSpec) -> dict[str, Any]:
+    """How many codes of one level are used over the whole test split, and the perplexity of their use."""
+    assert spec.vocabulary is not None
+    share = torch.bincount(codes.flatten(), minlength=spec.vocabulary).double() / codes.numel()
+    used = int((share > 0).sum())
+    return {"grid": spec.grid, "codes": spec.vocabulary, "used": used, "perplexity": float(torch.special.entr(share).sum().exp())}
 
 
 def verdict(metrics: dict[str, Any]) -> dict[str, Any]:

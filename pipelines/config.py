@@ -18,7 +18,9 @@ from stage1_vae.autoencoder import AutoencoderConfig
 from stage1_vae.bottlenecks import BottleneckConfig
 from stage1_vae.likelihoods import LikelihoodConfig
 from stage1_vae.networks import Convolutional, FullyConnected, NetworkConfig
-from stage2_prior.autoregressive import AutoregressiveConfig
+from stage2_prior.autoregressive import AutoregressiveConfig, PriorConfig
+from stage2_prior.conditions import ClassLabel, ConditionConfig
+from stage2_prior.heads import Categorical, HeadConfig
 from stage2_prior.pixelcnn import PixelCNNConfig
 
 
@@ -40,7 +42,7 @@ class RunConfig:
     stage1: FitConfig
     stage2: FitConfig
     autoencoder: AutoencoderConfig = field(default_factory=AutoencoderConfig)
-    prior: AutoregressiveConfig = field(default_factory=AutoregressiveConfig)
+    prior: PriorConfig = field(default_factory=AutoregressiveConfig)
     metrics: MetricsConfig = field(default_factory=MetricsConfig)
     seed: int = 0
     """seed of the weights, the data order and every draw in training"""
@@ -74,6 +76,12 @@ CIFAR10 = RunConfig(
     metrics=MetricsConfig(classifier=replace(CLASSIFIER, steps=2000)),
 )
 
+VQVAE = replace(
+    MNIST,
+    autoencoder=AutoencoderConfig(Convolutional(), bottlenecks.VectorQuantized()),
+    prior=AutoregressiveConfig(PixelCNNConfig(), Categorical(), ClassLabel()),
+)
+
 PRESETS: dict[str, tuple[str, RunConfig]] = {
     "mnist5k": ("5,000 real digits that need no download; minutes on 2 cores", MNIST5K),
     "mnist": ("MNIST, 60,000 digits", MNIST),
@@ -92,6 +100,7 @@ PRESETS: dict[str, tuple[str, RunConfig]] = {
             prior=AutoregressiveConfig(PixelCNNConfig(layers=2)),
         ),
     ),
+    "mnist-vqvae": ("VQ-VAE on MNIST: 512 codes, a class-conditional prior", VQVAE),
     "folder": ("your own images: --data.root PATH", replace(CIFAR10, data=Folder())),
 }
 
@@ -105,7 +114,7 @@ def preset(name: str) -> RunConfig:
 def converter() -> cattrs.Converter:
     made = cattrs.Converter(forbid_extra_keys=True)
     made.register_unstructure_hook(Path, str)
-    for union in (DataConfig, NetworkConfig, BottleneckConfig, LikelihoodConfig):
+    for union in (DataConfig, NetworkConfig, BottleneckConfig, LikelihoodConfig, HeadConfig, ConditionConfig, PriorConfig):
         configure_tagged_union(union, made, tag_name="kind")
     return made
 

@@ -15,7 +15,7 @@ from pipelines.checkpoint import write_file
 from pipelines.console import Progress, UserError, nearest, run_command, say
 from pipelines.run import PRIORS, Run
 from stage1_vae.autoencoder import Autoencoder
-from stage2_prior.autoregressive import AutoregressivePrior
+from stage2_prior.autoregressive import Cascade, LearnedPrior
 from stage2_prior.prior import Prior
 from stage2_prior.sampling import AS_FITTED, CannotSample, Sampling
 
@@ -30,11 +30,13 @@ def generate(
     device: torch.device,
     batch_size: int = 256,
     how: Sampling = AS_FITTED,
+    context: Tensor | None = None,
     pixels: Literal["mean", "sample"] = "mean",
     label: str = "sampling",
 ) -> Tensor:
     """`count` images, uint8 N C H W on the CPU: z from the prior, then the mean of p(x|z) or a draw from it.
 
+    context: what every image is conditioned on, such as one label; drawn for each as in the training set when None.
     Image i under one seed comes from the same latent whatever the count and the batch size. A batch that does not fit
     into memory is halved. Raises UserError when one image does not fit, or when `how` makes no sense for this prior.
     """
@@ -44,8 +46,9 @@ def generate(
         while done < count:
             indices = torch.arange(done, min(done + batch_size, count), device=device)
             torch.manual_seed(seed + done)  # of draws from p(x|z)
+            contexts = None if context is None else context.to(device).expand(len(indices), *context.shape)
             try:
-                images.append(autoencoder.render(prior.sample(indices, seed, how), pixels).cpu())
+                images.append(autoencoder.render(prior.sample(indices, seed, how, contexts), pixels).cpu())
             except CannotSample as error:
                 raise UserError(str(error)) from error
             except RuntimeError as error:
@@ -76,6 +79,8 @@ class Arguments:
     """number of images"""
     prior: str = "learned"
     """learned, standard (N(0, I)), gaussian, mixture, or posterior (reconstructs training images: not a generator)"""
+    label: str | None = None
+    """class to draw, by its name, from a prior that was trained with class labels; all classes when not given"""
     seed: int = 0
     """sample i under one seed is always the same image"""
     out: Path = Path("samples.png")
@@ -118,8 +123,11 @@ def main(arguments: list[str] | None = None) -> None:
     run = Run.open(asked.run, asked.device)
     autoencoder = run.load_autoencoder()
     prior = run.prior(asked.prior, run.specs(autoencoder))
-    if isinstance(prior, AutoregressivePrior):
-        prior.backbone.to(getattr(torch, asked.dtype))
+    if isinstance(prior, LearnedPrior):
+        for level in prior.levels if isinstance(prior, Cascade) else [prior]:
+            level.backbone.to(getattr(torch, asked.dtype))
+    if asked.label is not None and not isinstance(prior, LearnedPrior):
+        raise UserError(f"the {asked.prior} prior takes no label; the learned prior may")
     images = generate(
         autoencoder,
         prior,
@@ -128,6 +136,7 @@ def main(arguments: list[str] | None = None) -> None:
         device=run.fabric.device,
         batch_size=asked.batch_size,
         how=asked.how,
+        context=None if asked.label is None else run.label(asked.label),
         pixels=asked.pixels,
     )
     write_images(asked.out, images)

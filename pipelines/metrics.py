@@ -68,6 +68,12 @@ class FeatureSpace:
                 progress.update(len(batch))
         return torch.cat(rows) * self.scale
 
+    @torch.inference_mode()
+    def read_labels(self, images: Tensor) -> Tensor:
+        """The classifier's label of each image, N on the CPU."""
+        batches = (self.model.features(self.fabric.to_device(batch)) for batch in images.split(BATCH))
+        return torch.cat([self.model.output(features).argmax(1).cpu() for features in batches])
+
     def frechet_distance(self, images: Tensor, label: str) -> float | None:
         """The distance from the training images; None when there are too few images for a covariance."""
         if min(len(images), len(self.reference)) <= FEATURES:

@@ -5,13 +5,16 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
+import torch
 from torch import Tensor
 from torchvision.utils import make_grid
 
 from pipelines.checkpoint import write_file
+from stage2_prior.latents import LatentSpec
 
 matplotlib.use("Agg")
 from matplotlib import pyplot  # noqa: E402
+from matplotlib.figure import Figure  # noqa: E402
 
 ROWS = {
     "real": "real images",
@@ -19,6 +22,7 @@ ROWS = {
     "standard": "N(0, I)",
     "gaussian": "fitted Gaussian",
     "mixture": "Gaussian mixture",
+    "unigram": "unigram of codes",
     "learned": "learned prior",
     "posterior": "posterior (not a generator)",
 }
@@ -30,24 +34,50 @@ def figures(metrics: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return {name: everything[name] for name in ROWS if name in everything}
 
 
+def title(name: str, metrics: dict[str, Any]) -> str:
+    return "uniform codes" if name == "standard" and "codes" in metrics else ROWS[name]
+
+
 def table(metrics: dict[str, Any]) -> str:
     """The comparison for the terminal."""
     lines = [f"{'':28} {'fd':>8} {'nll of z':>10}"]
     for name, row in figures(metrics).items():
         fd = "-" if row["fd"] is None else f"{row['fd']:.2f}"
         nll = f"{row['nll']:.1f}" if "nll" in row else ""
-        lines.append(f"{ROWS[name]:28} {fd:>8} {nll:>10}")
+        lines.append(f"{title(name, metrics):28} {fd:>8} {nll:>10}")
     lines.append(
         f"fd: Fréchet distance to {metrics['images_of']['reference']} training images, from {metrics['images']} images a row,"
         f" features of the {metrics['features']['extractor']}; lower is better."
     )
     if any("nll" in row for row in metrics["priors"].values()):
         lines.append("nll of z: nats an image of held-out latents under the prior; lower is better.")
+    lines.append(f"reconstructions: mean squared error {metrics['reconstruction']['mse']:.5f} a pixel, of values in [0, 1].")
+    for level in metrics.get("codes", []):
+        height, width = level["grid"]
+        lines.append(
+            f"codes on the {height}×{width} grid: {level['used']} of {level['codes']} used over the test images,"
+            f" perplexity {level['perplexity']:.0f}."
+        )
+    if "label_read" in metrics["priors"]["learned"]:
+        share = metrics["priors"]["learned"]["label_read"]
+        lines.append(f"labels: the classifier reads the label asked for off {100 * share:.1f} % of the learned prior's samples.")
     if metrics["gap_closed"] is None:
         lines.append(f"gap closed: none stated, {metrics['gap_closed_reason']}.")
     else:
-        lines.append(f"gap closed: {metrics['gap_closed']:.3f} of the way from N(0, I) to the decoder's own reconstructions.")
+        start = title("standard", metrics)
+        lines.append(f"gap closed: {metrics['gap_closed']:.3f} of the way from {start} to the decoder's own reconstructions.")
     return "\n".join(lines)
+
+
+def histogram(path: Path, levels: list[Tensor], specs: list[LatentSpec]) -> None:
+    """How often each code is used, most used first, one panel a level."""
+    figure, axes = pyplot.subplots(1, len(levels), figsize=(5 * len(levels), 3), squeeze=False, layout="constrained")
+    for axis, codes, spec in zip(axes[0], levels, specs):
+        counts = torch.bincount(codes.flatten(), minlength=spec.vocabulary or 0).sort(descending=True).values
+        axis.fill_between(range(len(counts)), counts / codes.numel(), step="mid")
+        axis.set(xlabel="codes, most used first", ylabel="share of positions", yscale="log")
+        axis.set_title(f"{spec.grid[0]}×{spec.grid[1]} grid: {int((counts > 0).sum())} of {len(counts)} codes used", fontsize=10)
+    save(figure, path)
 
 
 def picture(path: Path, rows: dict[str, Tensor], metrics: dict[str, Any]) -> None:
@@ -61,10 +91,14 @@ def picture(path: Path, rows: dict[str, Tensor], metrics: dict[str, Any]) -> Non
         axis.imshow(grid.permute(1, 2, 0).numpy(), interpolation="nearest")
         fd = numbers[name]["fd"]
         axis.set_title(
-            ROWS[name] + ("" if fd is None else f"\nfd {fd:.1f}"), x=-0.01, y=0.5, ha="right", va="center", fontsize=10
+            title(name, metrics) + ("" if fd is None else f"\nfd {fd:.1f}"), x=-0.01, y=0.5, ha="right", va="center", fontsize=10
         )
         axis.axis("off")
     figure.subplots_adjust(left=0.2, right=0.995, top=0.99, bottom=0.01, hspace=0.06)
+    save(figure, path)
+
+
+def save(figure: Figure, path: Path) -> None:
     buffer = io.BytesIO()
     figure.savefig(buffer, dpi=110)
     pyplot.close(figure)

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from lightning_fabric import Fabric
 from safetensors.torch import load_file
-from torch import nn
+from torch import Tensor, nn
 
 from pipelines import checkpoint
 from pipelines.config import RunConfig, differences, from_dict, to_dict
@@ -22,13 +22,14 @@ from pipelines.console import Progress, UserError, nearest
 from pipelines.data import ImageSet, Splits
 from pipelines.fit import Precision, fabric_for, seed_of
 from stage1_vae.autoencoder import Autoencoder
-from stage2_prior.autoregressive import AutoregressivePrior
+from stage2_prior.autoregressive import CascadeConfig, LearnedPrior
+from stage2_prior.conditions import Unconditional
 from stage2_prior.latents import LatentDataset, LatentSpec
-from stage2_prior.prior import BASELINES, AggregatePosterior, Prior
+from stage2_prior.prior import CODE_BASELINES, CONTINUOUS_BASELINES, AggregatePosterior, Prior, baselines
 
 CHECKPOINTS = Path("checkpoints")
 CLASSIFIERS = ".classifiers"  # beside the runs: shared by all runs on one data set
-PRIORS = ["standard", "gaussian", "mixture", "learned", "posterior"]
+PRIORS = list({**CONTINUOUS_BASELINES, **CODE_BASELINES}) + ["learned", "posterior"]
 ENCODING_BATCH = 500
 
 
@@ -122,13 +123,14 @@ class Run:
     # Latents
 
     def encode(self, autoencoder: Autoencoder, images: ImageSet, part: str) -> LatentDataset:
-        """The posteriors of a split, from disk when they were made by these very weights."""
+        """The posteriors of a split, from disk when they were made by these very weights; the contexts are its labels."""
         digest = checkpoint.best(checkpoint.usable(self.folder / "stage1")).digest()
         path = self.folder / "latents" / f"{part}.safetensors"
         tensors = checkpoint.cached(path, digest, lambda: encoded(self.fabric, autoencoder, images, f"encoding {part}"))
-        return latent_dataset(tensors)
+        return latent_dataset(tensors, images.labels)
 
     def latents(self, part: str) -> LatentDataset:
+        """What `encode` put down, without contexts."""
         path = self.folder / "latents" / f"{part}.safetensors"
         if not path.is_file():
             raise UserError(f"{self.folder} is unfinished: there is no {path}. Run its train_all command again.")
@@ -139,26 +141,26 @@ class Run:
     def specs(self, autoencoder: Autoencoder) -> list[LatentSpec]:
         return [LatentSpec(shape, vocabulary) for shape, vocabulary in autoencoder.latents]
 
-    def new_prior(self, specs: list[LatentSpec]) -> AutoregressivePrior:
+    def new_prior(self, specs: list[LatentSpec], classes: int) -> LearnedPrior:
+        """classes: number of labels. Raises UserError when its parts do not fit the latents or the data set."""
         torch.manual_seed(seed_of(self.config.seed, 2))
-        (spec,) = specs
         try:
-            return self.config.prior.build(spec)
+            return self.config.prior.build(specs, classes)
         except ValueError as error:
             raise UserError(str(error)) from error
 
     def prior(self, name: str, specs: list[LatentSpec]) -> Prior:
         """A prior by name, fitted. Raises UserError for an unknown name or an unfinished run."""
         if name == "learned":
-            learned = self.new_prior(specs)
+            learned = self.new_prior(specs, len(self.facts()["label_names"]))
             self.load(learned, "stage2", self.config.stage2.steps)
             return learned
         if name == "posterior":
             return AggregatePosterior(self.latents("train"))
-        if name not in BASELINES:
-            raise UserError(f"there is no prior {name!r}{nearest(name, PRIORS)}")
-        (spec,) = specs
-        baseline = BASELINES[name](spec)
+        known = baselines(specs)
+        if name not in known:
+            raise UserError(f"there is no prior {name!r} for these latents{nearest(name, [*known, 'learned', 'posterior'])}")
+        baseline = known[name](specs)
         latents = self.latents("train")
 
         def fitted() -> dict:
@@ -168,11 +170,28 @@ class Run:
                 progress.update(len(latents))
             return baseline.state_dict()
 
-        if baseline.state_dict():
+        if name != "standard":
             key = checkpoint.best(checkpoint.usable(self.folder / "stage1")).digest()
             baseline.load_state_dict(checkpoint.cached(self.folder / "baselines" / f"{name}.safetensors", key, fitted))
         self.fabric.to_device(baseline)
         return baseline.eval()
+
+    def label(self, name: str) -> Tensor:
+        """The number of a label by its name. Raises UserError for an unknown one, or a prior that takes none."""
+        prior = self.config.prior.top if isinstance(self.config.prior, CascadeConfig) else self.config.prior
+        if isinstance(prior.condition, Unconditional):
+            raise UserError(f"the prior of {self.folder} takes no label: it was trained without (see ClassLabel in the presets)")
+        names = self.facts()["label_names"]
+        if name not in names:
+            raise UserError(f"there is no label {name!r}{nearest(name, names)}")
+        return torch.tensor(names.index(name))
+
+    def contexts(self, prior: Prior, count: int, seed: int) -> Tensor | None:
+        """What samples 0 … count-1 under a seed are conditioned on, on the CPU; None for a prior without a condition."""
+        if not isinstance(prior, LearnedPrior):
+            return None
+        drawn = prior.draw_contexts(torch.arange(count, device=self.fabric.device), seed)
+        return None if drawn is None else drawn.cpu()
 
 
 def read_config(path: Path) -> tuple[RunConfig, dict]:
@@ -197,9 +216,9 @@ def encoded(fabric: Fabric, autoencoder: Autoencoder, images: ImageSet, label: s
     return {name: torch.cat(parts) for name, parts in batches.items()}
 
 
-def latent_dataset(tensors: dict) -> LatentDataset:
+def latent_dataset(tensors: dict, contexts: Tensor | None = None) -> LatentDataset:
     levels: dict[int, dict] = {}
     for key, tensor in tensors.items():
         level, name = key.split(".")
         levels.setdefault(int(level), {})[name] = tensor
-    return LatentDataset([levels[level] for level in sorted(levels)])
+    return LatentDataset([levels[level] for level in sorted(levels)], contexts)

@@ -27,7 +27,7 @@ def train_all(run: Run) -> None:
     config, fabric, started = run.config, run.fabric, time.monotonic()
     splits = run.data()
     autoencoder = run.new_autoencoder(splits.image_shape)
-    prior = run.new_prior(run.specs(autoencoder))
+    prior = run.new_prior(run.specs(autoencoder), len(splits.label_names))
     run.write_facts(splits)  # only now: a config that cannot be built leaves nothing behind
     say(f"{run.folder}: {len(splits.train)} training, {len(splits.validation)} validation, {len(splits.test)} test images")
     fit(fabric, autoencoder, splits.train, splits.validation, config.stage1, config.seed, run.folder / "stage1", "stage 1")

@@ -43,7 +43,8 @@ class Autoencoder(nn.Module):
         self.decoder = config.network.decoder(
             self.bottleneck.latent_channels, image_shape, image_shape[0] * self.likelihood.outputs_per_channel
         )
-        self.latents = [((self.bottleneck.latent_channels, *grid), self.bottleneck.vocabulary)]
+        shape = (self.bottleneck.latent_channels, *grid) if self.bottleneck.vocabulary is None else grid
+        self.latents: list[tuple[tuple[int, ...], int | None]] = [(shape, self.bottleneck.vocabulary)]
         """Shape and vocabulary of each level of latents, coarse to fine: all that stage 2 needs to know."""
 
     def features(self, images: Tensor) -> Tensor:

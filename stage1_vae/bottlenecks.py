@@ -1,23 +1,25 @@
 """Bottlenecks: what the encoder's features become on their way to the decoder.
 
-B batch, F feature maps, C latent channels, h×w latent grid, L samples of z an image.
+B batch, F feature maps, C latent channels, K codes, h×w latent grid, L samples of z an image.
 
     forward(features, step) -> embedded, penalty, terms
         embedded  L B C h w, what the decoder reads: L samples of z an image
         penalty   B, what the bottleneck adds to the loss, in nats an image (β·KL, a commitment loss, …)
         terms     named values to report, B each or scalar; `rate` is KL(q(z|x) ‖ N(0, I)) where there is one
-    posterior(features)  -> what is stored: mean and std, B C h w each
-    sample(posterior)    -> latent, B C h w
-    mean(posterior)      -> latent, B C h w
+    posterior(features)  -> what is stored: mean and std, B C h w each, or codes, B h w
+    sample(posterior)    -> latent, B C h w, or codes, B h w
+    mean(posterior)      -> the same
     embed(latent)        -> B C h w for the decoder
 
 Adding one is a class, its config with a `build`, and its name in the union at the end of the file.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 
 Posterior = dict[str, Tensor]
@@ -26,7 +28,7 @@ Posterior = dict[str, Tensor]
 class Bottleneck(Protocol):
     latent_channels: int
     vocabulary: int | None
-    has_density: bool  # whether q(z|x) has a density, so that there is a rate, an ELBO, a likelihood
+    has_density: bool  # whether log p(z) of an encoded image is part of a bound on log p(x): not for a point in a continuum
 
     def __call__(self, features: Tensor, step: int) -> tuple[Tensor, Tensor, dict[str, Tensor]]: ...
 
@@ -134,4 +136,166 @@ def gaussian_rate(mean: Tensor, log_std: Tensor) -> Tensor:
     return 0.5 * (mean.square() + (2 * log_std).exp() - 1 - 2 * log_std).flatten(1).sum(1)
 
 
-BottleneckConfig = Deterministic | Gaussian
+@dataclass(frozen=True)
+class VectorQuantized:
+    """The nearest of K code vectors (VQ-VAE, van den Oord et al. 2017), the codebook kept by exponential moving averages."""
+
+    codes: int = 512
+    """K, the size of the codebook; 512 in the paper"""
+    channels: int = 64
+    """numbers in a code vector; 64 in the paper"""
+    commitment: float = 0.25
+    """weight of the commitment loss, a sum over positions and channels; β in the paper's equation 3"""
+    decay: float = 0.99
+    """decay a step of the codebook's moving averages; γ in the paper's appendix A.1"""
+    revival: float = 0.05
+    """a code whose average use falls below this share of an even use is replaced by an encoder output; 0 never does"""
+
+    def build(self, features: int) -> "VectorQuantizedBottleneck":
+        return VectorQuantizedBottleneck(self, features)
+
+
+class VectorQuantizedBottleneck(nn.Module):
+    """Own code, not the library vector-quantize-pytorch: that one took four times as long, a third of a training step."""
+
+    has_density = True
+    codebook: Tensor
+    counts: Tensor
+    sums: Tensor
+
+    def __init__(self, config: VectorQuantized, features: int):
+        super().__init__()
+        if config.codes < 2:
+            raise ValueError(f"a codebook holds at least 2 codes, not {config.codes}")
+        self.config = config
+        self.vocabulary, self.latent_channels = config.codes, config.channels
+        self.project = nn.Conv2d(features, config.channels, 1)
+        self.register_buffer("codebook", torch.zeros(config.codes, config.channels))
+        self.register_buffer("counts", torch.zeros(config.codes))  # how often each code is chosen in a batch, on average
+        self.register_buffer("sums", torch.zeros(config.codes, config.channels))  # of the encoder outputs that chose it
+
+    def forward(self, features: Tensor, step: int) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        encoded = full_precision(self.project(features))
+        vectors = rearrange(encoded.detach(), "b c h w -> (b h w) c")
+        if self.training and not self.counts.any():
+            self.counts += len(vectors) / self.config.codes
+            self.replace(torch.ones_like(self.counts, dtype=torch.bool), vectors)
+        codes = nearest(vectors, self.codebook)
+        quantized = rearrange(self.codebook[codes], "(b h w) c -> b c h w", b=len(encoded), h=encoded.shape[2])
+        if self.training:
+            self.update(vectors, codes)
+        commitment = (encoded - quantized).square().flatten(1).sum(1)
+        # Straight through: the decoder's gradient passes to the encoder as if there were no quantization.
+        embedded = encoded + (quantized - encoded).detach()
+        usage, perplexity = code_usage(self.counts)
+        return embedded[None], self.config.commitment * commitment, {"perplexity": perplexity, "usage": usage}
+
+    @torch.no_grad()
+    def update(self, vectors: Tensor, codes: Tensor) -> None:
+        """Move the averages and the codebook (van den Oord et al. 2017, equations 6 to 8); revive what nobody chooses."""
+        counts = torch.bincount(codes, minlength=self.vocabulary).to(self.counts)
+        sums = torch.zeros_like(self.sums).index_add_(0, codes, vectors)
+        self.counts.lerp_(counts, 1 - self.config.decay)
+        self.sums.lerp_(sums, 1 - self.config.decay)
+        chosen_lately = self.counts > 1e-20  # else both averages have decayed to nothing, and the code stays where it was
+        self.codebook[chosen_lately] = self.sums[chosen_lately] / self.counts[chosen_lately, None]
+        dead = self.counts < self.config.revival * len(vectors) / self.vocabulary
+        if dead.any():
+            self.replace(dead, vectors)
+
+    @torch.no_grad()
+    def replace(self, which: Tensor, vectors: Tensor) -> None:
+        """Put random encoder outputs in the place of these codes, as if chosen as often as an even use would."""
+        number = int(which.sum())
+        self.codebook[which] = vectors[torch.randint(len(vectors), (number,), device=vectors.device)]
+        self.counts[which] = len(vectors) / self.vocabulary
+        self.sums[which] = self.codebook[which] * self.counts[which, None]
+
+    def posterior(self, features: Tensor) -> Posterior:
+        encoded = full_precision(self.project(features))
+        return {"codes": nearest(encoded.movedim(1, -1), self.codebook)}
+
+    def sample(self, posterior: Posterior) -> Tensor:
+        return posterior["codes"]
+
+    def mean(self, posterior: Posterior) -> Tensor:
+        return posterior["codes"]
+
+    def embed(self, latent: Tensor) -> Tensor:
+        return self.codebook[latent].movedim(-1, 1)
+
+
+def nearest(vectors: Tensor, codebook: Tensor) -> Tensor:
+    """The index of the nearest code vector in Euclidean distance; … C to …."""
+    # ‖v-e‖² = ‖v‖² - 2 v·e + ‖e‖², of which the first does not matter.
+    distance = torch.addmm(codebook.square().sum(1), vectors.flatten(0, -2), codebook.T, alpha=-2)
+    return distance.argmin(1).view(vectors.shape[:-1])
+
+
+def code_usage(counts: Tensor) -> tuple[Tensor, Tensor]:
+    """From how often each code is used: the share of codes used at all, and the perplexity e^entropy of the use."""
+    share = counts / counts.sum().clamp(min=1e-12)
+    return (counts > 0).to(share.dtype).mean(), torch.special.entr(share).sum().exp()
+
+
+@dataclass(frozen=True)
+class FiniteScalar:
+    """Every channel rounded to a few levels (FSQ, Mentzer et al. 2023): a fixed codebook, which cannot collapse."""
+
+    levels: tuple[int, ...] = (8, 8, 8)
+    """levels of each channel; their product is the number of codes. 8·8·8 = 512"""
+
+    def build(self, features: int) -> "FiniteScalarBottleneck":
+        return FiniteScalarBottleneck(self, features)
+
+
+class FiniteScalarBottleneck(nn.Module):
+    has_density = True
+    levels: Tensor
+    strides: Tensor
+    counts: Tensor
+
+    def __init__(self, config: FiniteScalar, features: int):
+        super().__init__()
+        if not config.levels or min(config.levels) < 2:
+            raise ValueError(f"every channel needs at least 2 levels, not {config.levels}")
+        self.latent_channels, self.vocabulary = len(config.levels), math.prod(config.levels)
+        self.project = nn.Conv2d(features, self.latent_channels, 1)
+        levels = torch.tensor(config.levels)
+        self.register_buffer("levels", levels[:, None, None], persistent=False)
+        self.register_buffer("strides", (levels.cumprod(0) // levels)[:, None, None], persistent=False)
+        self.register_buffer("counts", torch.zeros(self.vocabulary))  # how often each code is chosen, on average
+
+    def rounded(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        """Levels 0 … L-1 of every channel, straight through, and the codes (Mentzer et al. 2023, appendix A.1)."""
+        half = (self.levels - 1) * (1 + 1e-3) / 2
+        offset = torch.where(self.levels % 2 == 0, 0.5, 0.0)
+        bounded = torch.tanh(full_precision(self.project(features)) + torch.atanh(offset / half)) * half - offset
+        level = bounded + (bounded.round() - bounded).detach() + self.levels // 2
+        return level, (level.detach().round().long() * self.strides).sum(1)
+
+    def forward(self, features: Tensor, step: int) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        level, codes = self.rounded(features)
+        if self.training:
+            self.counts.lerp_(torch.bincount(codes.flatten(), minlength=self.vocabulary).to(self.counts), 0.01)
+        usage, perplexity = code_usage(self.counts)
+        return self.centred(level)[None], level.new_zeros(len(level)), {"perplexity": perplexity, "usage": usage}
+
+    def centred(self, level: Tensor) -> Tensor:
+        """Levels to numbers around 0 in [-1, 1], for the decoder."""
+        return level / (self.levels // 2) - 1
+
+    def posterior(self, features: Tensor) -> Posterior:
+        return {"codes": self.rounded(features)[1]}
+
+    def sample(self, posterior: Posterior) -> Tensor:
+        return posterior["codes"]
+
+    def mean(self, posterior: Posterior) -> Tensor:
+        return posterior["codes"]
+
+    def embed(self, latent: Tensor) -> Tensor:
+        return self.centred((latent[:, None] // self.strides % self.levels).to(self.project.weight.dtype))
+
+
+BottleneckConfig = Deterministic | Gaussian | VectorQuantized | FiniteScalar

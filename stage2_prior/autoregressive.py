@@ -1,8 +1,12 @@
-"""The learned prior of one level: embed → causal backbone → head.
+"""The learned prior: for each level, embed → causal backbone → head.
 
 B batch, C latent channels, D width, h×w latent grid.
 
     log p(z) = Σ_i log p(z_i | z_<i), positions i in raster order, each factor a head's density at the backbone's features.
+
+With several levels, coarse to fine, each has its own such prior that is told the coarser ones (VQ-VAE-2, Razavi et al. 2019):
+
+    log p(z_1, …, z_n) = Σ_l log p(z_l | z_1, …, z_(l-1))
 """
 
 from dataclasses import dataclass, field
@@ -10,6 +14,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from stage2_prior.conditions import CoarserLevel, ConditionConfig, Embedded, Unconditional
 from stage2_prior.heads import GaussianMixture, HeadConfig
 from stage2_prior.latents import LatentDataset, LatentSpec
 from stage2_prior.pixelcnn import BackboneConfig, PixelCNNConfig
@@ -19,60 +24,104 @@ from stage2_prior.sampling import AS_FITTED, CannotSample, Sampling, sample_grid
 
 @dataclass(frozen=True)
 class AutoregressiveConfig:
-    """The learned prior."""
+    """The learned prior of one level."""
 
     backbone: BackboneConfig = field(default_factory=PixelCNNConfig)
     head: HeadConfig = field(default_factory=GaussianMixture)
+    condition: ConditionConfig = field(default_factory=Unconditional)
 
-    def build(self, spec: LatentSpec) -> "AutoregressivePrior":
-        return AutoregressivePrior(spec, self)
+    def build(self, specs: list[LatentSpec], classes: int = 0) -> "AutoregressivePrior":
+        """classes: number of labels of the data set, 0 for none. Raises ValueError where the parts do not fit."""
+        return AutoregressivePrior(specs, self, classes)
 
 
 class AutoregressivePrior(Prior):
-    def __init__(self, spec: LatentSpec, config: AutoregressiveConfig):
+    """Models the last of the levels it is given; the coarser ones before it are conditions."""
+
+    def __init__(self, specs: list[LatentSpec], config: AutoregressiveConfig, classes: int = 0):
         super().__init__()
-        self.spec = spec
+        *coarser, self.spec = specs
+        self.level = len(coarser)
         self.backbone = config.backbone.build()
-        self.head = config.head.build(spec, self.backbone.width)
+        self.head = config.head.build(self.spec, self.backbone.width)
+        self.condition = config.condition.build(self.backbone.width, classes)
+        self.coarser = nn.ModuleList(CoarserLevel(spec, self.spec.grid, self.backbone.width) for spec in coarser)
         # Latents of pictures are not stationary; a learned map tells the backbone where on the grid it is.
-        self.position = nn.Parameter(0.02 * torch.randn(1, self.backbone.width, *spec.grid))
+        self.position = nn.Parameter(0.02 * torch.randn(1, self.backbone.width, *self.spec.grid))
 
     def estimate(self, dataset: LatentDataset) -> None:
-        self.head.estimate(only(dataset.posteriors(slice(None))))
+        self.head.estimate(dataset.posteriors(slice(None))[self.level])
+        if self.condition is not None:
+            if dataset.contexts is None:
+                raise ValueError("a conditional prior needs a data set with contexts")
+            self.condition.estimate(dataset.contexts)
 
-    def log_prob_by_position(self, levels: list[Tensor]) -> Tensor:
-        """log p(z_i | z_<i) in nats of raw latents, B h w."""
-        values = self.head.values(only(levels))
-        features = self.backbone(self.head.embed(values).movedim(-1, 1), self.position)
+    def told(self, coarser: list[Tensor], contexts: Tensor | None) -> Embedded:
+        """Everything that the backbone is told: where it is, the coarser levels, the context."""
+        map, prefix = self.position, None
+        for embed, codes in zip(self.coarser, coarser, strict=True):
+            map = map + embed(codes)
+        if self.condition is not None:
+            if contexts is None:
+                raise CannotSample("this prior is conditional: its density needs a context for each latent")
+            context = self.condition(contexts)
+            map, prefix = map if context.map is None else map + context.map, context.prefix
+        return Embedded(map, prefix)
+
+    def log_prob_by_position(self, levels: list[Tensor], contexts: Tensor | None = None) -> Tensor:
+        """log p(z_i | z_<i, coarser levels, context) in nats of raw latents, B h w."""
+        *coarser, latent = levels
+        values = self.head.values(latent)
+        told = self.told(coarser, contexts)
+        features = self.backbone(self.head.embed(values).movedim(-1, 1), told.map, told.prefix)
         # Under mixed precision the backbone may round; a density never does.
         with torch.autocast(features.device.type, enabled=False):
             return self.head(features.movedim(1, -1).to(self.position.dtype), values)
 
-    def log_prob(self, levels: list[Tensor]) -> Tensor:
+    def log_prob(self, levels: list[Tensor], contexts: Tensor | None = None) -> Tensor:
         """Nats per image in raw latents, B."""
-        return self.log_prob_by_position(levels).flatten(1).sum(1)
+        return self.log_prob_by_position(levels, contexts).flatten(1).sum(1)
+
+    def draw_contexts(self, indices: Tensor, seed: int) -> Tensor | None:
+        """Contexts as frequent as in the training set, one for each sample number."""
+        return None if self.condition is None else self.condition.draw(indices, seed)
 
     def sample(
         self,
         indices: Tensor,
         seed: int,
         how: Sampling = AS_FITTED,
+        contexts: Tensor | None = None,
         given: list[Tensor] | None = None,
         mask: list[Tensor] | None = None,
+        coarser: list[Tensor] | None = None,
     ) -> list[Tensor]:
         """Latents for these sample numbers, [B C h w] or [B h w] codes.
 
+        contexts: one for each sample; drawn as frequent as in the training set when None.
         given, mask: known latents, one for each sample, and where to hold them, h w (True is held).
-        Raises CannotSample where they do not fit the grid, or `how` asks for what these latents do not have.
+        coarser: the coarser levels of each sample, for a prior that is told them.
+        Raises CannotSample where they do not fit, or `how` asks for what these latents do not have.
         """
+        batch = len(indices)
         if (given is None) != (mask is None):
             raise CannotSample("known latents and their mask come together")
         if given is not None and mask is not None:
-            latents, held, expected = tuple(only(given).shape), tuple(only(mask).shape), (len(indices), *self.spec.shape)
+            latents, held, expected = tuple(only(given).shape), tuple(only(mask).shape), (batch, *self.spec.shape)
             if latents != expected:
-                raise CannotSample(f"known latents of {len(indices)} samples are {expected}, not {latents}")
+                raise CannotSample(f"known latents of {batch} samples are {expected}, not {latents}")
             if held != self.spec.grid or only(mask).dtype != torch.bool:
                 raise CannotSample(f"a mask of known latents is boolean, {self.spec.grid}, not {only(mask).dtype}, {held}")
+        if self.condition is None and (contexts is not None or how.guidance):
+            raise CannotSample("this prior takes no context, so there is nothing to guide it toward")
+        coarser = [] if coarser is None else coarser
+        if self.condition is not None:
+            contexts = self.draw_contexts(indices, seed) if contexts is None else contexts
+            assert contexts is not None
+            if how.guidance:  # twice the batch: told the context, and told nothing
+                contexts = torch.cat([contexts, self.condition.nothing(batch)])
+                coarser = [torch.cat([codes, codes]) for codes in coarser]
+        told = self.told(coarser, contexts)
         values = sample_grid(
             self.backbone,
             self.head,
@@ -80,8 +129,61 @@ class AutoregressivePrior(Prior):
             indices,
             seed,
             how,
-            map=self.position,
+            stream=self.level,
+            map=told.map,
+            prefix=told.prefix,
             given=None if given is None else self.head.values(only(given)),
             mask=None if mask is None else only(mask),
         )
         return [self.head.latent(values)]
+
+
+@dataclass(frozen=True)
+class CascadeConfig:
+    """One learned prior for each level, coarse to fine."""
+
+    top: AutoregressiveConfig = field(default_factory=AutoregressiveConfig)
+    bottom: AutoregressiveConfig = field(default_factory=AutoregressiveConfig)
+    """every level below the top"""
+
+    def build(self, specs: list[LatentSpec], classes: int = 0) -> "Cascade":
+        return Cascade([self.top, *[self.bottom] * (len(specs) - 1)], specs, classes)
+
+
+class Cascade(Prior):
+    def __init__(self, configs: list[AutoregressiveConfig], specs: list[LatentSpec], classes: int):
+        super().__init__()
+        priors = [config.build(specs[: level + 1], classes) for level, config in enumerate(configs)]
+        self.levels: list[AutoregressivePrior] = nn.ModuleList(priors)  # type: ignore[assignment]
+
+    def estimate(self, dataset: LatentDataset) -> None:
+        for prior in self.levels:
+            prior.estimate(dataset)
+
+    def log_prob(self, levels: list[Tensor], contexts: Tensor | None = None) -> Tensor:
+        return torch.stack([prior.log_prob(levels[: level + 1], contexts) for level, prior in enumerate(self.levels)]).sum(0)
+
+    def draw_contexts(self, indices: Tensor, seed: int) -> Tensor | None:
+        return self.levels[0].draw_contexts(indices, seed)
+
+    def sample(
+        self,
+        indices: Tensor,
+        seed: int,
+        how: Sampling = AS_FITTED,
+        contexts: Tensor | None = None,
+        given: list[Tensor] | None = None,
+        mask: list[Tensor] | None = None,
+    ) -> list[Tensor]:
+        """Coarse to fine; arguments as in AutoregressivePrior.sample, with one entry a level."""
+        contexts = self.draw_contexts(indices, seed) if contexts is None else contexts
+        drawn: list[Tensor] = []
+        for level, prior in enumerate(self.levels):
+            known = None if given is None else given[level : level + 1]
+            held = None if mask is None else mask[level : level + 1]
+            drawn += prior.sample(indices, seed, how, contexts, known, held, coarser=drawn)
+        return drawn
+
+
+LearnedPrior = AutoregressivePrior | Cascade
+PriorConfig = AutoregressiveConfig | CascadeConfig

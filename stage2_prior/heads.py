@@ -15,17 +15,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from stage2_prior.latents import LatentSpec, Posterior
-from stage2_prior.sampling import CannotSample, Sampling, choose
+from stage2_prior.sampling import CannotSample, Sampling, choose, choose_many
 
 LOG_SQRT_2PI = 0.5 * math.log(2 * math.pi)
+CANDIDATES = 32  # drawn at each position to choose one from under guidance
 MINIMUM_LOG_STD = -7.0  # of standardized latents; a floor keeps a component from collapsing onto one training latent
 
 
 class Head(nn.Module, ABC):
     """The contract. `…` stands for any leading axes: B h w in training, B while sampling."""
-
-    uniforms: int
-    """how many uniform numbers one draw takes"""
 
     def estimate(self, posterior: Posterior) -> None:
         """Fit what is not trained by gradient, once, from the encoded training set."""
@@ -47,8 +45,16 @@ class Head(nn.Module, ABC):
         """features … D; returns … in nats of the raw latent, any change of scale included."""
 
     @abstractmethod
-    def draw(self, features: Tensor, uniforms: Tensor, how: Sampling) -> Tensor:
-        """The values of one position; features B D, uniforms B U. Raises CannotSample for what has no meaning here."""
+    def uniforms(self, how: Sampling) -> int:
+        """How many uniform numbers U one draw takes."""
+
+    @abstractmethod
+    def draw(self, features: Tensor, uniforms: Tensor, how: Sampling, untold: Tensor | None = None) -> Tensor:
+        """The values of one position; features B D, uniforms B U.
+
+        untold: under guidance, the features of a backbone that was told no context, B D.
+        Raises CannotSample for what has no meaning here.
+        """
 
     def forward(self, features: Tensor, values: Tensor) -> Tensor:
         return self.log_prob(features, values)
@@ -91,7 +97,6 @@ class GaussianMixtureHead(Head):
     def __init__(self, channels: int, width: int, components: int):
         super().__init__()
         self.channels, self.components = channels, components
-        self.uniforms = 1 + channels
         # Latents are modelled standardized; shift and scale, C, are fitted once by `estimate`.
         self.register_buffer("shift", torch.zeros(channels))
         self.register_buffer("scale", torch.ones(channels))
@@ -127,17 +132,33 @@ class GaussianMixtureHead(Head):
         per_component = gaussian_log_prob(values[..., None, :], mean, floored(raw_log_std)).sum(-1)
         return (logits.log_softmax(-1) + per_component).logsumexp(-1) - self.scale.log().sum()
 
-    def draw(self, features: Tensor, uniforms: Tensor, how: Sampling) -> Tensor:
-        """See `tempered` for what the temperature does."""
+    def uniforms(self, how: Sampling) -> int:
+        return 1 + self.channels if not how.guidance else 1 + CANDIDATES * (1 + self.channels)
+
+    def draw(self, features: Tensor, uniforms: Tensor, how: Sampling, untold: Tensor | None = None) -> Tensor:
+        """See `tempered` for what the temperature does.
+
+        Guided, p(z|context)^(1+w) / p(z)^w need not be a density that can be drawn from. So CANDIDATES are drawn from
+        p(z|context), and one of them with weights (p(z|context) / p(z))^w: exact as their number grows.
+        """
         if how.top_k is not None or how.top_p < 1:
             raise CannotSample("top-k and top-p choose among codes; these latents are continuous")
         logits, components = self.raw(features)
         if how.temperature != 1:
             logits = tempered(logits.log_softmax(-1), floored(components[..., self.channels :]), how.temperature)
-        chosen = choose(logits, uniforms[:, 0])[:, None, None].expand(-1, 1, 2 * self.channels)
-        mean, raw_log_std = components.gather(1, chosen).squeeze(1).chunk(2, dim=-1)
-        noise = torch.special.ndtri(uniforms[:, 1:]).to(mean.dtype)
-        return torch.addcmul(mean, raw_log_std.exp().add_(math.exp(MINIMUM_LOG_STD)), noise, value=math.sqrt(how.temperature))
+        if untold is None:
+            return self.draw_many(logits, components, uniforms[:, None], how.temperature).squeeze(1)
+        candidates = self.draw_many(logits, components, uniforms[:, 1:].unflatten(1, (-1, 1 + self.channels)), how.temperature)
+        advantage = self.log_prob(features[:, None], candidates) - self.log_prob(untold[:, None], candidates)
+        chosen = choose(how.guidance * advantage, uniforms[:, 0])
+        return candidates[torch.arange(len(chosen), device=chosen.device), chosen]
+
+    def draw_many(self, logits: Tensor, components: Tensor, uniforms: Tensor, temperature: float) -> Tensor:
+        """M draws from each mixture, B M C; uniforms B M 1+C."""
+        chosen = choose_many(logits, uniforms[..., 0])[..., None].expand(-1, -1, 2 * self.channels)
+        mean, raw_log_std = components.gather(1, chosen).chunk(2, dim=-1)
+        noise = torch.special.ndtri(uniforms[..., 1:]).to(mean.dtype)
+        return torch.addcmul(mean, raw_log_std.exp().add_(math.exp(MINIMUM_LOG_STD)), noise, value=math.sqrt(temperature))
 
 
 def tempered(log_weights: Tensor, log_std: Tensor, temperature: float) -> Tensor:
@@ -166,8 +187,6 @@ class Categorical:
 
 
 class CategoricalHead(Head):
-    uniforms = 1
-
     def __init__(self, vocabulary: int, width: int):
         super().__init__()
         self.embedding = nn.Embedding(vocabulary, width)
@@ -190,8 +209,15 @@ class CategoricalHead(Head):
         logits = self.logits(features)
         return -F.cross_entropy(logits.flatten(0, -2), values.flatten(), reduction="none").view(values.shape)
 
-    def draw(self, features: Tensor, uniforms: Tensor, how: Sampling) -> Tensor:
-        return choose(truncated(self.logits(features), how), uniforms[:, 0])
+    def uniforms(self, how: Sampling) -> int:
+        return 1
+
+    def draw(self, features: Tensor, uniforms: Tensor, how: Sampling, untold: Tensor | None = None) -> Tensor:
+        logits = self.logits(features)
+        if untold is not None:
+            without = self.logits(untold).log_softmax(-1)
+            logits = without + (1 + how.guidance) * (logits.log_softmax(-1) - without)
+        return choose(truncated(logits, how), uniforms[:, 0])
 
 
 def truncated(logits: Tensor, how: Sampling) -> Tensor:

@@ -59,17 +59,19 @@ def draw(posterior: Posterior, noise: Tensor | None = None) -> Tensor:
 
 
 class LatentDataset:
-    """The encoded training set as stage 2 sees it: a fresh z ~ q(z|x) each time an image comes by.
+    """The encoded training set as stage 2 sees it: a fresh z ~ q(z|x) each time an image comes by, and its context.
 
     Storing mean and std, never one frozen draw, makes the data set the aggregate posterior
     q(z) = 1/n Σ q(z|x_i) itself rather than n points of it.
     """
 
-    def __init__(self, levels: list[Posterior]):
+    def __init__(self, levels: list[Posterior], contexts: Tensor | None = None):
+        """levels: posteriors, coarse to fine; contexts: N …, what is known of each image, such as its label."""
         lengths = {len(tensor) for level in levels for tensor in level.values()}
+        lengths |= set() if contexts is None else {len(contexts)}
         if len(lengths) != 1 or 0 in lengths:
             raise ValueError(f"the levels of a latent data set need one common, positive length, not {sorted(lengths)}")
-        self.levels = levels
+        self.levels, self.contexts = levels, contexts
         (self.length,) = lengths
 
     def __len__(self) -> int:
@@ -78,6 +80,7 @@ class LatentDataset:
     def posteriors(self, indices: Tensor | slice) -> list[Posterior]:
         return [{name: tensor[indices] for name, tensor in level.items()} for level in self.levels]
 
-    def __getitem__(self, indices: Tensor | slice) -> tuple[list[Tensor]]:
-        """The arguments of `Prior.forward` for these images: one list of freshly drawn levels."""
-        return ([draw(posterior) for posterior in self.posteriors(indices)],)
+    def __getitem__(self, indices: Tensor | slice) -> tuple[list[Tensor], Tensor | None]:
+        """The arguments of `Prior.forward` for these images: one list of freshly drawn levels, and the contexts."""
+        contexts = None if self.contexts is None else self.contexts[indices]
+        return [draw(posterior) for posterior in self.posteriors(indices)], contexts

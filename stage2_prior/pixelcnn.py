@@ -158,7 +158,7 @@ class PixelCNN(nn.Module):
         self.reach = len(self.layers) * (config.kernel // 2)
         """What a position sees: reach+1 positions to its left, and reach+1 rows above, reach columns to either side."""
 
-    def forward(self, inputs: Tensor, map: Tensor | None = None) -> Tensor:
+    def forward(self, inputs: Tensor, map: Tensor | None = None, prefix: Tensor | None = None) -> Tensor:
         """inputs and the result B D h w, map B D h w or 1 D h w; position i depends on inputs before i, and on the map."""
         v, h = shift_down(inputs), shift_right(inputs)
         if map is not None:
@@ -168,7 +168,7 @@ class PixelCNN(nn.Module):
         return h
 
     @torch.no_grad()
-    def begin(self, batch: int, grid: tuple[int, int], map: Tensor | None = None) -> State:
+    def begin(self, batch: int, grid: tuple[int, int], map: Tensor | None = None, prefix: Tensor | None = None) -> State:
         """The state before position 0 of a grid of h rows and w columns."""
         new = self.layers[0].output.weight.new_zeros
         row = new(grid[1], batch, self.width)

@@ -4,39 +4,42 @@ B batch, C latent channels, h×w latent grid, N encoded images, K mixture compon
 
 A prior takes all levels as a list, always, so that nothing that uses one loops over levels:
 
-    forward(levels, step)          -> {"loss": …}, mean nats per image: what training calls
-    log_prob(levels)               -> B, nats per image in raw latents
-    sample(indices, seed, …)       -> levels; sample i under one seed is the same in any batch, up to rounding
-    estimate(dataset)              -> fits what is not trained by gradient, into buffers
+    forward(levels, contexts, step) -> {"loss": …}, mean nats per image: what training calls
+    log_prob(levels, contexts)      -> B, nats per image in raw latents
+    sample(indices, seed, …)        -> levels; sample i under one seed is the same in any batch, up to rounding
+    estimate(dataset)               -> fits what is not trained by gradient, into buffers
+
+contexts, B …, is what a conditional prior is told of each image, such as its label; others pay it no attention.
 """
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from stage2_prior.heads import LOG_SQRT_2PI
+from stage2_prior.heads import LOG_SQRT_2PI, truncated
 from stage2_prior.latents import LatentDataset, LatentSpec, draw
-from stage2_prior.sampling import AS_FITTED, Sampling, choose, normals, uniforms
+from stage2_prior.sampling import AS_FITTED, COMPONENT_STREAM, Sampling, choose, choose_many, first_uniforms, normals, uniforms
 
 LARGEST_FULL_COVARIANCE = 1024  # dimensions; beyond it the Gaussian and the mixture are diagonal
-COMPONENT_STREAM = 1  # of the noise; the values of the latents use stream 0
 
 
 T = TypeVar("T")
 
 
 class Prior(nn.Module, ABC):
-    def forward(self, levels: list[Tensor], step: int = 0) -> dict[str, Tensor]:
-        return {"loss": -self.log_prob(levels).mean()}
+    def forward(self, levels: list[Tensor], contexts: Tensor | None = None, step: int = 0) -> dict[str, Tensor]:
+        return {"loss": -self.log_prob(levels, contexts).mean()}
 
     @abstractmethod
-    def log_prob(self, levels: list[Tensor]) -> Tensor: ...
+    def log_prob(self, levels: list[Tensor], contexts: Tensor | None = None) -> Tensor: ...
 
     @abstractmethod
-    def sample(self, indices: Tensor, seed: int, how: Sampling = AS_FITTED) -> list[Tensor]: ...
+    def sample(self, indices: Tensor, seed: int, how: Sampling = AS_FITTED, contexts: Tensor | None = None) -> list[Tensor]: ...
 
     def estimate(self, dataset: LatentDataset) -> None:
         """Fit what is not trained by gradient. N(0, I) has nothing to fit."""
@@ -52,14 +55,14 @@ def only(levels: list[T]) -> T:
 class StandardNormal(Prior):
     """N(0, I): what the VAE's training assumed."""
 
-    def __init__(self, spec: LatentSpec):
+    def __init__(self, specs: list[LatentSpec]):
         super().__init__()
-        self.shape = spec.shape
+        self.shape = only(specs).shape
 
-    def log_prob(self, levels: list[Tensor]) -> Tensor:
+    def log_prob(self, levels: list[Tensor], contexts: Tensor | None = None) -> Tensor:
         return (-0.5 * only(levels).square() - LOG_SQRT_2PI).flatten(1).sum(1)
 
-    def sample(self, indices: Tensor, seed: int, how: Sampling = AS_FITTED) -> list[Tensor]:
+    def sample(self, indices: Tensor, seed: int, how: Sampling = AS_FITTED, contexts: Tensor | None = None) -> list[Tensor]:
         return [how.temperature**0.5 * normals(seed, indices, self.shape)]
 
 
@@ -74,8 +77,9 @@ class GaussianMixturePrior(Prior):
     means: Tensor
     factors: Tensor
 
-    def __init__(self, spec: LatentSpec, components: int):
+    def __init__(self, specs: list[LatentSpec], components: int):
         super().__init__()
+        spec = only(specs)
         self.shape = spec.shape
         self.components = components
         self.full = spec.dimensions <= LARGEST_FULL_COVARIANCE
@@ -101,7 +105,7 @@ class GaussianMixturePrior(Prior):
             return
         from sklearn.mixture import GaussianMixture
 
-        (levels,) = dataset[torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))[:20000]]
+        levels, _ = dataset[torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))[:20000]]
         points = only(levels).flatten(1).double().cpu().numpy()
         components = min(self.components, len(points))
         mixture = GaussianMixture(
@@ -113,7 +117,7 @@ class GaussianMixturePrior(Prior):
         covariances = torch.from_numpy(mixture.covariances_)
         self.factors[:components] = (torch.linalg.cholesky(covariances) if self.full else covariances.sqrt()).to(self.factors)
 
-    def log_prob(self, levels: list[Tensor]) -> Tensor:
+    def log_prob(self, levels: list[Tensor], contexts: Tensor | None = None) -> Tensor:
         value = only(levels).flatten(1)
         per_component = []
         for weight, mean, factor in zip(self.weights, self.means, self.factors):
@@ -124,17 +128,55 @@ class GaussianMixturePrior(Prior):
             per_component.append(weight.log() + density)
         return torch.stack(per_component, -1).logsumexp(-1)
 
-    def sample(self, indices: Tensor, seed: int, how: Sampling = AS_FITTED) -> list[Tensor]:
-        first = torch.zeros(1, dtype=torch.int64, device=indices.device)
-        component = choose(
-            self.weights.log().expand(len(indices), -1), uniforms(seed, indices, first, 1, COMPONENT_STREAM)[:, 0, 0]
-        )
+    def sample(self, indices: Tensor, seed: int, how: Sampling = AS_FITTED, contexts: Tensor | None = None) -> list[Tensor]:
+        component = choose(self.weights.log().expand(len(indices), -1), first_uniforms(seed, indices, COMPONENT_STREAM))
         noise = how.temperature**0.5 * normals(seed, indices, (self.means.shape[1],)).to(self.means)
         value = self.means[component]
         for k in component.unique():  # one factor at a time: a gathered B D D would not fit
             rows = component == k
             value[rows] += noise[rows] @ self.factors[k].T if self.full else noise[rows] * self.factors[k]
         return [value.view(-1, *self.shape)]
+
+
+class IndependentCodes(Prior):
+    """Codes that know nothing of each other: all equally likely, or as frequent at each position as in the training set."""
+
+    def __init__(self, specs: list[LatentSpec], fitted: bool):
+        super().__init__()
+        self.specs, self.fitted = specs, fitted
+        for level, spec in enumerate(specs):
+            assert spec.vocabulary is not None
+            self.register_buffer(
+                f"log_probabilities_{level}", torch.full((*spec.grid, spec.vocabulary), -math.log(spec.vocabulary))
+            )
+
+    def tables(self) -> list[Tensor]:
+        """For each level, log p of every code at every position: h w K."""
+        return [getattr(self, f"log_probabilities_{level}") for level in range(len(self.specs))]
+
+    def estimate(self, dataset: LatentDataset) -> None:
+        """Count, with one more of every code so that none is impossible."""
+        if self.fitted:
+            for table, posterior in zip(self.tables(), dataset.posteriors(slice(None))):
+                counts = torch.ones_like(table)
+                for codes in posterior["codes"].long().split(1000):
+                    counts += F.one_hot(codes, table.shape[-1]).sum(0)
+                table.copy_((counts / counts.sum(-1, keepdim=True)).log())
+
+    def log_prob(self, levels: list[Tensor], contexts: Tensor | None = None) -> Tensor:
+        total = torch.zeros(len(levels[0]), device=levels[0].device)
+        for table, codes in zip(self.tables(), levels, strict=True):
+            total = total + table.expand(len(codes), *table.shape).gather(-1, codes[..., None]).flatten(1).sum(1)
+        return total
+
+    def sample(self, indices: Tensor, seed: int, how: Sampling = AS_FITTED, contexts: Tensor | None = None) -> list[Tensor]:
+        levels = []
+        for level, (table, spec) in enumerate(zip(self.tables(), self.specs)):
+            logits = truncated(table.flatten(0, 1), how)
+            positions = torch.arange(len(logits), device=indices.device)
+            noise = uniforms(seed, indices, positions, 1, level)[..., 0]
+            levels.append(choose_many(logits, noise.T.contiguous()).T.reshape(-1, *spec.grid))
+        return levels
 
 
 class AggregatePosterior(Prior):
@@ -147,7 +189,7 @@ class AggregatePosterior(Prior):
         super().__init__()
         self.dataset = dataset
 
-    def log_prob(self, levels: list[Tensor]) -> Tensor:
+    def log_prob(self, levels: list[Tensor], contexts: Tensor | None = None) -> Tensor:
         value = only(levels).flatten(1)
         posterior = only(self.dataset.posteriors(slice(None)))
         mean, std = (posterior[name].flatten(1).to(value) for name in ("mean", "std"))
@@ -157,20 +199,30 @@ class AggregatePosterior(Prior):
         log_scale = 0.5 * precision.log().sum(1) - value.shape[1] * LOG_SQRT_2PI
         return (log_scale - 0.5 * distance).logsumexp(1).to(only(levels)) - torch.tensor(float(len(self.dataset))).log()
 
-    def sample(self, indices: Tensor, seed: int, how: Sampling = AS_FITTED) -> list[Tensor]:
-        first = torch.zeros(1, dtype=torch.int64, device=indices.device)
-        uniform = uniforms(seed, indices, first, 1, COMPONENT_STREAM)[:, 0, 0].double()
-        chosen = (uniform * len(self.dataset)).long()
-        posterior = only(self.dataset.posteriors(chosen))
-        shape = tuple(posterior["mean"].shape[1:])
-        return [draw(posterior, how.temperature**0.5 * normals(seed, indices, shape))]
+    def sample(self, indices: Tensor, seed: int, how: Sampling = AS_FITTED, contexts: Tensor | None = None) -> list[Tensor]:
+        chosen = (first_uniforms(seed, indices, COMPONENT_STREAM).double() * len(self.dataset)).long()
+        levels = []
+        for posterior in self.dataset.posteriors(chosen.cpu()):
+            posterior = {name: tensor.to(indices.device) for name, tensor in posterior.items()}
+            shape = tuple(posterior["mean"].shape[1:]) if "mean" in posterior else ()
+            levels.append(draw(posterior, how.temperature**0.5 * normals(seed, indices, shape)))
+        return levels
 
 
 MIXTURE_COMPONENTS = 10
 """One Gaussian for each of ten classes would be the labelled version of this mixture."""
 
-BASELINES: dict[str, Callable[[LatentSpec], Prior]] = {
+CONTINUOUS_BASELINES: dict[str, Callable[[list[LatentSpec]], Prior]] = {
     "standard": StandardNormal,
-    "gaussian": lambda spec: GaussianMixturePrior(spec, components=1),
-    "mixture": lambda spec: GaussianMixturePrior(spec, components=MIXTURE_COMPONENTS),
+    "gaussian": lambda specs: GaussianMixturePrior(specs, components=1),
+    "mixture": lambda specs: GaussianMixturePrior(specs, components=MIXTURE_COMPONENTS),
 }
+CODE_BASELINES: dict[str, Callable[[list[LatentSpec]], Prior]] = {
+    "standard": lambda specs: IndependentCodes(specs, fitted=False),
+    "unigram": lambda specs: IndependentCodes(specs, fitted=True),
+}
+
+
+def baselines(specs: list[LatentSpec]) -> dict[str, Callable[[list[LatentSpec]], Prior]]:
+    """By name, for latents of this kind. `standard` is what is sampled from without a second stage."""
+    return CONTINUOUS_BASELINES if specs[0].vocabulary is None else CODE_BASELINES

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from stage2_prior.layers import Backbone
 
 WORD = 0xFFFFFFFF  # the low 32 bits of an int64
+CONTEXT_STREAM, COMPONENT_STREAM = 1000, 1001  # of the noise; level l of the latents uses stream l
 
 
 def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int]) -> tuple[Tensor, ...]:
@@ -58,6 +59,11 @@ def uniforms(seed: int, indices: Tensor, positions: Tensor, count: int, stream: 
     return ((words.flatten(2)[..., :count] >> 9).to(torch.float32) + 0.5) * 2.0**-23
 
 
+def first_uniforms(seed: int, indices: Tensor, stream: int) -> Tensor:
+    """One uniform number for each sample, B."""
+    return uniforms(seed, indices, torch.zeros(1, dtype=torch.int64, device=indices.device), 1, stream)[:, 0, 0]
+
+
 def normals(seed: int, indices: Tensor, shape: tuple[int, ...], stream: int = 0) -> Tensor:
     """Standard normal numbers, B × shape, by the inverse CDF of `uniforms`."""
     count = torch.Size(shape).numel()
@@ -67,10 +73,14 @@ def normals(seed: int, indices: Tensor, shape: tuple[int, ...], stream: int = 0)
 
 def choose(logits: Tensor, uniform: Tensor) -> Tensor:
     """The index of a category by inverse CDF: logits B K (need not be normalized), uniform B; returns B."""
+    return choose_many(logits, uniform[:, None]).squeeze(1)
+
+
+def choose_many(logits: Tensor, uniform: Tensor) -> Tensor:
+    """Several draws from each row: logits B K, uniform B M; returns B M."""
     cumulative = logits.softmax(-1).cumsum(-1)
     # Search for a share of the last entry, not of 1, because of rounding; what was not a number stays within bounds.
-    found = torch.searchsorted(cumulative, uniform[:, None] * cumulative[:, -1:])
-    return found.squeeze(1).clamp_(max=logits.shape[-1] - 1)
+    return torch.searchsorted(cumulative, uniform * cumulative[:, -1:]).clamp_(max=logits.shape[-1] - 1)
 
 
 class CannotSample(ValueError):
@@ -87,6 +97,8 @@ class Sampling:
     """draw each code from the k likeliest only"""
     top_p: float = 1.0
     """draw each code from the fewest likeliest whose probabilities sum to p"""
+    guidance: float = 0.0
+    """strength w of classifier-free guidance toward the context: p(z|context)^(1+w) / p(z)^w; 0 is none"""
 
     def __post_init__(self) -> None:
         if not 0 <= self.temperature < math.inf:
@@ -95,6 +107,8 @@ class Sampling:
             raise CannotSample(f"top-k is a number of codes from 1 up, not {self.top_k}")
         if not 0 < self.top_p <= 1:
             raise CannotSample(f"top-p lies above 0 and at most at 1, not at {self.top_p}")
+        if not 0 <= self.guidance < math.inf:
+            raise CannotSample(f"guidance is 0 or more, not {self.guidance}")
 
 
 AS_FITTED = Sampling()
@@ -110,18 +124,22 @@ def sample_grid(
     *,
     stream: int = 0,
     map: Tensor | None = None,
+    prefix: Tensor | None = None,
     given: Tensor | None = None,
     mask: Tensor | None = None,
 ) -> Tensor:
     """Draw one level position by position, each from the cached step of the backbone; values B h w C, or codes B h w.
 
-    map: B D h w or 1 D h w, what the backbone is told of every position.
+    map: B D h w or 1 D h w, what the backbone is told of every position; prefix: B T D, tokens before the first.
+        Under guidance both hold 2B rows: B told the context, then the same told nothing.
     given, mask: known values, and where to hold them, h w (True is held).
     """
     height, width = grid
-    noise = uniforms(seed, indices, torch.arange(height * width, device=indices.device), head.uniforms, stream).unbind(1)
+    batch, copies = len(indices), 2 if how.guidance else 1
+    positions = torch.arange(height * width, device=indices.device)
+    noise = uniforms(seed, indices, positions, head.uniforms(how), stream).unbind(1)
     held = [False] * (height * width) if mask is None else mask.flatten().tolist()
-    state = backbone.begin(len(indices), grid, map)
+    state = backbone.begin(copies * batch, grid, map, prefix)
     dtype = next(head.parameters()).dtype  # the backbone may be rounder; a density never is
     previous: Tensor | None = None
     drawn = []
@@ -131,7 +149,8 @@ def sample_grid(
             assert given is not None
             value = given[:, position // width, position % width]
         else:
-            value = head.draw(features.to(dtype), noise[position], how)
+            told, *untold = features.to(dtype).split(batch)
+            value = head.draw(told, noise[position], how, *untold)
         drawn.append(value)
-        previous = head.embed(value)
+        previous = head.embed(value).repeat(copies, 1)
     return torch.stack(drawn, dim=1).unflatten(1, grid)

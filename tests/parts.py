@@ -10,7 +10,7 @@ from pipelines.data import ImageSet, Splits, with_validation
 from pipelines.fit import FitConfig
 from stage1_vae import bottlenecks, likelihoods
 from stage1_vae.networks import Convolutional, FullyConnected
-from stage2_prior.autoregressive import AutoregressiveConfig, AutoregressivePrior
+from stage2_prior.autoregressive import AutoregressiveConfig, AutoregressivePrior, CascadeConfig, PriorConfig
 from stage2_prior.heads import Categorical, GaussianMixture, GaussianMixtureHead
 from stage2_prior.latents import LatentDataset, LatentSpec
 from stage2_prior.pixelcnn import PixelCNNConfig
@@ -21,7 +21,12 @@ BACKBONES = {
 }
 HEADS = {"mixture": GaussianMixture(components=3), "categorical": Categorical()}
 LEARNED = [(backbone, head) for backbone in BACKBONES for head in HEADS]
-BOTTLENECKS = {"deterministic": bottlenecks.Deterministic(channels=3), "gaussian": bottlenecks.Gaussian(channels=3, samples=2)}
+BOTTLENECKS = {
+    "deterministic": bottlenecks.Deterministic(channels=3),
+    "gaussian": bottlenecks.Gaussian(channels=3, samples=2),
+    "vector-quantized": bottlenecks.VectorQuantized(codes=7, channels=3),
+    "finite-scalar": bottlenecks.FiniteScalar(levels=(3, 4)),
+}
 LIKELIHOODS = {
     "bernoulli": likelihoods.Bernoulli(),
     "gaussian": likelihoods.Gaussian(sigma=0.1),
@@ -43,7 +48,7 @@ def randomized(module: nn.Module, scale: float = 0.4, seed: int = 0) -> nn.Modul
 
 
 def random_prior(spec: LatentSpec, backbone: str, head: str, scale: float = 0.3) -> AutoregressivePrior:
-    prior = AutoregressiveConfig(BACKBONES[backbone], HEADS[head]).build(spec).double().eval()
+    prior = AutoregressiveConfig(BACKBONES[backbone], HEADS[head]).build([spec]).double().eval()
     randomized(prior, scale)
     if isinstance(prior.head, GaussianMixtureHead):
         prior.head.shift.fill_(0.3)
@@ -88,9 +93,15 @@ def shrunk(config: RunConfig) -> RunConfig:
         stage1=fit,
         stage2=fit,
         autoencoder=dataclasses.replace(config.autoencoder, network=dataclasses.replace(network, **small)),
-        prior=AutoregressiveConfig(PixelCNNConfig(width=8, layers=2), config.prior.head),
+        prior=shrunk_prior(config.prior),
         metrics=dataclasses.replace(config.metrics, classifier=fit),
     )
+
+
+def shrunk_prior(prior: PriorConfig) -> PriorConfig:
+    if isinstance(prior, CascadeConfig):
+        return dataclasses.replace(prior, top=shrunk_prior(prior.top), bottom=shrunk_prior(prior.bottom))
+    return dataclasses.replace(prior, backbone=dataclasses.replace(prior.backbone, width=8, layers=2))
 
 
 def jacobian(function, inputs: Tensor) -> Tensor:

@@ -32,22 +32,26 @@ def build(network="convolutional", bottleneck="gaussian", likelihood="gaussian",
 def test_contract(network, bottleneck, likelihood, shape):
     model = build(network, bottleneck, likelihood, shape)
     images = random_images(5, shape)
+    if bottleneck == "finite-scalar":  # away from the initial weights, at which every image gets the middle level
+        model.bottleneck.project.weight.data.mul_(50)
     terms = model(images, step=3)
     assert all(value.ndim == 0 and value.isfinite() for value in terms.values())
-    assert ("rate" in terms) == model.bottleneck.has_density
+    codes = model.bottleneck.vocabulary is not None
+    assert ("rate" in terms) == (model.bottleneck.has_density and not codes)
     terms["loss"].backward()
     without = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
     assert without == []
     model.eval()
     posteriors = model.encode(images)
-    assert [tuple(p["mean"].shape[1:]) for p in posteriors] == [shape for shape, _ in model.latents]
+    assert [tuple(p["codes" if codes else "mean"].shape[1:]) for p in posteriors] == [shape for shape, _ in model.latents]
+    assert not codes or all((p["codes"] >= 0).all() and (p["codes"] < model.bottleneck.vocabulary).all() for p in posteriors)
     levels = model.sample(posteriors)
     assert model.decode(levels).log_prob(model.likelihood.scale(images)).shape == (5,)
     for pixels in ("mean", "sample"):
         rendered = model.render(levels, pixels)
         assert rendered.shape == images.shape and rendered.dtype == torch.uint8
     spread = (model.sample(posteriors)[0] - levels[0]).abs().max()
-    assert (spread > 0) == model.bottleneck.has_density
+    assert (spread > 0) == (model.bottleneck.has_density and not codes)
 
 
 def test_the_rate_is_the_divergence_of_torch():

@@ -9,7 +9,7 @@ from scipy import stats
 from stage2_prior.autoregressive import AutoregressiveConfig
 from stage2_prior.heads import truncated
 from stage2_prior.latents import LatentDataset, LatentSpec, draw
-from stage2_prior.prior import BASELINES, AggregatePosterior
+from stage2_prior.prior import CONTINUOUS_BASELINES, AggregatePosterior
 from stage2_prior.sampling import CannotSample, Sampling, uniforms
 from tests.parts import BACKBONES, HEADS, LEARNED, random_latents, random_prior, spec_for
 
@@ -22,9 +22,9 @@ def all_priors(spec: LatentSpec) -> dict:
     dataset = random_latents(2000, spec)
     dataset = LatentDataset([{name: tensor.double() for name, tensor in level.items()} for level in dataset.levels])
     few = LatentDataset([{name: tensor[:20] for name, tensor in level.items()} for level in dataset.levels])
-    priors = {name: make(spec).double() for name, make in BASELINES.items()} | {"posterior": AggregatePosterior(few)}
+    priors = {name: make([spec]).double() for name, make in CONTINUOUS_BASELINES.items()} | {"posterior": AggregatePosterior(few)}
     priors |= {f"{backbone}-{head}": random_prior(spec, backbone, head) for backbone, head in LEARNED if head != "categorical"}
-    for name in BASELINES:
+    for name in CONTINUOUS_BASELINES:
         priors[name].estimate(dataset)
     return priors
 
@@ -90,7 +90,7 @@ def test_a_sample_is_the_same_in_any_batch(name):
 def test_every_factor_depends_on_nothing_later(backbone, head):
     spec = spec_for(head, (3, 3))
     prior = random_prior(spec, backbone, head)
-    (latent,) = random_latents(1, spec)[torch.arange(1)][0]
+    (latent,), _ = random_latents(1, spec)[torch.arange(1)]
     influence = sensitivity(prior, latent[0])
     positions = torch.arange(spec.positions)
     later = positions[None, :] > positions[:, None]
@@ -119,7 +119,7 @@ def sensitivity(prior, latent) -> torch.Tensor:
 @pytest.mark.parametrize(("backbone", "head"), LEARNED)
 def test_every_parameter_receives_a_gradient(backbone, head):
     torch.manual_seed(0)
-    prior = AutoregressiveConfig(BACKBONES[backbone], HEADS[head]).build(spec_for(head, (4, 4)))
+    prior = AutoregressiveConfig(BACKBONES[backbone], HEADS[head]).build([spec_for(head, (4, 4))])
     prior(*random_latents(8, prior.spec)[torch.arange(8)])["loss"].backward()
     without = [name for name, p in prior.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
     assert without == []
@@ -140,13 +140,13 @@ def test_the_cached_sampler_draws_what_whole_forward_passes_would(backbone, head
     spec = spec_for(head, grid)
     prior = random_prior(spec, backbone, head).float()
     indices, mask = torch.arange(4), held_mask(grid)
-    (given,) = random_latents(4, spec)[indices]
+    given, _ = random_latents(4, spec)[indices]
     known = {"given": given, "mask": [mask]} if completing else {}
     with torch.no_grad():
         (sample,) = prior.sample(indices, 3, **known)
         values = prior.head.values(sample)
         features = prior.backbone(prior.head.embed(values).movedim(-1, 1), prior.position).movedim(1, -1)
-        noise = uniforms(3, indices, torch.arange(spec.positions), prior.head.uniforms)
+        noise = uniforms(3, indices, torch.arange(spec.positions), prior.head.uniforms(Sampling()))
         for position in range(spec.positions):
             r, c = divmod(position, grid[1])
             if not (completing and mask[r, c]):
@@ -158,7 +158,7 @@ def test_the_cached_sampler_draws_what_whole_forward_passes_would(backbone, head
 def test_held_positions_stay_and_are_seen_by_everything_after(backbone, head):
     spec = spec_for(head, (3, 4))
     prior = random_prior(spec, backbone, head, scale=1.0 if head == "categorical" else 0.3)
-    (given,) = random_latents(50, spec)[torch.arange(50)]
+    given, _ = random_latents(50, spec)[torch.arange(50)]
     mask = held_mask(spec.grid)
     with torch.no_grad():
         (free,) = prior.sample(torch.arange(50), seed=0)
@@ -171,7 +171,7 @@ def test_held_positions_stay_and_are_seen_by_everything_after(backbone, head):
 @pytest.mark.parametrize(("backbone", "head"), LEARNED)
 def test_known_latents_of_a_wrong_shape_are_refused(backbone, head):
     prior = random_prior(spec_for(head, (3, 4)), backbone, head)
-    (given,) = random_latents(2, prior.spec)[torch.arange(2)]
+    given, _ = random_latents(2, prior.spec)[torch.arange(2)]
     for known in ({"given": given}, {"mask": [held_mask((3, 4))]}):
         with pytest.raises(CannotSample, match="come together"):
             prior.sample(torch.arange(2), 0, **known)
@@ -240,7 +240,7 @@ def test_continuous_latents_have_no_top_k():
 def test_a_head_refuses_latents_of_the_other_kind():
     for head, other in (("mixture", "categorical"), ("categorical", "mixture")):
         with pytest.raises(ValueError, match="continuous latents"):
-            AutoregressiveConfig(BACKBONES["pixelcnn"], HEADS[head]).build(spec_for(other, (2, 2)))
+            AutoregressiveConfig(BACKBONES["pixelcnn"], HEADS[head]).build([spec_for(other, (2, 2))])
 
 
 # Standardization and baselines
@@ -260,7 +260,7 @@ def test_standardization_is_part_of_the_density():
 def test_estimate_standardizes_the_aggregate_posterior():
     spec = LatentSpec((3, 2, 2))
     dataset = random_latents(500, spec)
-    prior = AutoregressiveConfig().build(spec)
+    prior = AutoregressiveConfig().build([spec])
     prior.estimate(dataset)
     draws = torch.cat([dataset[torch.arange(500)][0][0] for _ in range(200)])
     standardized = prior.head.values(draws)
@@ -272,7 +272,7 @@ def test_estimate_standardizes_the_aggregate_posterior():
 def test_the_fitted_gaussian_has_the_moments_of_the_aggregate_posterior():
     spec = LatentSpec((2, 1, 2))
     dataset = random_latents(400, spec)
-    prior = BASELINES["gaussian"](spec)
+    prior = CONTINUOUS_BASELINES["gaussian"]([spec])
     prior.estimate(dataset)
     torch.manual_seed(0)
     draws = torch.cat([dataset[torch.arange(400)][0][0] for _ in range(500)]).flatten(1)
@@ -288,7 +288,7 @@ def test_a_baseline_recovers_a_density_of_its_own_kind(name):
     side = torch.randint(0, 2, (4000, 1, 1, 1)) * 8.0 - 4
     points = side + torch.randn(4000, *spec.shape)
     dataset = LatentDataset([{"mean": points, "std": torch.zeros_like(points)}])
-    prior = BASELINES[name](spec)
+    prior = CONTINUOUS_BASELINES[name]([spec])
     prior.estimate(dataset)
     entropy = math.log(2) + 2 * 0.5 * math.log(2 * math.pi * math.e)
     gap = float(prior([points])["loss"]) - entropy
@@ -299,7 +299,7 @@ def test_diagonal_covariances_beyond_the_affordable(monkeypatch):
     monkeypatch.setattr("stage2_prior.prior.LARGEST_FULL_COVARIANCE", 3)
     spec = LatentSpec((1, 2, 2))
     for name in ("gaussian", "mixture"):
-        prior = BASELINES[name](spec)
+        prior = CONTINUOUS_BASELINES[name]([spec])
         prior.estimate(random_latents(200, spec))
         assert prior.factors.ndim == 2
         (samples,) = prior.sample(torch.arange(4000), seed=0)
@@ -320,8 +320,8 @@ def test_the_aggregate_posterior_is_the_mixture_of_its_posteriors():
 
 def test_a_latent_data_set_draws_afresh():
     dataset = random_latents(10, LatentSpec((1, 2, 2)))
-    (first,), (second,) = dataset[torch.arange(3)], dataset[torch.arange(3)]
-    assert not torch.equal(first[0], second[0])
+    (first,), (second,) = dataset[torch.arange(3)][0], dataset[torch.arange(3)][0]
+    assert not torch.equal(first, second)
 
 
 @pytest.mark.parametrize(("shape", "vocabulary"), [((3, 3), None), ((1, 3, 3), 8), ((0, 2, 2), None)])

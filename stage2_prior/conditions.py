@@ -1,0 +1,108 @@
+"""What a prior can be told: nothing, a class label, the coarser levels of the same latent.
+
+B batch, D width, K codes, T prefix length, h×w latent grid.
+
+A condition embeds its context once, into a `map` (B D 1 1 or B D h w, added at every position) and a `prefix` (B T D, tokens
+before the first position); backbones know nothing else. In training it forgets some contexts, so that the same network
+also learns the density without one, which guidance needs (Ho and Salimans 2022, "Classifier-free diffusion guidance").
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+from stage2_prior.latents import LatentSpec
+from stage2_prior.sampling import CONTEXT_STREAM, CannotSample, choose, first_uniforms
+
+
+class Embedded(NamedTuple):
+    """What a backbone is told."""
+
+    map: Tensor | None
+    prefix: Tensor | None
+
+
+@dataclass(frozen=True)
+class Unconditional:
+    """Nothing."""
+
+    def build(self, width: int, classes: int) -> None:
+        return None
+
+
+@dataclass(frozen=True)
+class ClassLabel:
+    """The class of the image."""
+
+    dropout: float = 0.1
+    """share of labels forgotten in training; 0.1 to 0.2 in the paper"""
+
+    def build(self, width: int, classes: int) -> "LabelCondition":
+        """Raises ValueError when the data set has no labels."""
+        if classes < 1:
+            raise ValueError("a prior conditioned on class labels needs images with labels")
+        return LabelCondition(width, classes, self.dropout)
+
+
+class LabelCondition(nn.Module):
+    frequencies: Tensor
+
+    def __init__(self, width: int, classes: int, dropout: float):
+        super().__init__()
+        self.classes, self.dropout = classes, dropout
+        self.embedding = nn.Embedding(classes + 1, width)  # the last stands for no label
+        self.register_buffer("frequencies", torch.full((classes,), 1 / classes))
+
+    def estimate(self, contexts: Tensor) -> None:
+        """Count how often each label occurs."""
+        counts = torch.bincount(contexts, minlength=self.classes).to(self.frequencies)
+        self.frequencies.copy_(counts / counts.sum())
+
+    def draw(self, indices: Tensor, seed: int) -> Tensor:
+        """A label for each sample number, as often as in the training set; B."""
+        return choose(self.frequencies.log().expand(len(indices), -1), first_uniforms(seed, indices, CONTEXT_STREAM))
+
+    def nothing(self, batch: int) -> Tensor:
+        """The context that stands for none; B."""
+        return torch.full((batch,), self.classes, device=self.frequencies.device)
+
+    def forward(self, contexts: Tensor) -> Embedded:
+        """contexts: labels 0 … classes, B, where `classes` stands for no label. Raises CannotSample for another."""
+        if self.training:
+            forgotten = torch.rand(len(contexts), device=contexts.device) < self.dropout
+            contexts = torch.where(forgotten, self.classes, contexts)
+        elif not ((contexts >= 0) & (contexts <= self.classes)).all():
+            raise CannotSample(f"labels are numbers from 0 to {self.classes - 1}")
+        return Embedded(self.embedding(contexts)[:, :, None, None], None)
+
+
+class CoarserLevel(nn.Module):
+    """A coarser level of codes to a map of a finer grid, through a small residual network (VQ-VAE-2, Razavi et al. 2019)."""
+
+    def __init__(self, coarse: LatentSpec, grid: tuple[int, int], width: int, blocks: int = 4):
+        """Raises ValueError where the grids do not nest."""
+        super().__init__()
+        if coarse.vocabulary is None:
+            raise ValueError("more than one level of latents needs codes, not continuous latents")
+        self.rows, self.columns = (fine // coarser for fine, coarser in zip(grid, coarse.grid))
+        if grid != (self.rows * coarse.grid[0], self.columns * coarse.grid[1]):
+            raise ValueError(f"a {coarse.grid} grid does not nest in a {grid} grid: every coarse cell holds whole finer ones")
+        self.embedding = nn.Embedding(coarse.vocabulary, width)
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.ReLU(), nn.Conv2d(width, width, 3, padding=1), nn.ReLU(), nn.Conv2d(width, width, 1))
+            for _ in range(blocks)
+        )
+        self.unfold = nn.Conv2d(width, width * self.rows * self.columns, 1)
+
+    def forward(self, codes: Tensor) -> Tensor:
+        """codes B h w; returns B D rows·h columns·w."""
+        x = self.embedding(codes).movedim(-1, 1)
+        for block in self.blocks:
+            x = x + block(x)
+        return rearrange(self.unfold(x), "b (d r c) h w -> b d (h r) (w c)", r=self.rows, c=self.columns)
+
+
+ConditionConfig = Unconditional | ClassLabel

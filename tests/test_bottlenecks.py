@@ -1,0 +1,113 @@
+"""Discrete bottlenecks: the codebook learns, revives and is exact; straight-through gradients; FSQ's codes."""
+
+import pytest
+import torch
+
+from stage1_vae.bottlenecks import FiniteScalar, VectorQuantized, code_usage, nearest
+
+
+def clusters(count: int, codes: int, channels: int, seed: int = 0) -> torch.Tensor:
+    """Feature maps, count channels 1 1, around `codes` well-separated centres, each as often as the others."""
+    generator = torch.Generator().manual_seed(seed)
+    centres = 10 * torch.randn(codes, channels, generator=torch.Generator().manual_seed(99))
+    which = torch.arange(count) % codes
+    return (centres[which] + 0.1 * torch.randn(count, channels, generator=generator))[:, :, None, None]
+
+
+def quantizer(**values):
+    torch.manual_seed(0)
+    made = VectorQuantized(**values).build(values["channels"])
+    made.project = torch.nn.Identity()  # quantize the features themselves
+    made.project.weight = torch.zeros(1)
+    return made
+
+
+def test_nearest_is_the_euclidean_nearest():
+    vectors, codebook = torch.randn(2, 3, 5, 4), torch.randn(9, 4)
+    assert torch.equal(nearest(vectors, codebook), torch.cdist(vectors.view(-1, 4), codebook).argmin(1).view(2, 3, 5))
+
+
+def test_the_codebook_finds_the_clusters():
+    model = quantizer(codes=24, channels=3, decay=0.8).train()
+    for step in range(100):
+        features = clusters(160, 8, 3, seed=step)
+        embedded, _, terms = model(features, step)
+    assert terms["perplexity"] > 7.9
+    assert (embedded[0] - features).abs().max() < 1
+
+
+def test_the_averages_are_those_of_the_paper():
+    """Equations 6 to 8 of VQ-VAE, by hand, for one step from a known codebook."""
+    model = quantizer(codes=2, channels=1, decay=0.9, revival=0.0).train()
+    model.counts.copy_(torch.tensor([3.0, 1.0]))
+    model.sums.copy_(torch.tensor([[0.0], [10.0]]))
+    model.codebook.copy_(torch.tensor([[0.0], [10.0]]))
+    embedded, commitment, _ = model(torch.tensor([1.0, -2.0, 9.0]).view(3, 1, 1, 1), 0)
+    assert embedded.flatten().tolist() == [0, 0, 10]
+    assert torch.allclose(commitment, 0.25 * torch.tensor([1.0, 4.0, 1.0]))
+    assert torch.allclose(model.counts, torch.tensor([0.9 * 3 + 0.1 * 2, 0.9 * 1 + 0.1 * 1]))
+    assert torch.allclose(model.codebook[:, 0], torch.tensor([0.1 * -1 / 2.9, (0.9 * 10 + 0.1 * 9) / 1.0]))
+
+
+def test_dead_codes_are_revived_only_when_asked():
+    used = {}
+    for revival in (0.05, 0.0):
+        model = quantizer(codes=16, channels=3, revival=revival, decay=0.5).train()
+        model(clusters(64, 16, 3), 0)
+        model.codebook[4:] = 1e4  # twelve codes far from everything
+        model.counts[4:] = 1e-9
+        model.sums[4:] = model.codebook[4:] * 1e-9
+        for step in range(100):
+            model(clusters(64, 16, 3, seed=step), step)
+        codes = model.posterior(clusters(64, 16, 3, seed=1000))["codes"]
+        used[revival] = len(codes.unique())
+    assert used[0.0] <= 4 and used[0.05] >= 10
+
+
+def test_nothing_moves_in_evaluation():
+    model = quantizer(codes=4, channels=2).train()
+    model(clusters(32, 4, 2), 0)
+    model.eval()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    model(clusters(32, 4, 2, seed=1), 1)
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def test_gradients_pass_straight_through():
+    model = quantizer(codes=4, channels=2, commitment=0.5).eval()
+    model.codebook.copy_(torch.randn(4, 2))
+    features = torch.randn(3, 2, 2, 2, requires_grad=True)
+    embedded, commitment, _ = model(features, 0)
+    weights = torch.randn_like(embedded)
+    (through,) = torch.autograd.grad((embedded * weights).sum(), features, retain_graph=True)
+    assert torch.allclose(through, weights[0])
+    (pull,) = torch.autograd.grad(commitment.sum(), features)
+    assert torch.allclose(pull, 2 * 0.5 * (features - embedded[0]), atol=1e-5)
+
+
+def test_a_codebook_of_one_is_refused():
+    with pytest.raises(ValueError, match="at least 2"):
+        VectorQuantized(codes=1).build(3)
+
+
+@pytest.mark.parametrize("levels", [(2, 3), (8, 5, 5), (4, 4, 4)])
+def test_every_finite_scalar_code_comes_back_as_its_own_vector(levels):
+    model = FiniteScalar(levels).build(4)
+    codes = torch.arange(model.vocabulary)[:, None, None]
+    vectors = model.embed(codes).flatten(1)
+    assert len(vectors.unique(dim=0)) == model.vocabulary
+    assert vectors.min() == -1 and vectors.abs().max() <= 1
+
+
+def test_finite_scalar_embeds_in_training_what_it_decodes_from_codes():
+    model = FiniteScalar((8, 5, 3)).build(6).eval()
+    features = 3 * torch.randn(10, 6, 4, 4)
+    embedded, penalty, _ = model(features, 0)
+    codes = model.posterior(features)["codes"]
+    assert torch.allclose(embedded[0], model.embed(codes), atol=1e-6)
+    assert penalty.eq(0).all() and len(codes.unique()) > 40
+
+
+def test_usage_and_perplexity():
+    usage, perplexity = code_usage(torch.tensor([5.0, 5.0, 0.0, 0.0]))
+    assert usage == 0.5 and perplexity == pytest.approx(2)

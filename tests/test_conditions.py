@@ -1,0 +1,167 @@
+"""What a prior is told: labels, coarser levels, guidance."""
+
+import math
+
+import pytest
+import torch
+from scipy import stats
+
+from stage2_prior.autoregressive import AutoregressiveConfig, CascadeConfig
+from stage2_prior.conditions import ClassLabel, CoarserLevel
+from stage2_prior.heads import Categorical
+from stage2_prior.latents import LatentDataset, LatentSpec
+from stage2_prior.sampling import CannotSample, Sampling
+from tests.parts import BACKBONES, HEADS, LEARNED, random_latents, randomized, spec_for
+
+FALSE_ALARM = 1e-4
+
+
+def conditional(backbone: str, head: str, spec: LatentSpec, scale: float = 0.3):
+    prior = AutoregressiveConfig(BACKBONES[backbone], HEADS[head], ClassLabel()).build([spec], classes=3)
+    return randomized(prior.double().eval(), scale)
+
+
+@pytest.mark.parametrize(("backbone", "head"), LEARNED)
+def test_the_label_reaches_every_position(backbone, head):
+    prior = conditional(backbone, head, spec_for(head, (3, 4)))
+    levels, _ = random_latents(1, prior.spec)[torch.arange(1)]
+    with torch.no_grad():
+        by_label = [prior.log_prob_by_position(levels, torch.tensor([label])) for label in range(4)]
+    assert all((by_label[a] != by_label[b]).all() for a in range(4) for b in range(a))
+
+
+@pytest.mark.parametrize(("backbone", "head"), LEARNED)
+def test_labels_are_forgotten_in_training_only(backbone, head):
+    prior = conditional(backbone, head, spec_for(head, (2, 3)))
+    levels, _ = random_latents(400, prior.spec)[torch.arange(400)]
+    labels, nothing = torch.ones(400, dtype=torch.int64), torch.full((400,), 3)
+    with torch.no_grad():
+        told, untold = prior.log_prob(levels, labels), prior.log_prob(levels, nothing)
+        torch.manual_seed(0)
+        forgotten = prior.train().log_prob(levels, labels) == untold
+    assert (told != untold).all()
+    assert stats.binomtest(int(forgotten.sum()), 400, 0.1).pvalue > FALSE_ALARM
+
+
+@pytest.mark.parametrize(("backbone", "head"), LEARNED)
+def test_unasked_labels_are_drawn_as_often_as_they_occur(backbone, head):
+    prior = conditional(backbone, head, spec_for(head, (2, 2)))
+    prior.condition.estimate(torch.tensor([0] * 70 + [1] * 20 + [2] * 10))
+    indices = torch.arange(3000)
+    labels = prior.draw_contexts(indices, seed=1)
+    assert stats.chisquare(torch.bincount(labels).numpy(), [2100, 600, 300]).pvalue > FALSE_ALARM
+    with torch.no_grad():
+        (drawn,), (told,) = prior.sample(indices[:5], 1), prior.sample(indices[:5], 1, contexts=labels[:5])
+    assert torch.equal(drawn, told)
+
+
+def test_guidance_of_codes_is_the_normalized_product():
+    """One position: samples against p(z|label)^(1+w) / p(z)^w, normalized, by a χ² test."""
+    prior = conditional("pixelcnn", "categorical", LatentSpec((1, 1), vocabulary=5), scale=0.8)
+    count, w = 20_000, 1.5
+    everything = [torch.arange(5).view(5, 1, 1)]
+    with torch.no_grad():
+        told, untold = (prior.log_prob(everything, torch.full((5,), label)) for label in (2, 3))
+        (samples,) = prior.sample(torch.arange(count), 0, Sampling(guidance=w), contexts=torch.full((count,), 2))
+    expected = ((1 + w) * told - w * untold).softmax(0) * count
+    assert (expected - told.exp() * count).abs().max() > 0.02 * count  # guidance does something here
+    observed = torch.bincount(samples.flatten(), minlength=5)
+    assert stats.chisquare(observed.numpy(), expected.numpy()).pvalue > FALSE_ALARM
+
+
+def test_the_bias_of_guided_continuous_draws_falls_with_the_candidates(monkeypatch):
+    """One position of one channel: the total variation from the exact product on a grid falls as candidates are added."""
+    torch.manual_seed(0)
+    prior = conditional("pixelcnn", "mixture", LatentSpec((1, 1, 1)))
+    count, w, edges = 40_000, 2.0, torch.linspace(-12, 12, 241, dtype=torch.float64)
+    middles = (edges[1:] + edges[:-1]) / 2
+    with torch.no_grad():
+        told, untold = (prior.log_prob([middles.view(-1, 1, 1, 1)], torch.full((240,), label)) for label in (1, 3))
+        exact = ((1 + w) * told - w * untold).softmax(0)
+        distance = {}
+        for candidates in (1, 4, 64):
+            monkeypatch.setattr("stage2_prior.heads.CANDIDATES", candidates)
+            (z,) = prior.sample(torch.arange(count), 0, Sampling(guidance=w), contexts=torch.ones(count, dtype=torch.int64))
+            share = torch.histogram(z.flatten().double(), edges).hist / count
+            distance[candidates] = float((share - exact).abs().sum() / 2)
+    sampling_error = float((2 * exact * (1 - exact) / (math.pi * count)).sqrt().sum() / 2)
+    assert distance[1] > distance[4] > distance[64]
+    assert distance[64] < 0.1 * distance[1] + 2 * sampling_error < 0.5 * distance[1]
+
+
+def test_what_has_no_context_cannot_be_guided():
+    prior = AutoregressiveConfig(BACKBONES["pixelcnn"]).build([LatentSpec((2, 2, 2))])
+    for more in ({"how": Sampling(guidance=1.0)}, {"contexts": torch.zeros(2, dtype=torch.int64)}):
+        with pytest.raises(CannotSample, match="takes no context"):
+            prior.sample(torch.arange(2), 0, **more)
+    with pytest.raises(CannotSample, match="guidance is 0 or more"):
+        Sampling(guidance=-1)
+
+
+def test_labels_need_a_data_set_with_labels():
+    with pytest.raises(ValueError, match="images with labels"):
+        AutoregressiveConfig(condition=ClassLabel()).build([LatentSpec((2, 2, 2))])
+    prior = conditional("pixelcnn", "mixture", LatentSpec((2, 2, 2)))
+    with pytest.raises(CannotSample, match="from 0 to 2"):
+        prior.sample(torch.arange(2), 0, contexts=torch.tensor([0, 7]))
+
+
+# Several levels
+
+SPECS = [LatentSpec((2, 2), vocabulary=3), LatentSpec((2, 4), vocabulary=4)]
+
+
+def cascade(backbone: str = "pixelcnn", scale: float = 0.4, specs=SPECS):
+    config = AutoregressiveConfig(BACKBONES[backbone], Categorical(), ClassLabel())
+    return randomized(CascadeConfig(config, config).build(specs, classes=2).double().eval(), scale)
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_every_level_sees_the_whole_coarser_level_and_its_own_past(backbone):
+    prior = cascade(backbone)
+    generator = torch.Generator().manual_seed(0)
+    top, bottom = (torch.randint(0, spec.vocabulary, (1, *spec.shape), generator=generator) for spec in SPECS)
+    labels = torch.tensor([1])
+    with torch.no_grad():
+        before = prior.levels[1].log_prob_by_position([top, bottom], labels)
+        for r, c in ((0, 0), (0, 1), (1, 0), (1, 1)):
+            other = top.clone()
+            other[0, r, c] = (other[0, r, c] + 1) % 3
+            after = prior.levels[1].log_prob_by_position([other, bottom], labels)
+            own_cells = (slice(None), slice(r, r + 1), slice(2 * c, 2 * c + 2))
+            assert (after != before)[own_cells].all()
+        assert prior.log_prob([top, bottom], labels) == pytest.approx(
+            float(prior.levels[0].log_prob([top], labels) + before.sum()), rel=1e-12
+        )
+
+
+def test_a_cascade_is_normalized_and_sampled_as_it_says():
+    specs = [LatentSpec((1, 1), vocabulary=3), LatentSpec((1, 2), vocabulary=4)]
+    prior = cascade(scale=0.25, specs=specs)
+    every = torch.cartesian_prod(torch.arange(3), torch.arange(4), torch.arange(4))
+    levels = [every[:, :1].view(-1, 1, 1), every[:, 1:].view(-1, 1, 2)]
+    labels = torch.zeros(20_000, dtype=torch.int64)
+    with torch.no_grad():
+        probabilities = prior.log_prob(levels, labels[: len(every)]).exp()
+        top, bottom = prior.sample(torch.arange(20_000), 0, contexts=labels)
+    assert float(probabilities.sum()) == pytest.approx(1, abs=1e-12)
+    observed = torch.bincount(16 * top.flatten() + bottom.flatten(1) @ torch.tensor([4, 1]), minlength=48)
+    assert probabilities.min() * 20_000 > 5
+    assert stats.chisquare(observed.numpy(), (20_000 * probabilities).numpy()).pvalue > FALSE_ALARM
+
+
+def test_a_cascade_trains_every_parameter():
+    config = AutoregressiveConfig(BACKBONES["pixelcnn"], Categorical(), ClassLabel())
+    prior = CascadeConfig(config, config).build(SPECS, classes=2)
+    dataset = LatentDataset([random_latents(16, spec).levels[0] for spec in SPECS], torch.arange(16) % 2)
+    prior.estimate(dataset)
+    torch.manual_seed(0)
+    prior(*dataset[torch.arange(16)])["loss"].backward()
+    assert [name for name, p in prior.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0] == []
+
+
+def test_grids_that_do_not_nest_are_refused():
+    with pytest.raises(ValueError, match="does not nest"):
+        CoarserLevel(LatentSpec((2, 3), vocabulary=4), (4, 4), 8)
+    with pytest.raises(ValueError, match="needs codes"):
+        CoarserLevel(LatentSpec((1, 2, 2)), (4, 4), 8)
