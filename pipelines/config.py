@@ -14,11 +14,11 @@ from pipelines.console import UserError, nearest
 from pipelines.data import DataConfig, EmbeddedDigits, Folder, TorchvisionSet
 from pipelines.fit import FitConfig, Precision
 from stage1_vae import bottlenecks, likelihoods
-from stage1_vae.autoencoder import AutoencoderConfig
-from stage1_vae.bottlenecks import BottleneckConfig
+from stage1_vae.autoencoder import AutoencoderConfig, BottleneckConfig
+from stage1_vae.hierarchy import Hierarchical
 from stage1_vae.likelihoods import LikelihoodConfig
 from stage1_vae.networks import Convolutional, FullyConnected, NetworkConfig
-from stage2_prior.autoregressive import AutoregressiveConfig, PriorConfig
+from stage2_prior.autoregressive import AutoregressiveConfig, CascadeConfig, PriorConfig
 from stage2_prior.conditions import ClassLabel, ConditionConfig
 from stage2_prior.heads import Categorical, HeadConfig
 from stage2_prior.pixelcnn import PixelCNNConfig
@@ -82,6 +82,13 @@ VQVAE = replace(
     prior=AutoregressiveConfig(PixelCNNConfig(), Categorical(), ClassLabel()),
 )
 
+CODES = AutoregressiveConfig(PixelCNNConfig(), Categorical(), ClassLabel())
+VQVAE2 = replace(
+    MNIST,
+    autoencoder=AutoencoderConfig(Convolutional(downsample=2), Hierarchical()),
+    prior=CascadeConfig(CODES, CODES),
+)
+
 PRESETS: dict[str, tuple[str, RunConfig]] = {
     "mnist5k": ("5,000 real digits that need no download; minutes on 2 cores", MNIST5K),
     "mnist": ("MNIST, 60,000 digits", MNIST),
@@ -101,6 +108,19 @@ PRESETS: dict[str, tuple[str, RunConfig]] = {
         ),
     ),
     "mnist-vqvae": ("VQ-VAE on MNIST: 512 codes, a class-conditional prior", VQVAE),
+    "fashion-vqvae": ("VQ-VAE on Fashion-MNIST", replace(VQVAE, data=TorchvisionSet("FashionMNIST"))),
+    "fashion-vqvae2": (
+        "VQ-VAE-2 on Fashion-MNIST: codes on a 7×7 and a 14×14 grid",
+        replace(VQVAE2, data=TorchvisionSet("FashionMNIST")),
+    ),
+    "cifar10-vqvae2": (
+        "VQ-VAE-2 on CIFAR-10: codes on an 8×8 and a 16×16 grid",
+        replace(
+            CIFAR10,
+            autoencoder=replace(VQVAE2.autoencoder, network=Convolutional(width=96, downsample=2)),
+            prior=VQVAE2.prior,
+        ),
+    ),
     "folder": ("your own images: --data.root PATH", replace(CIFAR10, data=Folder())),
 }
 

@@ -15,9 +15,12 @@ from einops import rearrange
 from torch import Tensor, distributions, nn
 
 from stage1_vae import bottlenecks, likelihoods
-from stage1_vae.bottlenecks import BottleneckConfig, Posterior, full_precision
+from stage1_vae.bottlenecks import Deterministic, FiniteScalar, Gaussian, Posterior, VectorQuantized, full_precision
+from stage1_vae.hierarchy import Hierarchical
 from stage1_vae.likelihoods import LikelihoodConfig
 from stage1_vae.networks import Convolutional, NetworkConfig
+
+BottleneckConfig = Deterministic | Gaussian | VectorQuantized | FiniteScalar | Hierarchical
 
 
 @dataclass(frozen=True)
@@ -43,8 +46,7 @@ class Autoencoder(nn.Module):
         self.decoder = config.network.decoder(
             self.bottleneck.latent_channels, image_shape, image_shape[0] * self.likelihood.outputs_per_channel
         )
-        shape = (self.bottleneck.latent_channels, *grid) if self.bottleneck.vocabulary is None else grid
-        self.latents: list[tuple[tuple[int, ...], int | None]] = [(shape, self.bottleneck.vocabulary)]
+        self.latents = self.bottleneck.latents(grid)
         """Shape and vocabulary of each level of latents, coarse to fine: all that stage 2 needs to know."""
 
     def features(self, images: Tensor) -> Tensor:
@@ -66,20 +68,19 @@ class Autoencoder(nn.Module):
 
     def encode(self, images: Tensor) -> list[Posterior]:
         """images uint8 B C H W to the posterior q(z|x) of each level, coarse to fine."""
-        return [self.bottleneck.posterior(self.features(images))]
+        return self.bottleneck.posterior(self.features(images))
 
     def sample(self, posteriors: list[Posterior]) -> list[Tensor]:
         """z ~ q(z|x), one latent for each level."""
-        return [self.bottleneck.sample(posterior) for posterior in posteriors]
+        return self.bottleneck.sample(posteriors)
 
     def mean(self, posteriors: list[Posterior]) -> list[Tensor]:
         """The posterior's mean, one latent for each level."""
-        return [self.bottleneck.mean(posterior) for posterior in posteriors]
+        return self.bottleneck.mean(posteriors)
 
     def decode(self, levels: list[Tensor]) -> distributions.Distribution:
         """Latents, one for each level, to p(x|z) over images in the likelihood's scale."""
-        (latent,) = levels
-        return self.likelihood(self.decoder(self.bottleneck.embed(latent)))
+        return self.likelihood(self.decoder(self.bottleneck.embed(levels)))
 
     def render(self, levels: list[Tensor], pixels: Literal["mean", "sample"] = "mean") -> Tensor:
         """Latents to uint8 images B C H W: the mean of p(x|z), or a draw from it."""

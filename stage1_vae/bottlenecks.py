@@ -6,12 +6,14 @@ B batch, F feature maps, C latent channels, K codes, h×w latent grid, L samples
         embedded  L B C h w, what the decoder reads: L samples of z an image
         penalty   B, what the bottleneck adds to the loss, in nats an image (β·KL, a commitment loss, …)
         terms     named values to report, B each or scalar; `rate` is KL(q(z|x) ‖ N(0, I)) where there is one
-    posterior(features)  -> what is stored: mean and std, B C h w each, or codes, B h w
-    sample(posterior)    -> latent, B C h w, or codes, B h w
-    mean(posterior)      -> the same
-    embed(latent)        -> B C h w for the decoder
+    posterior(features)  -> what is stored, for each level: mean and std, B C h w each, or codes, B h w
+    sample(posteriors)   -> levels: latents B C h w, or codes B h w
+    mean(posteriors)     -> the same
+    embed(levels)        -> B C h w for the decoder
+    latents(grid)        -> shape and vocabulary of each level
 
-Adding one is a class, its config with a `build`, and its name in the union at the end of the file.
+Levels are a list, coarse to fine, always; those in this file have one. Adding one is a class, its config with a `build`, and
+its name in the union `BottleneckConfig` of autoencoder.py.
 """
 
 import math
@@ -23,22 +25,24 @@ from einops import rearrange
 from torch import Tensor, nn
 
 Posterior = dict[str, Tensor]
+Levels = list[tuple[tuple[int, ...], int | None]]
 
 
 class Bottleneck(Protocol):
-    latent_channels: int
-    vocabulary: int | None
+    latent_channels: int  # of what the decoder reads
     has_density: bool  # whether log p(z) of an encoded image is part of a bound on log p(x): not for a point in a continuum
 
     def __call__(self, features: Tensor, step: int) -> tuple[Tensor, Tensor, dict[str, Tensor]]: ...
 
-    def posterior(self, features: Tensor) -> Posterior: ...
+    def posterior(self, features: Tensor) -> list[Posterior]: ...
 
-    def sample(self, posterior: Posterior) -> Tensor: ...
+    def sample(self, posteriors: list[Posterior]) -> list[Tensor]: ...
 
-    def mean(self, posterior: Posterior) -> Tensor: ...
+    def mean(self, posteriors: list[Posterior]) -> list[Tensor]: ...
 
-    def embed(self, latent: Tensor) -> Tensor: ...
+    def embed(self, levels: list[Tensor]) -> Tensor: ...
+
+    def latents(self, grid: tuple[int, int]) -> Levels: ...
 
 
 def full_precision(x: Tensor) -> Tensor:
@@ -58,7 +62,6 @@ class Deterministic:
 
 
 class DeterministicBottleneck(nn.Module):
-    vocabulary = None
     has_density = False
 
     def __init__(self, config: Deterministic, features: int):
@@ -70,18 +73,21 @@ class DeterministicBottleneck(nn.Module):
         latent = full_precision(self.project(features))
         return latent[None], latent.new_zeros(len(latent)), {}
 
-    def posterior(self, features: Tensor) -> Posterior:
+    def posterior(self, features: Tensor) -> list[Posterior]:
         mean = full_precision(self.project(features))
-        return {"mean": mean, "std": torch.zeros_like(mean)}
+        return [{"mean": mean, "std": torch.zeros_like(mean)}]
 
-    def sample(self, posterior: Posterior) -> Tensor:
-        return posterior["mean"]
+    def sample(self, posteriors: list[Posterior]) -> list[Tensor]:
+        return [posterior["mean"] for posterior in posteriors]
 
-    def mean(self, posterior: Posterior) -> Tensor:
-        return posterior["mean"]
+    mean = sample
 
-    def embed(self, latent: Tensor) -> Tensor:
+    def embed(self, levels: list[Tensor]) -> Tensor:
+        (latent,) = levels
         return latent
+
+    def latents(self, grid: tuple[int, int]) -> Levels:
+        return [((self.latent_channels, *grid), None)]
 
 
 @dataclass(frozen=True)
@@ -100,7 +106,6 @@ class Gaussian:
 
 
 class GaussianBottleneck(nn.Module):
-    vocabulary = None
     has_density = True
 
     def __init__(self, config: Gaussian, features: int):
@@ -117,18 +122,22 @@ class GaussianBottleneck(nn.Module):
         noise = torch.randn(self.samples, *mean.shape, dtype=mean.dtype, device=mean.device)
         return mean + log_std.exp() * noise, self.beta * rate, {"rate": rate}
 
-    def posterior(self, features: Tensor) -> Posterior:
+    def posterior(self, features: Tensor) -> list[Posterior]:
         mean, log_std = full_precision(self.project(features)).chunk(2, dim=1)
-        return {"mean": mean, "std": log_std.exp()}
+        return [{"mean": mean, "std": log_std.exp()}]
 
-    def sample(self, posterior: Posterior) -> Tensor:
-        return torch.normal(posterior["mean"], posterior["std"])
+    def sample(self, posteriors: list[Posterior]) -> list[Tensor]:
+        return [torch.normal(posterior["mean"], posterior["std"]) for posterior in posteriors]
 
-    def mean(self, posterior: Posterior) -> Tensor:
-        return posterior["mean"]
+    def mean(self, posteriors: list[Posterior]) -> list[Tensor]:
+        return [posterior["mean"] for posterior in posteriors]
 
-    def embed(self, latent: Tensor) -> Tensor:
+    def embed(self, levels: list[Tensor]) -> Tensor:
+        (latent,) = levels
         return latent
+
+    def latents(self, grid: tuple[int, int]) -> Levels:
+        return [((self.latent_channels, *grid), None)]
 
 
 def gaussian_rate(mean: Tensor, log_std: Tensor) -> Tensor:
@@ -211,18 +220,21 @@ class VectorQuantizedBottleneck(nn.Module):
         self.counts[which] = len(vectors) / self.vocabulary
         self.sums[which] = self.codebook[which] * self.counts[which, None]
 
-    def posterior(self, features: Tensor) -> Posterior:
+    def posterior(self, features: Tensor) -> list[Posterior]:
         encoded = full_precision(self.project(features))
-        return {"codes": nearest(encoded.movedim(1, -1), self.codebook)}
+        return [{"codes": nearest(encoded.movedim(1, -1), self.codebook)}]
 
-    def sample(self, posterior: Posterior) -> Tensor:
-        return posterior["codes"]
+    def sample(self, posteriors: list[Posterior]) -> list[Tensor]:
+        return [posterior["codes"] for posterior in posteriors]
 
-    def mean(self, posterior: Posterior) -> Tensor:
-        return posterior["codes"]
+    mean = sample
 
-    def embed(self, latent: Tensor) -> Tensor:
-        return self.codebook[latent].movedim(-1, 1)
+    def latents(self, grid: tuple[int, int]) -> Levels:
+        return [(grid, self.vocabulary)]
+
+    def embed(self, levels: list[Tensor]) -> Tensor:
+        (codes,) = levels
+        return self.codebook[codes].movedim(-1, 1)
 
 
 def nearest(vectors: Tensor, codebook: Tensor) -> Tensor:
@@ -285,17 +297,17 @@ class FiniteScalarBottleneck(nn.Module):
         """Levels to numbers around 0 in [-1, 1], for the decoder."""
         return level / (self.levels // 2) - 1
 
-    def posterior(self, features: Tensor) -> Posterior:
-        return {"codes": self.rounded(features)[1]}
+    def posterior(self, features: Tensor) -> list[Posterior]:
+        return [{"codes": self.rounded(features)[1]}]
 
-    def sample(self, posterior: Posterior) -> Tensor:
-        return posterior["codes"]
+    def sample(self, posteriors: list[Posterior]) -> list[Tensor]:
+        return [posterior["codes"] for posterior in posteriors]
 
-    def mean(self, posterior: Posterior) -> Tensor:
-        return posterior["codes"]
+    mean = sample
 
-    def embed(self, latent: Tensor) -> Tensor:
-        return self.centred((latent[:, None] // self.strides % self.levels).to(self.project.weight.dtype))
+    def latents(self, grid: tuple[int, int]) -> Levels:
+        return [(grid, self.vocabulary)]
 
-
-BottleneckConfig = Deterministic | Gaussian | VectorQuantized | FiniteScalar
+    def embed(self, levels: list[Tensor]) -> Tensor:
+        (codes,) = levels
+        return self.centred((codes[:, None] // self.strides % self.levels).to(self.project.weight.dtype))

@@ -9,6 +9,7 @@ from pipelines.config import RunConfig
 from pipelines.data import ImageSet, Splits, with_validation
 from pipelines.fit import FitConfig
 from stage1_vae import bottlenecks, likelihoods
+from stage1_vae.hierarchy import Hierarchical
 from stage1_vae.networks import Convolutional, FullyConnected
 from stage2_prior.autoregressive import AutoregressiveConfig, AutoregressivePrior, CascadeConfig, PriorConfig
 from stage2_prior.heads import Categorical, GaussianMixture, GaussianMixtureHead
@@ -26,6 +27,8 @@ BOTTLENECKS = {
     "gaussian": bottlenecks.Gaussian(channels=3, samples=2),
     "vector-quantized": bottlenecks.VectorQuantized(codes=7, channels=3),
     "finite-scalar": bottlenecks.FiniteScalar(levels=(3, 4)),
+    "hierarchical": Hierarchical(bottlenecks.VectorQuantized(codes=5, channels=3), blocks=1),
+    "hierarchical-3": Hierarchical(bottlenecks.VectorQuantized(codes=5, channels=3), levels=3, blocks=1),
 }
 LIKELIHOODS = {
     "bernoulli": likelihoods.Bernoulli(),

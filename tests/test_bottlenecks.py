@@ -59,7 +59,7 @@ def test_dead_codes_are_revived_only_when_asked():
         model.sums[4:] = model.codebook[4:] * 1e-9
         for step in range(100):
             model(clusters(64, 16, 3, seed=step), step)
-        codes = model.posterior(clusters(64, 16, 3, seed=1000))["codes"]
+        codes = model.posterior(clusters(64, 16, 3, seed=1000))[0]["codes"]
         used[revival] = len(codes.unique())
     assert used[0.0] <= 4 and used[0.05] >= 10
 
@@ -94,7 +94,7 @@ def test_a_codebook_of_one_is_refused():
 def test_every_finite_scalar_code_comes_back_as_its_own_vector(levels):
     model = FiniteScalar(levels).build(4)
     codes = torch.arange(model.vocabulary)[:, None, None]
-    vectors = model.embed(codes).flatten(1)
+    vectors = model.embed([codes]).flatten(1)
     assert len(vectors.unique(dim=0)) == model.vocabulary
     assert vectors.min() == -1 and vectors.abs().max() <= 1
 
@@ -103,8 +103,8 @@ def test_finite_scalar_embeds_in_training_what_it_decodes_from_codes():
     model = FiniteScalar((8, 5, 3)).build(6).eval()
     features = 3 * torch.randn(10, 6, 4, 4)
     embedded, penalty, _ = model(features, 0)
-    codes = model.posterior(features)["codes"]
-    assert torch.allclose(embedded[0], model.embed(codes), atol=1e-6)
+    codes = model.posterior(features)[0]["codes"]
+    assert torch.allclose(embedded[0], model.embed([codes]), atol=1e-6)
     assert penalty.eq(0).all() and len(codes.unique()) > 40
 
 
