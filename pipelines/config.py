@@ -87,6 +87,7 @@ VQVAE2 = replace(
     MNIST,
     autoencoder=AutoencoderConfig(Convolutional(downsample=2), Hierarchical()),
     prior=CascadeConfig(CODES, CODES),
+    stage2=replace(STAGE2, steps=4000, checkpoint_steps=500),
 )
 
 PRESETS: dict[str, tuple[str, RunConfig]] = {
