@@ -15,12 +15,20 @@ from einops import rearrange
 from torch import Tensor, distributions, nn
 
 from stage1_vae import bottlenecks, likelihoods
-from stage1_vae.bottlenecks import Deterministic, FiniteScalar, Gaussian, Posterior, VectorQuantized, full_precision
+from stage1_vae.bottlenecks import (
+    Deterministic,
+    FiniteScalar,
+    Gaussian,
+    GumbelSoftmax,
+    Posterior,
+    VectorQuantized,
+    full_precision,
+)
 from stage1_vae.hierarchy import Hierarchical
 from stage1_vae.likelihoods import LikelihoodConfig
 from stage1_vae.networks import Convolutional, NetworkConfig
 
-BottleneckConfig = Deterministic | Gaussian | VectorQuantized | FiniteScalar | Hierarchical
+BottleneckConfig = Deterministic | Gaussian | VectorQuantized | FiniteScalar | GumbelSoftmax | Hierarchical
 
 
 @dataclass(frozen=True)

@@ -311,3 +311,73 @@ class FiniteScalarBottleneck(nn.Module):
     def embed(self, levels: list[Tensor]) -> Tensor:
         (codes,) = levels
         return self.centred((codes[:, None] // self.strides % self.levels).to(self.project.weight.dtype))
+
+
+@dataclass(frozen=True)
+class GumbelSoftmax:
+    """The discrete VAE of DALL-E (Ramesh et al. 2021, section 2.1): one of K codes, relaxed in training.
+
+    Temperature and weight of the rate are functions of the step, as in the paper's appendix A.2, over fewer steps.
+    """
+
+    codes: int = 512
+    """K, the size of the codebook; 8192 in the paper, for 256×256 images"""
+    channels: int = 64
+    """numbers in a code vector"""
+    beta: float = 1.0
+    """final weight of the rate, KL(q(z|x) ‖ uniform); 1 is the ELBO, 6.6 in the paper"""
+    final_temperature: float = 0.0625
+    """of the relaxation, which starts at 1; 1/16 in the paper"""
+    anneal_steps: int = 3000
+    """steps in which the temperature falls along a cosine and the weight of the rate rises likewise"""
+
+    def build(self, features: int) -> "GumbelSoftmaxBottleneck":
+        return GumbelSoftmaxBottleneck(self, features)
+
+
+class GumbelSoftmaxBottleneck(nn.Module):
+    has_density = True
+    counts: Tensor
+
+    def __init__(self, config: GumbelSoftmax, features: int):
+        super().__init__()
+        self.config = config
+        self.vocabulary, self.latent_channels = config.codes, config.channels
+        self.project = nn.Conv2d(features, config.codes, 1)
+        self.codebook = nn.Parameter(torch.randn(config.codes, config.channels))
+        self.register_buffer("counts", torch.zeros(config.codes))  # how often each code is the likeliest, on average
+
+    def schedule(self, step: int) -> tuple[float, float]:
+        """Temperature and weight of the rate at a step."""
+        risen = 0.5 * (1 - math.cos(math.pi * min(1.0, step / self.config.anneal_steps)))
+        return 1 + risen * (self.config.final_temperature - 1), risen * self.config.beta
+
+    def forward(self, features: Tensor, step: int) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        logits = full_precision(self.project(features)).movedim(1, -1)
+        temperature, weight = self.schedule(step) if self.training else (1.0, self.config.beta)
+        log_q = logits.log_softmax(-1)
+        rate = (log_q.exp() * (log_q + math.log(self.vocabulary))).flatten(1).sum(1)
+        codes = logits.argmax(-1)
+        if self.training:
+            embedded = nn.functional.gumbel_softmax(logits, temperature) @ self.codebook
+            self.counts.lerp_(torch.bincount(codes.flatten(), minlength=self.vocabulary).to(self.counts), 0.01)
+        else:  # as in generation: the likeliest code
+            embedded = self.codebook[codes]
+        usage, perplexity = code_usage(self.counts)
+        terms = {"rate": rate, "perplexity": perplexity, "usage": usage}
+        return embedded.movedim(-1, 1)[None], weight * rate, terms
+
+    def posterior(self, features: Tensor) -> list[Posterior]:
+        return [{"codes": self.project(features).argmax(1)}]
+
+    def sample(self, posteriors: list[Posterior]) -> list[Tensor]:
+        return [posterior["codes"] for posterior in posteriors]
+
+    mean = sample
+
+    def latents(self, grid: tuple[int, int]) -> Levels:
+        return [(grid, self.vocabulary)]
+
+    def embed(self, levels: list[Tensor]) -> Tensor:
+        (codes,) = levels
+        return self.codebook[codes].movedim(-1, 1)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from stage1_vae.bottlenecks import FiniteScalar, VectorQuantized, code_usage, nearest
+from stage1_vae.bottlenecks import FiniteScalar, GumbelSoftmax, VectorQuantized, code_usage, nearest
 
 
 def clusters(count: int, codes: int, channels: int, seed: int = 0) -> torch.Tensor:
@@ -111,3 +111,25 @@ def test_finite_scalar_embeds_in_training_what_it_decodes_from_codes():
 def test_usage_and_perplexity():
     usage, perplexity = code_usage(torch.tensor([5.0, 5.0, 0.0, 0.0]))
     assert usage == 0.5 and perplexity == pytest.approx(2)
+
+
+def test_the_relaxation_anneals_and_its_rate_is_the_divergence_from_uniform():
+    model = GumbelSoftmax(codes=6, channels=2, beta=3.0, anneal_steps=100).build(4)
+    assert model.schedule(0) == (1.0, 0.0)
+    assert model.schedule(100) == model.schedule(1000) == pytest.approx((0.0625, 3.0))
+    temperatures, weights = zip(*(model.schedule(step) for step in range(101)))
+    assert list(temperatures) == sorted(temperatures, reverse=True) and list(weights) == sorted(weights)
+    features = 3 * torch.randn(5, 4, 2, 3)
+    logits = model.project(features).movedim(1, -1)
+    uniform = torch.distributions.Categorical(logits=torch.zeros(6))
+    divergence = torch.distributions.kl_divergence(torch.distributions.Categorical(logits=logits), uniform).flatten(1).sum(1)
+    _, penalty, terms = model.train()(features, 50)
+    assert torch.allclose(terms["rate"], divergence, atol=1e-4)
+    assert torch.allclose(penalty, 1.5 * divergence, atol=1e-4)
+
+
+def test_a_cold_relaxation_is_one_code():
+    model = GumbelSoftmax(codes=6, channels=2, final_temperature=1e-4, anneal_steps=1).build(4).train()
+    embedded, _, _ = model(torch.randn(5, 4, 2, 3), 1)
+    vectors = embedded[0].movedim(1, -1).reshape(-1, 2)
+    assert torch.cdist(vectors, model.codebook).amin(1).max() < 1e-3
