@@ -24,6 +24,7 @@ from pipelines.metrics import feature_space
 from pipelines.report import histogram, picture, table
 from pipelines.run import CLASSIFIERS, Run
 from stage1_vae.autoencoder import Autoencoder
+from stage2_prior.conditions import Unconditional
 from stage2_prior.latents import LatentDataset, LatentSpec
 from stage2_prior.prior import Prior, baselines
 
@@ -53,15 +54,16 @@ def compare(run: Run, splits: Splits, seed: int = 0) -> dict[str, Any]:
     }
     for name in (*baselines(specs), "learned", "posterior"):
         prior = run.prior(name, specs)
-        images = generate(autoencoder, prior, count, seed=seed, device=run.fabric.device, label=f"sampling {name}")
+        told = None if latents.contexts is None or isinstance(run.condition, Unconditional) else latents.contexts[chosen]
+        images = generate(autoencoder, prior, count, seed=seed, device=run.fabric.device, contexts=told, label=f"sampling {name}")
         rows[name] = images
         entry: dict[str, Any] = {"fd": space.frechet_distance(images, f"features of {name} samples")}
         if name == "posterior":
             entry["note"] = NOT_A_GENERATOR
         elif autoencoder.bottleneck.has_density:
             entry["nll"] = latent_nll(run, prior, latents, chosen, seed)
-        if name == "learned" and (asked := run.contexts(prior, count, seed)) is not None and splits.label_names:
-            entry["label_read"] = float((space.read_labels(images) == asked).float().mean())
+        if name == "learned" and told is not None and splits.test.labels is not None:
+            entry["label_read"] = float((space.read_labels(images) == splits.test.labels[chosen]).float().mean())
         metrics["priors"][name] = entry
     codes = [posterior["codes"] for posterior in latents.levels if "codes" in posterior]
     if codes:

@@ -7,6 +7,7 @@ every figure is measured on. Splits are stratified by label and seeded. To add a
 `Splits`, its config, and its name in the union at the end.
 """
 
+import json
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -30,10 +31,13 @@ IMAGE_ENDINGS = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tif
 
 
 class ImageSet:
-    """images: uint8 N C H W; labels: int64 N, or None. Indexing gives what the autoencoder's forward takes."""
+    """images: uint8 N C H W; labels: int64 N, or None; captions: N, or None.
 
-    def __init__(self, images: Tensor, labels: Tensor | None = None):
-        self.images, self.labels = images, labels
+    Indexing gives what the autoencoder's forward takes.
+    """
+
+    def __init__(self, images: Tensor, labels: Tensor | None = None, captions: list[str] | None = None):
+        self.images, self.labels, self.captions = images, labels, captions
 
     def __len__(self) -> int:
         return len(self.images)
@@ -42,7 +46,9 @@ class ImageSet:
         return (self.images[indices],)
 
     def subset(self, indices: Tensor) -> "ImageSet":
-        return ImageSet(self.images[indices], None if self.labels is None else self.labels[indices])
+        labels = None if self.labels is None else self.labels[indices]
+        captions = None if self.captions is None else [self.captions[index] for index in indices.tolist()]
+        return ImageSet(self.images[indices], labels, captions)
 
 
 class Labelled:
@@ -131,7 +137,8 @@ def image_set(dataset: Any) -> ImageSet:
 class Folder:
     """Your own images, of any size and aspect: resized and cropped to squares. Subfolders are labels.
 
-    Folders named `train` and `test` at the top are taken as the splits; else a tenth of the images is held out.
+    Folders named `train` and `test` at the top are taken as the splits; else a tenth of the images is held out. A file
+    captions.jsonl in such a folder gives captions: a line {"file_name": "sub/a.png", "text": "…"} for each image.
     """
 
     root: Path | None = None
@@ -188,7 +195,31 @@ class Folder:
             say(f"warning: {len(unreadable)} of {len(paths)} images under {part} cannot be read and are left out: {listed}{more}")
         kept = [index for index in range(len(paths)) if index not in unreadable]
         labels = torch.tensor([names.index(label_of(paths[index], part)) for index in kept]) if names else None
-        return ImageSet(images[kept], labels)
+        return ImageSet(images[kept], labels, read_captions(part, [paths[index] for index in kept]))
+
+
+def read_captions(folder: Path, paths: list[Path]) -> list[str] | None:
+    """The captions of images under a folder, from its captions.jsonl; None when there is no such file.
+
+    Raises UserError for a line that is not what it should be, or an image without a caption.
+    """
+    file = folder / "captions.jsonl"
+    if not file.is_file():
+        return None
+    captions: dict[Path, str] = {}
+    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            entry = json.loads(line)
+            captions[Path(entry["file_name"])] = str(entry["text"])
+        except (ValueError, TypeError, KeyError) as error:
+            raise UserError(
+                f'{file}, line {number}: expected {{"file_name": "sub/a.png", "text": "what it shows"}}, not {line[:60]!r}'
+            ) from error
+    without = [path.relative_to(folder) for path in paths if path.relative_to(folder) not in captions]
+    if without:
+        listed = ", ".join(str(path) for path in without[:5])
+        raise UserError(f"{len(without)} of {len(paths)} images under {folder} have no caption in {file.name}: {listed}")
+    return [captions[path.relative_to(folder)] for path in paths]
 
 
 def images_under(folder: Path) -> list[Path]:

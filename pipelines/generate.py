@@ -30,13 +30,13 @@ def generate(
     device: torch.device,
     batch_size: int = 256,
     how: Sampling = AS_FITTED,
-    context: Tensor | None = None,
+    contexts: Tensor | None = None,
     pixels: Literal["mean", "sample"] = "mean",
     label: str = "sampling",
 ) -> Tensor:
     """`count` images, uint8 N C H W on the CPU: z from the prior, then the mean of p(x|z) or a draw from it.
 
-    context: what every image is conditioned on, such as one label; drawn for each as in the training set when None.
+    contexts: what the learned prior is told, such as labels, one for each image; drawn as in the training set when None.
     Image i under one seed comes from the same latent whatever the count and the batch size. A batch that does not fit
     into memory is halved. Raises UserError when one image does not fit, or when `how` makes no sense for this prior.
     """
@@ -46,9 +46,9 @@ def generate(
         while done < count:
             indices = torch.arange(done, min(done + batch_size, count), device=device)
             torch.manual_seed(seed + done)  # of draws from p(x|z)
-            contexts = None if context is None else context.to(device).expand(len(indices), *context.shape)
+            told = None if contexts is None else contexts[done : done + len(indices)].to(device)
             try:
-                images.append(autoencoder.render(prior.sample(indices, seed, how, contexts), pixels).cpu())
+                images.append(autoencoder.render(prior.sample(indices, seed, how, told), pixels).cpu())
             except CannotSample as error:
                 raise UserError(str(error)) from error
             except RuntimeError as error:
@@ -81,6 +81,8 @@ class Arguments:
     """learned, standard (N(0, I)), gaussian, mixture, or posterior (reconstructs training images: not a generator)"""
     label: str | None = None
     """class to draw, by its name, from a prior that was trained with class labels; all classes when not given"""
+    text: str | None = None
+    """caption of what to draw, for a prior that was trained with captions"""
     seed: int = 0
     """sample i under one seed is always the same image"""
     out: Path = Path("samples.png")
@@ -126,8 +128,10 @@ def main(arguments: list[str] | None = None) -> None:
     if isinstance(prior, LearnedPrior):
         for level in prior.levels if isinstance(prior, Cascade) else [prior]:
             level.backbone.to(getattr(torch, asked.dtype))
-    if asked.label is not None and not isinstance(prior, LearnedPrior):
-        raise UserError(f"the {asked.prior} prior takes no label; the learned prior may")
+    context = run.label(asked.label) if asked.label is not None else None
+    context = run.text(asked.text) if asked.text is not None else context
+    if context is not None and not isinstance(prior, LearnedPrior):
+        raise UserError(f"the {asked.prior} prior takes neither label nor text; the learned prior may")
     images = generate(
         autoencoder,
         prior,
@@ -136,7 +140,7 @@ def main(arguments: list[str] | None = None) -> None:
         device=run.fabric.device,
         batch_size=asked.batch_size,
         how=asked.how,
-        context=None if asked.label is None else run.label(asked.label),
+        contexts=None if context is None else context.expand(asked.count, *context.shape),
         pixels=asked.pixels,
     )
     write_images(asked.out, images)

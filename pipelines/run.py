@@ -4,6 +4,7 @@ RUN/config.json            the RunConfig
     stage1/step-N/         the autoencoder
     latents/*.safetensors  encoded posteriors: mean and std of every image
     stage2/step-N/         the learned prior
+    tokenizer.json         of captions, for a prior that is told them
     baselines/*.safetensors  the fitted Gaussian and the mixture
     compare/               picture and figures
 """
@@ -17,13 +18,14 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from pipelines import checkpoint
+from pipelines.captions import CaptionTokenizer, captions_of
 from pipelines.config import RunConfig, differences, from_dict, to_dict
 from pipelines.console import Progress, UserError, nearest
 from pipelines.data import ImageSet, Splits
 from pipelines.fit import Precision, fabric_for, seed_of
 from stage1_vae.autoencoder import Autoencoder
 from stage2_prior.autoregressive import CascadeConfig, LearnedPrior
-from stage2_prior.conditions import Unconditional
+from stage2_prior.conditions import Caption, ClassLabel, ConditionConfig, Unconditional
 from stage2_prior.latents import LatentDataset, LatentSpec
 from stage2_prior.prior import CODE_BASELINES, CONTINUOUS_BASELINES, AggregatePosterior, Prior, baselines
 
@@ -123,11 +125,11 @@ class Run:
     # Latents
 
     def encode(self, autoencoder: Autoencoder, images: ImageSet, part: str) -> LatentDataset:
-        """The posteriors of a split, from disk when they were made by these very weights; the contexts are its labels."""
+        """The posteriors of a split, from disk when they were made by these very weights; with their contexts."""
         digest = checkpoint.best(checkpoint.usable(self.folder / "stage1")).digest()
         path = self.folder / "latents" / f"{part}.safetensors"
         tensors = checkpoint.cached(path, digest, lambda: encoded(self.fabric, autoencoder, images, f"encoding {part}"))
-        return latent_dataset(tensors, images.labels)
+        return latent_dataset(tensors, self.contexts(images))
 
     def latents(self, part: str) -> LatentDataset:
         """What `encode` put down, without contexts."""
@@ -176,22 +178,41 @@ class Run:
         self.fabric.to_device(baseline)
         return baseline.eval()
 
+    @property
+    def condition(self) -> ConditionConfig:
+        """What the learned prior is told."""
+        return (self.config.prior.top if isinstance(self.config.prior, CascadeConfig) else self.config.prior).condition
+
+    def contexts(self, images: ImageSet) -> Tensor | None:
+        """What a conditional prior is told of each image: its label, or its caption's tokens."""
+        if not isinstance(self.condition, Caption):
+            return images.labels
+        path = self.folder / "tokenizer.json"
+        captions = captions_of(images, self.facts()["label_names"])
+        if not path.is_file():  # the training images come first
+            CaptionTokenizer.train(captions, self.condition.vocabulary, path)
+        return CaptionTokenizer(path).tokens(captions, self.condition.length)
+
+    def text(self, caption: str) -> Tensor:
+        """The tokens of one caption. Raises UserError for a prior that takes none."""
+        if not isinstance(self.condition, Caption):
+            raise UserError(f"the prior of {self.folder} takes no text; {self.takes()}")
+        return CaptionTokenizer(self.folder / "tokenizer.json").tokens([caption], self.condition.length)[0]
+
+    def takes(self) -> str:
+        """What the learned prior is told, in words."""
+        if isinstance(self.condition, Unconditional):
+            return "it was trained without labels and captions"
+        return "it takes a --label" if isinstance(self.condition, ClassLabel) else "it takes a --text"
+
     def label(self, name: str) -> Tensor:
         """The number of a label by its name. Raises UserError for an unknown one, or a prior that takes none."""
-        prior = self.config.prior.top if isinstance(self.config.prior, CascadeConfig) else self.config.prior
-        if isinstance(prior.condition, Unconditional):
-            raise UserError(f"the prior of {self.folder} takes no label: it was trained without (see ClassLabel in the presets)")
+        if not isinstance(self.condition, ClassLabel):
+            raise UserError(f"the prior of {self.folder} takes no label; {self.takes()}")
         names = self.facts()["label_names"]
         if name not in names:
             raise UserError(f"there is no label {name!r}{nearest(name, names)}")
         return torch.tensor(names.index(name))
-
-    def contexts(self, prior: Prior, count: int, seed: int) -> Tensor | None:
-        """What samples 0 … count-1 under a seed are conditioned on, on the CPU; None for a prior without a condition."""
-        if not isinstance(prior, LearnedPrior):
-            return None
-        drawn = prior.draw_contexts(torch.arange(count, device=self.fabric.device), seed)
-        return None if drawn is None else drawn.cpu()
 
 
 def read_config(path: Path) -> tuple[RunConfig, dict]:

@@ -1,4 +1,4 @@
-"""What a prior can be told: nothing, a class label, the coarser levels of the same latent.
+"""What a prior can be told: nothing, a class label, a caption, the coarser levels of the same latent.
 
 B batch, D width, K codes, T prefix length, h×w latent grid.
 
@@ -79,6 +79,48 @@ class LabelCondition(nn.Module):
         return Embedded(self.embedding(contexts)[:, :, None, None], None)
 
 
+@dataclass(frozen=True)
+class Caption:
+    """A caption, as tokens before the first position of the latent (DALL-E, Ramesh et al. 2021)."""
+
+    vocabulary: int = 1000
+    """largest number of kinds of tokens"""
+    length: int = 16
+    """tokens of a caption; longer ones are cut"""
+    dropout: float = 0.1
+    """share of captions forgotten in training"""
+
+    def build(self, width: int, classes: int) -> "CaptionCondition":
+        return CaptionCondition(width, self)
+
+
+class CaptionCondition(nn.Module):
+    nowhere: Tensor
+
+    def __init__(self, width: int, config: Caption):
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Embedding(config.vocabulary, width)
+        self.position = nn.Parameter(0.02 * torch.randn(config.length, width))
+        self.register_buffer("nowhere", torch.empty(0), persistent=False)  # knows the device
+
+    def estimate(self, contexts: Tensor) -> None:
+        """Captions are conditioned on, never modelled."""
+
+    def draw(self, indices: Tensor, seed: int) -> Tensor:
+        return self.nothing(len(indices))
+
+    def nothing(self, batch: int) -> Tensor:
+        return torch.zeros(batch, self.config.length, dtype=torch.int64, device=self.nowhere.device)
+
+    def forward(self, contexts: Tensor) -> Embedded:
+        """contexts: tokens, B T, where 0 pads and nothing but 0 stands for no caption."""
+        if self.training:
+            forgotten = torch.rand(len(contexts), 1, device=contexts.device) < self.config.dropout
+            contexts = contexts.masked_fill(forgotten, 0)
+        return Embedded(None, self.embedding(contexts) + self.position)
+
+
 class CoarserLevel(nn.Module):
     """A coarser level of codes to a map of a finer grid, through a small residual network (VQ-VAE-2, Razavi et al. 2019)."""
 
@@ -105,4 +147,4 @@ class CoarserLevel(nn.Module):
         return rearrange(self.unfold(x), "b (d r c) h w -> b d (h r) (w c)", r=self.rows, c=self.columns)
 
 
-ConditionConfig = Unconditional | ClassLabel
+ConditionConfig = Unconditional | ClassLabel | Caption

@@ -1,0 +1,67 @@
+"""Captions: where they come from, and their tokens.
+
+A data set without captions of its own gets them from its class names, in turn by a few templates.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from pipelines.checkpoint import write_file
+from pipelines.console import UserError
+from pipelines.data import ImageSet
+
+TEMPLATES = ("{}", "a {}", "the {}", "a picture of a {}", "a pair of {}s")
+PADDING = "<pad>"  # token 0; a caption of nothing else is no caption
+
+
+def captions_of(images: ImageSet, label_names: Sequence[str]) -> list[str]:
+    """One caption for each image. Raises UserError when there are neither captions nor labels."""
+    if images.captions is not None:
+        return images.captions
+    if images.labels is None:
+        raise UserError(
+            "a prior conditioned on captions needs a captions.jsonl in the folder of images, with lines like"
+            ' {"file_name": "boots/1.png", "text": "a pair of ankle boots"}, or labels to make captions from'
+        )
+    names = [name.lower() for name in label_names]
+    return [TEMPLATES[i % len(TEMPLATES)].format(names[label]) for i, label in enumerate(images.labels.tolist())]
+
+
+class CaptionTokenizer:
+    """Byte-pair encoding of lower-cased text (the `tokenizers` library), fitted to the training captions."""
+
+    def __init__(self, path: Path):
+        try:
+            from tokenizers import Tokenizer
+        except ImportError as error:
+            raise UserError("captions need the library `tokenizers`: pip install 'two-stage-latent-prior[text]'") from error
+        self.tokenizer = Tokenizer.from_file(str(path))
+
+    @staticmethod
+    def train(captions: Sequence[str], vocabulary: int, path: Path) -> None:
+        """Fit to captions and write to `path`."""
+        try:
+            from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+        except ImportError as error:
+            raise UserError("captions need the library `tokenizers`: pip install 'two-stage-latent-prior[text]'") from error
+        tokenizer = Tokenizer(models.BPE())
+        tokenizer.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel()
+        tokenizer.decoder = decoders.ByteLevel()
+        alphabet = pre_tokenizers.ByteLevel.alphabet()
+        trainer = trainers.BpeTrainer(
+            vocab_size=vocabulary, special_tokens=[PADDING], initial_alphabet=alphabet, show_progress=False
+        )
+        tokenizer.train_from_iterator(captions, trainer)
+        write_file(path, tokenizer.to_str().encode())
+
+    def tokens(self, captions: Sequence[str], length: int) -> Tensor:
+        """Token ids, B T; longer captions are cut, shorter ones padded."""
+        rows = torch.zeros(len(captions), length, dtype=torch.int64)
+        for row, encoding in zip(rows, self.tokenizer.encode_batch(list(captions))):
+            ids = torch.tensor(encoding.ids[:length], dtype=torch.int64)
+            row[: len(ids)] = ids
+        return rows
