@@ -18,7 +18,8 @@ from stage1_vae.autoencoder import AutoencoderConfig
 from stage1_vae.bottlenecks import BottleneckConfig
 from stage1_vae.likelihoods import LikelihoodConfig
 from stage1_vae.networks import Convolutional, FullyConnected, NetworkConfig
-from stage2_prior.autoregressive import AutoregressiveConfig
+from stage2_prior.autoregressive import AutoregressiveConfig, BackboneConfig
+from stage2_prior.heads import HeadConfig
 from stage2_prior.pixelcnn import PixelCNNConfig
 
 
@@ -105,7 +106,7 @@ def preset(name: str) -> RunConfig:
 def converter() -> cattrs.Converter:
     made = cattrs.Converter(forbid_extra_keys=True)
     made.register_unstructure_hook(Path, str)
-    for union in (DataConfig, NetworkConfig, BottleneckConfig, LikelihoodConfig):
+    for union in (DataConfig, NetworkConfig, BottleneckConfig, LikelihoodConfig, BackboneConfig, HeadConfig):
         configure_tagged_union(union, made, tag_name="kind")
     return made
 

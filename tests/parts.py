@@ -14,10 +14,14 @@ from stage2_prior.autoregressive import AutoregressiveConfig, AutoregressivePrio
 from stage2_prior.heads import Categorical, GaussianMixture, GaussianMixtureHead
 from stage2_prior.latents import LatentDataset, LatentSpec
 from stage2_prior.pixelcnn import PixelCNNConfig
+from stage2_prior.pixelsnail import PixelSNAILConfig
+from stage2_prior.transformer import TransformerConfig
 
 BACKBONES = {
     "pixelcnn": PixelCNNConfig(width=6, layers=2, kernel=3),
     "pixelcnn-kernel5": PixelCNNConfig(width=6, layers=1, kernel=5),
+    "pixelsnail": PixelSNAILConfig(width=6, blocks=2, layers=1, heads=2),
+    "transformer": TransformerConfig(width=6, layers=2, heads=2),
 }
 HEADS = {"mixture": GaussianMixture(components=3), "categorical": Categorical()}
 LEARNED = [(backbone, head) for backbone in BACKBONES for head in HEADS]
