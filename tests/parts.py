@@ -38,11 +38,13 @@ NETWORKS = {
 
 
 def randomized(module: nn.Module, scale: float = 0.4, seed: int = 0) -> nn.Module:
-    """Every parameter random, so that none hides behind an initial zero."""
+    """Every parameter random, so that none hides behind an initial zero; weights of a normalization around their 1."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in module.parameters():
             parameter.copy_(scale * torch.randn(parameter.shape, generator=generator))
+        for norm in (part for part in module.modules() if isinstance(part, nn.LayerNorm)):
+            norm.weight.add_(1)
     return module
 
 
@@ -92,7 +94,7 @@ def shrunk(config: RunConfig) -> RunConfig:
         stage1=fit,
         stage2=fit,
         autoencoder=dataclasses.replace(config.autoencoder, network=dataclasses.replace(network, **small)),
-        prior=AutoregressiveConfig(PixelCNNConfig(width=8, layers=2), config.prior.head),
+        prior=AutoregressiveConfig(dataclasses.replace(config.prior.backbone, width=8, layers=2), config.prior.head),
         metrics=dataclasses.replace(config.metrics, classifier=fit),
     )
 

@@ -6,6 +6,7 @@ import dataclasses
 import pytest
 import torch
 
+from stage2_prior.layers import CausalAttention
 from tests.parts import BACKBONES, jacobian, randomized
 
 GRIDS = [(4, 4), (3, 5), (1, 6), (5, 2)]
@@ -37,12 +38,14 @@ def example(backbone, grid: tuple[int, int], batch: int = 3, tokens: int = 2, se
     return inputs, map, prefix
 
 
+@pytest.mark.parametrize("told", [False, True])
 @pytest.mark.parametrize("grid", [(5, 7), (1, 6)])
 @pytest.mark.parametrize("name", BACKBONES)
-def test_depends_on_exactly_the_positions_before_it(name, grid):
+def test_depends_on_exactly_the_positions_before_it(name, grid, told):
+    """With and without a map and a prefix."""
     backbone = build(name)
-    inputs = torch.randn(backbone.width, *grid, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    influence = jacobian(backbone, inputs).abs().amax((0, 3))  # h w of the output × h w of the input
+    inputs, *known = example(backbone, grid, batch=1)
+    influence = jacobian(lambda inputs: backbone(inputs, *known if told else ()), inputs[0]).abs().amax((0, 3))  # h w × h w
     order = raster(grid)
     for i, output in enumerate(order):
         for j, earlier in enumerate(order):
@@ -145,6 +148,15 @@ def test_every_parameter_receives_a_gradient(name):
     backbone(*example(backbone, (4, 4))).square().sum().backward()
     without = [name for name, p in backbone.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
     assert without == []
+
+
+def test_attention_reads_only_what_has_been_written():
+    attention = randomized(CausalAttention(6, heads=2).double())
+    x = torch.randn(3, 5, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    cache = attention.begin(3, 5).fill_(torch.nan)
+    with torch.no_grad():
+        steps = [attention(x[:, :2], cache), *(attention.step(x[:, i], i, cache)[:, None] for i in range(2, 5))]
+        assert torch.allclose(torch.cat(steps, 1), attention(x), rtol=1e-12, atol=1e-12)
 
 
 def test_refuses_heads_that_do_not_divide_the_width():
