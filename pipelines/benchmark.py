@@ -29,11 +29,13 @@ from pipelines.console import UserError, nearest, run_command, say
 from pipelines.fit import FitConfig, Source, Training
 from pipelines.generate import generate
 from pipelines.run import Run, devices, encoded, latent_dataset
-from stage2_prior.autoregressive import AutoregressiveConfig, AutoregressivePrior
+from stage2_prior.autoregressive import AutoregressiveConfig, AutoregressivePrior, BackboneConfig
 from stage2_prior.heads import Categorical, GaussianMixture, HeadConfig
 from stage2_prior.latents import LatentSpec
-from stage2_prior.pixelcnn import BackboneConfig, PixelCNNConfig
+from stage2_prior.pixelcnn import PixelCNNConfig
+from stage2_prior.pixelsnail import PixelSNAILConfig
 from stage2_prior.sampling import AS_FITTED, uniforms
+from stage2_prior.transformer import TransformerConfig
 
 Rows = list[dict[str, Any]]
 
@@ -143,7 +145,11 @@ def training_summary(part: str, images: int, seconds: dict[str, float]) -> dict[
 # Sampling
 
 
-BACKBONES: dict[str, BackboneConfig] = {"pixelcnn": PixelCNNConfig()}
+BACKBONES: dict[str, BackboneConfig] = {
+    "pixelcnn": PixelCNNConfig(),
+    "pixelsnail": PixelSNAILConfig(),
+    "transformer": TransformerConfig(),
+}
 """Each of 0.5 to 1 M parameters."""
 
 HEADS: dict[str, tuple[HeadConfig, Callable[[tuple[int, int]], LatentSpec]]] = {
@@ -232,7 +238,9 @@ class BenchmarkSampling:
             def teacher_forced() -> Tensor:
                 values = prior.head.values(latent)
                 inputs = prior.head.embed(values).movedim(-1, 1).to(next(prior.backbone.parameters()).dtype)
-                return prior.head(prior.backbone(inputs, prior.position).movedim(1, -1).to(prior.position.dtype), values)
+                return prior.head(
+                    prior.backbone(inputs, prior.position.to(inputs.dtype)).movedim(1, -1).to(prior.position.dtype), values
+                )
 
             return teacher_forced
 
@@ -240,7 +248,7 @@ class BenchmarkSampling:
             noise = uniforms(0, indices, torch.arange(tried, device=device), prior.head.uniforms(AS_FITTED))
             for position in range(tried):
                 inputs = prior.head.embed(prior.head.values(latent)).movedim(-1, 1).to(next(prior.backbone.parameters()).dtype)
-                features = prior.backbone(inputs, prior.position).flatten(2)[..., position]
+                features = prior.backbone(inputs, prior.position.to(inputs.dtype)).flatten(2)[..., position]
                 prior.head.draw(features.to(prior.position.dtype), noise[:, position], AS_FITTED)
 
         parts: dict[str, Callable[[], object]] = {

@@ -18,7 +18,7 @@ from stage1_vae.autoencoder import AutoencoderConfig, BottleneckConfig
 from stage1_vae.hierarchy import Hierarchical
 from stage1_vae.likelihoods import LikelihoodConfig
 from stage1_vae.networks import Convolutional, FullyConnected, NetworkConfig
-from stage2_prior.autoregressive import AutoregressiveConfig, CascadeConfig, PriorConfig
+from stage2_prior.autoregressive import AutoregressiveConfig, BackboneConfig, CascadeConfig, PriorConfig
 from stage2_prior.conditions import ClassLabel, ConditionConfig
 from stage2_prior.heads import Categorical, HeadConfig
 from stage2_prior.pixelcnn import PixelCNNConfig
@@ -135,7 +135,16 @@ def preset(name: str) -> RunConfig:
 def converter() -> cattrs.Converter:
     made = cattrs.Converter(forbid_extra_keys=True)
     made.register_unstructure_hook(Path, str)
-    for union in (DataConfig, NetworkConfig, BottleneckConfig, LikelihoodConfig, HeadConfig, ConditionConfig, PriorConfig):
+    for union in (
+        DataConfig,
+        NetworkConfig,
+        BottleneckConfig,
+        LikelihoodConfig,
+        BackboneConfig,
+        HeadConfig,
+        ConditionConfig,
+        PriorConfig,
+    ):
         configure_tagged_union(union, made, tag_name="kind")
     return made
 

@@ -17,9 +17,13 @@ from torch import Tensor, nn
 from stage2_prior.conditions import CoarserLevel, ConditionConfig, Embedded, Unconditional
 from stage2_prior.heads import GaussianMixture, HeadConfig
 from stage2_prior.latents import LatentDataset, LatentSpec
-from stage2_prior.pixelcnn import BackboneConfig, PixelCNNConfig
+from stage2_prior.pixelcnn import PixelCNNConfig
+from stage2_prior.pixelsnail import PixelSNAILConfig
 from stage2_prior.prior import Prior, only
 from stage2_prior.sampling import AS_FITTED, CannotSample, Sampling, sample_grid
+from stage2_prior.transformer import TransformerConfig
+
+BackboneConfig = PixelCNNConfig | PixelSNAILConfig | TransformerConfig
 
 
 @dataclass(frozen=True)

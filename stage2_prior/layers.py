@@ -1,26 +1,39 @@
 """Causal layers, and what every causal backbone offers.
 
-B batch, D width, h×w grid, k kernel size, m = (k+1)/2 the kernel's causal half.
+B batch, D width, h×w grid, k kernel size, m = (k+1)/2 the kernel's causal half, N positions, T prefix length.
 
-Causality is built by padding and cropping, never by masking weights: no weight exists that could see the future, so
-none is computed, stored or zeroed again.
+Convolutions are causal by padding and cropping, never by masking weights: no weight exists that could see the future,
+so none is computed, stored or zeroed again. Attention is causal by what it is given: a position's own and earlier keys.
 """
 
 from typing import Any, Protocol
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 
 class Backbone(Protocol):
-    """What every causal backbone offers: position i of the output depends only on inputs before i, and on the map."""
+    """What every causal backbone offers: position i of the output depends only on inputs before i and on what is known.
+
+    inputs and the result are B D h w. Known are `map`, B D h w or 1 D h w, added at every position and not shifted, and
+    `prefix`, B T D, a sequence that every position sees as a whole.
+    """
+
+    reach: int | None
+    """how far a position sees, as PixelCNN states it; None where it sees every earlier position"""
 
     def __call__(self, inputs: Tensor, map: Tensor | None = None, prefix: Tensor | None = None) -> Tensor: ...
 
-    def begin(self, batch: int, grid: tuple[int, int], map: Tensor | None = None, prefix: Tensor | None = None) -> Any: ...
+    def begin(self, batch: int, grid: tuple[int, int], map: Tensor | None = None, prefix: Tensor | None = None) -> Any:
+        """The state before position 0 of a grid of h rows and w columns, in the dtype of the weights."""
 
-    def step(self, previous: Tensor | None, position: int, state: Any) -> Tensor: ...
+    def step(self, previous: Tensor | None, position: int, state: Any) -> Tensor:
+        """Position `position` of the whole-grid result, B D; positions come in raster order.
+
+        previous: the input at position - 1, B D, of any dtype; None at the first. The result may be overwritten by the next step.
+        """
 
 
 def gate(features: Tensor, dim: int = 1) -> Tensor:
@@ -40,6 +53,11 @@ def shift_down(x: Tensor) -> Tensor:
 def shift_right(x: Tensor) -> Tensor:
     """Column c becomes column c-1; the first column becomes zero."""
     return F.pad(x, (1, 0))[..., :-1]
+
+
+def shift_raster(x: Tensor) -> Tensor:
+    """Every position becomes the one before it in raster order; the first becomes zero."""
+    return F.pad(x.flatten(2), (1, -1)).view(x.shape)
 
 
 class VerticalConv(nn.Module):
@@ -66,3 +84,42 @@ class HorizontalConv(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """B D h w to B D' h w; column c depends on columns c-m+1 … c."""
         return self.conv(F.pad(x, (self.columns - 1, 0)))
+
+
+class CausalAttention(nn.Module):
+    """Multi-head attention in which a position attends to itself and to what comes before (Vaswani et al. 2017, section 3.2).
+
+    Without biases: the normalization before it has one.
+    """
+
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        if width % heads:
+            raise ValueError(f"a width of {width} does not divide into {heads} heads")
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width, bias=False)
+        self.output = nn.Linear(width, width, bias=False)
+
+    def forward(self, x: Tensor, cache: Tensor | None = None) -> Tensor:
+        """B N D to B N D; position i depends on positions 0 … i. Fills the first N places of the cache, if there is one."""
+        qkv = rearrange(self.qkv(x), "b n (three heads d) -> three b heads n d", three=3, heads=self.heads)
+        if cache is not None:
+            cache[:, :, : x.shape[1]].copy_(qkv[1:].flatten(1, 2))
+        q, k, v = qkv
+        attended = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return self.output(rearrange(attended, "b heads n d -> b n (heads d)"))
+
+    def begin(self, batch: int, positions: int) -> Tensor:
+        """The cache: room for the keys and values of this many positions, 2 B·heads N d."""
+        width = self.output.in_features
+        return self.output.weight.new_zeros(2, batch * self.heads, positions, width // self.heads)
+
+    def step(self, x: Tensor, position: int, cache: Tensor) -> Tensor:
+        """One position of `forward`, B D to B D. Its key and value go to the cache, of which only the filled part is read."""
+        batch, d = len(x), cache.shape[-1]
+        qkv = self.qkv(x).view(batch, 3, self.heads, d).transpose(0, 1).flatten(1, 2)  # 3 B·heads d
+        cache[:, :, position].copy_(qkv[1:])
+        keys, values = cache[:, :, : position + 1]
+        # Two products and a softmax: on CPUs faster than the fused kernel is for a single query.
+        scores = torch.bmm(qkv[0, :, None] * d**-0.5, keys.transpose(1, 2))
+        return self.output(torch.bmm(scores.softmax(-1), values).view(batch, -1))

@@ -73,6 +73,8 @@ class LayerState:
 class GatedLayer(nn.Module):
     def __init__(self, width: int, kernel: int, dropout: float):
         super().__init__()
+        if kernel % 2 == 0 or kernel < 3:
+            raise ValueError(f"a PixelCNN kernel is odd and at least 3, not {kernel}")
         self.vertical = VerticalConv(width, 2 * width, kernel)
         self.horizontal = HorizontalConv(width, 2 * width, kernel)
         self.vertical_to_horizontal = nn.Conv2d(2 * width, 2 * width, 1)
@@ -134,8 +136,8 @@ class GatedLayer(nn.Module):
 
 
 @dataclass
-class State:
-    """Everything `step` keeps between positions."""
+class Stacks:
+    """Everything that a sequence of gated layers keeps between steps."""
 
     map: list[Tensor]  # for each row, w B D or w 1 D
     row: Tensor  # the inputs of this row, filled from left to right: w B D
@@ -144,22 +146,63 @@ class State:
     layers: list[LayerState]
     features: Tensor  # the result of the last step: B D
 
+    def places(self, column: int) -> list[Tensor]:
+        """Where the horizontal stack's input to each layer belongs at a column, and where its result: B D each."""
+        place = column % len(self.layers[0].inputs)
+        return [*(layer.inputs[place] for layer in self.layers), self.features]
+
+
+def begin_stacks(layers: list[GatedLayer], batch: int, grid: tuple[int, int], map: Tensor | None) -> Stacks:
+    """The state before position 0 of a grid of h rows and w columns; map B D h w or 1 D h w, or with axes of 1."""
+    new, d = layers[0].output.weight.new_zeros, layers[0].output.in_channels
+    row = new(grid[1], batch, d)
+    map = new(1, d, *grid) if map is None else map.to(row.dtype).expand(-1, -1, *grid)
+    return Stacks(
+        map=list(rearrange(map, "b d h w -> h w b d").contiguous()),
+        row=row,
+        columns=list(row),
+        here=[],
+        layers=[layer.begin(batch, grid[1]) for layer in layers],
+        features=new(batch, d),
+    )
+
+
+def enter(layers: list[GatedLayer], previous: Tensor | None, position: int, state: Stacks) -> int:
+    """Takes the input at position - 1 in; at the start of a row, runs the vertical stack for it. Returns the column."""
+    r, c = divmod(position, len(state.columns))
+    if previous is not None:
+        state.columns[c - 1].copy_(previous)
+    if c == 0:
+        # state.row holds the row above: zeros before the first.
+        v = state.row + state.map[r]
+        for layer, layer_state in zip(layers, state.layers):
+            v = layer.step_row(v, r, layer_state)
+        state.here = list(state.map[r])
+    return c
+
+
+def pooled(map: Tensor | None, prefix: Tensor | None) -> Tensor | None:
+    """The map with the mean of the prefix added everywhere, for a backbone without attention."""
+    if prefix is None:
+        return map
+    mean = rearrange(prefix.mean(1), "b d -> b d 1 1")
+    return mean if map is None else map + mean
+
 
 class PixelCNN(nn.Module):
     layers: list[GatedLayer]
 
     def __init__(self, config: PixelCNNConfig):
         super().__init__()
-        if config.kernel % 2 == 0 or config.kernel < 3:
-            raise ValueError(f"a PixelCNN kernel is odd and at least 3, not {config.kernel}")
         self.width = config.width
         layers = (GatedLayer(config.width, config.kernel, config.dropout) for _ in range(config.layers))
         self.layers = nn.ModuleList(layers)  # type: ignore[assignment]
-        self.reach = len(self.layers) * (config.kernel // 2)
+        self.reach: int | None = len(self.layers) * (config.kernel // 2)
         """What a position sees: reach+1 positions to its left, and reach+1 rows above, reach columns to either side."""
 
     def forward(self, inputs: Tensor, map: Tensor | None = None, prefix: Tensor | None = None) -> Tensor:
-        """inputs and the result B D h w, map B D h w or 1 D h w; position i depends on inputs before i, and on the map."""
+        """inputs and the result B D h w, map B D h w or 1 D h w, prefix B T D; see Backbone."""
+        map = pooled(map, prefix)
         v, h = shift_down(inputs), shift_right(inputs)
         if map is not None:
             v, h = v + map, h + map
@@ -168,45 +211,19 @@ class PixelCNN(nn.Module):
         return h
 
     @torch.no_grad()
-    def begin(self, batch: int, grid: tuple[int, int], map: Tensor | None = None, prefix: Tensor | None = None) -> State:
-        """The state before position 0 of a grid of h rows and w columns."""
-        new = self.layers[0].output.weight.new_zeros
-        row = new(grid[1], batch, self.width)
-        map = new(1, self.width, *grid) if map is None else map.to(row.dtype)
-        return State(
-            map=list(rearrange(map, "b d h w -> h w b d").contiguous()),
-            row=row,
-            columns=list(row),
-            here=[],
-            layers=[layer.begin(batch, grid[1]) for layer in self.layers],
-            features=new(batch, self.width),
-        )
+    def begin(self, batch: int, grid: tuple[int, int], map: Tensor | None = None, prefix: Tensor | None = None) -> Stacks:
+        return begin_stacks(self.layers, batch, grid, pooled(map, prefix))
 
     @torch.no_grad()
-    def step(self, previous: Tensor | None, position: int, state: State) -> Tensor:
-        """Position `position` of `forward`, B D, overwritten by the next step.
-
-        previous: the input at position - 1, B D; None at the first.
-        """
-        r, c = divmod(position, len(state.columns))
-        if previous is not None:
-            state.columns[c - 1].copy_(previous)
-        place = c % len(state.layers[0].inputs)
-        first = state.layers[0].inputs[place]
-        if c == 0:
-            # The vertical stack runs once a row. state.row holds the row above: zeros before the first.
-            v = state.row + state.map[r]
-            for layer, layer_state in zip(self.layers, state.layers):
-                v = layer.step_row(v, r, layer_state)
-            state.here = list(state.map[r])
-            first.copy_(state.here[0].expand_as(first))
+    def step(self, previous: Tensor | None, position: int, state: Stacks) -> Tensor:
+        """Position `position` of `forward`, B D, overwritten by the next step."""
+        column = enter(self.layers, previous, position, state)
+        first, *outs = state.places(column)
+        if column == 0:
+            first.copy_(state.here[0])
         else:
             # The horizontal stack sees the input to the left in this row.
-            torch.add(state.columns[c - 1], state.here[c], out=first)
-        outs = [*(layer_state.inputs[place] for layer_state in state.layers[1:]), state.features]
+            torch.add(state.columns[column - 1], state.here[column], out=first)
         for layer, layer_state, out in zip(self.layers, state.layers, outs):
-            layer.step(c, layer_state, out)
+            layer.step(column, layer_state, out)
         return state.features
-
-
-BackboneConfig = PixelCNNConfig

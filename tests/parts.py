@@ -15,10 +15,14 @@ from stage2_prior.autoregressive import AutoregressiveConfig, AutoregressivePrio
 from stage2_prior.heads import Categorical, GaussianMixture, GaussianMixtureHead
 from stage2_prior.latents import LatentDataset, LatentSpec
 from stage2_prior.pixelcnn import PixelCNNConfig
+from stage2_prior.pixelsnail import PixelSNAILConfig
+from stage2_prior.transformer import TransformerConfig
 
 BACKBONES = {
     "pixelcnn": PixelCNNConfig(width=6, layers=2, kernel=3),
     "pixelcnn-kernel5": PixelCNNConfig(width=6, layers=1, kernel=5),
+    "pixelsnail": PixelSNAILConfig(width=6, blocks=2, layers=1, heads=2),
+    "transformer": TransformerConfig(width=6, layers=2, heads=2),
 }
 HEADS = {"mixture": GaussianMixture(components=3), "categorical": Categorical()}
 LEARNED = [(backbone, head) for backbone in BACKBONES for head in HEADS]
@@ -43,11 +47,13 @@ NETWORKS = {
 
 
 def randomized(module: nn.Module, scale: float = 0.4, seed: int = 0) -> nn.Module:
-    """Every parameter random, so that none hides behind an initial zero."""
+    """Every parameter random, so that none hides behind an initial zero; weights of a normalization around their 1."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in module.parameters():
             parameter.copy_(scale * torch.randn(parameter.shape, generator=generator))
+        for norm in (part for part in module.modules() if isinstance(part, nn.LayerNorm)):
+            norm.weight.add_(1)
     return module
 
 

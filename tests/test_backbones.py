@@ -1,8 +1,12 @@
 """Every backbone: causal, without a blind spot, and its step equal to its forward."""
 
+import copy
+import dataclasses
+
 import pytest
 import torch
 
+from stage2_prior.layers import CausalAttention
 from tests.parts import BACKBONES, jacobian, randomized
 
 GRIDS = [(4, 4), (3, 5), (1, 6), (5, 2)]
@@ -16,20 +20,32 @@ def raster(grid: tuple[int, int]) -> list[tuple[int, int]]:
     return [(r, c) for r in range(grid[0]) for c in range(grid[1])]
 
 
-def in_reach(reach: int, output: tuple[int, int], earlier: tuple[int, int]) -> bool:
-    """The receptive field that PixelCNN.reach states."""
+def in_reach(reach: int | None, output: tuple[int, int], earlier: tuple[int, int]) -> bool:
+    """The receptive field that Backbone.reach states."""
+    if reach is None:
+        return True
     rows_above, left = output[0] - earlier[0], output[1] - earlier[1]
     if rows_above == 0:
         return 1 <= left <= reach + 1
     return 1 <= rows_above <= reach + 1 and abs(left) <= reach
 
 
+def example(backbone, grid: tuple[int, int], batch: int = 3, tokens: int = 2, seed: int = 2) -> tuple[torch.Tensor, ...]:
+    """Random inputs and map, B D h w, and prefix, B T D, in the dtype of the weights."""
+    generator, dtype = torch.Generator().manual_seed(seed), next(backbone.parameters()).dtype
+    shapes = (batch, backbone.width, *grid), (batch, backbone.width, *grid), (batch, tokens, backbone.width)
+    inputs, map, prefix = (torch.randn(shape, generator=generator).to(dtype) for shape in shapes)
+    return inputs, map, prefix
+
+
+@pytest.mark.parametrize("told", [False, True])
 @pytest.mark.parametrize("grid", [(5, 7), (1, 6)])
 @pytest.mark.parametrize("name", BACKBONES)
-def test_depends_on_exactly_the_positions_before_it(name, grid):
+def test_depends_on_exactly_the_positions_before_it(name, grid, told):
+    """With and without a map and a prefix."""
     backbone = build(name)
-    inputs = torch.randn(backbone.width, *grid, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    influence = jacobian(backbone, inputs).abs().amax((0, 3))  # h w of the output × h w of the input
+    inputs, *known = example(backbone, grid, batch=1)
+    influence = jacobian(lambda inputs: backbone(inputs, *known if told else ()), inputs[0]).abs().amax((0, 3))  # h w × h w
     order = raster(grid)
     for i, output in enumerate(order):
         for j, earlier in enumerate(order):
@@ -51,23 +67,105 @@ def test_sees_the_map_at_its_own_position(name):
         assert influence[(*position, *position)] > 0
 
 
+@pytest.mark.parametrize("name", BACKBONES)
+def test_every_position_sees_the_whole_prefix(name):
+    backbone = build(name)
+    inputs, map, prefix = example(backbone, (3, 4), batch=1, tokens=3)
+    influence = jacobian(lambda prefix: backbone(inputs, map, prefix), prefix[0]).abs().amax((0, 4))  # h w × T
+    assert (influence > 0).all()
+
+
+@pytest.mark.parametrize("with_prefix", [False, True])
 @pytest.mark.parametrize("with_map", [False, True])
 @pytest.mark.parametrize("grid", GRIDS)
 @pytest.mark.parametrize("name", BACKBONES)
-def test_step_equals_forward(name, grid, with_map):
+def test_step_equals_forward(name, grid, with_map, with_prefix):
     for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 1e-5)):
         backbone = build(name).to(dtype)
-        inputs, map = torch.randn(2, 3, backbone.width, *grid, generator=torch.Generator().manual_seed(2)).to(dtype)
-        map = map if with_map else None
-        whole = backbone(inputs, map)
-        state = backbone.begin(3, grid, map)
-        previous = None
-        for position, (r, c) in enumerate(raster(grid)):
-            row = backbone.step(previous, position, state)
-            assert (row - whole[:, :, r, c]).abs().max() <= tolerance * whole.abs().max()
-            previous = inputs[:, :, r, c]
+        inputs, map, prefix = example(backbone, grid)
+        known = ({"map": map} if with_map else {}) | ({"prefix": prefix} if with_prefix else {})
+        difference, largest = compared(backbone, inputs, **known)
+        assert difference <= tolerance * largest
+
+
+def compared(backbone, inputs, **known) -> tuple[float, float]:
+    """The largest difference between forward and steps, and the largest output."""
+    grid = inputs.shape[2:]
+    with torch.no_grad():
+        whole = backbone(inputs, **known).movedim(1, -1)
+    state = backbone.begin(len(inputs), tuple(grid), **known)
+    previous, rows = None, []
+    for position, (r, c) in enumerate(raster(grid)):
+        rows.append(backbone.step(previous, position, state).clone())
+        previous = inputs[:, :, r, c]
+    difference = torch.stack(rows, 1).unflatten(1, grid) - whole
+    return float(difference.abs().max()), float(whole.abs().max())
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+def test_one_map_serves_the_whole_batch(name):
+    backbone = build(name)
+    inputs, map, prefix = example(backbone, (3, 4))
+    difference, largest = compared(backbone, inputs, map=map[:1], prefix=prefix)
+    assert difference <= 1e-12 * largest
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+def test_steps_in_bfloat16_take_what_is_known_in_float32(name):
+    """Weights of bfloat16, inputs, map and prefix of float32: near the forward pass in float32 of the same weights."""
+    backbone = randomized(BACKBONES[name].build().eval(), scale=0.2).to(torch.bfloat16)
+    exact = copy.deepcopy(backbone).float()
+    inputs, map, prefix = example(exact, (3, 4))
+    state = backbone.begin(3, (3, 4), map, prefix)
+    whole = exact(inputs, map, prefix)
+    previous = None
+    for position, (r, c) in enumerate(raster((3, 4))):
+        row = backbone.step(previous, position, state)
+        assert row.dtype == torch.bfloat16
+        assert (row - whole[:, :, r, c]).abs().max() <= 0.05 * whole.abs().max()
+        previous = inputs[:, :, r, c]
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+def test_under_autocast(name):
+    """Forward, backward and steps in mixed precision, near those in float32."""
+    backbone = randomized(BACKBONES[name].build().eval(), scale=0.2)
+    inputs, map, prefix = example(backbone, (3, 4))
+    exact = backbone(inputs, map, prefix)
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = backbone(inputs, map, prefix)
+        difference, largest = compared(backbone, inputs, map=map, prefix=prefix)
+    assert (rounded - exact).abs().max() <= 0.05 * exact.abs().max()
+    assert difference <= 0.05 * largest
+    rounded.float().square().sum().backward()
+    assert all(parameter.grad.isfinite().all() for parameter in backbone.parameters())
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+def test_every_parameter_receives_a_gradient(name):
+    torch.manual_seed(0)
+    backbone = BACKBONES[name].build()
+    backbone(*example(backbone, (4, 4))).square().sum().backward()
+    without = [name for name, p in backbone.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
+    assert without == []
+
+
+def test_attention_reads_only_what_has_been_written():
+    attention = randomized(CausalAttention(6, heads=2).double())
+    x = torch.randn(3, 5, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    cache = attention.begin(3, 5).fill_(torch.nan)
+    with torch.no_grad():
+        steps = [attention(x[:, :2], cache), *(attention.step(x[:, i], i, cache)[:, None] for i in range(2, 5))]
+        assert torch.allclose(torch.cat(steps, 1), attention(x), rtol=1e-12, atol=1e-12)
+
+
+def test_refuses_heads_that_do_not_divide_the_width():
+    for name in ("pixelsnail", "transformer"):
+        with pytest.raises(ValueError, match="does not divide into 4 heads"):
+            dataclasses.replace(BACKBONES[name], heads=4).build()
 
 
 def test_refuses_a_kernel_without_a_middle():
-    with pytest.raises(ValueError, match="odd"):
-        BACKBONES["pixelcnn"].__class__(kernel=4).build()
+    for name in ("pixelcnn", "pixelsnail"):
+        with pytest.raises(ValueError, match="odd"):
+            dataclasses.replace(BACKBONES[name], kernel=4).build()

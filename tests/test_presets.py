@@ -15,9 +15,9 @@ from pipelines.console import UserError
 from pipelines.run import CHECKPOINTS, PRIORS, Run
 from pipelines.train_all import parse, train_all
 from stage1_vae import bottlenecks
-from stage2_prior.autoregressive import AutoregressivePrior
+from stage2_prior.autoregressive import AutoregressiveConfig, AutoregressivePrior
 from stage2_prior.prior import CODE_BASELINES, CONTINUOUS_BASELINES
-from tests.parts import shrunk, small_splits
+from tests.parts import BACKBONES, HEADS, LEARNED, shrunk, small_splits
 
 IMAGES = {name: (1, 28, 28) for name in PRESETS} | {"cifar10": (3, 32, 32), "cifar10-vqvae2": (3, 32, 32), "folder": (3, 64, 64)}
 
@@ -123,6 +123,15 @@ def test_another_config_under_the_same_name_is_refused_with_the_difference(tmp_p
 def test_a_config_comes_back_from_its_file(name):
     config = preset(name)
     assert from_dict(json.loads(json.dumps(to_dict(config)))) == config
+
+
+@pytest.mark.parametrize(("backbone", "head"), LEARNED)
+def test_a_config_names_the_kinds_of_its_prior(backbone, head):
+    config = dataclasses.replace(preset("mnist"), prior=AutoregressiveConfig(BACKBONES[backbone], HEADS[head]))
+    values = json.loads(json.dumps(to_dict(config)))
+    assert values["prior"]["backbone"]["kind"] == type(BACKBONES[backbone]).__name__
+    assert values["prior"]["head"]["kind"] == type(HEADS[head]).__name__
+    assert from_dict(values) == config
 
 
 @pytest.mark.parametrize("name", PRESETS)

@@ -1,0 +1,126 @@
+"""PixelSNAIL (Chen et al. 2018, "PixelSNAIL: An Improved Autoregressive Generative Model", section 2).
+
+B batch, D width, h×w grid, N = hw positions, T prefix length.
+
+Convolutions see what is near with a bandwidth of their own; attention reaches every earlier position at once. A block is a
+few gated layers of both kinds of context, then attention over the horizontal stack:
+
+              vertical  v ──▶ ┌────────────────┐ ──────────────────────────────────────────▶ v'
+                              │  gated layers  │     ┌───────────── residual ─────────────┐
+            horizontal  h ──▶ └────────────────┘ ──▶ h ──▶ norm ──▶ causal attention ──────+──▶ h'
+
+Where we deviate: the residual blocks are the two stacks of a gated PixelCNN (see pixelcnn.py), for the paper's one stack with
+ELUs. The paper's keys hold the input at their own position beside the features, and a query sees strictly earlier ones;
+ours hold features that start from the input at the position before (`shift_raster`, across the ends of rows), and a query
+sees its own too: the same inputs, with no special case at the first position. Attention is normalized before and added
+after, as in a transformer, for the paper's merging gated block; keys and values are as wide as the features. A prefix is
+extra keys and values in every block. Dropout after the gates and after attention.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+from stage2_prior.layers import CausalAttention, shift_down, shift_raster
+from stage2_prior.pixelcnn import GatedLayer, Stacks, begin_stacks, enter
+
+
+@dataclass(frozen=True)
+class PixelSNAILConfig:
+    """PixelSNAIL: gated convolutions and attention in turn."""
+
+    width: int = 64
+    """feature maps in each stack"""
+    blocks: int = 2
+    """blocks of gated layers with attention after them"""
+    layers: int = 4
+    """gated layers in a block"""
+    kernel: int = 3
+    """kernel size, odd"""
+    heads: int = 4
+    """attention heads; they divide the width"""
+    dropout: float = 0.0
+    """share of the gated and of the attended features dropped in training"""
+
+    def build(self) -> "PixelSNAIL":
+        return PixelSNAIL(self)
+
+
+class Block(nn.Module):
+    layers: list[GatedLayer]
+
+    def __init__(self, config: PixelSNAILConfig):
+        super().__init__()
+        layers = (GatedLayer(config.width, config.kernel, config.dropout) for _ in range(config.layers))
+        self.layers = nn.ModuleList(layers)  # type: ignore[assignment]
+        self.norm = nn.LayerNorm(config.width)
+        self.attention = CausalAttention(config.width, config.heads)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, v: Tensor, h: Tensor, prefix: Tensor | None) -> tuple[Tensor, Tensor]:
+        for layer in self.layers:
+            v, h = layer(v, h)
+        height, width = h.shape[2:]
+        tokens = rearrange(h, "b d h w -> b (h w) d")
+        if prefix is not None:
+            tokens = torch.cat([prefix, tokens], dim=1)
+        attended = self.dropout(self.attention(self.norm(tokens)))[:, -height * width :]
+        return v, h + rearrange(attended, "b (h w) d -> b d h w", h=height)
+
+
+@dataclass
+class State:
+    """Everything `step` keeps between positions."""
+
+    stacks: Stacks
+    prefix_length: int
+    caches: list[Tensor]  # for each block, keys and values of the prefix and the positions so far: 2 B·heads T+N d
+
+
+class PixelSNAIL(nn.Module):
+    blocks: list[Block]
+    reach: int | None = None
+
+    def __init__(self, config: PixelSNAILConfig):
+        super().__init__()
+        self.width = config.width
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.blocks))  # type: ignore[assignment]
+
+    @property
+    def layers(self) -> list[GatedLayer]:
+        return [layer for block in self.blocks for layer in block.layers]
+
+    def forward(self, inputs: Tensor, map: Tensor | None = None, prefix: Tensor | None = None) -> Tensor:
+        """inputs and the result B D h w, map B D h w or 1 D h w, prefix B T D; see Backbone."""
+        v, h = shift_down(inputs), shift_raster(inputs)
+        if map is not None:
+            v, h = v + map, h + map
+        for block in self.blocks:
+            v, h = block(v, h, prefix)
+        return h
+
+    @torch.no_grad()
+    def begin(self, batch: int, grid: tuple[int, int], map: Tensor | None = None, prefix: Tensor | None = None) -> State:
+        stacks = begin_stacks(self.layers, batch, grid, map)
+        length = 0 if prefix is None else prefix.shape[1]
+        caches = [block.attention.begin(batch, length + grid[0] * grid[1]) for block in self.blocks]
+        if prefix is not None:
+            for block, cache in zip(self.blocks, caches):
+                block.attention(block.norm(prefix.to(cache.dtype)), cache)
+        return State(stacks, length, caches)
+
+    @torch.no_grad()
+    def step(self, previous: Tensor | None, position: int, state: State) -> Tensor:
+        """Position `position` of `forward`, B D, overwritten by the next step."""
+        stacks = state.stacks
+        column = enter(self.layers, previous, position, stacks)
+        first, *outs = stacks.places(column)
+        torch.add(stacks.columns[column - 1], stacks.here[column], out=first)
+        steps = zip(stacks.layers, outs)
+        for block, cache in zip(self.blocks, state.caches):
+            for layer, (layer_state, out) in zip(block.layers, steps):
+                layer.step(column, layer_state, out)
+            out += block.attention.step(block.norm(out), state.prefix_length + position, cache)
+        return stacks.features

@@ -1,0 +1,128 @@
+"""Decoder-only transformer over the grid in raster order (Radford et al. 2019, "Language Models are Unsupervised Multitask
+Learners", section 2.3; over continuous latents as in GIVT, Tschannen et al. 2023).
+
+B batch, D width, h×w grid, N = hw positions, T prefix length.
+
+                 ┌────────── residual ─────────┐ ┌──────── residual ───────┐
+       tokens  x ──▶ norm ──▶ causal attention ──+──▶ norm ──▶ D→4D→D MLP ──+──▶ x'
+
+The token at position i is the input at position i-1, zero at the first, plus the map at position i; the map says where on
+the grid it is, so there are no positions of its own. The prefix comes first in the sequence; what comes out at its tokens
+is not used.
+
+Where we deviate from GPT-2: linear layers have no biases; dropout only on what is added to the residual stream.
+
+To sample, `begin` runs the prefix through at once, and `step` one position, against the keys and values kept so far.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from stage2_prior.layers import CausalAttention, shift_raster
+
+
+@dataclass(frozen=True)
+class TransformerConfig:
+    """Decoder-only transformer."""
+
+    width: int = 128
+    """features of a position"""
+    layers: int = 4
+    """blocks of attention and MLP"""
+    heads: int = 4
+    """attention heads; they divide the width"""
+    dropout: float = 0.0
+    """share of what a layer adds to the residual stream dropped in training"""
+
+    def build(self) -> "Transformer":
+        return Transformer(self)
+
+
+class Block(nn.Module):
+    def __init__(self, width: int, heads: int, dropout: float):
+        super().__init__()
+        self.attention_norm = nn.LayerNorm(width)
+        self.attention = CausalAttention(width, heads)
+        self.mlp_norm = nn.LayerNorm(width)
+        self.expand = nn.Linear(width, 4 * width, bias=False)
+        self.contract = nn.Linear(4 * width, width, bias=False)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor, cache: Tensor | None = None) -> Tensor:
+        """B N D to B N D."""
+        x = x + self.dropout(self.attention(self.attention_norm(x), cache))
+        return x + self.dropout(self.mlp(x))
+
+    def mlp(self, x: Tensor) -> Tensor:
+        return self.contract(F.gelu(self.expand(self.mlp_norm(x))))
+
+    def step(self, x: Tensor, position: int, cache: Tensor) -> Tensor:
+        """One position of `forward`, B D to B D, in place."""
+        x += self.attention.step(self.attention_norm(x), position, cache)
+        x += self.mlp(x)
+        return x
+
+
+@dataclass
+class State:
+    """Everything `step` keeps between positions."""
+
+    start: Tensor  # the input before the first: zeros, B D
+    map: list[Tensor]  # for each position, B D or 1 D
+    prefix_length: int
+    caches: list[Tensor]  # for each block, keys and values of the prefix and the positions so far: 2 B·heads T+N d
+
+
+class Transformer(nn.Module):
+    blocks: list[Block]
+    reach: int | None = None
+
+    def __init__(self, config: TransformerConfig):
+        super().__init__()
+        self.width = config.width
+        blocks = (Block(config.width, config.heads, config.dropout) for _ in range(config.layers))
+        self.blocks = nn.ModuleList(blocks)  # type: ignore[assignment]
+        self.norm = nn.LayerNorm(config.width)
+        # Radford et al. 2019: at initialization the residual stream does not grow with depth.
+        with torch.no_grad():
+            for block in self.blocks:
+                for last in (block.attention.output, block.contract):
+                    last.weight.mul_((2 * config.layers) ** -0.5)
+
+    def forward(self, inputs: Tensor, map: Tensor | None = None, prefix: Tensor | None = None) -> Tensor:
+        """inputs and the result B D h w, map B D h w or 1 D h w, prefix B T D; see Backbone."""
+        height, width = inputs.shape[2:]
+        x = shift_raster(inputs)
+        if map is not None:
+            x = x + map
+        x = rearrange(x, "b d h w -> b (h w) d")
+        if prefix is not None:
+            x = torch.cat([prefix, x], dim=1)
+        for block in self.blocks:
+            x = block(x)
+        return rearrange(self.norm(x[:, -height * width :]), "b (h w) d -> b d h w", h=height)
+
+    @torch.no_grad()
+    def begin(self, batch: int, grid: tuple[int, int], map: Tensor | None = None, prefix: Tensor | None = None) -> State:
+        start = self.norm.weight.new_zeros(batch, self.width)
+        map = start.new_zeros(1, self.width, *grid) if map is None else map.to(start.dtype)
+        length = 0 if prefix is None else prefix.shape[1]
+        caches = [block.attention.begin(batch, length + grid[0] * grid[1]) for block in self.blocks]
+        if prefix is not None:
+            x = prefix.to(start.dtype)
+            for block, cache in zip(self.blocks, caches):
+                x = block(x, cache)
+        return State(start, list(rearrange(map, "b d h w -> (h w) b d").contiguous()), length, caches)
+
+    @torch.no_grad()
+    def step(self, previous: Tensor | None, position: int, state: State) -> Tensor:
+        """Position `position` of `forward`, B D."""
+        before = state.start if previous is None else previous.to(state.start.dtype)
+        x = before + state.map[position]
+        for block, cache in zip(self.blocks, state.caches):
+            x = block.step(x, state.prefix_length + position, cache)
+        return self.norm(x)
