@@ -234,26 +234,20 @@ class BenchmarkSampling:
         channels_last.backbone.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         positions, tried = grid[0] * grid[1], 3
 
-        def forward(prior: AutoregressivePrior) -> Callable[[], object]:
-            def teacher_forced() -> Tensor:
-                values = prior.head.values(latent)
-                inputs = prior.head.embed(values).movedim(-1, 1).to(next(prior.backbone.parameters()).dtype)
-                return prior.head(
-                    prior.backbone(inputs, prior.position.to(inputs.dtype)).movedim(1, -1).to(prior.position.dtype), values
-                )
+        dtype = getattr(torch, self.dtype)
 
-            return teacher_forced
+        def features(prior: AutoregressivePrior) -> Tensor:
+            inputs = prior.head.embed(prior.head.values(latent)).movedim(-1, 1).to(dtype)
+            return prior.backbone(inputs, prior.position.to(dtype)).movedim(1, -1).to(prior.position.dtype)
 
         def few_full_passes() -> None:
             noise = uniforms(0, indices, torch.arange(tried, device=device), prior.head.uniforms(AS_FITTED))
             for position in range(tried):
-                inputs = prior.head.embed(prior.head.values(latent)).movedim(-1, 1).to(next(prior.backbone.parameters()).dtype)
-                features = prior.backbone(inputs, prior.position.to(inputs.dtype)).flatten(2)[..., position]
-                prior.head.draw(features.to(prior.position.dtype), noise[:, position], AS_FITTED)
+                prior.head.draw(features(prior).flatten(1, 2)[:, position], noise[:, position], AS_FITTED)
 
         parts: dict[str, Callable[[], object]] = {
-            "forward": forward(prior),
-            "forward, channels last": forward(channels_last),
+            "forward": lambda: prior.head(features(prior), prior.head.values(latent)),
+            "forward, channels last": lambda: channels_last.head(features(channels_last), prior.head.values(latent)),
             "sample": lambda: prior.sample(indices, 0),
             "full": few_full_passes,
         }

@@ -20,8 +20,8 @@ from pipelines.checkpoint import write_json
 from pipelines.console import Progress, run_command, say
 from pipelines.data import Splits
 from pipelines.generate import generate
-from pipelines.metrics import feature_space
-from pipelines.report import histogram, picture, table
+from pipelines.metrics import FeatureSpace, feature_space, kept_best, precision_recall, trained_classifier
+from pipelines.report import histogram, picture, rejection_plot, table
 from pipelines.run import CLASSIFIERS, Run
 from stage1_vae.autoencoder import Autoencoder
 from stage2_prior.conditions import Unconditional
@@ -31,6 +31,7 @@ from stage2_prior.prior import Prior, baselines
 SHOWN = 16  # images in a row of the picture
 NOT_A_GENERATOR = "not a generator: reconstructs training images"
 BATCH = 500
+SHARES = (1.0, 0.75, 0.5, 0.25, 0.1)  # of samples kept by rejection
 
 
 def compare(run: Run, splits: Splits, seed: int = 0) -> dict[str, Any]:
@@ -63,7 +64,10 @@ def compare(run: Run, splits: Splits, seed: int = 0) -> dict[str, Any]:
         elif autoencoder.bottleneck.has_density:
             entry["nll"] = latent_nll(run, prior, latents, chosen, seed)
         if name == "learned" and told is not None and splits.test.labels is not None:
-            entry["label_read"] = float((space.read_labels(images) == splits.test.labels[chosen]).float().mean())
+            labels = splits.test.labels[chosen]
+            entry["label_read"] = float((space.read_labels(images) == labels).float().mean())
+            metrics["rejection"] = rejection(run, splits, space, images, labels, real)
+            rejection_plot(run.folder / "compare" / "rejection.png", metrics["rejection"])
         metrics["priors"][name] = entry
     codes = [posterior["codes"] for posterior in latents.levels if "codes" in posterior]
     if codes:
@@ -105,6 +109,25 @@ def latent_nll(run: Run, prior: Prior, latents: LatentDataset, chosen: Tensor, s
             total -= float(prior.log_prob(levels, contexts).sum())
             progress.update(len(batch))
     return total / len(chosen)
+
+
+def rejection(
+    run: Run, splits: Splits, space: FeatureSpace, images: Tensor, labels: Tensor, real: Tensor
+) -> list[dict[str, float | None]]:
+    """Diversity traded for fidelity: of the samples, the shares that another classifier is surest of.
+
+    Every share is judged by the same number of its images, drawn at random: figures of different numbers do not compare.
+    """
+    other, _ = trained_classifier(run.fabric, run.config.metrics, splits, run.folder.parent / CLASSIFIERS, seed=1)
+    kept = {share: kept_best(run.fabric, other, images, labels, share) for share in SHARES}
+    number = min(len(indices) for indices in kept.values())
+    features, reference = space.features(images, "features of samples"), space.features(real[:number], "features of real images")
+    rows: list[dict[str, float | None]] = []
+    for share, indices in kept.items():
+        some = features[indices[torch.randperm(len(indices), generator=torch.Generator().manual_seed(0))[:number]]]
+        precision, recall = precision_recall(reference, some)
+        rows.append({"kept": share, "fd": space.distance_of(some), "precision": precision, "recall": recall, "images": number})
+    return rows
 
 
 def code_report(codes: Tensor, spec: LatentSpec) -> dict[str, Any]:

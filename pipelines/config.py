@@ -19,9 +19,11 @@ from stage1_vae.hierarchy import Hierarchical
 from stage1_vae.likelihoods import LikelihoodConfig
 from stage1_vae.networks import Convolutional, FullyConnected, NetworkConfig
 from stage2_prior.autoregressive import AutoregressiveConfig, BackboneConfig, CascadeConfig, PriorConfig
-from stage2_prior.conditions import ClassLabel, ConditionConfig
+from stage2_prior.conditions import Caption, ClassLabel, ConditionConfig
 from stage2_prior.heads import Categorical, HeadConfig
 from stage2_prior.pixelcnn import PixelCNNConfig
+from stage2_prior.pixelsnail import PixelSNAILConfig
+from stage2_prior.transformer import TransformerConfig
 
 
 @dataclass(frozen=True)
@@ -82,11 +84,13 @@ VQVAE = replace(
     prior=AutoregressiveConfig(PixelCNNConfig(), Categorical(), ClassLabel()),
 )
 
+# Both levels of a VQ-VAE-2; attention in the top prior, as in the paper.
+TOP = AutoregressiveConfig(PixelSNAILConfig(), Categorical(), ClassLabel())
 CODES = AutoregressiveConfig(PixelCNNConfig(), Categorical(), ClassLabel())
 VQVAE2 = replace(
     MNIST,
     autoencoder=AutoencoderConfig(Convolutional(downsample=2), Hierarchical()),
-    prior=CascadeConfig(CODES, CODES),
+    prior=CascadeConfig(TOP, CODES),
     stage2=replace(STAGE2, steps=4000, checkpoint_steps=500),
 )
 
@@ -106,6 +110,28 @@ PRESETS: dict[str, tuple[str, RunConfig]] = {
             stage2=replace(STAGE2, steps=2000),
             autoencoder=AutoencoderConfig(FullyConnected(), bottlenecks.Gaussian(channels=1), likelihoods.Bernoulli()),
             prior=AutoregressiveConfig(PixelCNNConfig(layers=2)),
+        ),
+    ),
+    "mnist-givt": (
+        "GIVT: a transformer with a mixture of Gaussians over continuous latents of MNIST",
+        replace(MNIST, stage2=replace(STAGE2, learning_rate=1e-3), prior=AutoregressiveConfig(TransformerConfig())),
+    ),
+    "mnist5k-vqvae": (
+        "VQ-VAE on the 5,000 digits that need no download",
+        replace(
+            MNIST5K,
+            autoencoder=AutoencoderConfig(Convolutional(), bottlenecks.VectorQuantized(codes=256)),
+            prior=AutoregressiveConfig(PixelCNNConfig(dropout=0.1), Categorical(), ClassLabel()),
+        ),
+    ),
+    "fashion-dalle": (
+        "a small DALL-E on Fashion-MNIST: a discrete VAE, and a transformer that is told a caption",
+        replace(
+            MNIST,
+            data=TorchvisionSet("FashionMNIST"),
+            stage2=replace(STAGE2, learning_rate=1e-3),
+            autoencoder=AutoencoderConfig(Convolutional(), bottlenecks.GumbelSoftmax()),
+            prior=AutoregressiveConfig(TransformerConfig(), Categorical(), Caption()),
         ),
     ),
     "mnist-vqvae": ("VQ-VAE on MNIST: 512 codes, a class-conditional prior", VQVAE),
@@ -135,16 +161,9 @@ def preset(name: str) -> RunConfig:
 def converter() -> cattrs.Converter:
     made = cattrs.Converter(forbid_extra_keys=True)
     made.register_unstructure_hook(Path, str)
-    for union in (
-        DataConfig,
-        NetworkConfig,
-        BottleneckConfig,
-        LikelihoodConfig,
-        BackboneConfig,
-        HeadConfig,
-        ConditionConfig,
-        PriorConfig,
-    ):
+    stage1 = (NetworkConfig, BottleneckConfig, LikelihoodConfig)
+    stage2 = (BackboneConfig, HeadConfig, ConditionConfig, PriorConfig)
+    for union in (DataConfig, *stage1, *stage2):
         configure_tagged_union(union, made, tag_name="kind")
     return made
 

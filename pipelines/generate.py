@@ -1,6 +1,7 @@
 """python -m pipelines.generate RUN: draw latents from a prior by name, decode them, and write the images."""
 
 import io
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -13,9 +14,11 @@ from torchvision.utils import make_grid, save_image
 
 from pipelines.checkpoint import write_file
 from pipelines.console import Progress, UserError, nearest, run_command, say
-from pipelines.run import PRIORS, Run
+from pipelines.metrics import kept_best, trained_classifier
+from pipelines.run import CLASSIFIERS, PRIORS, Run
 from stage1_vae.autoencoder import Autoencoder
 from stage2_prior.autoregressive import Cascade, LearnedPrior
+from stage2_prior.conditions import ClassLabel
 from stage2_prior.prior import Prior
 from stage2_prior.sampling import AS_FITTED, CannotSample, Sampling
 
@@ -81,6 +84,8 @@ class Arguments:
     """learned, standard (N(0, I)), gaussian, mixture, or posterior (reconstructs training images: not a generator)"""
     label: str | None = None
     """class to draw, by its name, from a prior that was trained with class labels; all classes when not given"""
+    keep_best: float = 1.0
+    """of what is drawn, keep the share that a classifier is surest to read the asked label off (VQ-VAE-2); --count is kept"""
     text: str | None = None
     """caption of what to draw, for a prior that was trained with captions"""
     seed: int = 0
@@ -102,6 +107,8 @@ class Arguments:
             raise UserError(f"--count is a number of images from 1 up, not {self.count}")
         if self.batch_size < 1:
             raise UserError(f"--batch-size is a number of images from 1 up, not {self.batch_size}")
+        if not 0 < self.keep_best <= 1:
+            raise UserError(f"--keep-best is a share above 0 and at most 1, not {self.keep_best}")
         if self.out.suffix not in (".png", ".npz"):
             raise UserError(f"--out ends in .png or .npz, not {self.out.name!r}")
         if self.prior not in PRIORS:
@@ -120,7 +127,10 @@ def write_images(path: Path, images: Tensor) -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    asked = tyro.cli(Arguments, prog="python -m pipelines.generate", args=arguments)
+    try:
+        asked = tyro.cli(Arguments, prog="python -m pipelines.generate", args=arguments)
+    except CannotSample as error:
+        raise UserError(str(error)) from error
     asked.check()
     run = Run.open(asked.run, asked.device)
     autoencoder = run.load_autoencoder()
@@ -132,17 +142,28 @@ def main(arguments: list[str] | None = None) -> None:
     context = run.text(asked.text) if asked.text is not None else context
     if context is not None and not isinstance(prior, LearnedPrior):
         raise UserError(f"the {asked.prior} prior takes neither label nor text; the learned prior may")
+    drawn = math.ceil(asked.count / asked.keep_best)
+    contexts = None if context is None else context.expand(drawn, *context.shape)
+    if asked.keep_best < 1:
+        if not isinstance(prior, LearnedPrior) or not isinstance(run.condition, ClassLabel):
+            raise UserError("--keep-best needs a learned prior that is told labels, to know what the classifier should read")
+        if contexts is None:
+            contexts = prior.draw_contexts(torch.arange(drawn, device=run.fabric.device), asked.seed)
     images = generate(
         autoencoder,
         prior,
-        asked.count,
+        drawn,
         seed=asked.seed,
         device=run.fabric.device,
         batch_size=asked.batch_size,
         how=asked.how,
-        contexts=None if context is None else context.expand(asked.count, *context.shape),
+        contexts=contexts,
         pixels=asked.pixels,
     )
+    if asked.keep_best < 1:
+        assert contexts is not None
+        classifier, _ = trained_classifier(run.fabric, run.config.metrics, run.data(), run.folder.parent / CLASSIFIERS, seed=1)
+        images = images[kept_best(run.fabric, classifier, images, contexts.cpu(), asked.keep_best)][: asked.count]
     write_images(asked.out, images)
     say(f"{asked.count} images from the {asked.prior} prior of {run.folder}: {asked.out}")
 

@@ -76,11 +76,15 @@ class FeatureSpace:
 
     def frechet_distance(self, images: Tensor, label: str) -> float | None:
         """The distance from the training images; None when there are too few images for a covariance."""
-        if min(len(images), len(self.reference)) <= FEATURES:
+        return self.distance_of(self.features(images, label))
+
+    def distance_of(self, features: Tensor) -> float | None:
+        """The same, of features N F."""
+        if min(len(features), len(self.reference)) <= FEATURES:
             return None
         metric = FrechetInceptionDistance(feature=GivenFeatures()).set_dtype(torch.float64)
         metric.update(self.reference, real=True)
-        metric.update(self.features(images, label), real=False)
+        metric.update(features, real=False)
         return float(metric.compute())
 
 
@@ -93,22 +97,63 @@ class GivenFeatures(nn.Module):
         return features
 
 
-def feature_space(fabric: Fabric, config: MetricsConfig, splits: Splits, cache: Path) -> FeatureSpace:
-    """Train the classifier, or load it from `cache`; without labels, a network of random weights with a fixed seed."""
-    torch.manual_seed(0)
-    channels = splits.image_shape[0]
-    if not splits.label_names:
-        model = Classifier(channels, 2)
-        fabric.to_device(model)
-        return FeatureSpace(model, {"extractor": "random network, seed 0 (no labels)"}, splits.train, fabric)
-    model = Classifier(channels, len(splits.label_names))
-    key = hashlib.sha256(repr(config.classifier).encode())
+def trained_classifier(
+    fabric: Fabric, config: MetricsConfig, splits: Splits, cache: Path, seed: int
+) -> tuple[Classifier, dict[str, Any]]:
+    """A classifier of the data set's labels, trained or loaded from `cache`, and its description."""
+    torch.manual_seed(seed)
+    model = Classifier(splits.image_shape[0], len(splits.label_names))
+    key = hashlib.sha256(repr((config.classifier, seed)).encode())
     for part in (splits.train.images, splits.train.labels, splits.validation.images):
         assert part is not None
         key.update(part.numpy().tobytes())
     folder = cache / key.hexdigest()[:16]
-    chosen = fit(fabric, model, Labelled(splits.train), Labelled(splits.validation), config.classifier, 0, folder, "classifier")
+    chosen = fit(
+        fabric, model, Labelled(splits.train), Labelled(splits.validation), config.classifier, seed, folder, "classifier"
+    )
     accuracy = evaluate(fabric, model, Labelled(splits.test), BATCH, 0)["accuracy"]
     say(f"classifier: accuracy {100 * accuracy:.1f} % on {len(splits.test)} test images")
-    description = {"extractor": "classifier", "accuracy": accuracy, "digest": chosen.digest()[:16]}
+    return model.eval(), {"extractor": "classifier", "accuracy": accuracy, "digest": chosen.digest()[:16]}
+
+
+def feature_space(fabric: Fabric, config: MetricsConfig, splits: Splits, cache: Path) -> FeatureSpace:
+    """The features of a classifier; without labels, those of a network of random weights with a fixed seed."""
+    if splits.label_names:
+        model, description = trained_classifier(fabric, config, splits, cache, seed=0)
+    else:
+        torch.manual_seed(0)
+        model, description = Classifier(splits.image_shape[0], 2), {"extractor": "random network, seed 0 (no labels)"}
+        fabric.to_device(model)
     return FeatureSpace(model, description, splits.train, fabric)
+
+
+@torch.inference_mode()
+def kept_best(fabric: Fabric, classifier: Classifier, images: Tensor, labels: Tensor, share: float) -> Tensor:
+    """Which images to keep, in order: of each label, the share in which the classifier is surest to read that label.
+
+    Rejection sampling as in VQ-VAE-2 (Razavi et al. 2019, section 3.4). images uint8 N C H W, labels N; returns indices.
+    """
+    logits = torch.cat([classifier.output(classifier.features(fabric.to_device(b))).cpu() for b in images.split(BATCH)])
+    surety = logits.log_softmax(-1).gather(1, labels[:, None]).squeeze(1)
+    kept = []
+    for label in labels.unique():
+        members = torch.nonzero(labels == label).squeeze(1)
+        kept.append(members[surety[members].topk(max(1, round(share * len(members)))).indices])
+    return torch.cat(kept).sort().values
+
+
+NEIGHBOURS = 3
+
+
+def precision_recall(real: Tensor, generated: Tensor) -> tuple[float, float]:
+    """The share of generated images among the real ones, and of real among generated ones (Kynkäänniemi et al. 2019).
+
+    An image is among others when it is nearer to one of them than that one's third neighbour is. Features, N F each.
+    """
+
+    def share_among(images: Tensor, others: Tensor) -> float:
+        # The first of a point's distances to its own set is 0, to itself.
+        radius = torch.cdist(others, others).kthvalue(NEIGHBOURS + 1, dim=1).values
+        return float((torch.cdist(images, others) <= radius).any(1).double().mean())
+
+    return share_among(generated, real), share_among(real, generated)

@@ -80,6 +80,28 @@ def histogram(path: Path, levels: list[Tensor], specs: list[LatentSpec]) -> None
     save(figure, path)
 
 
+def rejection_plot(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Precision, recall and fd against the share of samples kept, the lowest fd marked."""
+    shares = [row["kept"] for row in rows]
+    figure, axis = pyplot.subplots(figsize=(5.5, 3.6), layout="constrained")
+    for name, marker in (("precision", "o"), ("recall", "s")):
+        axis.plot(shares, [row[name] for row in rows], marker=marker, label=name)
+    axis.set(xlabel="share of samples kept", ylabel="precision, recall", xlim=(1.03, 0), ylim=(0, 1))
+    axis.set_title(f"rejection by a second classifier, {rows[0]['images']} images a point", fontsize=10)
+    if all(row["fd"] is not None for row in rows):
+        right = axis.twinx()
+        right.plot(shares, [row["fd"] for row in rows], color="tab:green", marker="^", label="fd")
+        best = min(rows, key=lambda row: row["fd"])
+        right.annotate(
+            f"lowest fd {best['fd']:.2f}\nat {best['kept']:.2f}", (best["kept"], best["fd"]), xytext=(0, 12),
+            textcoords="offset points", ha="center", fontsize=9, color="tab:green",
+        )  # fmt: skip
+        right.set(ylabel="fd", ylim=(0, 1.3 * max(row["fd"] for row in rows)))
+        right.legend(loc="lower right", fontsize=9)
+    axis.legend(loc="lower left", fontsize=9)
+    save(figure, path)
+
+
 def picture(path: Path, rows: dict[str, Tensor], metrics: dict[str, Any]) -> None:
     """One row of images (uint8 N C H W) for each name in ROWS, its fd beside it."""
     numbers = figures(metrics)

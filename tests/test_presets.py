@@ -136,10 +136,10 @@ def test_a_config_names_the_kinds_of_its_prior(backbone, head):
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_values_are_overridden_on_the_command_line(name):
-    run, config, device = parse([name, "--run", "r", "--stage2.steps", "7", "--prior.backbone.width", "12", "--seed", "3"])
+    run, config, device = parse([name, "--run", "r", "--stage2.steps", "7", "--autoencoder.network.width", "12", "--seed", "3"])
     expected = dataclasses.replace(preset(name), stage2=dataclasses.replace(preset(name).stage2, steps=7), seed=3)
-    backbone = dataclasses.replace(expected.prior.backbone, width=12)
-    assert config == dataclasses.replace(expected, prior=dataclasses.replace(expected.prior, backbone=backbone))
+    network = dataclasses.replace(expected.autoencoder.network, width=12)
+    assert config == dataclasses.replace(expected, autoencoder=dataclasses.replace(expected.autoencoder, network=network))
     assert (run, device) == ("r", "auto")
 
 
