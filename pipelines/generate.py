@@ -13,11 +13,13 @@ from torch import Tensor
 from torchvision.utils import make_grid, save_image
 
 from pipelines.checkpoint import write_file
+from pipelines.completion import held_latents, known_pixels, picture_to_complete
 from pipelines.console import Progress, UserError, nearest, run_command, say
 from pipelines.metrics import kept_best, trained_classifier
 from pipelines.run import CLASSIFIERS, PRIORS, Run
 from stage1_vae.autoencoder import Autoencoder
 from stage2_prior.autoregressive import Cascade, LearnedPrior
+from stage2_prior.completion import complete
 from stage2_prior.conditions import ClassLabel
 from stage2_prior.prior import Prior
 from stage2_prior.sampling import AS_FITTED, CannotSample, Sampling
@@ -86,6 +88,12 @@ class Arguments:
     """class to draw, by its name, from a prior that was trained with class labels; all classes when not given"""
     keep_best: float = 1.0
     """of what is drawn, keep the share that a classifier is surest to read the asked label off (VQ-VAE-2); --count is kept"""
+    complete: Path | None = None
+    """picture whose hidden part is to be drawn anew, --count times"""
+    keep: str = "top-half"
+    """which part of the picture to complete is kept: top-half, bottom-half, left-half, right-half, or a mask picture's file"""
+    particles: int = 16
+    """drawn for each completion, to choose one by the density of what is kept"""
     text: str | None = None
     """caption of what to draw, for a prior that was trained with captions"""
     seed: int = 0
@@ -107,12 +115,41 @@ class Arguments:
             raise UserError(f"--count is a number of images from 1 up, not {self.count}")
         if self.batch_size < 1:
             raise UserError(f"--batch-size is a number of images from 1 up, not {self.batch_size}")
+        if self.particles < 1:
+            raise UserError(f"--particles is a number from 1 up, not {self.particles}")
+        if self.complete is not None and (self.how != AS_FITTED or self.keep_best < 1):
+            raise UserError("--complete draws from the density as fitted: without temperature, top-k, top-p, guidance, keep-best")
         if not 0 < self.keep_best <= 1:
             raise UserError(f"--keep-best is a share above 0 and at most 1, not {self.keep_best}")
         if self.out.suffix not in (".png", ".npz"):
             raise UserError(f"--out ends in .png or .npz, not {self.out.name!r}")
         if self.prior not in PRIORS:
             raise UserError(f"there is no prior {self.prior!r}{nearest(self.prior, PRIORS)}")
+
+
+@torch.inference_mode()
+def completions(run: Run, autoencoder: Autoencoder, prior: Prior, asked: Arguments, context: Tensor | None) -> Tensor:
+    """Pictures uint8 N C H W; in a .png, the picture with its hidden part in grey comes first."""
+    assert asked.complete is not None
+    if not isinstance(prior, LearnedPrior):
+        raise UserError(f"--complete needs the learned prior, not {asked.prior}")
+    shape, device = run.facts()["image_shape"], run.fabric.device
+    image, known = picture_to_complete(asked.complete, shape), known_pixels(asked.keep, shape)
+    given, held = held_latents(autoencoder, image, known, device)
+    for mask in held:
+        say(f"held: {int(mask.sum())} of {mask.numel()} latents on the {mask.shape[0]}×{mask.shape[1]} grid")
+    images, sizes = [], []
+    with Progress("completing", asked.count, "images") as progress:
+        for indices in torch.arange(asked.count, device=device).split(max(1, asked.batch_size // asked.particles)):
+            told = None if context is None else context.to(device).expand(len(indices), *context.shape)
+            levels, size = complete(prior, given, held, indices, asked.seed, asked.particles, told)
+            torch.manual_seed(asked.seed + int(indices[0]))
+            images.append(autoencoder.render(levels, asked.pixels).cpu())
+            sizes.append(size)
+            progress.update(len(indices))
+    say(f"effective sample size: median {float(torch.cat(sizes).median()):.1f} of {asked.particles} particles")
+    shown = torch.where(known, image, torch.full_like(image, 128))[None]
+    return torch.cat([*([shown] if asked.out.suffix == ".png" else []), *images])
 
 
 def write_images(path: Path, images: Tensor) -> None:
@@ -142,6 +179,10 @@ def main(arguments: list[str] | None = None) -> None:
     context = run.text(asked.text) if asked.text is not None else context
     if context is not None and not isinstance(prior, LearnedPrior):
         raise UserError(f"the {asked.prior} prior takes neither label nor text; the learned prior may")
+    if asked.complete is not None:
+        write_images(asked.out, completions(run, autoencoder, prior, asked, context))
+        say(f"{asked.count} completions of {asked.complete}, which keep its {asked.keep}: {asked.out}")
+        return
     drawn = math.ceil(asked.count / asked.keep_best)
     contexts = None if context is None else context.expand(drawn, *context.shape)
     if asked.keep_best < 1:

@@ -18,6 +18,7 @@ from pipelines.console import run_command, say
 from pipelines.fit import fit
 from pipelines.report import table
 from pipelines.run import CHECKPOINTS, Run
+from stage2_prior.latents import LatentDataset, LatentSpec
 
 DEFAULT_PRESET = "mnist5k"
 
@@ -32,6 +33,7 @@ def train_all(run: Run) -> None:
     say(f"{run.folder}: {len(splits.train)} training, {len(splits.validation)} validation, {len(splits.test)} test images")
     fit(fabric, autoencoder, splits.train, splits.validation, config.stage1, config.seed, run.folder / "stage1", "stage 1")
     train, validation = (run.encode(autoencoder, getattr(splits, part), part) for part in ("train", "validation"))
+    warn_of_unused_codes(train, run.specs(autoencoder))
     prior.estimate(train)
     fit(fabric, prior, train, validation, config.stage2, config.seed, run.folder / "stage2", "stage 2")
     path = run.folder / "compare" / "metrics.json"
@@ -46,6 +48,18 @@ def train_all(run: Run) -> None:
         f" more samples: python -m pipelines.generate {run.folder.name} --count 64 --out samples.png"
     )
     say(f"{time.monotonic() - started:.0f} seconds")
+
+
+def warn_of_unused_codes(latents: LatentDataset, specs: list[LatentSpec]) -> None:
+    """A codebook that the data cannot fill, or that has collapsed, wastes what the prior has to learn."""
+    for spec, posterior in zip(specs, latents.levels):
+        if spec.vocabulary is not None:
+            used = len(posterior["codes"].unique())
+            if used < spec.vocabulary / 2:
+                say(
+                    f"warning: the training images use {used} of {spec.vocabulary} codes on the {spec.grid[0]}×{spec.grid[1]}"
+                    " grid; a smaller codebook would do"
+                )
 
 
 def parse(arguments: list[str]) -> tuple[str, RunConfig, str]:

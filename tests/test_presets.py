@@ -147,6 +147,14 @@ def test_the_default_is_the_embedded_preset():
     assert parse([]) == ("mnist5k", preset("mnist5k"), "auto")
 
 
+def test_a_codebook_too_large_for_the_data_is_warned_of(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    config = shrunk(preset("mnist-vqvae"))
+    large = dataclasses.replace(config.autoencoder, bottleneck=bottlenecks.VectorQuantized(codes=20_000))
+    train("mnist-vqvae", dataclasses.replace(config, autoencoder=large), monkeypatch)
+    assert "of 20000 codes on the 7×7 grid; a smaller codebook would do" in capsys.readouterr().out
+
+
 def test_an_unfinished_run_says_so(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     config = shrunk(preset("mnist5k"))

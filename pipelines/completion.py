@@ -1,0 +1,71 @@
+"""Completion of a picture: which pixels are kept, and so which latents are held.
+
+The hidden pixels are blanked before encoding. A latent is held when no filling of the hidden pixels that is tried changes it;
+what it could only learn from hidden pixels is drawn again.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from pipelines.console import UserError, nearest, say
+from pipelines.data import read_image
+from stage1_vae.autoencoder import Autoencoder
+
+SIDES = {"top-half": (0, True), "bottom-half": (0, False), "left-half": (1, True), "right-half": (1, False)}
+FILLINGS = 24  # of the hidden pixels, to see which latents they can change
+SMALL_CHANGE = 0.1  # of a channel's spread over the grid: less than this leaves a continuous latent as it was
+
+
+def picture_to_complete(path: Path, image_shape: tuple[int, int, int]) -> Tensor:
+    """uint8 C H W, resized to what the model takes, and said so. Raises UserError when it cannot be read."""
+    channels, height, width = image_shape
+    try:
+        with Image.open(path) as image:
+            size = image.size
+        pixels = read_image(path, max(height, width), channels)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read as a picture ({error})") from error
+    if size != (width, height):
+        say(f"{path} is {size[0]}×{size[1]} pixels; it is cropped and resized to the model's {width}×{height}")
+    return torch.from_numpy(pixels)[:, :height, :width]
+
+
+def known_pixels(keep: str, image_shape: tuple[int, int, int]) -> Tensor:
+    """H W, True where the picture is kept: a half by its name, or a mask picture, white where it is kept."""
+    _, height, width = image_shape
+    if keep in SIDES:
+        axis, first = SIDES[keep]
+        half = torch.arange((height, width)[axis]) < (height, width)[axis] // 2
+        half = half if first else ~half
+        return (half[:, None] if axis == 0 else half[None]).expand(height, width)
+    if not Path(keep).is_file():
+        raise UserError(f"--keep is a half or the file of a mask picture; there is no {keep!r}{nearest(keep, SIDES)}")
+    with Image.open(keep) as mask:
+        return torch.from_numpy(np.asarray(mask.convert("L").resize((width, height), Image.Resampling.NEAREST)) > 127)
+
+
+@torch.inference_mode()
+def held_latents(
+    autoencoder: Autoencoder, image: Tensor, known: Tensor, device: torch.device
+) -> tuple[list[Tensor], list[Tensor]]:
+    """For each level, the latent of the picture with hidden pixels blanked, and where it is held, h w."""
+    noise = torch.Generator().manual_seed(0)
+    grey = torch.linspace(0, 255, 8).round().to(torch.uint8).view(-1, 1, 1, 1).expand(-1, *image.shape)
+    others = torch.stack([image.roll((r, c), (1, 2)) for r in (-8, 0, 8) for c in (-8, 0, 8)])
+    random = torch.randint(0, 256, (FILLINGS - len(grey) - len(others), *image.shape), dtype=torch.uint8, generator=noise)
+    fillings = torch.cat([grey, others, random])  # the first is black: the blanked picture
+    posteriors = autoencoder.encode(torch.where(known, image, fillings).to(device))
+    latents, held = [], []
+    for posterior, level in zip(posteriors, autoencoder.mean(posteriors), strict=True):
+        if "codes" in posterior:
+            same = (level == level[:1]).all(0)
+        else:
+            spread = level[0].flatten(1).std(1)[:, None, None]
+            same = ((level - level[:1]).abs() < SMALL_CHANGE * spread).all(0).all(0)
+        latents.append(level[0])
+        held.append(same)
+    return latents, held

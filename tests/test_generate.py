@@ -1,0 +1,114 @@
+"""What can be asked of generate beyond a count: labels, guidance, text, rejection, completion."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from pipelines import generate
+from pipelines.config import preset
+from pipelines.console import UserError
+from pipelines.run import Run
+from pipelines.train_all import train_all
+from tests.parts import shrunk, small_splits
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """A conditional, a hierarchical, a captioned and a continuous run, shrunk, on images of four classes."""
+    folder = tmp_path_factory.mktemp("runs")
+    made = {}
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("mnist-vqvae", "fashion-vqvae2", "fashion-dalle", "mnist5k"):
+            config = shrunk(preset(name))
+            patch.setattr(type(config.data), "load", lambda self: small_splits((1, 28, 28), 4))
+            made[name] = Run.create(folder / name, config, "cpu")
+            train_all(made[name])
+        yield {name: str(run.folder) for name, run in made.items()}
+
+
+def drawn(*arguments: str, tmp_path) -> np.ndarray:
+    generate.main([*arguments, "--count", "6", "--out", str(tmp_path / "x.npz"), "--device", "cpu"])
+    return np.load(tmp_path / "x.npz")["arr_0"].astype(int)
+
+
+def test_a_label_by_name_and_guidance(runs, tmp_path):
+    for name in ("mnist-vqvae", "fashion-vqvae2"):
+        plain = drawn(runs[name], "--label", "2", tmp_path=tmp_path)
+        assert plain.shape == (6, 28, 28, 1)
+        assert (drawn(runs[name], "--label", "2", tmp_path=tmp_path) == plain).all()
+        assert (drawn(runs[name], "--label", "2", "--guidance", "50", tmp_path=tmp_path) != plain).any()
+    with pytest.raises(UserError, match="no label 'two'.*There are: 0, 1, 2, 3"):
+        drawn(runs["mnist-vqvae"], "--label", "two", tmp_path=tmp_path)
+
+
+def test_text(runs, tmp_path):
+    one = drawn(runs["fashion-dalle"], "--text", "a pair of 2s", tmp_path=tmp_path)
+    other = drawn(runs["fashion-dalle"], "--text", "a picture of a 3", "--guidance", "3", tmp_path=tmp_path)
+    assert one.shape == other.shape == (6, 28, 28, 1)
+    with pytest.raises(UserError, match="takes no text; it takes a --label"):
+        drawn(runs["mnist-vqvae"], "--text", "a 2", tmp_path=tmp_path)
+    with pytest.raises(UserError, match="takes no label; it takes a --text"):
+        drawn(runs["fashion-dalle"], "--label", "2", tmp_path=tmp_path)
+    with pytest.raises(UserError, match="trained without"):
+        drawn(runs["mnist5k"], "--label", "2", tmp_path=tmp_path)
+
+
+def test_rejection_keeps_some_of_what_would_be_drawn(runs, tmp_path):
+    generate.main([runs["mnist-vqvae"], "--count", "12", "--label", "1", "--out", str(tmp_path / "all.npz"), "--device", "cpu"])
+    pool = {image.tobytes() for image in np.load(tmp_path / "all.npz")["arr_0"].astype(int)}
+    kept = drawn(runs["mnist-vqvae"], "--label", "1", "--keep-best", "0.5", tmp_path=tmp_path)
+    assert len(kept) == 6 and all(image.tobytes() in pool for image in kept)
+    with pytest.raises(UserError, match="needs a learned prior that is told labels"):
+        drawn(runs["mnist5k"], "--keep-best", "0.5", tmp_path=tmp_path)
+    with pytest.raises(UserError, match="--keep-best is a share"):
+        drawn(runs["mnist-vqvae"], "--keep-best", "0", tmp_path=tmp_path)
+
+
+@pytest.mark.parametrize("name", ["mnist-vqvae", "fashion-vqvae2", "mnist5k"])
+def test_completion_of_a_picture(runs, name, tmp_path, capsys):
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 30), dtype=np.uint8)).save(tmp_path / "in.png")
+    mask = np.zeros((28, 28), dtype=np.uint8)
+    mask[:, :20] = 255
+    Image.fromarray(mask).save(tmp_path / "mask.png")
+    for keep in ("top-half", "right-half", str(tmp_path / "mask.png")):
+        out = drawn(runs[name], "--complete", str(tmp_path / "in.png"), "--keep", keep, "--particles", "3", tmp_path=tmp_path)
+        assert out.shape == (6, 28, 28, 1)
+    said = capsys.readouterr().out
+    assert "30×40 pixels; it is cropped and resized to the model's 28×28" in said
+    assert "held:" in said and "effective sample size: median" in said
+    with pytest.raises(UserError, match="there is no 'top-haf'.*top-half"):
+        drawn(runs[name], "--complete", str(tmp_path / "in.png"), "--keep", "top-haf", tmp_path=tmp_path)
+    with pytest.raises(UserError, match="cannot be read as a picture"):
+        drawn(runs[name], "--complete", str(tmp_path / "nothing.png"), tmp_path=tmp_path)
+
+
+def test_the_comparison_of_a_conditional_prior_of_codes(runs):
+    for name in ("mnist-vqvae", "fashion-vqvae2", "fashion-dalle"):
+        metrics = json.loads(open(f"{runs[name]}/compare/metrics.json").read())
+        assert 0 <= metrics["priors"]["learned"]["label_read"] <= 1
+        assert all(1 <= level["perplexity"] <= level["codes"] for level in metrics["codes"])
+        shares = [row["kept"] for row in metrics["rejection"]]
+        assert shares == sorted(shares, reverse=True) and len({row["images"] for row in metrics["rejection"]}) == 1
+
+
+def test_own_captions_are_read_and_wrong_ones_named(tmp_path):
+    from pipelines.data import Folder
+
+    for index in range(12):
+        Image.fromarray(np.full((8, 8, 3), index, dtype=np.uint8)).save(tmp_path / f"{index}.png")
+    lines = [json.dumps({"file_name": f"{index}.png", "text": f"grey number {index}"}) for index in range(12)]
+    file = tmp_path / "captions.jsonl"
+    file.write_text("\n".join(lines))
+    splits = Folder(root=tmp_path, size=8).load()
+    for part in (splits.train, splits.validation, splits.test):
+        assert part.captions == [f"grey number {int(image[0, 0, 0])}" for image in part.images]
+    file.write_text("\n".join(lines[:-1]))
+    with pytest.raises(UserError, match="1 of 12 images .* have no caption in captions.jsonl: 11.png"):
+        Folder(root=tmp_path, size=8).load()
+    file.write_text(lines[0] + "\nnonsense\n")
+    with pytest.raises(UserError, match="line 2: expected"):
+        Folder(root=tmp_path, size=8).load()
+    assert torch.is_tensor(splits.train.images)
