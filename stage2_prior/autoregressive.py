@@ -48,7 +48,7 @@ class AutoregressivePrior(Prior):
         self.level = len(coarser)
         self.backbone = config.backbone.build()
         self.head = config.head.build(self.spec, self.backbone.width)
-        self.condition = config.condition.build(self.backbone.width, classes)
+        self.condition = config.condition.build(self.backbone.width, self.spec.grid, classes)
         self.coarser = nn.ModuleList(CoarserLevel(spec, self.spec.grid, self.backbone.width) for spec in coarser)
         # Latents of pictures are not stationary; a learned map tells the backbone where on the grid it is.
         self.position = nn.Parameter(0.02 * torch.randn(1, self.backbone.width, *self.spec.grid))

@@ -29,7 +29,7 @@ class Embedded(NamedTuple):
 class Unconditional:
     """Nothing."""
 
-    def build(self, width: int, classes: int) -> None:
+    def build(self, width: int, grid: tuple[int, int], classes: int) -> None:
         return None
 
 
@@ -40,20 +40,21 @@ class ClassLabel:
     dropout: float = 0.1
     """share of labels forgotten in training; 0.1 to 0.2 in the paper"""
 
-    def build(self, width: int, classes: int) -> "LabelCondition":
+    def build(self, width: int, grid: tuple[int, int], classes: int) -> "LabelCondition":
         """Raises ValueError when the data set has no labels."""
         if classes < 1:
             raise ValueError("a prior conditioned on class labels needs images with labels")
-        return LabelCondition(width, classes, self.dropout)
+        return LabelCondition(width, grid, classes, self.dropout)
 
 
 class LabelCondition(nn.Module):
     frequencies: Tensor
 
-    def __init__(self, width: int, classes: int, dropout: float):
+    def __init__(self, width: int, grid: tuple[int, int], classes: int, dropout: float):
         super().__init__()
         self.classes, self.dropout = classes, dropout
-        self.embedding = nn.Embedding(classes + 1, width)  # the last stands for no label
+        # A map of its own for each label, not one vector for the whole grid; the last stands for no label.
+        self.maps = nn.Parameter(0.1 * torch.randn(classes + 1, width, *grid))
         self.register_buffer("frequencies", torch.full((classes,), 1 / classes))
 
     def estimate(self, contexts: Tensor) -> None:
@@ -76,7 +77,7 @@ class LabelCondition(nn.Module):
             contexts = torch.where(forgotten, self.classes, contexts)
         elif not ((contexts >= 0) & (contexts <= self.classes)).all():
             raise CannotSample(f"labels are numbers from 0 to {self.classes - 1}")
-        return Embedded(self.embedding(contexts)[:, :, None, None], None)
+        return Embedded(self.maps[contexts], None)
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,7 @@ class Caption:
     dropout: float = 0.1
     """share of captions forgotten in training"""
 
-    def build(self, width: int, classes: int) -> "CaptionCondition":
+    def build(self, width: int, grid: tuple[int, int], classes: int) -> "CaptionCondition":
         return CaptionCondition(width, self)
 
 
