@@ -91,7 +91,8 @@ VQVAE2 = replace(
     MNIST,
     autoencoder=AutoencoderConfig(Convolutional(downsample=2), Hierarchical()),
     prior=CascadeConfig(TOP, CODES),
-    stage2=replace(STAGE2, steps=4000, checkpoint_steps=500),
+    stage1=replace(STAGE1, steps=3000),
+    stage2=replace(STAGE2, steps=3000, checkpoint_steps=500),
 )
 
 PRESETS: dict[str, tuple[str, RunConfig]] = {
@@ -135,7 +136,10 @@ PRESETS: dict[str, tuple[str, RunConfig]] = {
         ),
     ),
     "mnist-vqvae": ("VQ-VAE on MNIST: 512 codes, a class-conditional prior", VQVAE),
-    "fashion-vqvae": ("VQ-VAE on Fashion-MNIST", replace(VQVAE, data=TorchvisionSet("FashionMNIST"))),
+    "fashion-vqvae": (
+        "VQ-VAE on Fashion-MNIST",
+        replace(VQVAE, data=TorchvisionSet("FashionMNIST"), stage2=replace(STAGE2, steps=5000)),
+    ),
     "fashion-vqvae2": (
         "VQ-VAE-2 on Fashion-MNIST: codes on a 7×7 and a 14×14 grid",
         replace(VQVAE2, data=TorchvisionSet("FashionMNIST")),

@@ -165,12 +165,14 @@ class VectorQuantized:
 
 
 class VectorQuantizedBottleneck(nn.Module):
-    """Own code, not the library vector-quantize-pytorch: that one took four times as long, a third of a training step."""
+    """Own code, not the library vector-quantize-pytorch, which took four to eight times as long for the same step: more than a
+    sixth of a whole training step."""
 
     has_density = True
     codebook: Tensor
     counts: Tensor
     sums: Tensor
+    uses: Tensor
 
     def __init__(self, config: VectorQuantized, features: int):
         super().__init__()
@@ -178,10 +180,14 @@ class VectorQuantizedBottleneck(nn.Module):
             raise ValueError(f"a codebook holds at least 2 codes, not {config.codes}")
         self.config = config
         self.vocabulary, self.latent_channels = config.codes, config.channels
-        self.project = nn.Conv2d(features, config.channels, 1)
+        # The normalization keeps the encoder from shrinking its outputs until all fall to a few codes (Łańcucki et al. 2020).
+        self.project = nn.Sequential(
+            nn.Conv2d(features, config.channels, 1, bias=False), nn.BatchNorm2d(config.channels, affine=False)
+        )
         self.register_buffer("codebook", torch.zeros(config.codes, config.channels))
         self.register_buffer("counts", torch.zeros(config.codes))  # how often each code is chosen in a batch, on average
         self.register_buffer("sums", torch.zeros(config.codes, config.channels))  # of the encoder outputs that chose it
+        self.register_buffer("uses", torch.zeros(config.codes))  # as `counts`, but revival leaves it alone: what is reported
 
     def forward(self, features: Tensor, step: int) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         encoded = full_precision(self.project(features))
@@ -196,7 +202,7 @@ class VectorQuantizedBottleneck(nn.Module):
         commitment = (encoded - quantized).square().flatten(1).sum(1)
         # Straight through: the decoder's gradient passes to the encoder as if there were no quantization.
         embedded = encoded + (quantized - encoded).detach()
-        usage, perplexity = code_usage(self.counts)
+        usage, perplexity = code_usage(self.uses)
         return embedded[None], self.config.commitment * commitment, {"perplexity": perplexity, "usage": usage}
 
     @torch.no_grad()
@@ -205,6 +211,7 @@ class VectorQuantizedBottleneck(nn.Module):
         counts = torch.bincount(codes, minlength=self.vocabulary).to(self.counts)
         sums = torch.zeros_like(self.sums).index_add_(0, codes, vectors)
         self.counts.lerp_(counts, 1 - self.config.decay)
+        self.uses.lerp_(counts, 1 - self.config.decay)
         self.sums.lerp_(sums, 1 - self.config.decay)
         chosen_lately = self.counts > 1e-20  # else both averages have decayed to nothing, and the code stays where it was
         self.codebook[chosen_lately] = self.sums[chosen_lately] / self.counts[chosen_lately, None]
@@ -245,9 +252,12 @@ def nearest(vectors: Tensor, codebook: Tensor) -> Tensor:
 
 
 def code_usage(counts: Tensor) -> tuple[Tensor, Tensor]:
-    """From how often each code is used: the share of codes used at all, and the perplexity e^entropy of the use."""
+    """From how often each code is used: the share of codes used at all, and the perplexity e^entropy of the use.
+
+    Of moving averages, a code counts as used above a hundredth of an even use.
+    """
     share = counts / counts.sum().clamp(min=1e-12)
-    return (counts > 0).to(share.dtype).mean(), torch.special.entr(share).sum().exp()
+    return (share > 0.01 / len(share)).to(share.dtype).mean(), torch.special.entr(share).sum().exp()
 
 
 @dataclass(frozen=True)
