@@ -137,7 +137,7 @@ PRESETS: dict[str, tuple[str, RunConfig]] = {
     ),
     "mnist-vqvae": ("VQ-VAE on MNIST: 512 codes, a class-conditional prior", VQVAE),
     "fashion-vqvae": (
-        "VQ-VAE on Fashion-MNIST",
+        "VQ-VAE on Fashion-MNIST: 512 codes, a class-conditional prior",
         replace(VQVAE, data=TorchvisionSet("FashionMNIST"), stage2=replace(STAGE2, steps=5000)),
     ),
     "fashion-vqvae2": (
@@ -148,6 +148,8 @@ PRESETS: dict[str, tuple[str, RunConfig]] = {
         "VQ-VAE-2 on CIFAR-10: codes on an 8×8 and a 16×16 grid",
         replace(
             CIFAR10,
+            stage1=replace(CIFAR10.stage1, steps=4000),
+            stage2=replace(STAGE2, steps=4000, checkpoint_steps=500),
             autoencoder=replace(VQVAE2.autoencoder, network=Convolutional(width=96, downsample=2)),
             prior=VQVAE2.prior,
         ),
