@@ -10,6 +10,7 @@ Nothing is read by pickle. A folder whose checksums do not fit is never used.
 
 import hashlib
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable
@@ -73,8 +74,9 @@ class Checkpoint:
 
     @property
     def loss(self) -> float:
-        """The held-out loss in nats an image."""
-        return self.record["held_out"]["loss"]
+        """The held-out loss in nats an image; infinite where a signal left no time to measure it."""
+        held_out = self.record["held_out"]
+        return math.inf if held_out is None else held_out["loss"]
 
     def model(self) -> dict[str, Tensor]:
         return safetensors.torch.load_file(self.folder / "model.safetensors")

@@ -2,7 +2,9 @@
 
 import difflib
 import errno
+import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
 from typing import SupportsFloat
@@ -14,6 +16,35 @@ class UserError(ValueError):
     """A mistake that the user can mend; its message says how. Ends a command with exit code 2 and no traceback."""
 
 
+class Stopped(Exception):
+    """A signal ended the work in good order; its message says where. Ends a command with exit code 128 + the signal."""
+
+    def __init__(self, message: str, signal: int):
+        super().__init__(message)
+        self.signal = signal
+
+
+class Signals:
+    """While entered, the first SIGTERM, SIGINT or SIGUSR1 (a cluster's warning) is only noted; a second one acts as ever."""
+
+    NOTED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+    def __enter__(self) -> "Signals":
+        self.received: int | None = None
+        self.before = {}
+        if threading.current_thread() is threading.main_thread():  # Python lets no other thread handle signals
+            self.before = {number: signal.signal(number, self.note) for number in self.NOTED}
+        return self
+
+    def note(self, number: int, frame: object) -> None:
+        self.received = number
+        self.__exit__()
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """`, did you mean 'x'?` for a misspelt name, and the names there are."""
     known = list(known)
@@ -23,7 +54,7 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 
 def run_command(main: Callable[[], None]) -> None:
-    """Run an entry point; a user's mistake or a full disk is one sentence and exit code 2, Ctrl-C is exit code 130."""
+    """Run an entry point; a user's mistake or a full disk is one sentence and exit code 2, a signal 128 + it."""
     try:
         main()
     except UserError as error:
@@ -37,6 +68,9 @@ def run_command(main: Callable[[], None]) -> None:
                 " permission and run the same command again."
             )
         )
+    except Stopped as stopped:
+        print(f"\n{stopped}", file=sys.stderr)
+        sys.exit(128 + stopped.signal)
     except KeyboardInterrupt:
         print("\ninterrupted; the same command goes on from the last checkpoint", file=sys.stderr)
         sys.exit(130)

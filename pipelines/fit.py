@@ -8,6 +8,7 @@ optimizer and step.
 """
 
 import math
+import signal
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,9 +20,10 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from pipelines import checkpoint
-from pipelines.console import Progress, UserError, say
+from pipelines.console import Progress, Signals, Stopped, UserError, say
 
 Precision = Literal["auto", "float32", "bfloat16"]
+OnNan = Literal["stop", "skip"]
 
 
 def fabric_for(device: str, precision: Precision) -> Fabric:
@@ -128,16 +130,25 @@ def evaluate(fabric: Fabric, model: nn.Module, source: Source, batch_size: int, 
 
 
 def fit(
-    fabric: Fabric, model: nn.Module, train: Source, held_out: Source, config: FitConfig, seed: int, folder: Path, label: str
+    fabric: Fabric,
+    model: nn.Module,
+    train: Source,
+    held_out: Source,
+    config: FitConfig,
+    seed: int,
+    folder: Path,
+    label: str,
+    on_nan: OnNan = "stop",
 ) -> checkpoint.Checkpoint:
     """Train `model` in place, from its last checkpoint under `folder` if there is one; returns the best checkpoint.
 
     The model ends with the best checkpoint's weights, in eval mode. A finished training is only loaded.
-    Raises UserError when the loss is no longer a number, and OSError when a checkpoint cannot be written.
+    Raises UserError when a loss or gradient is not a number (on_nan "stop"; "skip" leaves that step out and goes on), OSError
+    when a checkpoint cannot be written, and Stopped when a signal asked to end: after a checkpoint, from which it goes on.
     """
     done = checkpoint.usable(folder)
     if not done or done[-1].step < config.steps:
-        Training(fabric, model, train, held_out, config, seed, folder, label).run(done)
+        Training(fabric, model, train, held_out, config, seed, folder, label, on_nan).run(done)
         done = checkpoint.usable(folder)
     else:
         say(f"{label}: finished, skipped")
@@ -160,7 +171,9 @@ class Training:
         seed: int,
         folder: Path,
         label: str,
+        on_nan: OnNan = "stop",
     ):
+        self.on_nan = on_nan
         self.fabric, self.model, self.train, self.held_out = fabric, model, train, held_out
         self.config, self.seed, self.folder, self.label = config, seed, folder, label
         self.order = Order(len(train), config.batch_size, seed)
@@ -179,43 +192,72 @@ class Training:
         self.model.train()
         terms: dict[str, Tensor] = {}
         rate = config.batch_size
-        with Progress(self.label, config.steps * rate, "images", start * rate) as progress:
+        with Progress(self.label, config.steps * rate, "images", start * rate) as progress, Signals() as signals:
             for step in range(start, config.steps):
                 terms = self.step(step)
                 progress.update(rate, terms)
                 if (step + 1) % config.checkpoint_steps == 0 or step + 1 == config.steps:
                     self.save(step + 1, terms)
+                elif signals.received:
+                    self.write(step + 1, held_out=None)
+                if signals.received:
+                    name = signal.Signals(signals.received).name
+                    where = f"{self.label}, step {step + 1} of {config.steps}"
+                    raise Stopped(f"{name}: saved at {where}; the same command goes on from there", signals.received)
 
     def step(self, step: int) -> dict[str, Tensor]:
         indices = self.order.indices(step)[self.fabric.global_rank :: self.fabric.world_size]
         torch.manual_seed(seed_of(self.seed, step, self.fabric.global_rank))
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.config, step)
+        buffers = [buffer.clone() for buffer in self.model.buffers()]  # a forward pass may move them, as a codebook's averages
         terms = self.wrapped(*self.fabric.to_device(self.train[indices]), step=step)
         self.optimizer.zero_grad()
         self.fabric.backward(terms["loss"])
-        self.fabric.clip_gradients(
+        norm = self.fabric.clip_gradients(
             self.wrapped, self.wrapped_optimizer, max_norm=self.config.gradient_clip, error_if_nonfinite=False
         )
-        self.wrapped_optimizer.step()
-        self.average.update_parameters(self.model)
+        if bool(terms["loss"].isfinite()) and norm is not None and bool(norm.isfinite()):
+            self.wrapped_optimizer.step()
+            self.average.update_parameters(self.model)
+        else:
+            with torch.no_grad():
+                for buffer, before in zip(self.model.buffers(), buffers):
+                    buffer.copy_(before)
+            self.not_a_number(step, indices, terms)
         return {name: value.detach() for name, value in terms.items()}
 
+    def not_a_number(self, step: int, indices: Tensor, terms: dict[str, Tensor]) -> None:
+        """Say what is not a number, and where; raise UserError unless such steps are to be skipped. No weight was touched."""
+        wrong = [name for name, value in terms.items() if not value.isfinite().all()]
+        wrong += [
+            f"the gradient of {name}"
+            for name, parameter in self.model.named_parameters()
+            if parameter.grad is not None and not parameter.grad.isfinite().all()
+        ]
+        shown = ", ".join(map(str, indices[:8].tolist())) + (", …" if len(indices) > 8 else "")
+        what = f"{self.label}, step {step}: {wrong[0]} is not a number (images {shown})"
+        if self.on_nan == "skip":
+            say(f"warning: {what}; the step is left out")
+            return
+        last = checkpoint.usable(self.folder)
+        where = f"the last good checkpoint is {last[-1].folder}" if last else "no checkpoint was written before"
+        raise UserError(f"{what}; {where}. A lower learning rate may help; --on-nan skip leaves such steps out.")
+
     def save(self, step: int, terms: dict[str, Tensor]) -> None:
-        averaged = self.average.module
-        held_out = evaluate(self.fabric, averaged, self.held_out, self.config.batch_size, self.seed)
-        if not (math.isfinite(held_out["loss"]) and math.isfinite(float(terms["loss"]))):
-            last = checkpoint.usable(self.folder)
-            where = f"the last good checkpoint is {last[-1].folder}" if last else "no checkpoint was written before"
-            raise UserError(
-                f"{self.label}: the loss is no longer a number at step {step}; {where}. A lower learning rate may help."
-            )
+        """Measure the held-out loss and write a checkpoint."""
+        held_out = evaluate(self.fabric, self.average.module, self.held_out, self.config.batch_size, self.seed)
+        if not math.isfinite(held_out["loss"]):
+            raise UserError(f"{self.label}, step {step}: the held-out loss is not a number. A lower learning rate may help.")
         self.history.append({"step": step, "train": {k: float(v) for k, v in terms.items()}, "held_out": held_out})
+        self.write(step, held_out)
+
+    def write(self, step: int, held_out: dict[str, float] | None) -> None:
         training = {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
         for index, state in self.optimizer.state_dict()["state"].items():
             training |= {f"optimizer.{index}.{name}": value for name, value in state.items()}
         record = {"step": step, "held_out": held_out, "history": self.history, "time": time.time()}
-        checkpoint.save(self.folder, record, averaged.state_dict(), training)
+        checkpoint.save(self.folder, record, self.average.module.state_dict(), training)
         checkpoint.prune(self.folder)
 
     def restore(self, last: checkpoint.Checkpoint) -> int:

@@ -10,9 +10,12 @@ RUN/config.json            the RunConfig
 """
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from filelock import FileLock, Timeout
 from lightning_fabric import Fabric
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -79,6 +82,22 @@ class Run:
             raise UserError(f"there is no run {name!r}{hint}")
         config, _ = read_config(folder / "config.json")
         return cls(folder, config, devices(device, config.precision))
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keeps other processes from writing to this run. Raises UserError when one does; a killed process holds no lock."""
+        path = self.folder.parent / f".{self.folder.name}.lock"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(path)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout as error:
+            raise UserError(f"another process is working on {self.folder}; wait for it, or use another --run") from error
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+            lock.release()
 
     def data(self) -> Splits:
         return self.config.data.load()

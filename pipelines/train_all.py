@@ -15,27 +15,39 @@ import tyro
 from pipelines.compare import compare
 from pipelines.config import PRESETS, RunConfig, preset
 from pipelines.console import run_command, say
-from pipelines.fit import fit
+from pipelines.data import Splits
+from pipelines.fit import OnNan, fit
 from pipelines.report import table
 from pipelines.run import CHECKPOINTS, Run
+from stage1_vae.autoencoder import Autoencoder
+from stage2_prior.autoregressive import LearnedPrior
 from stage2_prior.latents import LatentDataset, LatentSpec
 
 DEFAULT_PRESET = "mnist5k"
 
 
-def train_all(run: Run) -> None:
-    """Every part of a run that is not finished yet."""
-    config, fabric, started = run.config, run.fabric, time.monotonic()
+def train_all(run: Run, on_nan: OnNan = "stop") -> None:
+    """Every part of a run that is not finished yet. Raises UserError when another process works on it."""
+    started = time.monotonic()
     splits = run.data()
     autoencoder = run.new_autoencoder(splits.image_shape)
     prior = run.new_prior(run.specs(autoencoder), len(splits.label_names))
-    run.write_facts(splits)  # only now: a config that cannot be built leaves nothing behind
+    with run.locked():  # only now: a config that cannot be built leaves nothing behind
+        finish(run, splits, autoencoder, prior, on_nan)
+    say(f"{time.monotonic() - started:.0f} seconds")
+
+
+def finish(run: Run, splits: Splits, autoencoder: Autoencoder, prior: LearnedPrior, on_nan: OnNan) -> None:
+    config, fabric = run.config, run.fabric
+    run.write_facts(splits)
     say(f"{run.folder}: {len(splits.train)} training, {len(splits.validation)} validation, {len(splits.test)} test images")
-    fit(fabric, autoencoder, splits.train, splits.validation, config.stage1, config.seed, run.folder / "stage1", "stage 1")
+    fit(
+        fabric, autoencoder, splits.train, splits.validation, config.stage1, config.seed, run.folder / "stage1", "stage 1", on_nan
+    )
     train, validation = (run.encode(autoencoder, getattr(splits, part), part) for part in ("train", "validation"))
     warn_of_unused_codes(train, run.specs(autoencoder))
     prior.estimate(train)
-    fit(fabric, prior, train, validation, config.stage2, config.seed, run.folder / "stage2", "stage 2")
+    fit(fabric, prior, train, validation, config.stage2, config.seed, run.folder / "stage2", "stage 2", on_nan)
     path = run.folder / "compare" / "metrics.json"
     if path.exists():
         metrics = json.loads(path.read_text())
@@ -47,7 +59,6 @@ def train_all(run: Run) -> None:
         f"everything lies in {run.folder}; look at {run.folder / 'compare' / 'samples.png'};"
         f" more samples: python -m pipelines.generate {run.folder.name} --count 64 --out samples.png"
     )
-    say(f"{time.monotonic() - started:.0f} seconds")
 
 
 def warn_of_unused_codes(latents: LatentDataset, specs: list[LatentSpec]) -> None:
@@ -62,8 +73,8 @@ def warn_of_unused_codes(latents: LatentDataset, specs: list[LatentSpec]) -> Non
                 )
 
 
-def parse(arguments: list[str]) -> tuple[str, RunConfig, str]:
-    """The run's name, its config, and the device, from the command line."""
+def parse(arguments: list[str]) -> tuple[str, RunConfig, str, OnNan]:
+    """The run's name, its config, the device, and what to do on NaN, from the command line."""
     named = bool(arguments) and not arguments[0].startswith("-")
     name = arguments[0] if named else DEFAULT_PRESET
     default = preset(name)
@@ -75,6 +86,8 @@ def parse(arguments: list[str]) -> tuple[str, RunConfig, str]:
         """name of the run, a folder under checkpoints/, or a path; the preset's name when not given"""
         device: str = "auto"
         """auto, cpu, cuda or mps"""
+        on_nan: OnNan = "stop"
+        """when a loss or gradient is not a number: stop before it touches a weight, or skip the step"""
 
     presets = "\n".join(f"  {key:15} {description}" for key, (description, _) in PRESETS.items())
     asked = tyro.cli(
@@ -84,13 +97,13 @@ def parse(arguments: list[str]) -> tuple[str, RunConfig, str]:
         args=arguments[1:] if named else arguments,
         config=(tyro.conf.AvoidSubcommands,),
     )
-    return asked.run, asked.config, asked.device
+    return asked.run, asked.config, asked.device, asked.on_nan
 
 
 def main(arguments: list[str] | None = None) -> None:
-    name, config, device = parse(sys.argv[1:] if arguments is None else arguments)
+    name, config, device, on_nan = parse(sys.argv[1:] if arguments is None else arguments)
     folder = Path(name) if len(Path(name).parts) > 1 else CHECKPOINTS / name
-    train_all(Run.create(folder, config, device))
+    train_all(Run.create(folder, config, device), on_nan)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
 """The training loop: its order, its resume, its average, and what it does when a number goes wrong."""
 
 import dataclasses
+import os
+import signal
 
 import pytest
 import torch
@@ -8,8 +10,8 @@ from lightning_fabric import Fabric
 from torch import nn
 
 from pipelines import checkpoint
-from pipelines.console import UserError
-from pipelines.fit import FitConfig, Order, fit, learning_rate, seed_of
+from pipelines.console import Stopped, UserError
+from pipelines.fit import FitConfig, Order, Training, fit, learning_rate, seed_of
 
 CONFIG = FitConfig(steps=12, batch_size=4, checkpoint_steps=4, warmup_steps=2, learning_rate=0.05)
 
@@ -133,16 +135,68 @@ def test_buffers_of_the_kept_weights_are_the_models_own(tmp_path):
     assert not torch.equal(chosen.model()["layers.0.weight"], chosen.training()["model.layers.0.weight"])
 
 
-def test_a_loss_that_is_no_number_stops_with_the_step_and_the_last_good_checkpoint(tmp_path):
-    class Breaks(Noisy):
-        def forward(self, x, step=0):
-            terms = super().forward(x, step)
-            return {"loss": terms["loss"] * (float("nan") if step >= 6 else 1.0)}
+class Breaks(Noisy):
+    """Not a number at some steps: in the loss, or in the gradient alone."""
 
-    with pytest.raises(UserError, match="no longer a number at step .*step-0000004"):
-        train(tmp_path, model=Breaks())
+    def __init__(self, steps, where="loss"):
+        super().__init__()
+        self.steps, self.where = steps, where
+
+    def forward(self, x, step=0):
+        loss = super().forward(x, step)["loss"]
+        if self.training and step in self.steps:
+            first = self.layers[0].weight.sum()
+            loss = loss * float("nan") if self.where == "loss" else loss + (first - first.detach()).sqrt()  # √0: infinite slope
+        return {"loss": loss}
+
+
+@pytest.mark.parametrize(("where", "named"), [("loss", "loss"), ("gradient", "the gradient of layers.0.weight")])
+def test_what_is_not_a_number_stops_before_it_touches_anything(tmp_path, where, named):
+    with pytest.raises(UserError, match=rf"test, step 6: {named} is not a number \(images .*step-0000004"):
+        train(tmp_path, model=Breaks([6], where))
     assert [path.name for path in tmp_path.iterdir()] == ["step-0000004"]
     assert all(tensor.isfinite().all() for tensor in checkpoint.check(tmp_path / "step-0000004").model().values())
+
+
+@pytest.mark.parametrize("where", ["loss", "gradient"])
+def test_skipped_steps_leave_no_trace(tmp_path, where, capsys):
+    """With step 6 left out, weights, buffers and optimizer after step 6 are those after step 5."""
+    torch.manual_seed(1)
+    model = Breaks([6], where)
+    training = Training(Fabric(accelerator="cpu"), model, Points(30), Points(10), CONFIG, 0, tmp_path, "test", "skip")
+    model.train()
+    for step in range(6):
+        training.step(step)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    moments = {name: value.clone() for name, value in training.optimizer.state[model.layers[0].weight].items()}
+    training.step(6)
+    assert "the step is left out" in capsys.readouterr().out
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+    assert all(torch.equal(moments[name], value) for name, value in training.optimizer.state[model.layers[0].weight].items())
+    training.step(7)
+    assert not torch.equal(before["layers.0.weight"], model.layers[0].weight)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_a_signal_saves_and_the_run_goes_on_as_if_never_stopped(tmp_path, number):
+    _, whole = train(tmp_path / "whole")
+
+    class Signalled(Noisy):
+        def forward(self, x, step=0):
+            if self.training and step == 5:
+                os.kill(os.getpid(), number)
+            return super().forward(x, step)
+
+    handler = signal.getsignal(number)
+    torch.manual_seed(1)
+    with pytest.raises(Stopped, match="saved at test, step 6 of 12") as stopped:
+        train(tmp_path / "stopped", model=Signalled())
+    assert stopped.value.signal == number and signal.getsignal(number) == handler
+    assert [c.step for c in checkpoint.usable(tmp_path / "stopped")] == [4, 6]
+    _, resumed = train(tmp_path / "stopped")
+    for a, b in ((whole.model(), resumed.model()), (whole.training(), resumed.training())):
+        assert all(torch.equal(a[name], b[name]) for name in a)
+    assert dict(whole.record, time=None) == dict(resumed.record, time=None)
 
 
 def test_seeds_differ():

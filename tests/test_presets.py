@@ -136,15 +136,16 @@ def test_a_config_names_the_kinds_of_its_prior(backbone, head):
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_values_are_overridden_on_the_command_line(name):
-    run, config, device = parse([name, "--run", "r", "--stage2.steps", "7", "--autoencoder.network.width", "12", "--seed", "3"])
+    arguments = ["--run", "r", "--stage2.steps", "7", "--autoencoder.network.width", "12", "--seed", "3"]
+    run, config, device, on_nan = parse([name, *arguments])
     expected = dataclasses.replace(preset(name), stage2=dataclasses.replace(preset(name).stage2, steps=7), seed=3)
     network = dataclasses.replace(expected.autoencoder.network, width=12)
     assert config == dataclasses.replace(expected, autoencoder=dataclasses.replace(expected.autoencoder, network=network))
-    assert (run, device) == ("r", "auto")
+    assert (run, device, on_nan) == ("r", "auto", "stop")
 
 
 def test_the_default_is_the_embedded_preset():
-    assert parse([]) == ("mnist5k", preset("mnist5k"), "auto")
+    assert parse([]) == ("mnist5k", preset("mnist5k"), "auto", "stop")
 
 
 def test_a_codebook_too_large_for_the_data_is_warned_of(tmp_path, monkeypatch, capsys):
@@ -153,6 +154,18 @@ def test_a_codebook_too_large_for_the_data_is_warned_of(tmp_path, monkeypatch, c
     large = dataclasses.replace(config.autoencoder, bottleneck=bottlenecks.VectorQuantized(codes=20_000))
     train("mnist-vqvae", dataclasses.replace(config, autoencoder=large), monkeypatch)
     assert "of 20000 codes on the 7×7 grid; a smaller codebook would do" in capsys.readouterr().out
+
+
+def test_a_second_process_on_a_run_says_so(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = shrunk(preset("mnist5k"))
+    first, second = (Run.create(tmp_path / "r", config, "cpu") for _ in range(2))
+    with first.locked():
+        with pytest.raises(UserError, match="another process is working on"), second.locked():
+            pass
+    with second.locked():
+        pass
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_an_unfinished_run_says_so(tmp_path, monkeypatch):
