@@ -9,19 +9,34 @@ The figures, all measured on the same number of images and against the training 
 """
 
 import platform
+import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 import tyro
 from torch import Tensor
 
+from pipelines import checkpoint
 from pipelines.checkpoint import write_json
-from pipelines.console import Progress, run_command, say
+from pipelines.config import to_dict
+from pipelines.console import Progress, UserError, run_command, say
 from pipelines.data import Splits
 from pipelines.generate import generate
 from pipelines.metrics import FeatureSpace, feature_space, kept_best, precision_recall, trained_classifier
-from pipelines.report import histogram, picture, rejection_plot, table
+from pipelines.page import (
+    Picture,
+    Section,
+    chart_picture,
+    images_picture,
+    projections,
+    section,
+    training_curves,
+    write_csv,
+    write_page,
+)
+from pipelines.report import histogram, picture, rejection_plot, table, title
 from pipelines.run import CLASSIFIERS, Run
 from stage1_vae.autoencoder import Autoencoder
 from stage2_prior.conditions import Unconditional
@@ -29,13 +44,18 @@ from stage2_prior.latents import LatentDataset, LatentSpec
 from stage2_prior.prior import Prior, baselines
 
 SHOWN = 16  # images in a row of the picture
+GRID = 64  # samples shown on the page
+POINTS = 1000  # draws in a scatter plot
 NOT_A_GENERATOR = "not a generator: reconstructs training images"
 BATCH = 500
 SHARES = (1.0, 0.75, 0.5, 0.25, 0.1)  # of samples kept by rejection
 
 
-def compare(run: Run, splits: Splits, seed: int = 0) -> dict[str, Any]:
-    """Sample from every prior, measure, and write RUN/compare/{metrics.json, samples.png}; returns the metrics."""
+def compare(run: Run, splits: Splits, seed: int = 0) -> tuple[dict[str, Any], Section]:
+    """Sample from every prior, measure, and write RUN/compare/: metrics.json, metrics.csv, timing.json, samples.png, page.html.
+
+    Returns the metrics, and what the page says.
+    """
     autoencoder = run.load_autoencoder()
     specs = run.specs(autoencoder)
     space = feature_space(run.fabric, run.config.metrics, splits, run.folder.parent / CLASSIFIERS)
@@ -53,11 +73,15 @@ def compare(run: Run, splits: Splits, seed: int = 0) -> dict[str, Any]:
         },
         "priors": {},
     }
+    told = None if latents.contexts is None or isinstance(run.condition, Unconditional) else latents.contexts[chosen]
+    seconds, flat = {}, {}
     for name in (*baselines(specs), "learned", "posterior"):
         prior = run.prior(name, specs)
-        told = None if latents.contexts is None or isinstance(run.condition, Unconditional) else latents.contexts[chosen]
+        started = time.perf_counter()
         images = generate(autoencoder, prior, count, seed=seed, device=run.fabric.device, contexts=told, label=f"sampling {name}")
+        seconds[name] = 1000 * (time.perf_counter() - started) / count
         rows[name] = images
+        flat[name] = embedded(run, autoencoder, prior, seed, None if told is None else told[:POINTS], min(POINTS, count))
         entry: dict[str, Any] = {"fd": space.frechet_distance(images, f"features of {name} samples")}
         if name == "posterior":
             entry["note"] = NOT_A_GENERATOR
@@ -67,12 +91,10 @@ def compare(run: Run, splits: Splits, seed: int = 0) -> dict[str, Any]:
             labels = splits.test.labels[chosen]
             entry["label_read"] = float((space.read_labels(images) == labels).float().mean())
             metrics["rejection"] = rejection(run, splits, space, images, labels, real)
-            rejection_plot(run.folder / "compare" / "rejection.png", metrics["rejection"])
         metrics["priors"][name] = entry
     codes = [posterior["codes"] for posterior in latents.levels if "codes" in posterior]
     if codes:
         metrics["codes"] = [code_report(level, spec) for level, spec in zip(codes, specs)]
-        histogram(run.folder / "compare" / "codes.png", codes, specs)
     metrics |= verdict(metrics)
     metrics["images"] = count
     metrics["images_of"] = {"reference": len(splits.train), "real": "test split", "reconstruction": "test split"}
@@ -81,8 +103,87 @@ def compare(run: Run, splits: Splits, seed: int = 0) -> dict[str, Any]:
     metrics["versions"] = {"python": platform.python_version(), "torch": torch.__version__}
     folder = run.folder / "compare"
     picture(folder / "samples.png", {name: images[:SHOWN] for name, images in rows.items()}, metrics)
+    shown = pictures(run, splits, space, metrics, rows, flat, codes, specs)
+    if len(specs) == 1 and not codes:
+        shown.insert(2, interpolations(run, autoencoder, latents, chosen))
+    described = section(run.folder.name, metrics, seconds, shown, to_dict(run.config))
+    write_csv(folder / "metrics.csv", run.folder.name, metrics)
+    write_json(folder / "timing.json", {"seconds_per_1000_images": seconds})
+    write_page(folder / "page.html", [described], metrics["versions"])
     write_json(folder / "metrics.json", metrics)
-    return metrics
+    return metrics, described
+
+
+def pictures(
+    run: Run,
+    splits: Splits,
+    space: FeatureSpace,
+    metrics: dict[str, Any],
+    rows: dict[str, Tensor],
+    flat: dict[str, Tensor],
+    codes: list[Tensor],
+    specs: list[LatentSpec],
+) -> list[Picture]:
+    """What the page shows of a run."""
+    titles = {name: title(name, metrics) for name in rows}
+    made = []
+    for name in ("standard", "learned"):
+        caption = f"The first {min(len(rows[name]), GRID)} drawn under seed {metrics['seed']}, not chosen."
+        made.append(images_picture(f"Samples: {titles[name]}", caption, rows[name][:GRID]))
+    pairs = torch.stack([rows["real"][:SHOWN], rows["reconstruction"][:SHOWN]]).flatten(0, 1)
+    made.append(images_picture("Reconstructions", "Held-out images above, their reconstructions below.", pairs))
+    samples = rows["learned"][:SHOWN]
+    features = space.features(samples, "features of the samples shown")
+    neighbours = splits.train.images[torch.cdist(features, space.reference).argmin(1)]
+    made.append(
+        images_picture(
+            "Nearest training images",
+            "Samples of the learned prior above, below them the training images nearest in the classifier's features: copies"
+            " would be the same image twice.",
+            torch.cat([samples, neighbours]),
+        )
+    )
+    for name in rows:
+        if name not in ("standard", "learned", "reconstruction"):
+            made.append(images_picture(titles[name], f"{SHOWN} images.", rows[name][:SHOWN]))
+    made.append(
+        chart_picture(
+            "Where each prior puts z",
+            "Grey: latents of real images, q(z), on its first two principal components. Blue: draws from the prior.",
+            projections(flat, titles),
+        )
+    )
+    if codes:
+        made.append(chart_picture("Use of the codes", "Over the whole test split.", histogram(codes, specs)))
+    if "rejection" in metrics:
+        caption = "Of the learned prior's samples, the share that a second classifier is surest of; judged by the first."
+        made.append(chart_picture("Diversity traded for fidelity", caption, rejection_plot(metrics["rejection"])))
+    histories = {stage: checkpoint.usable(run.folder / stage)[-1].record["history"] for stage in ("stage1", "stage2")}
+    made.append(chart_picture("Training", "Loss in nats an image, over steps.", training_curves(histories)))
+    return made
+
+
+@torch.inference_mode()
+def embedded(run: Run, autoencoder: Autoencoder, prior: Prior, seed: int, contexts: Tensor | None, count: int) -> Tensor:
+    """Draws from a prior as the decoder reads them, flattened: count D, on the CPU."""
+    indices = torch.arange(count, device=run.fabric.device)
+    parts = []
+    for batch in indices.split(BATCH):
+        told = None if contexts is None else contexts[batch.cpu()].to(run.fabric.device)
+        parts.append(autoencoder.bottleneck.embed(prior.sample(batch, seed, contexts=told)).flatten(1).cpu())
+    return torch.cat(parts)
+
+
+@torch.inference_mode()
+def interpolations(run: Run, autoencoder: Autoencoder, latents: LatentDataset, chosen: Tensor) -> Picture:
+    """Straight lines in z between the posteriors' means of pairs of held-out images."""
+    pairs = 3
+    posteriors = run.fabric.to_device(latents.posteriors(chosen[: 2 * pairs]))
+    (z,) = autoencoder.mean(posteriors)
+    share = torch.linspace(0, 1, SHOWN, device=z.device)[None, :, None, None, None]
+    between = torch.lerp(z[:pairs, None], z[pairs:, None], share).flatten(0, 1)
+    caption = "From one held-out image to another along a straight line in z: what lies between is not always an image."
+    return images_picture("Interpolations", caption, autoencoder.render([between]).cpu())
 
 
 @torch.inference_mode()
@@ -153,23 +254,38 @@ def verdict(metrics: dict[str, Any]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Arguments:
-    """Compare every prior of a run, through one frozen decoder."""
+    """Compare every prior of a run, through one frozen decoder; of several runs, on one page."""
 
-    run: tyro.conf.Positional[str]
-    """a run's name under checkpoints/, or its path"""
+    runs: tyro.conf.Positional[tuple[str, ...]]
+    """runs, by their names under checkpoints/ or their paths"""
     seed: int = 0
     """seed of the samples"""
+    out: Path = Path("comparison.html")
+    """the page of several runs; that of each lies in its folder"""
     device: str = "auto"
     """auto, cpu, cuda or mps"""
 
 
 def main(arguments: list[str] | None = None) -> None:
     asked = tyro.cli(Arguments, prog="python -m pipelines.compare", args=arguments)
-    run = Run.open(asked.run, asked.device)
-    run.load_autoencoder()  # fails early when the run is unfinished
-    metrics = compare(run, run.data(), asked.seed)
-    say(table(metrics))
-    say(f"picture and figures: {run.folder / 'compare'}")
+    if not asked.runs:
+        raise UserError("name a run to compare: python -m pipelines.compare RUN [RUN …]")
+    runs = [Run.open(name, asked.device) for name in asked.runs]
+    for run in runs:  # fails early when one is unfinished
+        run.load_prior(run.specs(run.load_autoencoder()))
+    sections = []
+    for run in runs:
+        with run.locked():
+            metrics, described = compare(run, run.data(), asked.seed)
+        sections.append(described)
+        say(f"{run.folder.name}\n{table(metrics)}")
+        say(f"page, picture and figures: {run.folder / 'compare'}")
+    if len(runs) > 1:
+        write_page(asked.out, sections, metrics["versions"])
+        data_sets = {run.config.data for run in runs}
+        if len(data_sets) > 1:
+            say("these runs are of different data sets: their Fréchet distances do not compare with each other")
+        say(f"all runs on one page: {asked.out}")
 
 
 if __name__ == "__main__":

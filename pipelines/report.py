@@ -38,17 +38,12 @@ def title(name: str, metrics: dict[str, Any]) -> str:
     return "uniform codes" if name == "standard" and "codes" in metrics else ROWS[name]
 
 
-def table(metrics: dict[str, Any]) -> str:
-    """The comparison for the terminal."""
-    lines = [f"{'':28} {'fd':>8} {'nll of z':>10}"]
-    for name, row in figures(metrics).items():
-        fd = "-" if row["fd"] is None else f"{row['fd']:.2f}"
-        nll = f"{row['nll']:.1f}" if "nll" in row else ""
-        lines.append(f"{title(name, metrics):28} {fd:>8} {nll:>10}")
-    lines.append(
+def notes(metrics: dict[str, Any]) -> list[str]:
+    """What the figures are, and those that are not of one prior."""
+    lines = [
         f"fd: Fréchet distance to {metrics['images_of']['reference']} training images, from {metrics['images']} images a row,"
         f" features of the {metrics['features']['extractor']}; lower is better."
-    )
+    ]
     if any("nll" in row for row in metrics["priors"].values()):
         lines.append("nll of z: nats an image of held-out latents under the prior; lower is better.")
     lines.append(f"reconstructions: mean squared error {metrics['reconstruction']['mse']:.5f} a pixel, of values in [0, 1].")
@@ -66,10 +61,20 @@ def table(metrics: dict[str, Any]) -> str:
     else:
         start = title("standard", metrics)
         lines.append(f"gap closed: {metrics['gap_closed']:.3f} of the way from {start} to the decoder's own reconstructions.")
-    return "\n".join(lines)
+    return lines
 
 
-def histogram(path: Path, levels: list[Tensor], specs: list[LatentSpec]) -> None:
+def table(metrics: dict[str, Any]) -> str:
+    """The comparison for the terminal."""
+    lines = [f"{'':28} {'fd':>8} {'nll of z':>10}"]
+    for name, row in figures(metrics).items():
+        fd = "-" if row["fd"] is None else f"{row['fd']:.2f}"
+        nll = f"{row['nll']:.1f}" if "nll" in row else ""
+        lines.append(f"{title(name, metrics):28} {fd:>8} {nll:>10}")
+    return "\n".join(lines + notes(metrics))
+
+
+def histogram(levels: list[Tensor], specs: list[LatentSpec]) -> Figure:
     """How often each code is used, most used first, one panel a level."""
     figure, axes = pyplot.subplots(1, len(levels), figsize=(5 * len(levels), 3), squeeze=False, layout="constrained")
     for axis, codes, spec in zip(axes[0], levels, specs):
@@ -77,10 +82,10 @@ def histogram(path: Path, levels: list[Tensor], specs: list[LatentSpec]) -> None
         axis.fill_between(range(len(counts)), counts / codes.numel(), step="mid")
         axis.set(xlabel="codes, most used first", ylabel="share of positions", yscale="log")
         axis.set_title(f"{spec.grid[0]}×{spec.grid[1]} grid: {int((counts > 0).sum())} of {len(counts)} codes used", fontsize=10)
-    save(figure, path)
+    return figure
 
 
-def rejection_plot(path: Path, rows: list[dict[str, Any]]) -> None:
+def rejection_plot(rows: list[dict[str, Any]]) -> Figure:
     """Precision, recall and fd against the share of samples kept, the lowest fd marked."""
     shares = [row["kept"] for row in rows]
     figure, axis = pyplot.subplots(figsize=(5.5, 3.6), layout="constrained")
@@ -99,7 +104,7 @@ def rejection_plot(path: Path, rows: list[dict[str, Any]]) -> None:
         right.set(ylabel="fd", ylim=(0, 1.3 * max(row["fd"] for row in rows)))
         right.legend(loc="lower right", fontsize=9)
     axis.legend(loc="lower left", fontsize=9)
-    save(figure, path)
+    return figure
 
 
 def picture(path: Path, rows: dict[str, Tensor], metrics: dict[str, Any]) -> None:
@@ -117,11 +122,11 @@ def picture(path: Path, rows: dict[str, Tensor], metrics: dict[str, Any]) -> Non
         )
         axis.axis("off")
     figure.subplots_adjust(left=0.2, right=0.995, top=0.99, bottom=0.01, hspace=0.06)
-    save(figure, path)
+    write_file(path, png(figure))
 
 
-def save(figure: Figure, path: Path) -> None:
+def png(figure: Figure) -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, dpi=110)
     pyplot.close(figure)
-    write_file(path, buffer.getvalue())
+    return buffer.getvalue()

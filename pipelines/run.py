@@ -170,12 +170,16 @@ class Run:
         except ValueError as error:
             raise UserError(str(error)) from error
 
+    def load_prior(self, specs: list[LatentSpec]) -> LearnedPrior:
+        """Raises UserError when stage 2 is not finished."""
+        learned = self.new_prior(specs, len(self.facts()["label_names"]))
+        self.load(learned, "stage2", self.config.stage2.steps)
+        return learned
+
     def prior(self, name: str, specs: list[LatentSpec]) -> Prior:
         """A prior by name, fitted. Raises UserError for an unknown name or an unfinished run."""
         if name == "learned":
-            learned = self.new_prior(specs, len(self.facts()["label_names"]))
-            self.load(learned, "stage2", self.config.stage2.steps)
-            return learned
+            return self.load_prior(specs)
         if name == "posterior":
             return AggregatePosterior(self.latents("train"))
         known = baselines(specs)

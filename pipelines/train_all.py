@@ -41,9 +41,8 @@ def finish(run: Run, splits: Splits, autoencoder: Autoencoder, prior: LearnedPri
     config, fabric = run.config, run.fabric
     run.write_facts(splits)
     say(f"{run.folder}: {len(splits.train)} training, {len(splits.validation)} validation, {len(splits.test)} test images")
-    fit(
-        fabric, autoencoder, splits.train, splits.validation, config.stage1, config.seed, run.folder / "stage1", "stage 1", on_nan
-    )
+    images, folder = (splits.train, splits.validation), run.folder
+    fit(fabric, autoencoder, *images, config.stage1, config.seed, folder / "stage1", "stage 1", on_nan)
     train, validation = (run.encode(autoencoder, getattr(splits, part), part) for part in ("train", "validation"))
     warn_of_unused_codes(train, run.specs(autoencoder))
     prior.estimate(train)
@@ -53,10 +52,10 @@ def finish(run: Run, splits: Splits, autoencoder: Autoencoder, prior: LearnedPri
         metrics = json.loads(path.read_text())
         say("compare: finished, skipped")
     else:
-        metrics = compare(run, splits)
+        metrics, _ = compare(run, splits)
     say(table(metrics))
     say(
-        f"everything lies in {run.folder}; look at {run.folder / 'compare' / 'samples.png'};"
+        f"everything lies in {run.folder}; look at {run.folder / 'compare' / 'page.html'};"
         f" more samples: python -m pipelines.generate {run.folder.name} --count 64 --out samples.png"
     )
 

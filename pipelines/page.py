@@ -1,0 +1,135 @@
+"""The comparison as one self-contained HTML page, with the same numbers as CSV."""
+
+import base64
+import csv
+import io
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import torch
+from torch import Tensor
+from torchvision.utils import make_grid, save_image
+
+from pipelines.checkpoint import write_file
+from pipelines.report import Figure, figures, notes, png, pyplot, title
+
+GRID_COLUMNS = 16
+
+
+@dataclass(frozen=True)
+class Picture:
+    title: str
+    caption: str
+    source: str
+    """a data URI"""
+    pixels: bool
+    """images, to be shown with sharp pixels; else a chart"""
+
+
+@dataclass(frozen=True)
+class Row:
+    key: str
+    title: str
+    cells: list[str]
+
+
+@dataclass(frozen=True)
+class Section:
+    """What the page says of one run."""
+
+    name: str
+    verdict: str
+    columns: list[str]
+    rows: list[Row]
+    notes: list[str]
+    pictures: list[Picture]
+    config: str
+
+
+def data_uri(content: bytes) -> str:
+    return "data:image/png;base64," + base64.b64encode(content).decode()
+
+
+def images_picture(heading: str, caption: str, images: Tensor, columns: int = GRID_COLUMNS) -> Picture:
+    """uint8 N C H W as a grid."""
+    buffer = io.BytesIO()
+    save_image(make_grid(images.float() / 255, nrow=columns, padding=1, pad_value=0.5), buffer, format="png")
+    return Picture(heading, caption, data_uri(buffer.getvalue()), pixels=True)
+
+
+def chart_picture(heading: str, caption: str, figure: Figure) -> Picture:
+    return Picture(heading, caption, data_uri(png(figure)), pixels=False)
+
+
+def training_curves(histories: dict[str, list[dict[str, Any]]]) -> Figure:
+    """Held-out loss against the step, one panel a stage."""
+    figure, axes = pyplot.subplots(1, len(histories), figsize=(4.2 * len(histories), 3), squeeze=False, layout="constrained")
+    for axis, (stage, history) in zip(axes[0], histories.items()):
+        for part, values in (("held out", [entry["held_out"] for entry in history]), ("training", [e["train"] for e in history])):
+            axis.plot([entry["step"] for entry in history], [value["loss"] for value in values], marker=".", label=part)
+        axis.set(title=stage, xlabel="step", ylabel="loss, nats an image")
+        axis.legend(fontsize=8)
+    return figure
+
+
+def projections(latents: dict[str, Tensor], titles: dict[str, str]) -> Figure:
+    """Each prior's draws on the first two principal components of q(z). Latents N D each, those of q(z) as `posterior`."""
+    reference = latents["posterior"]
+    mean = reference.mean(0)
+    torch.manual_seed(0)
+    _, _, directions = torch.pca_lowrank(reference - mean, q=2)
+    points = {name: (values - mean) @ directions for name, values in latents.items()}
+    others = [name for name in latents if name != "posterior"]
+    figure, axes = pyplot.subplots(
+        1, len(others), figsize=(2.7 * len(others), 2.9), sharex=True, sharey=True, squeeze=False, layout="constrained"
+    )
+    for axis, name in zip(axes[0], others):
+        for which, colour in (("posterior", "0.75"), (name, "tab:blue")):
+            axis.scatter(*points[which].T, s=3, color=colour, linewidths=0)
+        axis.set_title(titles[name], fontsize=10)
+        axis.set(xticks=[], yticks=[])
+    return figure
+
+
+def verdict_in_words(metrics: dict[str, Any]) -> str:
+    priors, start = metrics["priors"], title("standard", metrics)
+    standard, learned, best = priors["standard"]["fd"], priors["learned"]["fd"], metrics["reconstruction"]["fd"]
+    if metrics["gap_closed"] is None:
+        return f"Nothing can be said of what the learned prior buys here: {metrics['gap_closed_reason']}."
+    return (
+        f"Drawn from {start}, samples lie at a Fréchet distance of {standard:.1f} from the training images; drawn from the"
+        f" learned prior, at {learned:.2f}: {standard / learned:.0f} times nearer. The decoder's own reconstructions lie at"
+        f" {best:.2f}, so the learned prior closes {100 * metrics['gap_closed']:.1f} % of the gap that {start} leaves."
+    )
+
+
+def section(
+    name: str, metrics: dict[str, Any], seconds: dict[str, float], pictures: list[Picture], config: dict[str, Any]
+) -> Section:
+    """The figures of one run, as the page shows them. seconds: per 1,000 images, for each prior."""
+    columns = ["fd", "nll of z", "seconds per 1,000 images"]
+    rows = []
+    for key, values in figures(metrics).items():
+        cells = ["–" if values["fd"] is None else f"{values['fd']:.2f}", f"{values['nll']:.1f}" if "nll" in values else ""]
+        cells.append(f"{seconds[key]:.2f}" if key in seconds else "")
+        rows.append(Row(key, title(key, metrics), cells))
+    return Section(name, verdict_in_words(metrics), columns, rows, notes(metrics), pictures, json.dumps(config, indent=2))
+
+
+def write_page(path: Path, sections: Sequence[Section], versions: dict[str, str]) -> None:
+    template = jinja2.Environment(autoescape=True).from_string((Path(__file__).parent / "page.html").read_text(encoding="utf-8"))
+    write_file(path, template.render(sections=sections, versions=", ".join(f"{k} {v}" for k, v in versions.items())).encode())
+
+
+def write_csv(path: Path, name: str, metrics: dict[str, Any]) -> None:
+    """One row a prior; the same numbers as metrics.json."""
+    buffer = io.StringIO()
+    writer = csv.DictWriter(buffer, ["run", "z", "fd", "nll", "images", "seed"], extrasaction="ignore")
+    writer.writeheader()
+    for key, values in figures(metrics).items():
+        writer.writerow({"run": name, "z": key, "images": metrics["images"], "seed": metrics["seed"], **values})
+    write_file(path, buffer.getvalue().encode())

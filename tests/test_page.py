@@ -1,0 +1,72 @@
+"""The comparison page: self-contained, complete, and rendered without an error by a real browser where one is installed."""
+
+import csv
+import json
+import re
+import shutil
+import subprocess
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pipelines import compare
+from pipelines.config import preset
+from pipelines.run import Run
+from pipelines.train_all import train_all
+from tests.parts import shrunk, small_splits
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+
+
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory):
+    """Two runs of different kinds, and the page of both."""
+    folder = tmp_path_factory.mktemp("page")
+    with pytest.MonkeyPatch.context() as patch:
+        runs = []
+        for name in ("mnist5k", "mnist-vqvae"):
+            config = shrunk(preset(name))
+            patch.setattr(type(config.data), "load", lambda self: small_splits((1, 28, 28), 4))
+            runs.append(Run.create(folder / name, config, "cpu"))
+            train_all(runs[-1])
+        compare.main([*(str(run.folder) for run in runs), "--out", str(folder / "both.html"), "--device", "cpu"])
+    return folder
+
+
+def test_the_page_needs_nothing_else(compared):
+    for page in (compared / "mnist5k/compare/page.html", compared / "both.html"):
+        text = page.read_text()
+        sources = re.findall(r'(?:src|href)="([^"]*)"', text)
+        assert sources and all(source.startswith("data:") for source in sources)
+        assert "http://" not in text and "https://" not in text
+        assert all(heading in text for heading in ("Samples: N(0, I)", "Samples: learned prior", "Training", "What was run"))
+    assert "uniform codes" in text and "Use of the codes" in text and "Diversity traded for fidelity" in text
+
+
+def test_json_csv_and_page_say_the_same(compared):
+    for name in ("mnist5k", "mnist-vqvae"):
+        folder = compared / name / "compare"
+        metrics = json.loads((folder / "metrics.json").read_text())
+        rows = {row["z"]: row for row in csv.DictReader(open(folder / "metrics.csv"))}
+        page = (folder / "page.html").read_text()
+        for prior, values in metrics["priors"].items():
+            assert float(rows[prior]["fd"]) == values["fd"]
+            assert f"<td>{values['fd']:.2f}</td>" in page
+            assert rows[prior]["nll"] == "" or float(rows[prior]["nll"]) == values["nll"]
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no chromium here")
+@pytest.mark.parametrize("width", [400, 1100])
+def test_a_browser_renders_it(compared, tmp_path, width):
+    shot = tmp_path / "shot.png"
+    arguments = ["--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--enable-logging=stderr"]
+    done = subprocess.run(
+        [CHROMIUM, *arguments, f"--window-size={width},1500", f"--screenshot={shot}", (compared / "both.html").as_uri()],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert shot.is_file(), done.stderr
+    assert "CONSOLE" not in done.stderr
+    assert len(np.unique(np.asarray(Image.open(shot).convert("L")))) > 20  # not a blank page
