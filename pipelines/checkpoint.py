@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import safetensors.torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pipelines.console import UserError, say
 
@@ -63,6 +63,29 @@ def packed(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
 
 
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Raises UserError when the file is no safetensors file. Nothing in it is ever run."""
+    try:
+        return safetensors.torch.load_file(path)
+    except (safetensors.SafetensorError, ValueError, KeyError, OverflowError) as error:
+        raise UserError(f"{path} is not a file of tensors ({error}); delete {path.parent} to have it made again") from error
+
+
+def fill(model: nn.Module, tensors: dict[str, Tensor], path: Path) -> None:
+    """Set a model's state. Raises UserError when names, shapes or types are not the model's own."""
+    expected = model.state_dict()
+    for name in sorted(expected.keys() | tensors.keys()):
+        if name not in tensors or name not in expected:
+            wrong = f"{name} is {'missing' if name in expected else 'not one of its tensors'}"
+        elif tensors[name].shape != expected[name].shape or tensors[name].dtype != expected[name].dtype:
+            shown = [f"{tuple(tensor.shape)} {tensor.dtype}" for tensor in (tensors[name], expected[name])]
+            wrong = f"{name} is {shown[0]}, not {shown[1]}"
+        else:
+            continue
+        raise UserError(f"{path} is of another model: {wrong}")
+    model.load_state_dict(tensors)
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     folder: Path
@@ -79,10 +102,14 @@ class Checkpoint:
         return math.inf if held_out is None else held_out["loss"]
 
     def model(self) -> dict[str, Tensor]:
-        return safetensors.torch.load_file(self.folder / "model.safetensors")
+        return read_tensors(self.folder / "model.safetensors")
 
     def training(self) -> dict[str, Tensor]:
-        return safetensors.torch.load_file(self.folder / "training.safetensors")
+        return read_tensors(self.folder / "training.safetensors")
+
+    def load_into(self, model: nn.Module) -> None:
+        """Put the weights to use into a model. Raises UserError when they are another model's."""
+        fill(model, self.model(), self.folder / "model.safetensors")
 
     def digest(self) -> str:
         """Names these weights: the checksum of the model file."""
@@ -118,7 +145,10 @@ def check(folder: Path) -> Checkpoint:
         for name in ("model.safetensors", "training.safetensors", "config.json"):
             if hashlib.sha256((folder / name).read_bytes()).hexdigest() != checksums[name]:
                 raise UserError(f"{folder / name} is truncated or altered: its checksum does not fit")
-        return Checkpoint(folder, json.loads((folder / "config.json").read_text()))
+        found = Checkpoint(folder, json.loads((folder / "config.json").read_text()))
+        if not isinstance(found.step, int) or not isinstance(found.loss, float):
+            raise ValueError("not a checkpoint's record")
+        return found
     except FileNotFoundError as error:
         raise UserError(f"{error.filename} is missing") from error
     except (ValueError, KeyError, TypeError) as error:

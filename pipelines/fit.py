@@ -153,7 +153,7 @@ def fit(
     else:
         say(f"{label}: finished, skipped")
     chosen = checkpoint.best(done)
-    model.load_state_dict(chosen.model())
+    chosen.load_into(model)
     fabric.to_device(model).eval()
     return chosen
 
@@ -262,10 +262,9 @@ class Training:
 
     def restore(self, last: checkpoint.Checkpoint) -> int:
         training = last.training()
-        self.model.load_state_dict(
-            {name.removeprefix("model."): tensor for name, tensor in training.items() if name.startswith("model.")}
-        )
-        self.average.module.load_state_dict(last.model())
+        raw = {name.removeprefix("model."): tensor for name, tensor in training.items() if name.startswith("model.")}
+        checkpoint.fill(self.model, raw, last.folder / "training.safetensors")
+        last.load_into(self.average.module)
         self.average.n_averaged.fill_(last.step)
         state: dict[int, dict[str, Tensor]] = {}
         for key, tensor in training.items():

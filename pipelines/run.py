@@ -17,7 +17,6 @@ from pathlib import Path
 import torch
 from filelock import FileLock, Timeout
 from lightning_fabric import Fabric
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from pipelines import checkpoint
@@ -138,7 +137,7 @@ class Run:
         if not checkpoints or checkpoints[-1].step < steps:
             done = f"is at step {checkpoints[-1].step} of {steps}" if checkpoints else "has not been trained"
             raise UserError(f"{self.folder} is unfinished: {stage} {done}. Run its train_all command again.")
-        model.load_state_dict(checkpoint.best(checkpoints).model())
+        checkpoint.best(checkpoints).load_into(model)
         self.fabric.to_device(model).eval()
 
     # Latents
@@ -155,7 +154,7 @@ class Run:
         path = self.folder / "latents" / f"{part}.safetensors"
         if not path.is_file():
             raise UserError(f"{self.folder} is unfinished: there is no {path}. Run its train_all command again.")
-        return latent_dataset(load_file(path))
+        return latent_dataset(checkpoint.read_tensors(path))
 
     # Stage 2
 

@@ -1,12 +1,24 @@
 """Checkpoints: whole or not at all, and never used when damaged."""
 
 import errno
+import hashlib
+import io
+import json
+import pickle
+import random
 
 import pytest
 import torch
+from torch import nn
 
 from pipelines import checkpoint
 from pipelines.console import UserError
+
+
+def torch_pickle(content) -> bytes:
+    buffer = io.BytesIO()
+    torch.save({"weight": content}, buffer)
+    return buffer.getvalue()
 
 
 def save(folder, step, loss=1.0, value=0.0):
@@ -38,6 +50,86 @@ def test_a_damaged_one_is_named_and_the_one_before_is_used(tmp_path, capsys, nam
         path.write_bytes({"truncate": content[:middle], "flip": flipped, "empty": b""}[damage])
     assert [found.step for found in checkpoint.usable(tmp_path)] == [1]
     assert "step-0000002" in capsys.readouterr().out
+
+
+def test_every_truncation_and_every_flipped_bit_is_detected(tmp_path, capsys):
+    """200 truncations and 200 flips, over all files of the newest checkpoint: the one before is used, always."""
+    save(tmp_path, 1)
+    save(tmp_path, 2)
+    generator = random.Random(0)
+    files = sorted((tmp_path / "step-0000002").iterdir())
+    contents = {path: path.read_bytes() for path in files}
+    for trial in range(400):
+        path = files[trial % len(files)]
+        content = contents[path]
+        place = generator.randrange(len(content))
+        flipped = content[:place] + bytes([content[place] ^ 1 << generator.randrange(8)]) + content[place + 1 :]
+        path.write_bytes(content[:place] if trial < 200 else flipped)
+        assert [found.step for found in checkpoint.usable(tmp_path)] == [1], (path.name, place, trial)
+        path.write_bytes(content)
+    capsys.readouterr()
+    assert [found.step for found in checkpoint.usable(tmp_path)] == [1, 2]
+
+
+class Boom:
+    """Unpickled, it would leave a file."""
+
+    def __reduce__(self):
+        return (open, ("executed", "w"))
+
+
+def sealed(folder, files):
+    """A checkpoint folder of any contents, with checksums that fit."""
+    folder.mkdir(parents=True)
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
+    sums = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
+    (folder / "checksums.json").write_text(json.dumps(sums))
+
+
+HEADER_TOO_LARGE = (2**62).to_bytes(8, "little") + b"{}"
+HOSTILE = {
+    "pickle": pickle.dumps({"weight": Boom()}),
+    "torch-pickle": torch_pickle(Boom()),
+    "huge-header": HEADER_TOO_LARGE,
+    "offsets-outside": b"\x50\0\0\0\0\0\0\0" + b'{"weight":{"dtype":"F32","shape":[9,9],"data_offsets":[0,324]}}'.ljust(80),
+    "empty": b"",
+}
+
+
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_hostile_files_are_refused_in_a_sentence_and_nothing_runs(tmp_path, monkeypatch, kind):
+    monkeypatch.chdir(tmp_path)
+    record = json.dumps({"step": 1, "held_out": {"loss": 1.0}, "history": []}).encode()
+    sealed(tmp_path / "step-0000001", {"model.safetensors": HOSTILE[kind], "training.safetensors": b"x", "config.json": record})
+    (found,) = checkpoint.usable(tmp_path)
+    with pytest.raises(UserError, match="not a file of tensors"):
+        found.load_into(nn.Linear(2, 3))
+    assert not (tmp_path / "executed").exists()
+
+
+@pytest.mark.parametrize(
+    ("tensors", "says"),
+    [
+        ({"weight": torch.zeros(3, 2)}, "bias is missing"),
+        ({"weight": torch.zeros(3, 2), "bias": torch.zeros(4)}, r"bias is \(4,\) torch.float32, not \(3,\)"),
+        ({"weight": torch.zeros(3, 2, dtype=torch.float64), "bias": torch.zeros(3)}, "weight is .*float64, not .*float32"),
+        ({"weight": torch.zeros(3, 2), "bias": torch.zeros(3), "../x": torch.zeros(1)}, "../x is not one of its tensors"),
+    ],
+)
+def test_the_weights_of_another_model_are_refused(tmp_path, tensors, says):
+    found = checkpoint.save(tmp_path, {"step": 1, "held_out": {"loss": 1.0}}, tensors, {})
+    with pytest.raises(UserError, match=says):
+        found.load_into(nn.Linear(2, 3))
+
+
+@pytest.mark.parametrize(
+    "record", ["[]", "{}", '{"step": "x", "held_out": {"loss": 1.0}}', '{"step": 1, "held_out": 3}', "nonsense"]
+)
+def test_a_record_that_is_none_is_refused(tmp_path, record):
+    sealed(tmp_path / "step-0000001", {"model.safetensors": b"", "training.safetensors": b"", "config.json": record.encode()})
+    with pytest.raises(UserError, match="no usable checkpoint"):
+        checkpoint.usable(tmp_path)
 
 
 def test_no_good_one_is_an_error_that_says_what_to_do(tmp_path):
