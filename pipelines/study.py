@@ -1,0 +1,363 @@
+"""python -m pipelines.study NAME: questions that people ask about VAEs, answered by running one.
+
+    samples-per-image    how many z for each image? What is averaged?
+    mean-or-sample       decode the posterior's mean, or a sample?
+    evidence             how can one z explain an image, and what does p(x) = ∫ p(x|z) p(z) dz cost to estimate?
+    aggregate-posterior  is q(z) really N(0, I)?
+
+Each runs on a trained run (mnist5k, which is trained if it is not there), in minutes on 2 cores, and writes a plot, the
+numbers and what they say under RUN/studies/.
+
+x an image, z a latent, L draws of z; all likelihoods in nats.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+import tyro
+from torch import Tensor
+
+from pipelines.checkpoint import write_file, write_json
+from pipelines.config import preset
+from pipelines.console import Progress, UserError, run_command, say
+from pipelines.data import Splits
+from pipelines.fit import fit
+from pipelines.report import Figure, png, pyplot
+from pipelines.run import CHECKPOINTS, Run
+from pipelines.train_all import DEFAULT_PRESET, train_all
+from stage1_vae.autoencoder import Autoencoder
+from stage1_vae.bottlenecks import Deterministic, Gaussian, gaussian_rate
+from stage2_prior.heads import gaussian_log_prob
+from stage2_prior.prior import AggregatePosterior, Prior
+
+CHUNK = 500
+
+
+@dataclass(frozen=True)
+class Findings:
+    sentences: list[str]
+    numbers: dict[str, Any]
+    figure: Figure
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a study looks at."""
+
+    run: Run
+    splits: Splits
+    autoencoder: Autoencoder
+    standard: Prior
+    learned: Prior
+
+    @classmethod
+    def of(cls, run: Run) -> "Trained":
+        """Raises UserError where there is no q(z|x) over continuous latents."""
+        if not isinstance(run.config.autoencoder.bottleneck, Gaussian):
+            raise UserError(f"{run.folder} has no q(z|x) over continuous latents, which this study is about; use mnist5k")
+        autoencoder = run.load_autoencoder()
+        specs = run.specs(autoencoder)
+        return cls(run, run.data(), autoencoder, run.prior("standard", specs), run.prior("learned", specs))
+
+    def draws(self, image: Tensor, count: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+        """For one image C H W: log p(x|z), log q(z|x), both L, and z, L C h w, for `count` draws of z ~ q(z|x)."""
+        torch.manual_seed(seed)
+        (posterior,) = self.autoencoder.encode(self.on_device(image[None]))
+        mean, std = posterior["mean"], posterior["std"]
+        z = mean + std * torch.randn(count, *mean.shape[1:], device=mean.device)
+        log_q = gaussian_log_prob(z, mean, std.log()).flatten(1).sum(1)
+        return self.log_likelihood(image, z), log_q, z
+
+    def log_likelihood(self, image: Tensor, z: Tensor) -> Tensor:
+        """log p(x|z) of one image C H W under each of L latents."""
+        target = self.autoencoder.likelihood.scale(self.on_device(image[None]))
+        parts = [self.autoencoder.decode([chunk]).log_prob(target.expand(len(chunk), -1, -1, -1)) for chunk in z.split(CHUNK)]
+        return torch.cat(parts)
+
+    def log_prior(self, prior: Prior, z: Tensor) -> Tensor:
+        return torch.cat([prior.log_prob([chunk]) for chunk in z.split(CHUNK)])
+
+    def on_device(self, tensor: Tensor) -> Tensor:
+        return self.run.fabric.to_device(tensor)
+
+    def typical(self, count: int) -> Tensor:
+        """The test images whose rate is nearest the median, N C H W."""
+        (posterior,) = self.autoencoder.encode(self.on_device(self.splits.test.images[:500]))
+        rate = gaussian_rate(posterior["mean"], posterior["std"].log())
+        return self.splits.test.images[:500][(rate - rate.median()).abs().argsort()[:count].cpu()]
+
+
+def log_mean(values: Tensor, dim: int = 0) -> Tensor:
+    return values.logsumexp(dim) - math.log(values.shape[dim])
+
+
+@torch.inference_mode()
+def samples_per_image(trained: Trained) -> Findings:
+    """The ELBO and the gradient of the posterior's mean from L draws of z, L times fewer repeats: equal compute."""
+    total, counts = 10_000, [1, 2, 5, 10, 20, 50, 100, 200, 500, 1000]
+    images = trained.typical(5)
+    spread, value, tight = ([0.0] * len(counts) for _ in range(3))
+    likeness = torch.zeros(3)
+    with Progress("draws of z", len(images) * total, "draws") as progress:
+        for image in images:
+            log_likelihood, log_q, z = trained.draws(image, total)
+            weights = log_likelihood + trained.log_prior(trained.standard, z) - log_q
+            for i, count in enumerate(counts):
+                estimates = weights[: total // count * count].view(-1, count)
+                spread[i] += float(estimates.mean(1).std()) / len(images)
+                value[i] += float(estimates.mean()) / len(images)
+                tight[i] += float(log_mean(estimates, 1).mean()) / len(images)
+            pictures = trained.autoencoder.decode([z[:200]]).mean
+            pixels = trained.autoencoder.likelihood.scale(trained.on_device(image[None]))
+            error = (pictures - pixels).square().mean((1, 2, 3))
+            average = (pictures.mean(0, keepdim=True) - pixels).square().mean()
+            apart = (pictures[:100] - pictures[100:]).square().mean((1, 2, 3))
+            likeness += torch.tensor([float(error.mean()), float(average), float(apart.mean())]).sqrt() / len(images)
+            progress.update(total)
+    gradient = gradient_spread(trained, images[0], [1, 4, 16, 64])
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
+    left.loglog(counts, spread, marker="o", label="measured")
+    left.loglog(counts, [spread[0] / count**0.5 for count in counts], linestyle=":", label="1/√L")
+    left.set(xlabel="L, draws of z for each image", ylabel="standard deviation of the ELBO, nats")
+    left.legend()
+    right.semilogx(counts, value, marker="o", label="ELBO: average of log weights")
+    right.semilogx(counts, tight, marker="s", label="importance-weighted: log of the average")
+    right.set(xlabel="L, draws of z for each image", ylabel="value, nats")
+    right.legend()
+    sentences = [
+        f"With one z an image the ELBO of one image is known to ±{spread[0]:.1f} nats, with 100 to ±{spread[6]:.2f}: the"
+        f" error falls"
+        f" as 1/√L, so {counts[-1]} draws cost {counts[-1]} times as much for {spread[0] / spread[-1]:.0f} times less"
+        f" noise. Over a"
+        f" batch of 64 images one z each leaves ±{spread[0] / 8:.1f} nats; that is why one is enough to train with.",
+        f"The value does not depend on L ({value[0]:.1f} nats at L = 1, {value[-1]:.1f} at L = {counts[-1]}): what is"
+        f" averaged are"
+        f" log-likelihoods, and their average is unbiased. The logarithm of the average weight is another, tighter"
+        f" bound: it rises"
+        f" from {tight[0]:.1f} to {tight[-1]:.1f} nats.",
+        f"The gradient behaves alike: its relative noise is {gradient[1]:.2f} with one z and {gradient[64]:.2f} with 64.",
+        f"Reconstructions of one image from different z differ by {likeness[2]:.3f} a pixel (root mean square), and each by"
+        f" {likeness[0]:.3f} from the image: alike, not the same. Their average is nearer to the image,"
+        f" {likeness[1]:.3f}, because it is blurred: no z decodes to it, and its likelihood is not what the ELBO averages.",
+    ]
+    numbers = {"L": counts, "standard_deviation": spread, "elbo": value, "importance_weighted": tight, "gradient_noise": gradient}
+    return Findings(sentences, numbers | {"rms_image_average_apart": likeness.tolist()}, figure)
+
+
+def gradient_spread(trained: Trained, image: Tensor, counts: list[int], repeats: int = 24) -> dict[int, float]:
+    """Noise over signal of the ELBO's gradient with respect to the posterior's mean, for each number of draws."""
+    with torch.inference_mode(False), torch.enable_grad():
+        pixels = trained.autoencoder.likelihood.scale(trained.on_device(image.clone()[None]))
+        (posterior,) = trained.autoencoder.encode(trained.on_device(image.clone()[None]))
+        mean, std = (posterior[name].detach() for name in ("mean", "std"))
+        noise_over_signal = {}
+        for count in counts:
+            gradients = []
+            for repeat in range(repeats):
+                torch.manual_seed(repeat)
+                at = mean.clone().requires_grad_()
+                z = at + std * torch.randn(count, *mean.shape[1:], device=mean.device)
+                log_p = trained.autoencoder.decode([z]).log_prob(pixels.expand(count, -1, -1, -1))
+                (gradient,) = torch.autograd.grad((log_p - 0.5 * z.square().flatten(1).sum(1)).mean(), at)
+                gradients.append(gradient.flatten())
+            stacked = torch.stack(gradients)
+            noise_over_signal[count] = float(stacked.var(0).sum().sqrt() / stacked.mean(0).norm())
+    return noise_over_signal
+
+
+@torch.inference_mode()
+def evidence(trained: Trained) -> Findings:
+    """log p(x) of one typical image: naive Monte Carlo, the ELBO and the importance-weighted bound, against the number"
+    f" of z."""
+    total, counts = 10_000, [1, 3, 10, 30, 100, 300, 1000, 3000, 10_000]
+    image = trained.typical(1)[0]
+    log_likelihood, log_q, z = trained.draws(image, total)
+    curves: dict[str, list[float]] = {}
+    best = -math.inf
+    shares = {}
+    for name, prior in (("N(0, I)", trained.standard), ("learned prior", trained.learned)):
+        weights = log_likelihood + trained.log_prior(prior, z) - log_q
+        chunks = torch.arange(total, device=weights.device).split(CHUNK)
+        with Progress(f"draws from the {name}", total, "draws") as progress:
+            explained = []
+            for indices in chunks:
+                explained.append(trained.log_likelihood(image, prior.sample(indices, seed=0)[0]))
+                progress.update(len(indices))
+        naive = torch.cat(explained)
+        curves[f"naive Monte Carlo, z from the {name}"] = [float(log_mean(naive[:count])) for count in counts]
+        curves[f"importance-weighted bound, {name}"] = [float(log_mean(weights[:count])) for count in counts]
+        curves[f"ELBO, {name}"] = [float(weights.mean())] * len(counts)
+        best = max(best, float(log_mean(weights)))
+        shares[name] = {
+            "log_evidence": float(log_mean(weights)),
+            "explain": float((naive > log_likelihood.min()).double().mean()),
+            "best_of_naive": float(naive.max()),
+            "decades": (float(log_likelihood.mean()) - float(log_mean(weights))) / math.log(10),
+        }
+    figure, axes = pyplot.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
+    for name, values in curves.items():
+        axis = axes[0 if name.startswith("naive") else 1]
+        axis.semilogx(counts, values, marker=".", linestyle="--" if "ELBO" in name else "-", label=name)
+    for axis, heading in zip(axes, ("z drawn blindly", "z proposed by the encoder")):
+        axis.set(title=heading, xlabel="number of z", ylabel="estimate of log p(x), nats")
+        axis.legend(fontsize=8)
+    standard, learned = shares["N(0, I)"], shares["learned prior"]
+    typical = float(log_likelihood.mean())
+    sentences = [
+        f"A z from the image's own posterior explains it with log p(x|z) ≈ {typical:.0f} nats. Of {total} z from N(0, I),"
+        f" {100 * standard['explain']:.2f} % explain it as well as the worst posterior draw does; the best of them reaches"
+        f" {standard['best_of_naive']:.0f} nats. Most z explain nothing: that is what p(x) = ∫ p(x|z) p(z) dz averages over.",
+        f"So the naive average would need about 10^{standard['decades']:.0f} draws from N(0, I) before one such z turns"
+        f" up (the"
+        f" difference of log p(x|z) and log p(x) is that many powers of ten). The encoder proposes it at once: with"
+        f" {total} draws"
+        f" from q(z|x) the importance-weighted bound gives log p(x) ≥ {standard['log_evidence']:.1f} nats.",
+        f"Under the learned prior the same image has log p(x) ≥ {learned['log_evidence']:.1f} nats,"
+        f" {learned['log_evidence'] - standard['log_evidence']:.1f} more, with the same decoder, and the naive way would"
+        f" need about"
+        f" 10^{learned['decades']:.0f} draws.",
+    ]
+    return Findings(sentences, {"z": counts, "curves": curves, "posterior_log_likelihood": typical, "priors": shares}, figure)
+
+
+def mean_or_sample(trained: Trained) -> Findings:
+    """E[f(z)] against f(E[z]), and the same network with a point for a posterior."""
+    run, splits = trained.run, trained.splits
+    config = replace(run.config.autoencoder, bottleneck=Deterministic(run.config.autoencoder.bottleneck.channels))  # type: ignore[union-attr]
+    torch.manual_seed(0)
+    point = config.build(splits.image_shape)
+    folder = run.folder / "studies" / "point-posterior"
+    fit(run.fabric, point, splits.train, splits.validation, run.config.stage1, run.config.seed, folder, "point posterior")
+    images = splits.test.images[:200]
+    with torch.inference_mode():
+        (posterior,) = trained.autoencoder.encode(trained.on_device(images))
+        of_mean = trained.autoencoder.decode([posterior["mean"]]).mean
+        torch.manual_seed(0)
+        of_samples = [trained.autoencoder.decode(trained.autoencoder.sample([posterior])).mean for _ in range(100)]
+        average = torch.stack(of_samples).mean(0)
+        jensen = float((average - of_mean).square().mean().sqrt())
+        spread = float((of_samples[0] - average).square().mean().sqrt())
+        (codes,) = point.encode(trained.on_device(images))
+        scale = {"VAE": posterior["mean"], "point posterior": codes["mean"]}
+        standard = {name: float(values.std()) for name, values in scale.items()}
+        noise = trained.standard.sample(torch.arange(16, device=run.fabric.device), seed=0)
+        shown = [
+            ("image", images[:16]),
+            ("VAE: decode the mean", trained.autoencoder.render([posterior["mean"][:16]])),
+            ("VAE: decode a sample", trained.autoencoder.render(trained.autoencoder.sample([posterior]))[:16]),
+            ("VAE: z from N(0, I)", trained.autoencoder.render(noise)),
+            ("point posterior: decode it", point.render([codes["mean"][:16]])),
+            ("point posterior: z from N(0, I)", point.render(noise)),
+        ]
+        rate = float(gaussian_rate(posterior["mean"], posterior["std"].log()).mean())
+    figure, axes = pyplot.subplots(len(shown), 1, figsize=(9, 0.75 * len(shown)), layout="constrained")
+    for axis, (name, row) in zip(axes, shown):
+        axis.imshow(torch.cat(list(row.cpu().movedim(1, -1)), 1).squeeze(-1), cmap="gray", vmin=0, vmax=255)
+        axis.set_title(name, x=-0.01, y=0.5, ha="right", va="center", fontsize=9)
+        axis.axis("off")
+    sentences = [
+        f"E[f(z)] and f(E[z]) are two pictures: over 200 images they differ by {jensen:.4f} a pixel (root mean square,"
+        f" of values in"
+        f" [0, 1]), while one f(z) differs from their average by {spread:.4f}. The decoder is trained on samples; the"
+        f" mean is one"
+        " point that it sees only by chance, and it carries less than a sample does of what the posterior leaves open.",
+        f"The rate is {rate:.0f} nats an image: the noise of the posterior is what keeps latents from carrying more.",
+        f"The same network with a point for a posterior has no noise and no rate. Its latents spread as it pleases"
+        f" (standard deviation"
+        f" {standard['point posterior']:.1f}, against {standard['VAE']:.1f} for the VAE's means), nothing asks for"
+        f" anything between"
+        " them, and N(0, I) decodes to even less than it does on the VAE: the last two rows.",
+    ]
+    return Findings(
+        sentences,
+        {"rms_mean_against_average": jensen, "rms_sample_against_average": spread, "std": standard, "rate": rate},
+        figure,
+    )
+
+
+@torch.inference_mode()
+def aggregate_posterior(trained: Trained) -> Findings:
+    """q(z) against N(0, I): how the rate splits, and how well each prior fits held-out latents."""
+    run, splits = trained.run, trained.splits
+    specs = run.specs(trained.autoencoder)
+    latents = run.encode(trained.autoencoder, splits.test, "test")
+    torch.manual_seed(0)
+    (z,), _ = run.fabric.to_device(latents[torch.arange(len(latents))])
+    posterior = run.fabric.to_device(latents.levels[0])
+    log_q = gaussian_log_prob(z, posterior["mean"], posterior["std"].log()).flatten(1).sum(1)
+    names = {"standard": "N(0, I)", "gaussian": "one Gaussian", "mixture": "ten Gaussians", "learned": "learned prior"}
+    rates = {}
+    for name in names:
+        prior = run.prior(name, specs)
+        rates[name] = float((log_q - trained.log_prior(prior, z)).mean())
+    # Over the test images themselves: I(x; z) = E[log q(z|x) - log q(z)], with q(z) the mixture of their posteriors.
+    aggregate = AggregatePosterior(latents)
+    information = float((log_q.cpu() - torch.cat([aggregate.log_prob([chunk.cpu()]) for chunk in z.split(CHUNK)])).mean())
+    cap = math.log(len(latents))
+    flat = z.flatten(1).cpu()
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
+    left.bar(list(names.values()), [rates[name] for name in names])
+    left.set(ylabel="rate of held-out images, nats")
+    left.tick_params(axis="x", labelsize=8)
+    right.hist(flat.flatten(), bins=200, density=True, label="all latent numbers")
+    grid = torch.linspace(-4, 4, 200)
+    right.plot(grid, (-0.5 * grid.square()).exp() / math.sqrt(2 * math.pi), label="N(0, 1)")
+    right.set(xlabel="z", xlim=(-5, 5))
+    right.legend(fontsize=8)
+    correlation = torch.corrcoef(flat.T).fill_diagonal_(0).abs()
+    sentences = [
+        f"Under N(0, I) a held-out image costs a rate of {rates['standard']:.1f} nats. Of these, at most"
+        f" {rates['standard'] - information:.1f}"
+        f" are KL(q(z) ‖ N(0, I)), the part that is no information about the image; the empirical mutual information is"
+        f" {information:.2f} nats, but it cannot exceed log n = {cap:.2f} for n = {len(latents)} images, so the true"
+        f" split lies between.",
+        f"On the same draws the rate is {rates['gaussian']:.1f} nats under one Gaussian with q(z)'s moments,"
+        f" {rates['mixture']:.1f} under ten Gaussians, {rates['learned']:.1f} under the learned prior: so"
+        f" KL(q(z) ‖ N(0, I)) is at least about {rates['standard'] - rates['learned']:.1f} nats, and q(z) is not N(0, I).",
+        f"Single latent numbers look normal (mean {float(flat.mean()):.2f}, standard deviation {float(flat.std()):.2f});"
+        f" what N(0, I) misses is how"
+        f" they hang together: the strongest correlation of two is {float(correlation.max()):.2f}, and the rest is not"
+        f" linear.",
+    ]
+    return Findings(sentences, {"rate": rates, "mutual_information": information, "log_n": cap}, figure)
+
+
+STUDIES: dict[str, Callable[[Trained], Findings]] = {
+    "samples-per-image": samples_per_image,
+    "mean-or-sample": mean_or_sample,
+    "evidence": evidence,
+    "aggregate-posterior": aggregate_posterior,
+}
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Answer a question about VAEs by running one."""
+
+    study: tyro.conf.Positional[Literal["samples-per-image", "mean-or-sample", "evidence", "aggregate-posterior"]]
+    """which question"""
+    run: str = DEFAULT_PRESET
+    """a run's name under checkpoints/, or its path; mnist5k is trained if it is not there"""
+    device: str = "auto"
+    """auto, cpu, cuda or mps"""
+
+
+def main(arguments: list[str] | None = None) -> None:
+    asked = tyro.cli(Arguments, prog="python -m pipelines.study", args=arguments)
+    if asked.run == DEFAULT_PRESET:
+        train_all(Run.create(CHECKPOINTS / DEFAULT_PRESET, preset(DEFAULT_PRESET), asked.device))
+    run = Run.open(asked.run, asked.device)
+    found = STUDIES[asked.study](Trained.of(run))
+    folder = run.folder / "studies"
+    write_file(folder / f"{asked.study}.png", png(found.figure))
+    write_json(folder / f"{asked.study}.json", {"findings": found.sentences, **found.numbers})
+    for sentence in found.sentences:
+        say(f"\n{sentence}")
+    say(f"\nplot and numbers: {folder / asked.study}.png, .json")
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,66 @@
+"""Every study runs on a shrunk run, and writes its plot, its numbers and its sentences."""
+
+import json
+import math
+
+import pytest
+
+from pipelines import study
+from pipelines.config import preset
+from pipelines.console import UserError
+from pipelines.run import Run
+from pipelines.train_all import train_all
+from tests.parts import shrunk, small_splits
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        config = shrunk(preset("mnist5k"))
+        patch.setattr(type(config.data), "load", lambda self: small_splits((1, 28, 28), 4))
+        made = Run.create(tmp_path_factory.mktemp("study") / "r", config, "cpu")
+        train_all(made)
+        yield made
+
+
+def numbers(run: Run, name: str) -> dict:
+    study.main([name, "--run", str(run.folder), "--device", "cpu"])
+    assert (run.folder / "studies" / f"{name}.png").stat().st_size > 1000
+    found = json.loads((run.folder / "studies" / f"{name}.json").read_text())
+    assert len(found["findings"]) >= 3 and all(sentence.endswith(".") for sentence in found["findings"])
+    return found
+
+
+def test_samples_per_image(run):
+    found = numbers(run, "samples-per-image")
+    spread, tight = found["standard_deviation"], found["importance_weighted"]
+    assert spread[0] / spread[6] == pytest.approx(10, rel=0.35)  # 1/√L at L = 100
+    assert all(value == pytest.approx(found["elbo"][0], rel=1e-4) for value in found["elbo"])
+    assert tight[0] == pytest.approx(found["elbo"][0], rel=1e-4) and tight == sorted(tight)
+
+
+def test_evidence(run):
+    found = numbers(run, "evidence")
+    for name, prior in found["priors"].items():
+        assert found["curves"][f"ELBO, {name}"][0] <= prior["log_evidence"]
+        assert 0 <= prior["explain"] <= 1 and math.isfinite(prior["decades"])
+
+
+def test_mean_or_sample(run):
+    found = numbers(run, "mean-or-sample")
+    assert found["rms_mean_against_average"] > 0 and found["rms_sample_against_average"] > 0
+
+
+def test_aggregate_posterior(run):
+    found = numbers(run, "aggregate-posterior")
+    assert 0 <= found["mutual_information"] <= found["log_n"] + 1e-3
+    assert set(found["rate"]) == {"standard", "gaussian", "mixture", "learned"}
+
+
+def test_a_run_of_codes_is_refused(tmp_path, monkeypatch):
+    config = shrunk(preset("mnist-vqvae"))
+    monkeypatch.setattr(type(config.data), "load", lambda self: small_splits((1, 28, 28), 4))
+    made = Run.create(tmp_path / "codes", config, "cpu")
+    train_all(made)
+    with pytest.raises(UserError, match="no q"):
+        study.main(["evidence", "--run", str(made.folder), "--device", "cpu"])
