@@ -27,6 +27,8 @@ def log_weights(autoencoder: Autoencoder, images: Tensor, samples: int, log_prio
         levels = autoencoder.sample(posteriors)
         log_q = torch.zeros(len(images), device=images.device, dtype=targets.dtype)
         for level, posterior in zip(levels, posteriors):
+            if "codes" in posterior:
+                continue  # q(z|x) is all on one code: log p(x|z) + log p(z) is a bound by itself
             log_q = log_q + distributions.Normal(posterior["mean"], posterior["std"]).log_prob(level).flatten(1).sum(1)
         rows.append(autoencoder.decode(levels).log_prob(targets) + log_prior(levels) - log_q)
     return torch.stack(rows)

@@ -10,6 +10,7 @@ from stage1_vae import bottlenecks, likelihoods
 from stage1_vae.autoencoder import AutoencoderConfig
 from stage1_vae.bottlenecks import gaussian_rate
 from stage1_vae.bounds import elbo, importance_weighted_bound, log_weights
+from stage1_vae.hierarchy import Hierarchical
 from stage1_vae.networks import Convolutional, FullyConnected
 from tests.parts import BOTTLENECKS, LIKELIHOODS, NETWORKS
 
@@ -250,3 +251,31 @@ def test_the_latent_grid_is_a_setting():
 def test_refuses_what_cannot_work(config, message):
     with pytest.raises(ValueError, match=message):
         config()
+
+
+@torch.no_grad()
+def test_the_bound_of_codes_is_their_own_probability_and_likelihood():
+    """-log p(codes) - log p(x|codes) over both levels, and below log p(x) = log Σ p(x|z) p(z) over all codes."""
+    network = Convolutional(width=8, blocks=1, downsample=2)
+    torch.manual_seed(0)
+    bottleneck = Hierarchical(bottlenecks.VectorQuantized(codes=3, channels=2), blocks=1)
+    model = AutoencoderConfig(network, bottleneck, likelihoods.Gaussian(0.3)).build((1, 4, 4)).double()
+    model.train()(random_images(8, (1, 4, 4)))  # sets the codebooks up
+    model.eval()
+    (top, k1), (bottom, k2) = model.latents
+    assert (top, bottom) == ((1, 1), (2, 2))
+    image = random_images(1, (1, 4, 4), seed=1)
+
+    def uniform(levels):
+        return torch.full((len(levels[0]),), -math.log(3) * 5, dtype=torch.float64)
+
+    weights = log_weights(model, image, 2, uniform)
+    assert weights.shape == (2, 1) and torch.equal(weights[0], weights[1])
+    codes = model.sample(model.encode(image))
+    expected = model.decode(codes).log_prob(model.likelihood.scale(image)) + uniform(codes)
+    assert torch.allclose(weights[0], expected)
+    every = torch.cartesian_prod(*5 * [torch.arange(3)])
+    levels = [every[:, :1].view(-1, 1, 1), every[:, 1:].reshape(-1, 2, 2)]
+    target = model.likelihood.scale(image).expand(len(every), -1, -1, -1)
+    evidence = (model.decode(levels).log_prob(target) + uniform(levels)).logsumexp(0)
+    assert elbo(weights) <= evidence + 1e-9
