@@ -259,7 +259,7 @@ def test_the_bound_of_codes_is_their_own_probability_and_likelihood():
     network = Convolutional(width=8, blocks=1, downsample=2)
     torch.manual_seed(0)
     bottleneck = Hierarchical(bottlenecks.VectorQuantized(codes=3, channels=2), blocks=1)
-    model = AutoencoderConfig(network, bottleneck, likelihoods.Gaussian(0.3)).build((1, 4, 4)).double()
+    model = AutoencoderConfig(network, bottleneck, likelihoods.Gaussian(0.3)).build((1, 4, 4))
     model.train()(random_images(8, (1, 4, 4)))  # sets the codebooks up
     model.eval()
     (top, k1), (bottom, k2) = model.latents
@@ -267,7 +267,7 @@ def test_the_bound_of_codes_is_their_own_probability_and_likelihood():
     image = random_images(1, (1, 4, 4), seed=1)
 
     def uniform(levels):
-        return torch.full((len(levels[0]),), -math.log(3) * 5, dtype=torch.float64)
+        return torch.full((len(levels[0]),), -math.log(3) * 5)
 
     weights = log_weights(model, image, 2, uniform)
     assert weights.shape == (2, 1) and torch.equal(weights[0], weights[1])
@@ -278,4 +278,4 @@ def test_the_bound_of_codes_is_their_own_probability_and_likelihood():
     levels = [every[:, :1].view(-1, 1, 1), every[:, 1:].reshape(-1, 2, 2)]
     target = model.likelihood.scale(image).expand(len(every), -1, -1, -1)
     evidence = (model.decode(levels).log_prob(target) + uniform(levels)).logsumexp(0)
-    assert elbo(weights) <= evidence + 1e-9
+    assert elbo(weights) <= evidence + 1e-4
