@@ -83,7 +83,8 @@ class Arguments:
     count: int = 64
     """number of images"""
     prior: str = "learned"
-    """learned, standard (N(0, I)), gaussian, mixture, or posterior (reconstructs training images: not a generator)"""
+    """learned, standard (N(0, I), or uniform codes), gaussian, mixture, unigram, or posterior (not a generator: reconstructs
+    training images)"""
     label: str | None = None
     """class to draw, by its name, from a prior that was trained with class labels; all classes when not given"""
     keep_best: float = 1.0
