@@ -232,9 +232,11 @@ class Run:
         if not isinstance(self.condition, ClassLabel):
             raise UserError(f"the prior of {self.folder} takes no label; {self.takes()}")
         names = self.facts()["label_names"]
-        if name not in names:
+        # Upper or lower case; of a name like "5 - five" either half will do.
+        found = [i for i, known in enumerate(names) if name.lower() in (known.lower(), *known.lower().split(" - "))]
+        if not found:
             raise UserError(f"there is no label {name!r}{nearest(name, names)}")
-        return torch.tensor(names.index(name))
+        return torch.tensor(found[0])
 
 
 def read_config(path: Path) -> tuple[RunConfig, dict]:

@@ -40,6 +40,9 @@ def test_a_label_by_name_and_guidance(runs, tmp_path):
         assert plain.shape == (6, 28, 28, 1)
         assert (drawn(runs[name], "--label", "2", tmp_path=tmp_path) == plain).all()
         assert (drawn(runs[name], "--label", "2", "--guidance", "50", tmp_path=tmp_path) != plain).any()
+    run = Run.open(runs["mnist-vqvae"], "cpu")
+    run.facts = lambda: {"label_names": ["0 - zero", "Ankle boot"]}
+    assert [int(run.label(name)) for name in ("0", "Zero", "0 - zero", "ankle boot")] == [0, 0, 0, 1]
     with pytest.raises(UserError, match="no label 'two'.*There are: 0, 1, 2, 3"):
         drawn(runs["mnist-vqvae"], "--label", "two", tmp_path=tmp_path)
 
