@@ -102,8 +102,8 @@ def rejection_plot(rows: list[dict[str, Any]]) -> Figure:
             textcoords="offset points", ha="center", fontsize=9, color="tab:green",
         )  # fmt: skip
         right.set(ylabel="fd", ylim=(0, 1.3 * max(row["fd"] for row in rows)))
-        right.legend(loc="lower right", fontsize=9)
-    axis.legend(loc="lower left", fontsize=9)
+        axis.plot([], [], color="tab:green", marker="^", label="fd")
+    axis.legend(loc="center left", fontsize=9)
     return figure
 
 
