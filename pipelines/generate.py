@@ -93,8 +93,8 @@ class Arguments:
     """picture whose hidden part is to be drawn anew, --count times"""
     keep: str = "top-half"
     """which part of the picture to complete is kept: top-half, bottom-half, left-half, right-half, or a mask picture's file"""
-    particles: int = 16
-    """drawn for each completion, to choose one by the density of what is kept"""
+    particles: int = 64
+    """drawn for each completion, to choose one by the density of the latents and pixels that are kept"""
     text: str | None = None
     """caption of what to draw, for a prior that was trained with captions"""
     seed: int = 0
@@ -139,11 +139,18 @@ def completions(run: Run, autoencoder: Autoencoder, prior: Prior, asked: Argumen
     given, held = held_latents(autoencoder, image, known, device)
     for mask in held:
         say(f"held: {int(mask.sum())} of {mask.numel()} latents on the {mask.shape[0]}×{mask.shape[1]} grid")
+    target, seen = autoencoder.likelihood.scale(image[None].to(device)), known.to(device)
+
+    def of_known_pixels(levels: list[Tensor]) -> Tensor:
+        pixels = autoencoder.decode(levels)
+        assert isinstance(pixels, torch.distributions.Independent)
+        return (pixels.base_dist.log_prob(target) * seen).flatten(1).sum(1)
+
     images, sizes = [], []
     with Progress("completing", asked.count, "images") as progress:
         for indices in torch.arange(asked.count, device=device).split(max(1, asked.batch_size // asked.particles)):
             told = None if context is None else context.to(device).expand(len(indices), *context.shape)
-            levels, size = complete(prior, given, held, indices, asked.seed, asked.particles, told)
+            levels, size = complete(prior, given, held, indices, asked.seed, asked.particles, told, of_known_pixels)
             torch.manual_seed(asked.seed + int(indices[0]))
             images.append(autoencoder.render(levels, asked.pixels).cpu())
             sizes.append(size)

@@ -7,6 +7,8 @@ ahead, so M particles are drawn row by row and weighted by the density of what i
 (sequential importance resampling, Gordon et al. 1993): exact as M grows.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -25,11 +27,13 @@ def complete(
     seed: int,
     particles: int = 16,
     contexts: Tensor | None = None,
+    log_likelihood: Callable[[list[Tensor]], Tensor] | None = None,
 ) -> tuple[list[Tensor], Tensor]:
     """Levels whose held positions are as given, and the effective sample size of each, B, from 1 to the number of particles.
 
     given: one latent a level, without a batch axis; held: h w a level, True is held; indices: B sample numbers.
     contexts: one for each sample; drawn as in the training set when None.
+    log_likelihood: what else is known of the whole latent, such as log p(of the pixels that are seen | z): levels to nats, B·M.
     """
     contexts = prior.draw_contexts(indices, seed) if contexts is None else contexts
     # Particle m of sample i is sample number i·M + m of its own seed, so a completion too is the same in any batch.
@@ -69,6 +73,9 @@ def complete(
             if until == height:
                 break
         levels.append(drawn)
+    if log_likelihood is not None:
+        logs += log_likelihood(levels).view(len(indices), particles).double()
+        smallest = torch.minimum(smallest, effective(logs))
     uniform = first_uniforms(seed, indices, CHOICE_STREAM)[:, None]
     chosen = choose_many(logs, uniform.to(logs.dtype)).squeeze(1) + particles * torch.arange(len(indices), device=indices.device)
     return [level[chosen] for level in levels], smallest

@@ -80,6 +80,24 @@ def test_several_levels_and_continuous_latents():
     assert (drawn[0] != drawn[1])[:, ~mask].all()
 
 
+def test_what_else_is_known_weighs_the_particles():
+    """With all weight on one code at a free position, that code is drawn; the rest follows the exact conditional."""
+    prior = random_prior(LatentSpec((1, 2), vocabulary=3), "pixelcnn", "categorical", scale=0.5)
+    held = torch.zeros(1, 2, dtype=torch.bool)
+
+    def second_is_two(levels):
+        return torch.where(levels[0][:, 0, 1] == 2, 0.0, -1e9)
+
+    (drawn,), sizes = complete(
+        prior, [torch.zeros(1, 2, dtype=torch.int64)], [held], torch.arange(3000), 0, 64, None, second_is_two
+    )
+    assert (drawn[:, 0, 1] == 2).all() and (sizes < 64).all()
+    with torch.no_grad():
+        exact = prior.log_prob([torch.tensor([[[0, 2]], [[1, 2]], [[2, 2]]])]).softmax(0)
+    share = torch.bincount(drawn[:, 0, 0], minlength=3) / 3000
+    assert (share - exact).abs().sum() / 2 < 0.05
+
+
 def test_effective_sample_size():
     assert effective(torch.zeros(1, 8)) == pytest.approx(8)
     assert effective(torch.tensor([[0.0, -1e9, -1e9]])) == pytest.approx(1)
