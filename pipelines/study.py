@@ -255,7 +255,7 @@ def mean_or_sample(trained: Trained) -> Findings:
         rate = float(gaussian_rate(posterior["mean"], posterior["std"].log()).mean())
     figure, axes = pyplot.subplots(len(shown), 1, figsize=(9, 0.75 * len(shown)), layout="constrained")
     for axis, (name, row) in zip(axes, shown):
-        axis.imshow(torch.cat(list(row.cpu().movedim(1, -1)), 1).squeeze(-1), cmap="gray", vmin=0, vmax=255)
+        axis.imshow(torch.cat(list(row.cpu().movedim(1, -1)), 1).squeeze(-1).numpy(), cmap="gray", vmin=0, vmax=255)
         axis.set_title(name, x=-0.01, y=0.5, ha="right", va="center", fontsize=9)
         axis.axis("off")
     sentences = [
