@@ -27,7 +27,8 @@ class Stopped(Exception):
 class Signals:
     """While entered, the first SIGTERM, SIGINT or SIGUSR1 (a cluster's warning) is only noted; a second one acts as ever."""
 
-    NOTED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+    NAMES = ("SIGTERM", "SIGINT", "SIGUSR1")  # the last is not everywhere
+    NOTED = tuple(getattr(signal, name) for name in NAMES if hasattr(signal, name))
 
     def __enter__(self) -> "Signals":
         self.received: int | None = None
