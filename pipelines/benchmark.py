@@ -334,6 +334,8 @@ class BenchmarkBatches:
     """auto, cpu, cuda or mps"""
 
     def rows(self) -> Rows:
+        if min(self.count, *self.batch) < 1:
+            raise UserError("--count and both of --batch are numbers from 1 up")
         run = Run.open(self.run, self.device)
         autoencoder = run.load_autoencoder()
         prior = run.prior("learned", run.specs(autoencoder))

@@ -39,6 +39,7 @@ from pipelines.page import (
 from pipelines.report import histogram, picture, rejection_plot, table, title
 from pipelines.run import CLASSIFIERS, Run
 from stage1_vae.autoencoder import Autoencoder
+from stage1_vae.bottlenecks import perplexity
 from stage2_prior.conditions import Unconditional
 from stage2_prior.latents import LatentDataset, LatentSpec
 from stage2_prior.prior import Prior, baselines
@@ -234,9 +235,13 @@ def rejection(
 def code_report(codes: Tensor, spec: LatentSpec) -> dict[str, Any]:
     """How many codes of one level are used over the whole test split, and the perplexity of their use."""
     assert spec.vocabulary is not None
-    share = torch.bincount(codes.flatten(), minlength=spec.vocabulary).double() / codes.numel()
-    used = int((share > 0).sum())
-    return {"grid": spec.grid, "codes": spec.vocabulary, "used": used, "perplexity": float(torch.special.entr(share).sum().exp())}
+    counts = torch.bincount(codes.flatten(), minlength=spec.vocabulary).double()
+    return {
+        "grid": spec.grid,
+        "codes": spec.vocabulary,
+        "used": int((counts > 0).sum()),
+        "perplexity": float(perplexity(counts)),
+    }
 
 
 def verdict(metrics: dict[str, Any]) -> dict[str, Any]:

@@ -27,7 +27,7 @@ def picture_to_complete(path: Path, image_shape: tuple[int, int, int]) -> Tensor
         with Image.open(path) as image:
             size = image.size
         pixels = read_image(path, max(height, width), channels)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, Image.DecompressionBombError) as error:
         raise UserError(f"{path} cannot be read as a picture ({error})") from error
     if size != (width, height):
         say(f"{path} is {size[0]}×{size[1]} pixels; it is cropped and resized to the model's {width}×{height}")
@@ -44,8 +44,12 @@ def known_pixels(keep: str, image_shape: tuple[int, int, int]) -> Tensor:
         return (half[:, None] if axis == 0 else half[None]).expand(height, width)
     if not Path(keep).is_file():
         raise UserError(f"--keep is a half or the file of a mask picture; there is no {keep!r}{nearest(keep, SIDES)}")
-    with Image.open(keep) as mask:
-        return torch.from_numpy(np.asarray(mask.convert("L").resize((width, height), Image.Resampling.NEAREST)) > 127)
+    try:
+        with Image.open(keep) as mask:
+            white = mask.convert("L").resize((width, height), Image.Resampling.NEAREST)
+    except (OSError, ValueError, Image.DecompressionBombError) as error:
+        raise UserError(f"the mask {keep} cannot be read as a picture ({error})") from error
+    return torch.from_numpy(np.asarray(white) > 127)
 
 
 @torch.inference_mode()

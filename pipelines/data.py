@@ -207,13 +207,13 @@ def read_captions(folder: Path, paths: list[Path]) -> list[str] | None:
     if not file.is_file():
         return None
     captions: dict[Path, str] = {}
-    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(file.read_bytes().splitlines(), 1):
         try:
             entry = json.loads(line)
             captions[Path(entry["file_name"])] = str(entry["text"])
         except (ValueError, TypeError, KeyError) as error:
             raise UserError(
-                f'{file}, line {number}: expected {{"file_name": "sub/a.png", "text": "what it shows"}}, not {line[:60]!r}'
+                f'{file}, line {number}: expected {{"file_name": "sub/a.png", "text": "what it shows"}}, not {line[:60].decode(errors="replace")!r}'
             ) from error
     without = [path.relative_to(folder) for path in paths if path.relative_to(folder) not in captions]
     if without:

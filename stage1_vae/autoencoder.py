@@ -80,11 +80,11 @@ class Autoencoder(nn.Module):
 
     def sample(self, posteriors: list[Posterior]) -> list[Tensor]:
         """z ~ q(z|x), one latent for each level."""
-        return self.bottleneck.sample(posteriors)
+        return [p["codes"] if "codes" in p else torch.normal(p["mean"], p["std"]) for p in posteriors]
 
     def mean(self, posteriors: list[Posterior]) -> list[Tensor]:
         """The posterior's mean, one latent for each level."""
-        return self.bottleneck.mean(posteriors)
+        return [p["codes"] if "codes" in p else p["mean"] for p in posteriors]
 
     def decode(self, levels: list[Tensor]) -> distributions.Distribution:
         """Latents, one for each level, to p(x|z) over images in the likelihood's scale."""

@@ -7,8 +7,6 @@ B batch, F feature maps, C latent channels, K codes, h×w latent grid, L samples
         penalty   B, what the bottleneck adds to the loss, in nats an image (β·KL, a commitment loss, …)
         terms     named values to report, B each or scalar; `rate` is KL(q(z|x) ‖ N(0, I)) where there is one
     posterior(features)  -> what is stored, for each level: mean and std, B C h w each, or codes, B h w
-    sample(posteriors)   -> levels: latents B C h w, or codes B h w
-    mean(posteriors)     -> the same
     embed(levels)        -> B C h w for the decoder
     latents(grid)        -> shape and vocabulary of each level
 
@@ -35,10 +33,6 @@ class Bottleneck(Protocol):
     def __call__(self, features: Tensor, step: int) -> tuple[Tensor, Tensor, dict[str, Tensor]]: ...
 
     def posterior(self, features: Tensor) -> list[Posterior]: ...
-
-    def sample(self, posteriors: list[Posterior]) -> list[Tensor]: ...
-
-    def mean(self, posteriors: list[Posterior]) -> list[Tensor]: ...
 
     def embed(self, levels: list[Tensor]) -> Tensor: ...
 
@@ -76,11 +70,6 @@ class DeterministicBottleneck(nn.Module):
     def posterior(self, features: Tensor) -> list[Posterior]:
         mean = full_precision(self.project(features))
         return [{"mean": mean, "std": torch.zeros_like(mean)}]
-
-    def sample(self, posteriors: list[Posterior]) -> list[Tensor]:
-        return [posterior["mean"] for posterior in posteriors]
-
-    mean = sample
 
     def embed(self, levels: list[Tensor]) -> Tensor:
         (latent,) = levels
@@ -126,12 +115,6 @@ class GaussianBottleneck(nn.Module):
         mean, log_std = full_precision(self.project(features)).chunk(2, dim=1)
         return [{"mean": mean, "std": log_std.exp()}]
 
-    def sample(self, posteriors: list[Posterior]) -> list[Tensor]:
-        return [torch.normal(posterior["mean"], posterior["std"]) for posterior in posteriors]
-
-    def mean(self, posteriors: list[Posterior]) -> list[Tensor]:
-        return [posterior["mean"] for posterior in posteriors]
-
     def embed(self, levels: list[Tensor]) -> Tensor:
         (latent,) = levels
         return latent
@@ -165,14 +148,12 @@ class VectorQuantized:
 
 
 class VectorQuantizedBottleneck(nn.Module):
-    """Own code, not the library vector-quantize-pytorch, which took four to eight times as long for the same step: more than a
-    sixth of a whole training step."""
+    """Own code: the library vector-quantize-pytorch took several times as long for the same step."""
 
     has_density = True
     codebook: Tensor
     counts: Tensor
     sums: Tensor
-    uses: Tensor
 
     def __init__(self, config: VectorQuantized, features: int):
         super().__init__()
@@ -187,7 +168,7 @@ class VectorQuantizedBottleneck(nn.Module):
         self.register_buffer("codebook", torch.zeros(config.codes, config.channels))
         self.register_buffer("counts", torch.zeros(config.codes))  # how often each code is chosen in a batch, on average
         self.register_buffer("sums", torch.zeros(config.codes, config.channels))  # of the encoder outputs that chose it
-        self.register_buffer("uses", torch.zeros(config.codes))  # as `counts`, but revival leaves it alone: what is reported
+        self.use = CodeUse(config.codes)  # unlike `counts`, not touched by revival
 
     def forward(self, features: Tensor, step: int) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         encoded = full_precision(self.project(features))
@@ -202,8 +183,7 @@ class VectorQuantizedBottleneck(nn.Module):
         commitment = (encoded - quantized).square().flatten(1).sum(1)
         # Straight through: the decoder's gradient passes to the encoder as if there were no quantization.
         embedded = encoded + (quantized - encoded).detach()
-        usage, perplexity = code_usage(self.uses)
-        return embedded[None], self.config.commitment * commitment, {"perplexity": perplexity, "usage": usage}
+        return embedded[None], self.config.commitment * commitment, self.use(codes)
 
     @torch.no_grad()
     def update(self, vectors: Tensor, codes: Tensor) -> None:
@@ -211,7 +191,6 @@ class VectorQuantizedBottleneck(nn.Module):
         counts = torch.bincount(codes, minlength=self.vocabulary).to(self.counts)
         sums = torch.zeros_like(self.sums).index_add_(0, codes, vectors)
         self.counts.lerp_(counts, 1 - self.config.decay)
-        self.uses.lerp_(counts, 1 - self.config.decay)
         self.sums.lerp_(sums, 1 - self.config.decay)
         chosen_lately = self.counts > 1e-20  # else both averages have decayed to nothing, and the code stays where it was
         self.codebook[chosen_lately] = self.sums[chosen_lately] / self.counts[chosen_lately, None]
@@ -231,11 +210,6 @@ class VectorQuantizedBottleneck(nn.Module):
         encoded = full_precision(self.project(features))
         return [{"codes": nearest(encoded.movedim(1, -1), self.codebook)}]
 
-    def sample(self, posteriors: list[Posterior]) -> list[Tensor]:
-        return [posterior["codes"] for posterior in posteriors]
-
-    mean = sample
-
     def latents(self, grid: tuple[int, int]) -> Levels:
         return [(grid, self.vocabulary)]
 
@@ -251,13 +225,26 @@ def nearest(vectors: Tensor, codebook: Tensor) -> Tensor:
     return distance.argmin(1).view(vectors.shape[:-1])
 
 
-def code_usage(counts: Tensor) -> tuple[Tensor, Tensor]:
-    """From how often each code is used: the share of codes used at all, and the perplexity e^entropy of the use.
+def perplexity(counts: Tensor) -> Tensor:
+    """e^entropy of how often each code is used: the number of codes that would be as varied, evenly used."""
+    return torch.special.entr(counts / counts.sum().clamp(min=1e-12)).sum().exp()
 
-    Of moving averages, a code counts as used above a hundredth of an even use.
-    """
-    share = counts / counts.sum().clamp(min=1e-12)
-    return (share > 0.01 / len(share)).to(share.dtype).mean(), torch.special.entr(share).sum().exp()
+
+class CodeUse(nn.Module):
+    """How often each code was chosen lately, as moving averages; what training reports of a codebook."""
+
+    counts: Tensor
+
+    def __init__(self, codes: int):
+        super().__init__()
+        self.register_buffer("counts", torch.zeros(codes))
+
+    def forward(self, codes: Tensor) -> dict[str, Tensor]:
+        """Takes note of a training batch's codes; returns perplexity, and usage: the share above a hundredth of an even use."""
+        if self.training:
+            self.counts.lerp_(torch.bincount(codes.flatten(), minlength=len(self.counts)).to(self.counts), 0.01)
+        often = self.counts > 0.01 * self.counts.sum() / len(self.counts)
+        return {"perplexity": perplexity(self.counts), "usage": often.to(self.counts.dtype).mean()}
 
 
 @dataclass(frozen=True)
@@ -275,7 +262,6 @@ class FiniteScalarBottleneck(nn.Module):
     has_density = True
     levels: Tensor
     strides: Tensor
-    counts: Tensor
 
     def __init__(self, config: FiniteScalar, features: int):
         super().__init__()
@@ -286,7 +272,7 @@ class FiniteScalarBottleneck(nn.Module):
         levels = torch.tensor(config.levels)
         self.register_buffer("levels", levels[:, None, None], persistent=False)
         self.register_buffer("strides", (levels.cumprod(0) // levels)[:, None, None], persistent=False)
-        self.register_buffer("counts", torch.zeros(self.vocabulary))  # how often each code is chosen, on average
+        self.use = CodeUse(self.vocabulary)
 
     def rounded(self, features: Tensor) -> tuple[Tensor, Tensor]:
         """Levels 0 … L-1 of every channel, straight through, and the codes (Mentzer et al. 2023, appendix A.1)."""
@@ -298,10 +284,7 @@ class FiniteScalarBottleneck(nn.Module):
 
     def forward(self, features: Tensor, step: int) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         level, codes = self.rounded(features)
-        if self.training:
-            self.counts.lerp_(torch.bincount(codes.flatten(), minlength=self.vocabulary).to(self.counts), 0.01)
-        usage, perplexity = code_usage(self.counts)
-        return self.centred(level)[None], level.new_zeros(len(level)), {"perplexity": perplexity, "usage": usage}
+        return self.centred(level)[None], level.new_zeros(len(level)), self.use(codes)
 
     def centred(self, level: Tensor) -> Tensor:
         """Levels to numbers around 0 in [-1, 1], for the decoder."""
@@ -309,11 +292,6 @@ class FiniteScalarBottleneck(nn.Module):
 
     def posterior(self, features: Tensor) -> list[Posterior]:
         return [{"codes": self.rounded(features)[1]}]
-
-    def sample(self, posteriors: list[Posterior]) -> list[Tensor]:
-        return [posterior["codes"] for posterior in posteriors]
-
-    mean = sample
 
     def latents(self, grid: tuple[int, int]) -> Levels:
         return [(grid, self.vocabulary)]
@@ -347,7 +325,6 @@ class GumbelSoftmax:
 
 class GumbelSoftmaxBottleneck(nn.Module):
     has_density = True
-    counts: Tensor
 
     def __init__(self, config: GumbelSoftmax, features: int):
         super().__init__()
@@ -355,7 +332,7 @@ class GumbelSoftmaxBottleneck(nn.Module):
         self.vocabulary, self.latent_channels = config.codes, config.channels
         self.project = nn.Conv2d(features, config.codes, 1)
         self.codebook = nn.Parameter(torch.randn(config.codes, config.channels))
-        self.register_buffer("counts", torch.zeros(config.codes))  # how often each code is the likeliest, on average
+        self.use = CodeUse(config.codes)
 
     def schedule(self, step: int) -> tuple[float, float]:
         """Temperature and weight of the rate at a step."""
@@ -370,20 +347,12 @@ class GumbelSoftmaxBottleneck(nn.Module):
         codes = logits.argmax(-1)
         if self.training:
             embedded = nn.functional.gumbel_softmax(logits, temperature) @ self.codebook
-            self.counts.lerp_(torch.bincount(codes.flatten(), minlength=self.vocabulary).to(self.counts), 0.01)
         else:  # as in generation: the likeliest code
             embedded = self.codebook[codes]
-        usage, perplexity = code_usage(self.counts)
-        terms = {"rate": rate, "perplexity": perplexity, "usage": usage}
-        return embedded.movedim(-1, 1)[None], weight * rate, terms
+        return embedded.movedim(-1, 1)[None], weight * rate, {"rate": rate, **self.use(codes)}
 
     def posterior(self, features: Tensor) -> list[Posterior]:
         return [{"codes": self.project(features).argmax(1)}]
-
-    def sample(self, posteriors: list[Posterior]) -> list[Tensor]:
-        return [posterior["codes"] for posterior in posteriors]
-
-    mean = sample
 
     def latents(self, grid: tuple[int, int]) -> Levels:
         return [(grid, self.vocabulary)]

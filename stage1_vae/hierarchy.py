@@ -79,13 +79,8 @@ class HierarchicalBottleneck(nn.Module):
 
     def posterior(self, features: Tensor) -> list[Posterior]:
         coarser = self.coarser.posterior(self.down(features))
-        context = self.up(self.coarser.embed(self.sample(coarser)))
+        context = self.up(self.coarser.embed([level["codes"] for level in coarser]))
         return coarser + self.finest.posterior(torch.cat([features, context], 1))
-
-    def sample(self, posteriors: list[Posterior]) -> list[Tensor]:
-        return [posterior["codes"] for posterior in posteriors]
-
-    mean = sample
 
     def embed(self, levels: list[Tensor]) -> Tensor:
         *coarser, finest = levels

@@ -80,6 +80,9 @@ class LabelCondition(nn.Module):
         return Embedded(self.maps[contexts], None)
 
 
+BYTES_AND_PADDING = 257  # tokens that any tokenizer of captions has
+
+
 @dataclass(frozen=True)
 class Caption:
     """A caption, as tokens before the first position of the latent (DALL-E, Ramesh et al. 2021)."""
@@ -92,18 +95,17 @@ class Caption:
     """share of captions forgotten in training"""
 
     def build(self, width: int, grid: tuple[int, int], classes: int) -> "CaptionCondition":
+        if self.vocabulary < BYTES_AND_PADDING or self.length < 1:
+            raise ValueError(f"captions need a vocabulary of {BYTES_AND_PADDING} tokens or more, and a length of 1 or more")
         return CaptionCondition(width, self)
 
 
 class CaptionCondition(nn.Module):
-    nowhere: Tensor
-
     def __init__(self, width: int, config: Caption):
         super().__init__()
         self.config = config
         self.embedding = nn.Embedding(config.vocabulary, width)
         self.position = nn.Parameter(0.02 * torch.randn(config.length, width))
-        self.register_buffer("nowhere", torch.empty(0), persistent=False)  # knows the device
 
     def estimate(self, contexts: Tensor) -> None:
         """Captions are conditioned on, never modelled."""
@@ -112,7 +114,7 @@ class CaptionCondition(nn.Module):
         return self.nothing(len(indices))
 
     def nothing(self, batch: int) -> Tensor:
-        return torch.zeros(batch, self.config.length, dtype=torch.int64, device=self.nowhere.device)
+        return torch.zeros(batch, self.config.length, dtype=torch.int64, device=self.position.device)
 
     def forward(self, contexts: Tensor) -> Embedded:
         """contexts: tokens, B T, where 0 pads and nothing but 0 stands for no caption."""

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from stage1_vae.bottlenecks import FiniteScalar, GumbelSoftmax, VectorQuantized, code_usage, nearest
+from stage1_vae.bottlenecks import CodeUse, FiniteScalar, GumbelSoftmax, VectorQuantized, nearest
 
 
 def clusters(count: int, codes: int, channels: int, seed: int = 0) -> torch.Tensor:
@@ -109,8 +109,10 @@ def test_finite_scalar_embeds_in_training_what_it_decodes_from_codes():
 
 
 def test_usage_and_perplexity():
-    usage, perplexity = code_usage(torch.tensor([5.0, 5.0, 0.0, 0.0]))
-    assert usage == 0.5 and perplexity == pytest.approx(2)
+    use = CodeUse(4).eval()
+    use.counts.copy_(torch.tensor([5.0, 5.0, 0.0, 0.0]))
+    terms = use(torch.zeros(3, dtype=torch.int64))
+    assert terms["usage"] == 0.5 and terms["perplexity"] == pytest.approx(2)
 
 
 def test_the_relaxation_anneals_and_its_rate_is_the_divergence_from_uniform():
