@@ -5,6 +5,7 @@ A data set without captions of its own gets them from its class names, in turn b
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,24 +31,28 @@ def captions_of(images: ImageSet, label_names: Sequence[str]) -> list[str]:
     return [TEMPLATES[i % len(TEMPLATES)].format(names[label]) for i, label in enumerate(images.labels.tolist())]
 
 
+def library() -> Any:
+    """Raises UserError when it is not installed: only captions need it."""
+    try:
+        import tokenizers
+    except ImportError as error:
+        raise UserError("captions need the library `tokenizers`: pip install 'two-stage-latent-prior[text]'") from error
+    return tokenizers
+
+
 class CaptionTokenizer:
     """Byte-pair encoding of lower-cased text (the `tokenizers` library), fitted to the training captions."""
 
     def __init__(self, path: Path):
-        try:
-            from tokenizers import Tokenizer
-        except ImportError as error:
-            raise UserError("captions need the library `tokenizers`: pip install 'two-stage-latent-prior[text]'") from error
-        self.tokenizer = Tokenizer.from_file(str(path))
+        self.tokenizer = library().Tokenizer.from_file(str(path))
 
     @staticmethod
     def train(captions: Sequence[str], vocabulary: int, path: Path) -> None:
         """Fit to captions and write to `path`."""
-        try:
-            from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-        except ImportError as error:
-            raise UserError("captions need the library `tokenizers`: pip install 'two-stage-latent-prior[text]'") from error
-        tokenizer = Tokenizer(models.BPE())
+        from_library = library()
+        decoders, models, normalizers = from_library.decoders, from_library.models, from_library.normalizers
+        pre_tokenizers, trainers = from_library.pre_tokenizers, from_library.trainers
+        tokenizer = from_library.Tokenizer(models.BPE())
         tokenizer.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
         tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel()
         tokenizer.decoder = decoders.ByteLevel()

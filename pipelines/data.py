@@ -212,8 +212,9 @@ def read_captions(folder: Path, paths: list[Path]) -> list[str] | None:
             entry = json.loads(line)
             captions[Path(entry["file_name"])] = str(entry["text"])
         except (ValueError, TypeError, KeyError) as error:
+            shown = line[:60].decode(errors="replace")
             raise UserError(
-                f'{file}, line {number}: expected {{"file_name": "sub/a.png", "text": "what it shows"}}, not {line[:60].decode(errors="replace")!r}'
+                f'{file}, line {number}: expected {{"file_name": "sub/a.png", "text": "what it shows"}}, not {shown!r}'
             ) from error
     without = [path.relative_to(folder) for path in paths if path.relative_to(folder) not in captions]
     if without:

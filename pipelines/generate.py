@@ -18,7 +18,7 @@ from pipelines.console import Progress, UserError, nearest, run_command, say
 from pipelines.metrics import kept_best, trained_classifier
 from pipelines.run import CLASSIFIERS, PRIORS, Run
 from stage1_vae.autoencoder import Autoencoder
-from stage2_prior.autoregressive import Cascade, LearnedPrior
+from stage2_prior.autoregressive import LearnedPrior
 from stage2_prior.completion import complete
 from stage2_prior.conditions import ClassLabel
 from stage2_prior.prior import Prior
@@ -181,7 +181,7 @@ def main(arguments: list[str] | None = None) -> None:
     autoencoder = run.load_autoencoder()
     prior = run.prior(asked.prior, run.specs(autoencoder))
     if isinstance(prior, LearnedPrior):
-        for level in prior.levels if isinstance(prior, Cascade) else [prior]:
+        for level in prior.levels:
             level.backbone.to(getattr(torch, asked.dtype))
     context = run.label(asked.label) if asked.label is not None else None
     context = run.text(asked.text) if asked.text is not None else context

@@ -48,6 +48,11 @@ class Classifier(nn.Module):
         return {"loss": F.cross_entropy(logits, labels), "accuracy": (logits.argmax(1) == labels).float().mean()}
 
 
+def logits_of(fabric: Fabric, classifier: Classifier, images: Tensor) -> Tensor:
+    """images uint8 N C H W; returns N classes, on the CPU."""
+    return torch.cat([classifier.output(classifier.features(fabric.to_device(b))).cpu() for b in images.split(BATCH)])
+
+
 class FeatureSpace:
     """The features that images are compared in, and the training split's statistics in them."""
 
@@ -71,8 +76,7 @@ class FeatureSpace:
     @torch.inference_mode()
     def read_labels(self, images: Tensor) -> Tensor:
         """The classifier's label of each image, N on the CPU."""
-        batches = (self.model.features(self.fabric.to_device(batch)) for batch in images.split(BATCH))
-        return torch.cat([self.model.output(features).argmax(1).cpu() for features in batches])
+        return logits_of(self.fabric, self.model, images).argmax(1)
 
     def frechet_distance(self, images: Tensor, label: str) -> float | None:
         """The distance from the training images; None when there are too few images for a covariance."""
@@ -133,8 +137,7 @@ def kept_best(fabric: Fabric, classifier: Classifier, images: Tensor, labels: Te
 
     Rejection sampling as in VQ-VAE-2 (Razavi et al. 2019, section 3.4). images uint8 N C H W, labels N; returns indices.
     """
-    logits = torch.cat([classifier.output(classifier.features(fabric.to_device(b))).cpu() for b in images.split(BATCH)])
-    surety = logits.log_softmax(-1).gather(1, labels[:, None]).squeeze(1)
+    surety = logits_of(fabric, classifier, images).log_softmax(-1).gather(1, labels[:, None]).squeeze(1)
     kept = []
     for label in labels.unique():
         members = torch.nonzero(labels == label).squeeze(1)

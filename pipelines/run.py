@@ -26,7 +26,7 @@ from pipelines.console import Progress, UserError, nearest
 from pipelines.data import ImageSet, Splits
 from pipelines.fit import Precision, fabric_for, seed_of
 from stage1_vae.autoencoder import Autoencoder
-from stage2_prior.autoregressive import CascadeConfig, LearnedPrior
+from stage2_prior.autoregressive import LearnedPrior
 from stage2_prior.conditions import Caption, ClassLabel, ConditionConfig, Unconditional
 from stage2_prior.latents import LatentDataset, LatentSpec
 from stage2_prior.prior import CODE_BASELINES, CONTINUOUS_BASELINES, AggregatePosterior, Prior, baselines
@@ -203,7 +203,7 @@ class Run:
     @property
     def condition(self) -> ConditionConfig:
         """What the learned prior is told."""
-        return (self.config.prior.top if isinstance(self.config.prior, CascadeConfig) else self.config.prior).condition
+        return self.config.prior.top.condition
 
     def contexts(self, images: ImageSet) -> Tensor | None:
         """What a conditional prior is told of each image: its label, or its caption's tokens."""

@@ -34,6 +34,11 @@ class AutoregressiveConfig:
     head: HeadConfig = field(default_factory=GaussianMixture)
     condition: ConditionConfig = field(default_factory=Unconditional)
 
+    @property
+    def top(self) -> "AutoregressiveConfig":
+        """The prior of the coarsest level, as a CascadeConfig has it."""
+        return self
+
     def build(self, specs: list[LatentSpec], classes: int = 0) -> "AutoregressivePrior":
         """classes: number of labels of the data set, 0 for none. Raises ValueError where the parts do not fit."""
         return AutoregressivePrior(specs, self, classes)
@@ -52,6 +57,11 @@ class AutoregressivePrior(Prior):
         self.coarser = nn.ModuleList(CoarserLevel(spec, self.spec.grid, self.backbone.width) for spec in coarser)
         # Latents of pictures are not stationary; a learned map tells the backbone where on the grid it is.
         self.position = nn.Parameter(0.02 * torch.randn(1, self.backbone.width, *self.spec.grid))
+
+    @property
+    def levels(self) -> "list[AutoregressivePrior]":
+        """The priors of all levels, as a Cascade has them."""
+        return [self]
 
     def estimate(self, dataset: LatentDataset) -> None:
         self.head.estimate(dataset.posteriors(slice(None))[self.level])

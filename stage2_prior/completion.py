@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from stage2_prior.autoregressive import AutoregressivePrior, Cascade, LearnedPrior
+from stage2_prior.autoregressive import LearnedPrior
 from stage2_prior.sampling import AS_FITTED, CHOICE_STREAM, choose_many, first_uniforms
 
 FEWEST = 0.5  # of the particles: an effective number below this share resamples them
@@ -41,9 +41,8 @@ def complete(
     told = None if contexts is None else contexts.repeat_interleave(particles, 0)
     levels: list[Tensor] = []
     logs = torch.zeros(len(indices), particles, dtype=torch.float64, device=indices.device)
-    priors: list[AutoregressivePrior] = list(prior.levels) if isinstance(prior, Cascade) else [prior]
     smallest = torch.full((len(indices),), float(particles), dtype=torch.float64, device=indices.device)
-    for level, (own, latent, mask) in enumerate(zip(priors, given, held, strict=True)):
+    for level, (own, latent, mask) in enumerate(zip(prior.levels, given, held, strict=True)):
         latent = latent.expand(len(numbers), *latent.shape)
         drawn, height = latent, mask.shape[0]
         last_held = int(mask.any(1).nonzero().max()) if mask.any() else -1

@@ -152,5 +152,7 @@ def sample_grid(
             told, *untold = features.to(dtype).split(batch)
             value = head.draw(told, noise[position], how, *untold)
         drawn.append(value)
-        previous = head.embed(value).repeat(copies, 1)
+        previous = head.embed(value)
+        if copies > 1:
+            previous = previous.repeat(copies, 1)
     return torch.stack(drawn, dim=1).unflatten(1, grid)
