@@ -31,6 +31,7 @@ from pipelines.run import CHECKPOINTS, CLASSIFIERS, Run
 from pipelines.train_all import DEFAULT_PRESET, train_all
 from stage1_vae.autoencoder import Autoencoder
 from stage1_vae.bottlenecks import Deterministic, Gaussian, gaussian_rate
+from stage1_vae.bounds import elbo, grouped, importance_weighted_bound
 from stage2_prior.heads import gaussian_log_prob
 from stage2_prior.prior import AggregatePosterior, Prior
 
@@ -91,10 +92,6 @@ class Trained:
         return self.splits.test.images[:500][(rate - rate.median()).abs().argsort()[:count].cpu()]
 
 
-def log_mean(values: Tensor, dim: int = 0) -> Tensor:
-    return values.logsumexp(dim) - math.log(values.shape[dim])
-
-
 @torch.inference_mode()
 def samples_per_image(trained: Trained) -> Findings:
     """The ELBO and the gradient of the posterior's mean from L draws of z, L times fewer repeats: equal compute."""
@@ -107,10 +104,10 @@ def samples_per_image(trained: Trained) -> Findings:
             log_likelihood, log_q, z = trained.draws(image, total)
             weights = log_likelihood + trained.log_prior(trained.standard, z) - log_q
             for i, count in enumerate(counts):
-                estimates = weights[: total // count * count].view(-1, count)
-                spread[i] += float(estimates.mean(1).std()) / len(images)
-                value[i] += float(estimates.mean()) / len(images)
-                tight[i] += float(log_mean(estimates, 1).mean()) / len(images)
+                estimates = grouped(weights, count)
+                spread[i] += float(elbo(estimates).std()) / len(images)
+                value[i] += float(elbo(estimates).mean()) / len(images)
+                tight[i] += float(importance_weighted_bound(estimates).mean()) / len(images)
             pictures = trained.autoencoder.decode([z[:200]]).mean
             pixels = trained.autoencoder.likelihood.scale(trained.on_device(image[None]))
             error = (pictures - pixels).square().mean((1, 2, 3))
@@ -188,15 +185,15 @@ def evidence(trained: Trained) -> Findings:
                 explained.append(trained.log_likelihood(image, prior.sample(indices, seed=0)[0]))
                 progress.update(len(indices))
         naive = torch.cat(explained)
-        curves[f"naive Monte Carlo, z from the {name}"] = [float(log_mean(naive[:count])) for count in counts]
-        curves[f"importance-weighted bound, {name}"] = [float(log_mean(weights[:count])) for count in counts]
+        curves[f"naive Monte Carlo, z from the {name}"] = [float(importance_weighted_bound(naive[:count])) for count in counts]
+        curves[f"importance-weighted bound, {name}"] = [float(importance_weighted_bound(weights[:count])) for count in counts]
         curves[f"ELBO, {name}"] = [float(weights.mean())] * len(counts)
-        best = max(best, float(log_mean(weights)))
+        best = max(best, float(importance_weighted_bound(weights)))
         shares[name] = {
-            "log_evidence": float(log_mean(weights)),
+            "log_evidence": float(importance_weighted_bound(weights)),
             "explain": float((naive > log_likelihood.min()).double().mean()),
             "best_of_naive": float(naive.max()),
-            "decades": (float(log_likelihood.mean()) - float(log_mean(weights))) / math.log(10),
+            "decades": (float(log_likelihood.mean()) - float(importance_weighted_bound(weights))) / math.log(10),
         }
     figure, axes = pyplot.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
     for name, values in curves.items():

@@ -39,6 +39,7 @@ LIKELIHOODS = {
     "bernoulli": likelihoods.Bernoulli(),
     "gaussian": likelihoods.Gaussian(sigma=0.1),
     "gaussian-learned": likelihoods.Gaussian(),
+    "discretized-logistic": likelihoods.DiscretizedLogistic(components=3),
 }
 NETWORKS = {
     "convolutional": Convolutional(width=8, blocks=1, downsample=4),

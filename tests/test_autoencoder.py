@@ -4,12 +4,21 @@ import math
 
 import pytest
 import torch
+from scipy import stats
 from torch import distributions, nn
 
 from stage1_vae import bottlenecks, likelihoods
 from stage1_vae.autoencoder import AutoencoderConfig
 from stage1_vae.bottlenecks import gaussian_rate
-from stage1_vae.bounds import elbo, importance_weighted_bound, log_weights
+from stage1_vae.bounds import (
+    draws,
+    effective_samples,
+    elbo,
+    grouped,
+    importance_weighted_bound,
+    log_likelihoods,
+    log_weights,
+)
 from stage1_vae.hierarchy import Hierarchical
 from stage1_vae.networks import Convolutional, FullyConnected
 from tests.parts import BOTTLENECKS, LIKELIHOODS, NETWORKS
@@ -134,11 +143,65 @@ def test_a_likelihood_never_depends_on_batch_mates():
     assert model.likelihood.sigma == sigma
 
 
-def test_bernoulli_is_a_density_of_binary_pixels_only():
+@pytest.mark.parametrize("likelihood", LIKELIHOODS)
+def test_images_against_outputs_broadcast(likelihood):
+    model = build(likelihood=likelihood, bottleneck="gaussian", shape=(3, 16, 24)).eval()
+    images = random_images(2, (3, 16, 24))
+    p = model.decode([torch.randn(3, *model.latents[0][0])])
+    together = p.log_prob(model.likelihood.scale(images)[:, None])
+    apart = [p.log_prob(model.likelihood.scale(image).expand(3, -1, -1, -1)) for image in images]
+    assert together.shape == (2, 3) and torch.allclose(together, torch.stack(apart))
+
+
+def discretized(components: int = 3, spread: float = 1.5, count: int = 4):
+    """The likelihood of `count` 2×3 images of two channels, at random outputs; some of its logistics are very narrow."""
+    likelihood = likelihoods.DiscretizedLogistic(components).build()
+    outputs = spread * torch.randn(count, 2 * 3 * components, 2, 3, dtype=torch.float64)
+    outputs[:, -2 * components :] -= 3
+    return likelihood(outputs)
+
+
+@pytest.mark.parametrize("spread", [0.3, 1.5, 8.0])
+def test_the_probabilities_of_the_256_levels_sum_to_one(spread):
+    torch.manual_seed(0)
+    levels = torch.arange(256, dtype=torch.float64).div(255).view(-1, 1, 1, 1, 1)
+    pixels = discretized(spread=spread).base_dist
+    probabilities = pixels.log_prob(levels).exp()
+    assert torch.allclose(probabilities.sum(0), torch.ones(1, dtype=torch.float64), rtol=1e-12)
+    # The mean that is rendered is the mean of these probabilities, to less than half a grey level.
+    assert ((probabilities * levels).sum(0) - pixels.mean).abs().max() < 0.5 / 255
+
+
+def test_a_discretized_logistic_is_sampled_as_its_probabilities_say():
+    torch.manual_seed(0)
+    pixels = discretized(count=1).base_dist
+    levels = torch.arange(256, dtype=torch.float64).div(255)
+    count = 20_000
+    expected = pixels.log_prob(levels.view(-1, 1, 1, 1, 1)).exp().flatten(1) * count
+    samples = (pixels.sample((count,)).flatten(1) * 255).round().long()
+    for pixel in range(samples.shape[1]):
+        observed = torch.bincount(samples[:, pixel], minlength=256).double()
+        often = expected[:, pixel] > 5
+        bins = [torch.cat([each[often], each[~often].sum()[None] + 1e-9]) for each in (observed, expected[:, pixel])]
+        assert stats.chisquare(*(each / each.sum() * count for each in bins)).pvalue > 1e-4
+
+
+def test_a_narrow_discretized_logistic_is_certain_and_has_gradients():
+    outputs = torch.zeros(1, 3, 1, 2, requires_grad=True)
+    likelihood = likelihoods.DiscretizedLogistic(components=1).build()
+    narrow = outputs + torch.tensor([0.0, 2 * 100 / 255 - 1, -30.0]).view(1, 3, 1, 1)
+    right, wrong = (likelihood(narrow).log_prob(torch.full((1, 1, 1, 2), level / 255)) for level in (100, 220))
+    assert right > 2 * math.log(0.97) and wrong < -100 and wrong.isfinite()  # the floor on the scale leaves 3 % beside a level
+    wrong.sum().backward()
+    assert outputs.grad.isfinite().all() and outputs.grad[:, 1].abs().min() > 0
+
+
+def test_what_a_likelihood_is_of_given_images():
+    grey, binary = random_images(3), random_images(3) // 128 * 255
+    measures = {name: config.build().measure for name, config in LIKELIHOODS.items()}
+    assert measures["bernoulli"](binary) == "probability" and measures["bernoulli"](grey) == "pseudo-likelihood"
+    assert measures["gaussian"](grey) == "density" and measures["discretized-logistic"](grey) == "probability"
     likelihood = likelihoods.Bernoulli().build()
-    binary = random_images(3) // 128 * 255
-    assert likelihood.is_density_of(binary)
-    assert not likelihood.is_density_of(random_images(3))
     logits = torch.randn(3, 1, 28, 28)
     expected = -nn.functional.binary_cross_entropy_with_logits(logits, binary / 255, reduction="none").flatten(1).sum(1)
     assert torch.allclose(likelihood(logits).log_prob(likelihood.scale(binary)), expected, rtol=1e-5)
@@ -177,7 +240,7 @@ class LinearGaussian(nn.Module):
         return distributions.MultivariateNormal(zero, self.covariance).log_prob(self.likelihood.scale(images).double().flatten(1))
 
 
-def standard_normal(levels):
+def standard_normal(levels, contexts=None):
     return distributions.Normal(0.0, 1.0).log_prob(levels[0]).flatten(1).sum(1)
 
 
@@ -203,6 +266,57 @@ def test_the_bounds_against_a_known_evidence(dimensions):
             .sum(1)
         )
         assert torch.allclose(evidence - bound, gap, atol=4 * float(error.max()))
+
+
+def test_more_samples_make_the_bound_tighter_up_to_the_evidence():
+    """Bounds from the same draws, in groups of 1 to 4,000, under a prior that is not N(0, I)."""
+    torch.manual_seed(0)
+    images = random_images(4, (1, 1, 12))
+    model = LinearGaussian(12, 2, sigma=0.4, optimal=False)
+    shift, scale = 0.7, 1.6  # z ~ N(shift, scale²) makes x Gaussian too
+
+    def log_prior(levels, contexts):
+        return distributions.Normal(shift, scale).log_prob(levels[0]).flatten(1).sum(1)
+
+    zero = model.weight.sum(1) * shift
+    covariance = scale**2 * model.weight @ model.weight.T + 0.4**2 * torch.eye(12, dtype=torch.float64)
+    evidence = distributions.MultivariateNormal(zero, covariance).log_prob(model.likelihood.scale(images).double().flatten(1))
+    weights = log_weights(model, images, 16_000, log_prior)
+    bounds = [importance_weighted_bound(grouped(weights, samples)).mean(0) for samples in (1, 8, 64, 4000)]
+    assert torch.allclose(bounds[0], elbo(weights))
+    assert all((looser < tighter).all() for looser, tighter in zip(bounds, bounds[1:]))
+    assert torch.allclose(bounds[-1], evidence, atol=0.05)
+
+
+def test_the_naive_estimate_converges_to_a_known_evidence():
+    torch.manual_seed(0)
+    images = random_images(5, (1, 1, 12))
+    model = LinearGaussian(12, 2, sigma=0.4, optimal=False)
+    weights = log_likelihoods(model, images, [torch.randn(50_000, 1, 1, 2, dtype=torch.float64)])
+    # The standard error of the logarithm of an average is 1/√(effective samples), to first order.
+    error = effective_samples(weights).rsqrt()
+    assert error.max() < 0.1
+    assert ((importance_weighted_bound(weights) - model.evidence(images)).abs() < 5 * error).all()
+
+
+def test_effective_samples_by_hand():
+    weights = torch.tensor([[1.0, 3.0], [1.0, 1e-30], [1.0, 1e-30], [1.0, 1.0]]).log()
+    assert torch.allclose(effective_samples(weights), torch.tensor([4.0, 16 / 10]))
+
+
+@torch.no_grad()
+def test_draws_belong_to_their_image_however_many_are_decoded_at_once():
+    model = build(bottleneck="vector-quantized")
+    images, contexts = random_images(5), torch.arange(5.0)
+    model(images)  # sets the codebook up
+    model.eval()
+    expected = model.decode(model.sample(model.encode(images))).log_prob(model.likelihood.scale(images))
+    assert len(expected.unique()) == 5
+    for at_once in (100, 7, 2):
+        made = draws(model, images, 6, {"told": lambda levels, told: told}, contexts, at_once)
+        assert torch.allclose(made.log_likelihood, expected.expand(6, -1), rtol=1e-5)
+        assert torch.equal(made.log_prior["told"], contexts.expand(6, -1)) and (made.log_posterior == 0).all()
+        assert torch.equal(made.log_weights("told"), made.log_likelihood + contexts)
 
 
 def test_the_elbo_is_tight_where_the_encoder_is_optimal():
@@ -246,6 +360,7 @@ def test_the_latent_grid_is_a_setting():
         (lambda: Convolutional(downsample=3).grid((1, 28, 28)), "power of two"),
         (lambda: bottlenecks.Gaussian(samples=0).build(4), "at least 1"),
         (lambda: likelihoods.Gaussian(sigma=0.0).build(), "above 0"),
+        (lambda: likelihoods.DiscretizedLogistic(components=0).build(), "at least 1"),
     ],
 )
 def test_refuses_what_cannot_work(config, message):
@@ -266,7 +381,7 @@ def test_the_bound_of_codes_is_their_own_probability_and_likelihood():
     assert (top, bottom) == ((1, 1), (2, 2))
     image = random_images(1, (1, 4, 4), seed=1)
 
-    def uniform(levels):
+    def uniform(levels, contexts=None):
         return torch.full((len(levels[0]),), -math.log(3) * 5)
 
     weights = log_weights(model, image, 2, uniform)
