@@ -79,8 +79,10 @@ class Autoencoder(nn.Module):
         return self.bottleneck.posterior(self.features(images))
 
     def sample(self, posteriors: list[Posterior]) -> list[Tensor]:
-        """z ~ q(z|x), one latent for each level."""
-        return [p["codes"] if "codes" in p else torch.normal(p["mean"], p["std"]) for p in posteriors]
+        """z ~ q(z|x), one latent for each level, with gradients to mean and std (reparametrized: Kingma and Welling 2014)."""
+        return [
+            p["codes"] if "codes" in p else torch.addcmul(p["mean"], p["std"], torch.randn_like(p["mean"])) for p in posteriors
+        ]
 
     def mean(self, posteriors: list[Posterior]) -> list[Tensor]:
         """The posterior's mean, one latent for each level."""
