@@ -159,7 +159,8 @@ def pictures(
     if "rejection" in metrics:
         caption = "Of the learned prior's samples, the share that a second classifier is surest of; judged by the first."
         made.append(chart_picture("Diversity traded for fidelity", caption, rejection_plot(metrics["rejection"])))
-    histories = {stage: checkpoint.usable(run.folder / stage)[-1].record["history"] for stage in ("stage1", "stage2")}
+    stages = [stage for stage in ("stage1", "stage2", "refined") if (run.folder / stage).is_dir()]
+    histories = {stage: checkpoint.usable(run.folder / stage)[-1].record["history"] for stage in stages}
     made.append(chart_picture("Training", "Loss in nats an image, over steps.", training_curves(histories)))
     return made
 

@@ -24,6 +24,7 @@ from torchvision import datasets
 from pipelines.console import Progress, UserError, say
 
 SPLIT_SEED = 0
+BINARIZATION_SEED = 0
 VALIDATION_SHARE = 0.05
 EMBEDDED_TEST_IMAGES = 1000
 FOLDER_TEST_SHARE = 0.1
@@ -49,6 +50,24 @@ class ImageSet:
         labels = None if self.labels is None else self.labels[indices]
         captions = None if self.captions is None else [self.captions[index] for index in indices.tolist()]
         return ImageSet(self.images[indices], labels, captions)
+
+
+class Binarized(ImageSet):
+    """Each pixel 0 or 255, drawn with the grey level as probability: anew each time an image comes by as an example
+    (dynamic binarization, Burda et al. 2016); `images` holds one draw, the same always."""
+
+    def __init__(self, grey: ImageSet):
+        generator = torch.Generator().manual_seed(BINARIZATION_SEED)
+        super().__init__(binarized(grey.images, generator), grey.labels, grey.captions)
+        self.grey = grey.images
+
+    def __getitem__(self, indices: Tensor | slice) -> tuple[Tensor]:
+        return (binarized(self.grey[indices]),)
+
+
+def binarized(images: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """uint8 grey levels to 0 or 255."""
+    return torch.bernoulli(images.float().div_(255), generator=generator).mul_(255).to(torch.uint8)
 
 
 class Labelled:
@@ -100,10 +119,16 @@ class TorchvisionSet:
     """torchvision's name of the data set"""
     root: Path = Path("data")
     """folder with the data in torchvision's layout, or to download it to"""
+    binarize: bool = False
+    """draw each pixel black or white by its grey level: anew each time in training, once for validation and test"""
 
     def load(self) -> Splits:
         train, test = (self.part(train=train) for train in (True, False))
-        return with_validation(image_set(train), image_set(test), list(train.classes))
+        splits = with_validation(image_set(train), image_set(test), list(train.classes))
+        if not self.binarize:
+            return splits
+        validation, test = (ImageSet(Binarized(part).images, part.labels) for part in (splits.validation, splits.test))
+        return Splits(Binarized(splits.train), validation, test, splits.label_names)
 
     def part(self, train: bool) -> Any:
         kind = getattr(datasets, self.name)

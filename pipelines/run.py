@@ -4,6 +4,7 @@ RUN/config.json            the RunConfig
     stage1/step-N/         the autoencoder
     latents/*.safetensors  encoded posteriors: mean and std of every image
     stage2/step-N/         the learned prior
+    refined/step-N/        both, trained on together, where the config asks for it: then these are the weights to use
     tokenizer.json         of captions, for a prior that is told them
     baselines/*.safetensors  the fitted Gaussian and the mixture
     compare/               picture and figures
@@ -13,6 +14,7 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Literal
 
 import torch
 from filelock import FileLock, Timeout
@@ -35,6 +37,7 @@ CHECKPOINTS = Path("checkpoints")
 CLASSIFIERS = ".classifiers"  # beside the runs: shared by all runs on one data set
 PRIORS = list({**CONTINUOUS_BASELINES, **CODE_BASELINES}) + ["learned", "posterior"]
 ENCODING_BATCH = 500
+Part = Literal["autoencoder", "prior"]
 
 
 def devices(device: str = "auto", precision: Precision = "float32") -> Fabric:
@@ -126,32 +129,51 @@ class Run:
             raise UserError(str(error)) from error
 
     def load_autoencoder(self) -> Autoencoder:
-        """Raises UserError when stage 1 is not finished."""
+        """Raises UserError when stage 1 is not finished, nor refined where the config asks for it."""
         autoencoder = self.new_autoencoder(self.facts()["image_shape"])
-        self.load(autoencoder, "stage1", self.config.stage1.steps)
+        self.load(autoencoder, "autoencoder")
         return autoencoder
 
-    def load(self, model: nn.Module, stage: str, steps: int) -> None:
-        """The best checkpoint's weights. Raises UserError when the stage is unfinished or the weights do not fit."""
-        checkpoints = checkpoint.usable(self.folder / stage)
-        if not checkpoints or checkpoints[-1].step < steps:
-            done = f"is at step {checkpoints[-1].step} of {steps}" if checkpoints else "has not been trained"
-            raise UserError(f"{self.folder} is unfinished: {stage} {done}. Run its train_all command again.")
-        checkpoint.best(checkpoints).load_into(model)
+    def load(self, model: nn.Module, part: Part) -> None:
+        """The weights to use. Raises UserError when they are not trained to the end, or do not fit."""
+        stage = self.stage(part)
+        found = self.finished(stage)
+        tensors = found.model()
+        if stage == "refined":
+            tensors = {name.removeprefix(f"{part}."): x for name, x in tensors.items() if name.startswith(f"{part}.")}
+        checkpoint.fill(model, tensors, found.folder)
         self.fabric.to_device(model).eval()
+
+    def stage(self, part: Part) -> str:
+        """The last phase that trains a part."""
+        return "refined" if self.config.refine is not None else {"autoencoder": "stage1", "prior": "stage2"}[part]
+
+    def finished(self, stage: str) -> checkpoint.Checkpoint:
+        """The best checkpoint of a phase. Raises UserError when it is not trained to the end."""
+        config = {"stage1": self.config.stage1, "stage2": self.config.stage2, "refined": self.config.refine}[stage]
+        assert config is not None
+        checkpoints = checkpoint.usable(self.folder / stage)
+        if not checkpoints or checkpoints[-1].step < config.steps:
+            done = f"is at step {checkpoints[-1].step} of {config.steps}" if checkpoints else "has not been trained"
+            raise UserError(f"{self.folder} is unfinished: {stage} {done}. Run its train_all command again.")
+        return checkpoint.best(checkpoints)
 
     # Latents
 
-    def encode(self, autoencoder: Autoencoder, images: ImageSet, part: str) -> LatentDataset:
-        """The posteriors of a split, from disk when they were made by these very weights; with their contexts."""
-        digest = checkpoint.best(checkpoint.usable(self.folder / "stage1")).digest()
-        path = self.folder / "latents" / f"{part}.safetensors"
+    def encode(self, autoencoder: Autoencoder, images: ImageSet, part: str, stage: str | None = None) -> LatentDataset:
+        """The posteriors of a split, from disk when they were made by these very weights; with their contexts.
+
+        stage: the phase whose weights these are; the last one when None.
+        """
+        stage = self.stage("autoencoder") if stage is None else stage
+        digest = self.finished(stage).digest()
+        path = self.folder / "latents" / f"{stage}-{part}.safetensors"
         tensors = checkpoint.cached(path, digest, lambda: encoded(self.fabric, autoencoder, images, f"encoding {part}"))
         return latent_dataset(tensors, self.contexts(images))
 
     def latents(self, part: str) -> LatentDataset:
         """What `encode` put down, without contexts."""
-        path = self.folder / "latents" / f"{part}.safetensors"
+        path = self.folder / "latents" / f"{self.stage('autoencoder')}-{part}.safetensors"
         if not path.is_file():
             raise UserError(f"{self.folder} is unfinished: there is no {path}. Run its train_all command again.")
         return latent_dataset(checkpoint.read_tensors(path))
@@ -170,9 +192,9 @@ class Run:
             raise UserError(str(error)) from error
 
     def load_prior(self, specs: list[LatentSpec]) -> LearnedPrior:
-        """Raises UserError when stage 2 is not finished."""
+        """Raises UserError when stage 2 is not finished, nor refined where the config asks for it."""
         learned = self.new_prior(specs, len(self.facts()["label_names"]))
-        self.load(learned, "stage2", self.config.stage2.steps)
+        self.load(learned, "prior")
         return learned
 
     def prior(self, name: str, specs: list[LatentSpec]) -> Prior:
@@ -195,7 +217,7 @@ class Run:
             return baseline.state_dict()
 
         if name != "standard":
-            key = checkpoint.best(checkpoint.usable(self.folder / "stage1")).digest()
+            key = self.finished(self.stage("autoencoder")).digest()
             baseline.load_state_dict(checkpoint.cached(self.folder / "baselines" / f"{name}.safetensors", key, fitted))
         self.fabric.to_device(baseline)
         return baseline.eval()
@@ -253,6 +275,7 @@ def encoded(fabric: Fabric, autoencoder: Autoencoder, images: ImageSet, label: s
     batches: dict[str, list] = {}
     with Progress(label, len(images), "images") as progress:
         for start in range(0, len(images), ENCODING_BATCH):
+            torch.manual_seed(start)  # some data sets draw their examples
             (batch,) = images[start : start + ENCODING_BATCH]
             for level, posterior in enumerate(autoencoder.encode(fabric.to_device(batch))):
                 for name, tensor in posterior.items():

@@ -14,9 +14,10 @@ import tyro
 
 from pipelines.compare import compare
 from pipelines.config import PRESETS, RunConfig, preset
-from pipelines.console import run_command, say
+from pipelines.console import UserError, run_command, say
 from pipelines.data import Splits
 from pipelines.fit import OnNan, fit
+from pipelines.refine import TwoStage
 from pipelines.report import table
 from pipelines.run import CHECKPOINTS, Run
 from stage1_vae.autoencoder import Autoencoder
@@ -32,6 +33,11 @@ def train_all(run: Run, on_nan: OnNan = "stop") -> None:
     splits = run.data()
     autoencoder = run.new_autoencoder(splits.image_shape)
     prior = run.new_prior(run.specs(autoencoder), len(splits.label_names))
+    if run.config.refine is not None:
+        try:
+            TwoStage(autoencoder, prior)
+        except ValueError as error:
+            raise UserError(str(error)) from error
     with run.locked():  # only now: a config that cannot be built leaves nothing behind
         finish(run, splits, autoencoder, prior, on_nan)
     say(f"{time.monotonic() - started:.0f} seconds")
@@ -43,10 +49,14 @@ def finish(run: Run, splits: Splits, autoencoder: Autoencoder, prior: LearnedPri
     say(f"{run.folder}: {len(splits.train)} training, {len(splits.validation)} validation, {len(splits.test)} test images")
     images, folder = (splits.train, splits.validation), run.folder
     fit(fabric, autoencoder, *images, config.stage1, config.seed, folder / "stage1", "stage 1", on_nan)
-    train, validation = (run.encode(autoencoder, getattr(splits, part), part) for part in ("train", "validation"))
+    train, validation = (run.encode(autoencoder, getattr(splits, part), part, "stage1") for part in ("train", "validation"))
     warn_of_unused_codes(train, run.specs(autoencoder))
     prior.estimate(train)
-    fit(fabric, prior, train, validation, config.stage2, config.seed, run.folder / "stage2", "stage 2", on_nan)
+    fit(fabric, prior, train, validation, config.stage2, config.seed, folder / "stage2", "stage 2", on_nan)
+    if config.refine is not None:
+        both = TwoStage(autoencoder, prior)
+        fit(fabric, both, *images, config.refine, config.seed, folder / "refined", "refining both", on_nan)
+        run.encode(autoencoder, splits.train, "train")
     path = run.folder / "compare" / "metrics.json"
     if path.exists():
         metrics = json.loads(path.read_text())

@@ -72,10 +72,15 @@ class Convolutional:
 
 
 class ResidualBlock(nn.Module):
-    def __init__(self, channels: int):
+    """kernel: of the second convolution."""
+
+    def __init__(self, channels: int, activation: type[nn.Module] = nn.ReLU, kernel: int = 1):
         super().__init__()
         self.layers = nn.Sequential(
-            nn.ReLU(), nn.Conv2d(channels, channels, 3, padding=1), nn.ReLU(), nn.Conv2d(channels, channels, 1)
+            activation(),
+            nn.Conv2d(channels, channels, 3, padding=1),
+            activation(),
+            nn.Conv2d(channels, channels, kernel, padding=kernel // 2),
         )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -117,6 +122,58 @@ class FullyConnected:
         )
 
 
+@dataclass(frozen=True)
+class ConvolutionalFlat:
+    """Residual convolutions at two resolutions around a fully connected layer and a flat latent, with ELUs, after the network
+    for MNIST of Kingma et al. 2016 ("Improved Variational Inference with Inverse Autoregressive Flow", section C.1)."""
+
+    width: int = 32
+    """feature maps at a quarter of the images' resolution, half as many at half of it; 32 in the paper"""
+    blocks: int = 2
+    """residual blocks at each resolution, in the encoder and in the decoder"""
+    hidden: int = 450
+    """units of the fully connected layer; 450 in the paper"""
+    dimensions: int = 32
+    """numbers in the flat latent, arranged as a grid of one row; 32 in the paper"""
+
+    def grid(self, image_shape: tuple[int, int, int]) -> tuple[int, int]:
+        """Raises ValueError when the images' size cannot be divided by 4."""
+        Convolutional(downsample=4).grid(image_shape)
+        return 1, self.dimensions
+
+    def encoder(self, image_shape: tuple[int, int, int]) -> tuple[nn.Module, int]:
+        features = 2  # for each latent number: enough for a mean and a standard deviation
+        channels, height, width = image_shape
+        return nn.Sequential(
+            nn.Conv2d(channels, self.width // 2, 4, stride=2, padding=1),
+            *self.residual(self.width // 2),
+            nn.Conv2d(self.width // 2, self.width, 4, stride=2, padding=1),
+            *self.residual(self.width),
+            nn.Flatten(),
+            nn.Linear(self.width * height * width // 16, self.hidden),
+            nn.ELU(),
+            nn.Linear(self.hidden, features * self.dimensions),
+            Rearrange("b (f d) -> b f 1 d", f=features),
+        ), features
+
+    def decoder(self, latent_channels: int, image_shape: tuple[int, int, int], outputs: int) -> nn.Module:
+        _, height, width = image_shape
+        return nn.Sequential(
+            nn.Flatten(),
+            nn.Linear(latent_channels * self.dimensions, self.hidden),
+            nn.ELU(),
+            nn.Linear(self.hidden, self.width * height * width // 16),
+            nn.Unflatten(1, (self.width, height // 4, width // 4)),
+            *self.residual(self.width),
+            nn.ConvTranspose2d(self.width, self.width // 2, 4, stride=2, padding=1),
+            *self.residual(self.width // 2),
+            nn.ConvTranspose2d(self.width // 2, outputs, 4, stride=2, padding=1),
+        )
+
+    def residual(self, channels: int) -> list[nn.Module]:
+        return [ResidualBlock(channels, nn.ELU, kernel=3) for _ in range(self.blocks)] + [nn.ELU()]
+
+
 def hidden_layers(sizes: list[int]) -> list[nn.Module]:
     layers: list[nn.Module] = []
     for inputs, outputs in zip(sizes, sizes[1:]):
@@ -124,4 +181,4 @@ def hidden_layers(sizes: list[int]) -> list[nn.Module]:
     return layers
 
 
-NetworkConfig = Convolutional | FullyConnected
+NetworkConfig = Convolutional | FullyConnected | ConvolutionalFlat

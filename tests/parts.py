@@ -10,7 +10,7 @@ from pipelines.data import ImageSet, Splits, with_validation
 from pipelines.fit import FitConfig
 from stage1_vae import bottlenecks, likelihoods
 from stage1_vae.hierarchy import Hierarchical
-from stage1_vae.networks import Convolutional, FullyConnected
+from stage1_vae.networks import Convolutional, ConvolutionalFlat, FullyConnected
 from stage2_prior.autoregressive import AutoregressiveConfig, AutoregressivePrior, CascadeConfig, PriorConfig
 from stage2_prior.heads import Categorical, GaussianMixture, GaussianMixtureHead
 from stage2_prior.latents import LatentDataset, LatentSpec
@@ -44,6 +44,7 @@ LIKELIHOODS = {
 NETWORKS = {
     "convolutional": Convolutional(width=8, blocks=1, downsample=4),
     "fully-connected": FullyConnected(layers=1, width=16, dimensions=3),
+    "convolutional-flat": ConvolutionalFlat(width=8, blocks=1, hidden=16, dimensions=3),
 }
 
 
@@ -98,11 +99,12 @@ def shrunk(config: RunConfig) -> RunConfig:
     """The same kinds of parts, seconds of work."""
     fit = FitConfig(steps=4, batch_size=16, checkpoint_steps=2, warmup_steps=1)
     network = config.autoencoder.network
-    small = {"width": 8, "blocks": 1} if isinstance(network, Convolutional) else {"width": 16}
+    small = {"width": 16} if isinstance(network, FullyConnected) else {"width": 8, "blocks": 1}
     return dataclasses.replace(
         config,
         stage1=fit,
         stage2=fit,
+        refine=None if config.refine is None else fit,
         autoencoder=dataclasses.replace(config.autoencoder, network=dataclasses.replace(network, **small)),
         prior=shrunk_prior(config.prior),
         metrics=dataclasses.replace(config.metrics, classifier=fit),

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from pipelines.console import UserError
-from pipelines.data import EmbeddedDigits, Folder, ImageSet, TorchvisionSet, split
+from pipelines.data import Binarized, EmbeddedDigits, Folder, ImageSet, TorchvisionSet, split
 
 
 def fill(folder: Path, count: int, size=(20, 30), mode="RGB", ending="png", value=0) -> None:
@@ -127,3 +127,17 @@ def test_a_split_works_where_it_cannot_be_stratified():
     for labels in (None, torch.tensor([0] * 11 + [1]), torch.arange(12)):
         kept, out = split(ImageSet(images, labels), 2)
         assert (len(kept), len(out)) == (10, 2)
+
+
+def test_binarized_images_are_drawn_by_their_grey_levels():
+    """Anew each time as an example; on average the grey level; one fixed draw to look at."""
+    grey = torch.tensor([0, 51, 204, 255], dtype=torch.uint8).repeat_interleave(2500).reshape(4, 1, 50, 50)
+    images = Binarized(ImageSet(grey, torch.arange(4)))
+    torch.manual_seed(0)
+    ((first,), (second,)) = images[torch.arange(4)], images[:4]
+    for drawn in (first, second, images.images):
+        assert drawn.dtype == torch.uint8 and drawn.unique().tolist() == [0, 255]
+        assert torch.allclose(drawn.double().mean((1, 2, 3)) / 255, torch.tensor([0, 0.2, 0.8, 1.0]).double(), atol=0.04)
+        assert (drawn[0] == 0).all() and (drawn[3] == 255).all()
+    assert not torch.equal(first, second)
+    assert torch.equal(images.images, Binarized(ImageSet(grey)).images)

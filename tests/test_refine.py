@@ -1,0 +1,57 @@
+"""The third phase: both stages trained on under the learned prior."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from pipelines.refine import TwoStage
+from stage1_vae import bottlenecks, likelihoods
+from stage1_vae.autoencoder import Autoencoder, AutoencoderConfig
+from stage2_prior.autoregressive import AutoregressiveConfig, AutoregressivePrior
+from stage2_prior.conditions import ClassLabel
+from stage2_prior.heads import Categorical
+from stage2_prior.latents import LatentSpec
+from tests.parts import BACKBONES, NETWORKS
+
+CONFIG = AutoencoderConfig(NETWORKS["convolutional-flat"], bottlenecks.Gaussian(channels=1), likelihoods.Bernoulli())
+PRIOR = AutoregressiveConfig(BACKBONES["transformer"])
+
+
+def built(config: AutoencoderConfig = CONFIG, prior: AutoregressiveConfig = PRIOR) -> tuple[Autoencoder, AutoregressivePrior]:
+    torch.manual_seed(0)
+    autoencoder = config.build((1, 8, 8))
+    return autoencoder, prior.build([LatentSpec(*latent) for latent in autoencoder.latents], classes=3)
+
+
+def test_the_loss_is_the_elbo_under_the_prior_and_reaches_every_weight():
+    """With a prior that is N(0, I), it is stage 1's own loss, up to the one draw that stands for the rate."""
+    autoencoder, prior = built()
+    both = TwoStage(autoencoder, prior)
+    images = torch.randint(0, 2, (6, 1, 8, 8), dtype=torch.uint8) * 255
+    both(images)["loss"].backward()
+    assert [name for name, p in both.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0] == []
+
+    head = prior.head
+    with torch.no_grad():  # every component N(0, 1)
+        head.output.weight.zero_()
+        head.output.bias.zero_()
+        many = images.repeat(4000, 1, 1, 1)
+        assert float(both(many)["loss"]) == pytest.approx(float(autoencoder(many)["loss"]), abs=0.05)
+
+
+@pytest.mark.parametrize(
+    ("config", "prior", "message"),
+    [
+        (dataclasses.replace(CONFIG, bottleneck=bottlenecks.Deterministic()), PRIOR, "only a Gaussian bottleneck"),
+        (
+            dataclasses.replace(CONFIG, bottleneck=bottlenecks.VectorQuantized(codes=5, channels=2)),
+            dataclasses.replace(PRIOR, head=Categorical()),
+            "only a Gaussian bottleneck",
+        ),
+        (CONFIG, dataclasses.replace(PRIOR, condition=ClassLabel()), "told nothing but z"),
+    ],
+)
+def test_what_cannot_be_refined_is_refused(config, prior, message):
+    with pytest.raises(ValueError, match=message):
+        TwoStage(*built(config, prior))
