@@ -20,7 +20,7 @@ from stage1_vae.likelihoods import LikelihoodConfig
 from stage1_vae.networks import Convolutional, ConvolutionalFlat, FullyConnected, NetworkConfig
 from stage2_prior.autoregressive import AutoregressiveConfig, BackboneConfig, CascadeConfig, PriorConfig
 from stage2_prior.conditions import Caption, ClassLabel, ConditionConfig
-from stage2_prior.heads import Categorical, HeadConfig
+from stage2_prior.heads import Categorical, GaussianMixture, HeadConfig
 from stage2_prior.pixelcnn import PixelCNNConfig
 from stage2_prior.pixelsnail import PixelSNAILConfig
 from stage2_prior.transformer import TransformerConfig
@@ -82,11 +82,11 @@ CIFAR10 = RunConfig(
 
 MNIST_BINARY = RunConfig(
     data=TorchvisionSet("MNIST", binarize=True),
-    stage1=FitConfig(steps=40_000, learning_rate=2e-3, checkpoint_steps=2000),
-    stage2=replace(STAGE2, steps=12_000, learning_rate=2e-3, checkpoint_steps=2000),
-    refine=FitConfig(steps=60_000, checkpoint_steps=2000),
-    autoencoder=AutoencoderConfig(ConvolutionalFlat(), bottlenecks.Gaussian(channels=1), likelihoods.Bernoulli()),
-    prior=AutoregressiveConfig(TransformerConfig(width=64)),
+    stage1=FitConfig(steps=16_000, learning_rate=2e-3, checkpoint_steps=2000),
+    stage2=replace(STAGE2, steps=6000, learning_rate=2e-3),
+    refine=FitConfig(steps=40_000, checkpoint_steps=2000),
+    autoencoder=AutoencoderConfig(ConvolutionalFlat(), bottlenecks.Gaussian(), likelihoods.Bernoulli()),
+    prior=AutoregressiveConfig(TransformerConfig(width=64), GaussianMixture(components=32)),
     metrics=MetricsConfig(classifier=CLASSIFIER),
 )
 

@@ -9,7 +9,7 @@ together explain the images best (the ELBO with a learned prior: Chen et al. 201
 from torch import Tensor, nn
 
 from stage1_vae.autoencoder import Autoencoder
-from stage1_vae.bounds import elbo, log_weights
+from stage1_vae.bounds import draws
 from stage2_prior.autoregressive import LearnedPrior
 
 
@@ -25,6 +25,7 @@ class TwoStage(nn.Module):
         self.autoencoder, self.prior = autoencoder, prior
 
     def forward(self, images: Tensor, step: int = 0) -> dict[str, Tensor]:
-        """images uint8 B C H W; returns loss, mean nats an image, of one z ~ q(z|x) each."""
-        weights = log_weights(self.autoencoder, images, 1, lambda levels: self.prior.log_prob(levels))
-        return {"loss": -elbo(weights).mean()}
+        """images uint8 B C H W; returns loss, distortion and rate, mean nats an image, of one z ~ q(z|x) each."""
+        drawn = draws(self.autoencoder, images, 1, {"learned": self.prior.log_prob}, at_once=len(images))
+        distortion, rate = -drawn.log_likelihood.mean(), drawn.rate("learned").mean()
+        return {"loss": distortion + rate, "distortion": distortion, "rate": rate}

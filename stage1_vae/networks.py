@@ -133,16 +133,17 @@ class ConvolutionalFlat:
     """residual blocks at each resolution, in the encoder and in the decoder"""
     hidden: int = 450
     """units of the fully connected layer; 450 in the paper"""
-    dimensions: int = 32
-    """numbers in the flat latent, arranged as a grid of one row; 32 in the paper"""
+    positions: int = 8
+    """positions of the flat latent, arranged as a grid of one row; with 4 latent channels, the paper's 32 numbers"""
+    features: int = 8
+    """features at a position, for the bottleneck to make its latent channels of: two for each, at least"""
 
     def grid(self, image_shape: tuple[int, int, int]) -> tuple[int, int]:
         """Raises ValueError when the images' size cannot be divided by 4."""
         Convolutional(downsample=4).grid(image_shape)
-        return 1, self.dimensions
+        return 1, self.positions
 
     def encoder(self, image_shape: tuple[int, int, int]) -> tuple[nn.Module, int]:
-        features = 2  # for each latent number: enough for a mean and a standard deviation
         channels, height, width = image_shape
         return nn.Sequential(
             nn.Conv2d(channels, self.width // 2, 4, stride=2, padding=1),
@@ -152,15 +153,15 @@ class ConvolutionalFlat:
             nn.Flatten(),
             nn.Linear(self.width * height * width // 16, self.hidden),
             nn.ELU(),
-            nn.Linear(self.hidden, features * self.dimensions),
-            Rearrange("b (f d) -> b f 1 d", f=features),
-        ), features
+            nn.Linear(self.hidden, self.features * self.positions),
+            Rearrange("b (f d) -> b f 1 d", f=self.features),
+        ), self.features
 
     def decoder(self, latent_channels: int, image_shape: tuple[int, int, int], outputs: int) -> nn.Module:
         _, height, width = image_shape
         return nn.Sequential(
             nn.Flatten(),
-            nn.Linear(latent_channels * self.dimensions, self.hidden),
+            nn.Linear(latent_channels * self.positions, self.hidden),
             nn.ELU(),
             nn.Linear(self.hidden, self.width * height * width // 16),
             nn.Unflatten(1, (self.width, height // 4, width // 4)),

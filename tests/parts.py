@@ -44,7 +44,7 @@ LIKELIHOODS = {
 NETWORKS = {
     "convolutional": Convolutional(width=8, blocks=1, downsample=4),
     "fully-connected": FullyConnected(layers=1, width=16, dimensions=3),
-    "convolutional-flat": ConvolutionalFlat(width=8, blocks=1, hidden=16, dimensions=3),
+    "convolutional-flat": ConvolutionalFlat(width=8, blocks=1, hidden=16, positions=3, features=6),
 }
 
 

@@ -14,7 +14,7 @@ from stage2_prior.heads import Categorical
 from stage2_prior.latents import LatentSpec
 from tests.parts import BACKBONES, NETWORKS
 
-CONFIG = AutoencoderConfig(NETWORKS["convolutional-flat"], bottlenecks.Gaussian(channels=1), likelihoods.Bernoulli())
+CONFIG = AutoencoderConfig(NETWORKS["convolutional-flat"], bottlenecks.Gaussian(channels=2), likelihoods.Bernoulli())
 PRIOR = AutoregressiveConfig(BACKBONES["transformer"])
 
 
