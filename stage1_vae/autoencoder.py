@@ -90,7 +90,7 @@ class Autoencoder(nn.Module):
 
     def decode(self, levels: list[Tensor]) -> distributions.Distribution:
         """Latents, one for each level, to p(x|z) over images in the likelihood's scale."""
-        return self.likelihood(self.decoder(self.bottleneck.embed(levels)))
+        return self.likelihood(full_precision(self.decoder(self.bottleneck.embed(levels))))
 
     def render(self, levels: list[Tensor], pixels: Literal["mean", "sample"] = "mean") -> Tensor:
         """Latents to uint8 images B C H W: the mean of p(x|z), or a draw from it."""
