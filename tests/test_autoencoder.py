@@ -357,6 +357,15 @@ def test_the_gradient_of_the_bound_is_that_of_the_training_loss():
     assert gradients[1].norm() == pytest.approx(float(gradients[0].norm()), rel=0.05)
 
 
+@pytest.mark.parametrize("likelihood", LIKELIHOODS)
+def test_under_mixed_precision_a_density_is_not_rounded(likelihood):
+    model = build(likelihood=likelihood).eval()
+    images = random_images(2)
+    with torch.autocast("cpu", torch.bfloat16):
+        p = model.decode(model.sample(model.encode(images)))
+        assert p.log_prob(model.likelihood.scale(images)).dtype == p.mean.dtype == torch.float32
+
+
 def test_a_deterministic_encoder_has_no_likelihood():
     model = build(bottleneck="deterministic")
     assert model.encode(random_images(2))[0]["std"].abs().max() == 0
