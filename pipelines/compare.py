@@ -24,6 +24,7 @@ from pipelines.config import to_dict
 from pipelines.console import Progress, UserError, run_command, say
 from pipelines.data import Splits
 from pipelines.generate import generate
+from pipelines.likelihood import as_table, likelihood, rate_maps
 from pipelines.metrics import FeatureSpace, feature_space, kept_best, precision_recall, trained_classifier
 from pipelines.page import (
     Picture,
@@ -36,7 +37,7 @@ from pipelines.page import (
     write_csv,
     write_page,
 )
-from pipelines.report import histogram, picture, rejection_plot, table, title
+from pipelines.report import histogram, picture, rate_plot, rejection_plot, table, title
 from pipelines.run import CLASSIFIERS, Run
 from stage1_vae.autoencoder import Autoencoder
 from stage1_vae.bottlenecks import perplexity
@@ -49,6 +50,7 @@ GRID = 64  # samples shown on the page
 POINTS = 1000  # draws in a scatter plot
 NOT_A_GENERATOR = "not a generator: reconstructs training images"
 BATCH = 500
+FEW = 8  # draws of z an image for the likelihood; python -m pipelines.likelihood takes more
 SHARES = (1.0, 0.75, 0.5, 0.25, 0.1)  # of samples kept by rejection
 
 
@@ -107,7 +109,14 @@ def compare(run: Run, splits: Splits, seed: int = 0) -> tuple[dict[str, Any], Se
     shown = pictures(run, splits, space, metrics, rows, flat, codes, specs)
     if len(specs) == 1 and not codes:
         shown.insert(2, interpolations(run, autoencoder, latents, chosen))
-    described = section(run.folder.name, metrics, seconds, shown, to_dict(run.config))
+    tables = []
+    if autoencoder.bottleneck.has_density:
+        metrics["likelihood"] = likelihood(run, splits, images=BATCH, samples=FEW, naive=100, seed=seed)
+        tables.append(as_table(metrics["likelihood"]))
+        maps = rate_maps(run, latents, run.load_prior(specs), chosen[:BATCH], seed)
+        caption = f"Nats of the rate of {len(chosen[:BATCH])} held-out images at each position of the latent grid, on average."
+        shown.append(chart_picture("Where the rate lies", caption, rate_plot(maps, metrics)))
+    described = section(run.folder.name, metrics, seconds, shown, to_dict(run.config), tables)
     write_csv(folder / "metrics.csv", run.folder.name, metrics)
     write_json(folder / "timing.json", {"seconds_per_1000_images": seconds})
     write_page(folder / "page.html", [described], metrics["versions"])

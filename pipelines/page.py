@@ -38,6 +38,16 @@ class Row:
 
 
 @dataclass(frozen=True)
+class Table:
+    """A further table, under a heading of its own."""
+
+    heading: str
+    columns: list[str]
+    rows: list[Row]
+    notes: list[str]
+
+
+@dataclass(frozen=True)
 class Section:
     """What the page says of one run."""
 
@@ -48,6 +58,7 @@ class Section:
     notes: list[str]
     pictures: list[Picture]
     config: str
+    tables: list[Table]
 
 
 def data_uri(content: bytes) -> str:
@@ -108,7 +119,12 @@ def verdict_in_words(metrics: dict[str, Any]) -> str:
 
 
 def section(
-    name: str, metrics: dict[str, Any], seconds: dict[str, float], pictures: list[Picture], config: dict[str, Any]
+    name: str,
+    metrics: dict[str, Any],
+    seconds: dict[str, float],
+    pictures: list[Picture],
+    config: dict[str, Any],
+    tables: list[Table],
 ) -> Section:
     """The figures of one run, as the page shows them. seconds: per 1,000 images, for each prior."""
     columns = ["fd", "nll of z", "seconds per 1,000 images"]
@@ -117,7 +133,7 @@ def section(
         cells = ["–" if values["fd"] is None else f"{values['fd']:.2f}", f"{values['nll']:.1f}" if "nll" in values else ""]
         cells.append(f"{seconds[key]:.2f}" if key in seconds else "")
         rows.append(Row(key, title(key, metrics), cells))
-    return Section(name, verdict_in_words(metrics), columns, rows, notes(metrics), pictures, json.dumps(config, indent=2))
+    return Section(name, verdict_in_words(metrics), columns, rows, notes(metrics), pictures, json.dumps(config, indent=2), tables)
 
 
 def write_page(path: Path, sections: Sequence[Section], versions: dict[str, str]) -> None:
@@ -128,8 +144,11 @@ def write_page(path: Path, sections: Sequence[Section], versions: dict[str, str]
 def write_csv(path: Path, name: str, metrics: dict[str, Any]) -> None:
     """One row a prior; the same numbers as metrics.json."""
     buffer = io.StringIO()
-    writer = csv.DictWriter(buffer, ["run", "z", "fd", "nll", "images", "seed"], extrasaction="ignore")
+    bounds = ["rate", "elbo", "importance_weighted", "naive"]
+    writer = csv.DictWriter(buffer, ["run", "z", "fd", "nll", "images", "seed", *bounds], extrasaction="ignore")
     writer.writeheader()
+    likelihood = metrics.get("likelihood", {"priors": {}})["priors"]
     for key, values in figures(metrics).items():
-        writer.writerow({"run": name, "z": key, "images": metrics["images"], "seed": metrics["seed"], **values})
+        nats = {bound: likelihood[key][bound]["nats"] for bound in bounds if bound in likelihood.get(key, {})}
+        writer.writerow({"run": name, "z": key, "images": metrics["images"], "seed": metrics["seed"], **values, **nats})
     write_file(path, buffer.getvalue().encode())

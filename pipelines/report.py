@@ -85,6 +85,29 @@ def histogram(levels: list[Tensor], specs: list[LatentSpec]) -> Figure:
     return figure
 
 
+def rate_plot(levels: list[dict[str, Tensor]], metrics: dict[str, Any]) -> Figure:
+    """Where on the latent grid the rate lies: maps h w by name for each level, those of whole priors on one scale."""
+    wide = max(len(maps) for maps in levels)
+    figure, axes = pyplot.subplots(
+        len(levels), wide, figsize=(2.2 * wide + 1, 2.4 * len(levels)), squeeze=False, layout="constrained"
+    )
+    for row, maps in zip(axes, levels):
+        priors = [name for name in maps if name in ROWS]
+        for names in (priors, [name for name in maps if name not in ROWS]):
+            shown = [row[list(maps).index(name)] for name in names]
+            top = max((float(maps[name].max()) for name in names), default=0.0)
+            for axis, name in zip(shown, names):
+                drawn = axis.imshow(maps[name].numpy(), vmin=0, vmax=top, cmap="viridis")
+                heading = title(name, metrics) if name in ROWS else name
+                axis.set_title(f"{heading}\n{float(maps[name].sum()):.1f} nats", fontsize=9)
+            if shown:
+                figure.colorbar(drawn, ax=shown, shrink=0.8)
+        for axis in row:
+            axis.set(xticks=[], yticks=[])
+            axis.set_visible(bool(axis.images))
+    return figure
+
+
 def rejection_plot(rows: list[dict[str, Any]]) -> Figure:
     """Precision, recall and fd against the share of samples kept, the lowest fd marked."""
     shares = [row["kept"] for row in rows]

@@ -41,6 +41,7 @@ def test_the_page_needs_nothing_else(compared):
         assert sources and all(source.startswith("data:") for source in sources)
         assert "http://" not in text and "https://" not in text
         assert all(heading in text for heading in ("Samples: N(0, I)", "Samples: learned prior", "Training", "What was run"))
+    assert "Likelihood of 120 held-out images" in text and "Where the rate lies" in text
     assert "uniform codes" in text and "Use of the codes" in text and "Diversity traded for fidelity" in text
 
 
@@ -54,6 +55,9 @@ def test_json_csv_and_page_say_the_same(compared):
             assert float(rows[prior]["fd"]) == values["fd"]
             assert f"<td>{values['fd']:.2f}</td>" in page
             assert rows[prior]["nll"] == "" or float(rows[prior]["nll"]) == values["nll"]
+        for prior, values in metrics["likelihood"]["priors"].items():
+            assert float(rows[prior]["elbo"]) == values["elbo"]["nats"]
+            assert f"<td>{values['rate']['nats']:.2f}</td>" in page
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no chromium here")
