@@ -35,15 +35,24 @@ def flush(path: Path) -> None:
         os.close(descriptor)
 
 
+def write_flushed(path: Path, content: bytes) -> None:
+    with open(path, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def beside(path: Path) -> Path:
+    """Where a file or folder is written before it is renamed: the same place every time, so that a kill leaves no litter."""
+    return path.with_name(f".{path.name}.partial")
+
+
 def write_file(path: Path, content: bytes) -> None:
     """Write a file so that it is there whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    aside = beside(path)
     try:
-        with open(aside, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
+        write_flushed(aside, content)
         os.replace(aside, path)
         flush(path.parent)
     finally:
@@ -119,7 +128,7 @@ class Checkpoint:
 def save(folder: Path, record: dict[str, Any], model: dict[str, Tensor], training: dict[str, Tensor]) -> Checkpoint:
     """Write `folder`/step-N whole or not at all. Raises OSError when the disk does not take it; older ones are untouched."""
     target = folder / f"step-{record['step']:07d}"
-    aside = folder / f".{target.name}.{os.getpid()}"
+    aside = beside(target)
     contents = {
         "model.safetensors": safetensors.torch.save(packed(model)),
         "training.safetensors": safetensors.torch.save(packed(training)),
@@ -127,8 +136,11 @@ def save(folder: Path, record: dict[str, Any], model: dict[str, Tensor], trainin
     }
     contents[CHECKSUMS] = json.dumps({name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}).encode()
     try:
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
         for name, content in contents.items():
-            write_file(aside / name, content)
+            write_flushed(aside / name, content)
+        flush(aside)
         if target.exists():  # an unusable one, or the very same
             shutil.rmtree(target)
         os.rename(aside, target)
@@ -180,13 +192,12 @@ def best(checkpoints: list[Checkpoint]) -> Checkpoint:
     return min(checkpoints, key=lambda checkpoint: (checkpoint.loss, -checkpoint.step))
 
 
-def prune(folder: Path, keep_last: int = 2) -> None:
-    """Keep the newest and the best checkpoints, and clear what a killed process left half-written."""
-    checkpoints = usable(folder)
-    keep = {checkpoint.folder for checkpoint in checkpoints[-keep_last:]} | {best(checkpoints).folder}
-    for path in folder.glob("*step-*"):
-        if path not in keep:
-            shutil.rmtree(path, ignore_errors=True)
+def prune(folder: Path, checkpoints: list[Checkpoint], keep_last: int = 2) -> list[Checkpoint]:
+    """Delete all but the newest and the best of these good checkpoints, and what a killed process left; returns those kept."""
+    kept = [c for c in checkpoints if c in checkpoints[-keep_last:] or c is best(checkpoints)]
+    for path in {*folder.glob("step-*"), *folder.glob(".step-*")} - {c.folder for c in kept}:
+        shutil.rmtree(path, ignore_errors=True)
+    return kept
 
 
 def cached(path: Path, key: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:

@@ -148,11 +148,10 @@ def fit(
     """
     done = checkpoint.usable(folder)
     if not done or done[-1].step < config.steps:
-        Training(fabric, model, train, held_out, config, seed, folder, label, on_nan).run(done)
-        done = checkpoint.usable(folder)
+        done = Training(fabric, model, train, held_out, config, seed, folder, label, on_nan).run(done)
     else:
         say(f"{label}: finished, skipped")
-    chosen = checkpoint.best(done)
+    chosen = checkpoint.best(checkpoint.prune(folder, done))
     chosen.load_into(model)
     fabric.to_device(model).eval()
     return chosen
@@ -183,9 +182,11 @@ class Training:
         self.wrapped, self.wrapped_optimizer = fabric.setup(model, self.optimizer)
         self.average = AveragedModel(model, multi_avg_fn=running_average(config.average_decay))
         self.history: list[dict[str, Any]] = []
+        self.kept: list[checkpoint.Checkpoint] = []
 
-    def run(self, checkpoints: list[checkpoint.Checkpoint]) -> None:
-        config, start = self.config, 0
+    def run(self, checkpoints: list[checkpoint.Checkpoint]) -> list[checkpoint.Checkpoint]:
+        """Train to the end from the last of these checkpoints; returns those that are kept."""
+        config, start, self.kept = self.config, 0, checkpoints
         if checkpoints:
             start = self.restore(checkpoints[-1])
             say(f"{self.label}: going on from step {start}")
@@ -204,6 +205,7 @@ class Training:
                     name = signal.Signals(signals.received).name
                     where = f"{self.label}, step {step + 1} of {config.steps}"
                     raise Stopped(f"{name}: saved at {where}; the same command goes on from there", signals.received)
+        return self.kept
 
     def step(self, step: int) -> dict[str, Tensor]:
         indices = self.order.indices(step)[self.fabric.global_rank :: self.fabric.world_size]
@@ -257,8 +259,8 @@ class Training:
         for index, state in self.optimizer.state_dict()["state"].items():
             training |= {f"optimizer.{index}.{name}": value for name, value in state.items()}
         record = {"step": step, "held_out": held_out, "history": self.history, "time": time.time()}
-        checkpoint.save(self.folder, record, self.average.module.state_dict(), training)
-        checkpoint.prune(self.folder)
+        saved = checkpoint.save(self.folder, record, self.average.module.state_dict(), training)
+        self.kept = checkpoint.prune(self.folder, [*self.kept, saved])
 
     def restore(self, last: checkpoint.Checkpoint) -> int:
         training = last.training()

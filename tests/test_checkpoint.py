@@ -141,15 +141,15 @@ def test_no_good_one_is_an_error_that_says_what_to_do(tmp_path):
 
 def test_a_full_disk_leaves_the_last_good_one(tmp_path, monkeypatch):
     save(tmp_path, 1, value=1.0)
-    write_file, writes = checkpoint.write_file, []
+    write_flushed, writes = checkpoint.write_flushed, []
 
     def full(path, content):
         writes.append(path)
         if len(writes) == 2:
             raise OSError(errno.ENOSPC, "No space left on device", str(path))
-        write_file(path, content)
+        write_flushed(path, content)
 
-    monkeypatch.setattr(checkpoint, "write_file", full)
+    monkeypatch.setattr(checkpoint, "write_flushed", full)
     with pytest.raises(OSError):
         save(tmp_path, 2)
     assert [path.name for path in tmp_path.iterdir()] == ["step-0000001"]
@@ -165,9 +165,9 @@ def test_a_damaged_one_is_written_anew(tmp_path):
 
 
 def test_what_a_killed_process_left_is_cleared(tmp_path):
-    save(tmp_path, 1)
-    (tmp_path / ".step-0000002.999").mkdir()
-    checkpoint.prune(tmp_path)
+    saved = save(tmp_path, 1)
+    (tmp_path / ".step-0000002.partial").mkdir()
+    assert checkpoint.prune(tmp_path, [saved]) == [saved]
     assert [path.name for path in tmp_path.iterdir()] == ["step-0000001"]
 
 

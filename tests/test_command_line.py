@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -87,6 +88,13 @@ def test_bad_input_is_one_sentence_and_exit_code_2(trained, arguments, says):
     assert says in done.stderr and "Traceback" not in done.stderr
     assert sorted(folder.rglob("*")) == before, "something half-written was left"
     (folder / "empty").rmdir()
+
+
+def test_a_run_that_is_killed_ends_as_one_that_is_not():
+    """Few kills of one preset; by itself the script kills more, of several."""
+    script = [sys.executable, str(Path(__file__).parent / "kill.py"), "--kills", "3", "--presets", "mnist-vqvae"]
+    done = subprocess.run(script, cwd=Path(__file__).parents[1], capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0 and done.stdout.endswith("3 of 3\n"), done.stdout + done.stderr
 
 
 def test_a_damaged_checkpoint_is_named(trained):
