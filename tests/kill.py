@@ -145,14 +145,14 @@ def folder_with_data(root: Path, name: str) -> Path:
 def place(folder: Path) -> str:
     """What the commands were at, from the files they had finished."""
     run = folder / "checkpoints" / "run"
-    latents = {path.name for path in run.glob("latents/*.safetensors")}
-    if not (run / "stage1" / f"step-{STEPS:07d}").is_dir():
-        return "stage 1"
-    if not {"train.safetensors", "validation.safetensors"} <= latents:
-        return "encoding"
-    if not (run / "stage2" / f"step-{STEPS:07d}").is_dir():
-        return "stage 2"
-    return "generate" if (run / "compare" / "metrics.json").is_file() else "comparing"
+    last = f"step-{STEPS:07d}"
+    parts = {
+        "stage 1": [f"stage1/{last}"],
+        "encoding": ["latents/stage1-train.safetensors", "latents/stage1-validation.safetensors"],
+        "stage 2": [f"stage2/{last}"],
+        "refining or comparing": ["compare/metrics.json"],
+    }
+    return next((part for part, files in parts.items() if not all((run / file).exists() for file in files)), "generate")
 
 
 def survive(kills: int, seed: int, presets: list[str], root: Path) -> int:
