@@ -83,7 +83,7 @@ class BenchmarkTraining:
 
         autoencoder.eval()
         subset = splits.train.subset(torch.arange(min(3000, len(splits.train))))
-        batches = subset.images.split(500)
+        batches = [*subset.images.split(500)]
         fixed = fabric.to_device(batches[0])
         latents: dict[str, Tensor] = {}
 

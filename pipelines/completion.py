@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from pipelines.console import UserError, nearest, say
-from pipelines.data import read_image
+from pipelines.stored import read_image
 from stage1_vae.autoencoder import Autoencoder
 
 SIDES = {"top-half": (0, True), "bottom-half": (0, False), "left-half": (1, True), "right-half": (1, False)}
@@ -26,12 +26,12 @@ def picture_to_complete(path: Path, image_shape: tuple[int, int, int]) -> Tensor
     try:
         with Image.open(path) as image:
             size = image.size
-        pixels = read_image(path, max(height, width), channels)
+        pixels, _ = read_image(str(path), max(height, width), channels)
     except (OSError, ValueError, Image.DecompressionBombError) as error:
         raise UserError(f"{path} cannot be read as a picture ({error})") from error
     if size != (width, height):
         say(f"{path} is {size[0]}×{size[1]} pixels; it is cropped and resized to the model's {width}×{height}")
-    return torch.from_numpy(pixels)[:, :height, :width]
+    return torch.tensor(pixels)[:, :height, :width]
 
 
 def known_pixels(keep: str, image_shape: tuple[int, int, int]) -> Tensor:

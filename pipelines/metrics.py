@@ -20,6 +20,7 @@ from pipelines.config import MetricsConfig
 from pipelines.console import Progress, say
 from pipelines.data import ImageSet, Labelled, Splits
 from pipelines.fit import evaluate, fit
+from pipelines.stored import Stored
 
 FEATURES = 64
 TRACE = 100.0
@@ -64,7 +65,7 @@ class FeatureSpace:
         self.reference = features * self.scale
 
     @torch.inference_mode()
-    def features(self, images: Tensor, label: str) -> Tensor:
+    def features(self, images: Tensor | Stored, label: str) -> Tensor:
         """images uint8 N C H W; returns N F in float64, on the CPU."""
         rows = []
         with Progress(label, len(images), "images") as progress:
@@ -110,7 +111,7 @@ def trained_classifier(
     key = hashlib.sha256(repr((config.classifier, seed)).encode())
     for part in (splits.train.images, splits.train.labels, splits.validation.images):
         assert part is not None
-        key.update(part.numpy().tobytes())
+        key.update(part.digest().encode() if isinstance(part, Stored) else part.numpy().tobytes())
     folder = cache / key.hexdigest()[:16]
     chosen = fit(
         fabric, model, Labelled(splits.train), Labelled(splits.validation), config.classifier, seed, folder, "classifier"

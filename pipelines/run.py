@@ -1,6 +1,7 @@
 """A run: one folder under checkpoints/ with its config, its two trained stages, its latents and its comparison.
 
 RUN/config.json            the RunConfig
+    unreadable.json        the images that cannot be read, where there are any
     stage1/step-N/         the autoencoder
     latents/*.safetensors  encoded posteriors: mean and std of every image
     stage2/step-N/         the learned prior
@@ -38,6 +39,8 @@ CLASSIFIERS = ".classifiers"  # beside the runs: shared by all runs on one data 
 PRIORS = list({**CONTINUOUS_BASELINES, **CODE_BASELINES}) + ["learned", "posterior"]
 ENCODING_BATCH = 500
 Part = Literal["autoencoder", "prior"]
+UNREADABLE = "unreadable.json"
+WHEREABOUTS = ("data.root:", "data.in_memory:", "data.skip_unreadable:")  # of the same images; a run goes on under others
 
 
 def devices(device: str = "auto", precision: Precision = "float32") -> Fabric:
@@ -64,13 +67,13 @@ class Run:
         path = folder / "config.json"
         if path.exists():
             changed = differences(read_config(path)[1], to_dict(config))
-            changed = [change for change in changed if not change.startswith("data.root:")]
+            changed = [change for change in changed if not change.startswith(WHEREABOUTS)]
             if changed:
                 raise UserError(
                     f"{folder} holds a run of another config ({'; '.join(changed)}). Give this one another name with --run,"
                     f" or delete {folder}."
                 )
-        elif folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        elif folder.exists() and not (folder.is_dir() and {path.name for path in folder.iterdir()} <= {UNREADABLE}):
             raise UserError(f"{folder} is not empty and holds no run; give another name with --run")
         return cls(folder, config, devices(device, config.precision))
 
@@ -102,7 +105,8 @@ class Run:
             lock.release()
 
     def data(self) -> Splits:
-        return self.config.data.load()
+        """The data set; what in it cannot be read is named in RUN/unreadable.json."""
+        return self.config.data.load(self.folder / UNREADABLE)
 
     def write_facts(self, splits: Splits) -> None:
         """Put down the config, and what the data set told stage 1, so that nothing else needs the data set to load a model."""
@@ -277,6 +281,7 @@ def encoded(fabric: Fabric, autoencoder: Autoencoder, images: ImageSet, label: s
         for start in range(0, len(images), ENCODING_BATCH):
             torch.manual_seed(start)  # some data sets draw their examples
             (batch,) = images[start : start + ENCODING_BATCH]
+            images.prefetch(slice(start + ENCODING_BATCH, start + 2 * ENCODING_BATCH))
             for level, posterior in enumerate(autoencoder.encode(fabric.to_device(batch))):
                 for name, tensor in posterior.items():
                     batches.setdefault(f"{level}.{name}", []).append(tensor.cpu())

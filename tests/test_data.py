@@ -1,14 +1,26 @@
 """Data sets: the embedded one, torchvision's, and the user's own folder."""
 
+import io
+import json
+import os
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from lightning_fabric import Fabric
 from PIL import Image
 
+from pipelines import checkpoint, stored
+from pipelines.config import preset, to_dict
 from pipelines.console import UserError
-from pipelines.data import Binarized, EmbeddedDigits, Folder, ImageSet, TorchvisionSet, split
+from pipelines.data import Binarized, EmbeddedDigits, Folder, ImageSet, Splits, TorchvisionSet, split
+from pipelines.fit import FitConfig, fit
+from pipelines.run import Run
+from pipelines.stored import Stored, Unreadable, images_under, read_image
+from stage1_vae.autoencoder import AutoencoderConfig
+from stage1_vae.networks import FullyConnected
 
 
 def fill(folder: Path, count: int, size=(20, 30), mode="RGB", ending="png", value=0) -> None:
@@ -82,6 +94,258 @@ def test_unreadable_images_are_named_and_left_out_only_on_request(tmp_path, caps
     splits = Folder(tmp_path, size=8, skip_unreadable=True).load()
     assert sum(map(len, (splits.train, splits.validation, splits.test))) == 20
     assert "cut.png" in capsys.readouterr().out
+
+
+def encoded(image: Image.Image, kind: str, **options) -> bytes:
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+def noise(size=(24, 24), mode="RGB") -> Image.Image:
+    return Image.frombytes(mode, size, np.random.default_rng(0).bytes(size[0] * size[1] * len(mode)))
+
+
+FRAMES = [Image.new("P", (9, 9), 0), noise((9, 9)).convert("P")]
+DEEP = Image.fromarray(np.full((5, 5), 100 * 257, np.uint16))
+ORANGE = (200, 100, 50)
+READABLE = [
+    ("CMYK", encoded(Image.new("CMYK", (5, 5), (255, 255, 0, 0)), "JPEG"), (0, 0, 255)),
+    ("grey of 16 bits", encoded(DEEP, "PNG"), (100, 100, 100)),
+    ("grey of 16 bits in a TIFF", encoded(DEEP, "TIFF"), (100, 100, 100)),
+    ("grey of 16 bits in a PGM", b"P5 2 2 65535 " + np.full(4, 100 * 257, ">u2").tobytes(), (100, 100, 100)),
+    ("grey", encoded(Image.new("L", (5, 5), 70), "PNG"), (70, 70, 70)),
+    ("one bit", encoded(Image.new("1", (5, 5), 1), "PNG"), (255, 255, 255)),
+    ("palette", encoded(Image.new("RGB", (5, 5), ORANGE).convert("P", palette=Image.Palette.ADAPTIVE), "PNG"), ORANGE),
+    ("transparency", encoded(Image.new("RGBA", (5, 5), (*ORANGE, 255)), "PNG"), ORANGE),
+    ("one pixel", encoded(Image.new("RGB", (1, 1), ORANGE), "PNG"), ORANGE),
+    ("one row", encoded(Image.new("RGB", (300, 1), ORANGE), "PNG"), ORANGE),
+    ("animated", encoded(Image.new("RGB", (5, 5), ORANGE), "PNG", save_all=True, append_images=[noise((5, 5))]), ORANGE),
+]
+
+
+@pytest.mark.parametrize(("content", "colour"), [case[1:] for case in READABLE], ids=[case[0] for case in READABLE])
+def test_images_of_any_kind_are_read(content, colour):
+    pixels, animated = read_image(io.BytesIO(content), 4, 3)
+    assert pixels.shape == (3, 4, 4) and pixels.dtype == np.uint8
+    assert np.abs(pixels.astype(int) - np.array(colour)[:, None, None]).max() <= 3
+    assert animated == (b"acTL" in content)
+    grey, _ = read_image(io.BytesIO(content), 4, 1)
+    assert grey.shape == (1, 4, 4) and abs(float(grey.mean()) - np.dot(colour, (0.299, 0.587, 0.114))) <= 3
+
+
+KINDS = [
+    ("JPEG", {}),
+    ("JPEG", {"progressive": True}),
+    ("PNG", {}),
+    ("GIF", {}),
+    ("WEBP", {}),
+    ("BMP", {}),
+    ("TIFF", {}),
+    ("PPM", {}),
+]
+
+
+@pytest.mark.parametrize(("kind", "options"), KINDS)
+def test_an_image_cut_off_anywhere_is_unreadable_or_whole(kind, options):
+    content = encoded(noise(), kind, **options)
+    whole, _ = read_image(io.BytesIO(content), 24, 3)
+    cuts = np.linspace(0, len(content) - 1, 60).astype(int)
+    refused = 0
+    for cut in cuts:
+        try:
+            pixels, _ = read_image(io.BytesIO(content[:cut]), 24, 3)
+            assert np.array_equal(pixels, whole), f"cut at byte {cut} of {len(content)}"
+        except Unreadable as error:
+            assert str(error)
+            refused += 1
+    assert refused > len(cuts) / 2
+
+
+@pytest.mark.parametrize("kind", [kind for kind, _ in KINDS])
+def test_an_image_with_flipped_bytes_never_breaks_the_reader(kind):
+    content, random = encoded(noise(), kind), np.random.default_rng(0)
+    for _ in range(60):
+        broken = bytearray(content)
+        for position in random.integers(0, len(content), 3):
+            broken[position] = random.integers(256)
+        try:
+            pixels, _ = read_image(io.BytesIO(bytes(broken)), 8, 3)
+            assert pixels.shape == (3, 8, 8)
+        except Unreadable:
+            pass
+
+
+def hostile(folder: Path) -> int:
+    """Ten images that cannot be read, among things that are no images; returns their number."""
+    random = np.random.default_rng(0)
+    whole, bitmap = encoded(noise((64, 64)), "JPEG"), encoded(noise(), "BMP")
+    bad = {
+        "random.jpg": random.bytes(1000),
+        "empty.png": b"",
+        "text.png": b"<html>404</html>",
+        "cut.jpg": whole[: len(whole) // 2],
+        "headless.jpg": whole[20:],
+        "postscript.jpg": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\nshowpage\n",
+        "bomb.bmp": bitmap[:18] + np.full(2, 20000, "<i4").tobytes() + bitmap[26:],  # says that it is 20,000×20,000 pixels
+        "float.tif": encoded(Image.fromarray(np.ones((3, 3), np.float32)), "TIFF"),
+    }
+    for name, content in bad.items():
+        (folder / name).write_bytes(content)
+    with open(os.path.join(os.fsencode(folder), b"\xff.jpg"), "wb") as file:
+        file.write(b"no text, no image")
+    (folder / "broken-link.png").symlink_to("nowhere.png")
+    (folder / "a.png").mkdir()
+    (folder / "notes.txt").write_text("no image")
+    os.mkfifo(folder / "pipe.png")  # opening it would wait for ever
+    return len(bad) + 2
+
+
+@pytest.mark.parametrize("in_memory", [1.0, 0.0])
+def test_a_hostile_folder(tmp_path, capsys, in_memory):
+    folder, report = tmp_path / "images", tmp_path / "run" / "unreadable.json"
+    fill(folder, 20)
+    count = hostile(folder)
+    if in_memory:
+        with pytest.raises(UserError, match=f"{count} of {20 + count} images.*bomb.bmp.*unreadable.json.*--data.skip-unreadable"):
+            Folder(folder, size=8).load(report)
+        report.unlink()
+    splits = Folder(folder, size=8, skip_unreadable=True, in_memory=in_memory).load(report)
+    assert f"{count} of {20 + count} images" in capsys.readouterr().out
+    reasons = {Path(row["file"]).name: row["reason"] for row in json.loads(report.read_text())["unreadable"]}
+    assert len(reasons) == count and all(reasons.values())
+    assert "decompression bomb" in reasons["bomb.bmp"] and "No such file" in reasons["broken-link.png"]
+    reds = torch.cat([part.images[:][:, 0, 4, 4] for part in (splits.train, splits.validation, splits.test)])
+    assert sorted(reds.tolist()) == list(range(20))
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+def test_an_image_without_permission_is_named(tmp_path):
+    fill(tmp_path, 20)
+    (tmp_path / "3.png").chmod(0)
+    with pytest.raises(UserError, match="1 of 20 images.*3.png"):
+        Folder(tmp_path, size=8).load()
+
+
+def test_what_cannot_be_read_is_found_once(tmp_path, monkeypatch, capsys):
+    folder, report = tmp_path / "images", tmp_path / "unreadable.json"
+    fill(folder, 20)
+    (folder / "7.png").write_bytes(b"")
+    config = Folder(folder, size=8, skip_unreadable=True, in_memory=0)
+    first, reads = config.load(report), []
+    monkeypatch.setattr(stored, "read_image", lambda *arguments: reads.append(arguments) or read_image(*arguments))
+    assert torch.equal(config.load(report).train.images.rows, first.train.images.rows) and not reads
+    report.write_text("{")
+    config.load(report)
+    assert len(reads) == 20 and "damaged" in capsys.readouterr().out
+    fill(folder / "more", 1)
+    config.load(report)
+    assert len(reads) == 41
+
+
+def test_a_run_that_was_refused_goes_on_with_permission(tmp_path):
+    folder, run = tmp_path / "images", tmp_path / "run"
+    fill(folder, 20)
+    (folder / "7.png").write_bytes(b"")
+    config = replace(preset("folder"), data=Folder(folder, size=8))
+    with pytest.raises(UserError, match="7.png"):
+        Run.create(run, config, "cpu").data()
+    assert [path.name for path in run.iterdir()] == ["unreadable.json"]
+    allowed = replace(config, data=replace(config.data, skip_unreadable=True))
+    splits = Run.create(run, allowed, "cpu").data()
+    assert sum(map(len, parts(splits))) == 19
+    checkpoint.write_json(run / "config.json", to_dict(config))
+    Run.create(run, replace(allowed, data=replace(allowed.data, in_memory=0)), "cpu")  # the same images: the same run
+    with pytest.raises(UserError, match="data.size: 8 in the run, 9 asked for"):
+        Run.create(run, replace(allowed, data=replace(allowed.data, size=9)), "cpu")
+
+
+def test_animated_images_are_said(tmp_path, capsys):
+    fill(tmp_path, 10)
+    for name in ("x.gif", "y.gif"):
+        (tmp_path / name).write_bytes(encoded(FRAMES[0], "GIF", save_all=True, append_images=FRAMES[1:]))
+    Folder(tmp_path, size=8).load()
+    assert "2 images are animated; of each, the first frame is used" in capsys.readouterr().out
+    for _ in range(2):
+        Folder(tmp_path, size=8, in_memory=0).load().train.images[:]
+    assert capsys.readouterr().out.count("is animated: of it, and of any other such image") == 2
+
+
+def test_the_order_of_a_folder_is_that_of_its_parts(tmp_path):
+    for name in ("b/1.png", "a-b/1.png", "a/2.png", "a/10.png", "a.png", "a/c/1.JPG", "a/no.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    expected = sorted(path.relative_to(tmp_path) for path in tmp_path.rglob("*") if path.suffix in (".png", ".JPG"))
+    assert images_under(tmp_path) == [str(path) for path in expected]
+
+
+# Images that stay on disk
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("pictures")
+    random = np.random.default_rng(0)
+    for index in range(60):
+        path = folder / "ab"[index % 2] / f"{index}.png"
+        path.parent.mkdir(exist_ok=True)
+        Image.fromarray(random.integers(0, 256, (10, 12, 3), np.uint8)).save(path)
+    return folder
+
+
+def parts(splits: Splits) -> list[ImageSet]:
+    return [splits.train, splits.validation, splits.test]
+
+
+def test_images_on_disk_are_those_in_memory(pictures):
+    memory, disk = (Folder(pictures, size=8, in_memory=limit).load() for limit in (1, 0))
+    for a, b in zip(parts(memory), parts(disk)):
+        assert isinstance(a.images, torch.Tensor) and isinstance(b.images, Stored)
+        assert a.images.shape == b.images.shape and torch.equal(a.labels, b.labels)
+        for indices in (slice(None), slice(1, 3), torch.tensor([2, 0, 2]), torch.tensor([], dtype=torch.int64)):
+            b.prefetch(torch.tensor([1, 0]))
+            assert torch.equal(a.images[indices], b.images[indices])
+            b.prefetch(indices)
+            assert torch.equal(a.images[indices], b.images[indices])
+        assert torch.equal(torch.cat([*a.images.split(4)]), torch.cat([*b.images.split(4)]))
+
+
+def test_an_unreadable_image_on_disk_is_named_when_its_turn_comes(pictures, tmp_path):
+    fill(tmp_path, 20)
+    (tmp_path / "7.png").write_bytes(b"")
+    splits = Folder(tmp_path, size=8, in_memory=0).load()
+    with pytest.raises(UserError, match="7.png cannot be read.*--data.skip-unreadable"):
+        for part in parts(splits):
+            part.prefetch(slice(None))
+            part[:]
+
+
+class Killed(Exception):
+    pass
+
+
+def test_training_from_disk_killed_and_resumed_equals_training_from_memory(pictures, tmp_path, monkeypatch):
+    config = FitConfig(steps=9, batch_size=16, checkpoint_steps=3, warmup_steps=1)  # several epochs, batches across their ends
+    save, network = checkpoint.save, AutoencoderConfig(FullyConnected(layers=1, width=8, dimensions=3))
+
+    def trained(in_memory: float, folder: Path) -> dict:
+        torch.manual_seed(0)
+        splits = Folder(pictures, size=8, in_memory=in_memory).load()
+        model = network.build(splits.image_shape)
+        return fit(Fabric(accelerator="cpu"), model, splits.train, splits.validation, config, 0, folder, "test").training()
+
+    def killed_after_saving(*arguments):
+        save(*arguments)
+        raise Killed
+
+    whole = trained(1, tmp_path / "memory")
+    monkeypatch.setattr(checkpoint, "save", killed_after_saving)
+    for _ in range(2):
+        with pytest.raises(Killed):
+            trained(0, tmp_path / "disk")
+    monkeypatch.setattr(checkpoint, "save", save)
+    resumed = trained(0, tmp_path / "disk")
+    assert whole.keys() == resumed.keys() and all(torch.equal(whole[name], resumed[name]) for name in whole)
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ def runs(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         for name in ("mnist-vqvae", "fashion-vqvae2", "fashion-dalle", "mnist5k"):
             config = shrunk(preset(name))
-            patch.setattr(type(config.data), "load", lambda self: small_splits((1, 28, 28), 4))
+            patch.setattr(type(config.data), "load", lambda self, report=None: small_splits((1, 28, 28), 4))
             made[name] = Run.create(folder / name, config, "cpu")
             train_all(made[name])
         yield {name: str(run.folder) for name, run in made.items()}

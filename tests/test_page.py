@@ -27,7 +27,7 @@ def compared(tmp_path_factory):
         runs = []
         for name in ("mnist5k", "mnist-vqvae"):
             config = shrunk(preset(name))
-            patch.setattr(type(config.data), "load", lambda self: small_splits((1, 28, 28), 4))
+            patch.setattr(type(config.data), "load", lambda self, report=None: small_splits((1, 28, 28), 4))
             runs.append(Run.create(folder / name, config, "cpu"))
             train_all(runs[-1])
         compare.main([*(str(run.folder) for run in runs), "--out", str(folder / "both.html"), "--device", "cpu"])

@@ -24,7 +24,7 @@ IMAGES = {name: (1, 28, 28) for name in PRESETS} | {"cifar10": (3, 32, 32), "cif
 
 def train(name: str, config: RunConfig, monkeypatch, classes: int = 4) -> Run:
     splits = small_splits(IMAGES[name], classes)
-    monkeypatch.setattr(type(config.data), "load", lambda self: splits)
+    monkeypatch.setattr(type(config.data), "load", lambda self, report=None: splits)
     run = Run.create(CHECKPOINTS / name, config, "cpu")
     train_all(run)
     return run

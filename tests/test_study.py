@@ -17,7 +17,7 @@ from tests.parts import shrunk, small_splits
 def run(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         config = shrunk(preset("mnist5k"))
-        patch.setattr(type(config.data), "load", lambda self: small_splits((1, 28, 28), 4))
+        patch.setattr(type(config.data), "load", lambda self, report=None: small_splits((1, 28, 28), 4))
         made = Run.create(tmp_path_factory.mktemp("study") / "r", config, "cpu")
         train_all(made)
         yield made
@@ -59,7 +59,7 @@ def test_aggregate_posterior(run):
 
 def test_a_run_of_codes_is_refused(tmp_path, monkeypatch):
     config = shrunk(preset("mnist-vqvae"))
-    monkeypatch.setattr(type(config.data), "load", lambda self: small_splits((1, 28, 28), 4))
+    monkeypatch.setattr(type(config.data), "load", lambda self, report=None: small_splits((1, 28, 28), 4))
     made = Run.create(tmp_path / "codes", config, "cpu")
     train_all(made)
     with pytest.raises(UserError, match="no q"):

@@ -1,0 +1,220 @@
+"""Images that stay in their files, and are read when they are asked for.
+
+N images, B a batch of them, C colour channels, H×W pixels.
+"""
+
+import copy
+import hashlib
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import BinaryIO, Protocol
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from pipelines.console import Progress, UserError, say
+
+IMAGE_ENDINGS = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
+FORMATS = ("PNG", "JPEG", "BMP", "GIF", "WEBP", "TIFF", "PPM")  # whatever a file is called, no other decoder is tried on it
+READERS = min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+CHUNK = 1000  # images read at once where all are read
+
+
+class Files(Protocol):
+    """Pictures by number, each in a file or a part of one."""
+
+    def __len__(self) -> int: ...
+
+    def name(self, index: int) -> str:
+        """For a person."""
+
+    def open(self, index: int) -> str | BinaryIO:
+        """What Pillow opens. Raises OSError."""
+
+
+class FolderFiles:
+    """Files under a folder. names: relative to it."""
+
+    def __init__(self, folder: Path, names: list[str]):
+        self.folder, self.names = str(folder), names
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def name(self, index: int) -> str:
+        return printable(self.open(index))
+
+    def open(self, index: int) -> str:
+        return os.path.join(self.folder, self.names[index])
+
+
+def printable(path: str) -> str:
+    """A path whose name is not text can be opened, but not printed."""
+    return os.fsencode(path).decode(errors="replace")
+
+
+def images_under(folder: Path) -> list[str]:
+    """Names of the images under a folder, relative to it, in the order of their parts. No file is looked into.
+
+    Raises UserError for a subfolder that cannot be read.
+    """
+    names: list[str] = []
+
+    def walk(inner: str) -> None:
+        try:
+            with os.scandir(os.path.join(folder, inner)) as listing:
+                entries = sorted(listing, key=lambda entry: entry.name)
+        except OSError as error:
+            raise UserError(f"the folder {printable(str(folder / inner))} cannot be read: {error.strerror}") from error
+        for entry in entries:
+            if entry.is_dir(follow_symlinks=False):
+                walk(os.path.join(inner, entry.name))
+            elif os.path.splitext(entry.name)[1].lower() in IMAGE_ENDINGS:
+                # A link is followed only when it is read: a broken one is an image that cannot be read.
+                if entry.is_symlink() or entry.is_file(follow_symlinks=False):
+                    names.append(os.path.join(inner, entry.name))
+
+    walk("")
+    return names
+
+
+class Unreadable(ValueError):
+    """A file holds no image that can be read; the message says why."""
+
+
+def read_image(file: str | BinaryIO, size: int, channels: int) -> tuple[np.ndarray, bool]:
+    """One image as uint8 C H W: turned upright, its shorter side resized, its centre cropped; and whether it is animated.
+
+    Of an animated image this is the first frame. Raises Unreadable.
+    """
+    try:
+        with Image.open(file, formats=FORMATS) as image:
+            animated = image.format != "MPO" and getattr(image, "is_animated", False)  # an MPO is a photo with its preview
+            upright = eight_bit(ImageOps.exif_transpose(image)).convert("L" if channels == 1 else "RGB")
+            square = ImageOps.fit(upright, (size, size), Image.Resampling.LANCZOS)
+    except Exception as error:  # a decoder that is fed broken bytes raises nearly anything
+        raise Unreadable(str(error).splitlines()[0] if str(error) else type(error).__name__) from error
+    pixels = np.asarray(square)
+    return pixels[None] if channels == 1 else pixels.transpose(2, 0, 1), animated
+
+
+def eight_bit(image: Image.Image) -> Image.Image:
+    """Grey of 16 bits, scaled to 8: Pillow would clip it at 255. Raises ValueError for pixels whose range is not known."""
+    if image.mode == "F":
+        raise ValueError("floating-point pixels, whose range is not known")
+    if not image.mode.startswith("I"):
+        return image
+    values = np.asarray(image).astype(np.int64)
+    if values.min() < 0 or values.max() > 65535:
+        raise ValueError("pixels of more than 16 bits, whose range is not known")
+    return Image.fromarray(((values * 255 + 32767) // 65535).astype(np.uint8))
+
+
+class Reading:
+    """Images on their way: threads fill `images`, uint8 B C H W; `unreadable` has the reason for each that is left out."""
+
+    def __init__(self, pool: ThreadPoolExecutor, files: Files, rows: Tensor, images: Tensor):
+        self.files, self.rows, self.images = files, rows, images
+        self.unreadable: dict[int, str] = {}
+        self.animated: list[int] = []
+        self.pixels = images.numpy()
+        numbers = list(enumerate(rows.tolist()))
+        self.jobs = [pool.submit(self.fill, numbers[reader::READERS]) for reader in range(min(READERS, len(numbers)))]
+
+    def fill(self, numbers: list[tuple[int, int]]) -> None:
+        _, channels, size, _ = self.pixels.shape
+        for position, index in numbers:
+            try:
+                self.pixels[position], animated = read_image(self.files.open(index), size, channels)
+                if animated:
+                    self.animated.append(index)
+            except (Unreadable, OSError) as error:
+                self.unreadable[index] = str(error)
+
+    def finished(self) -> "Reading":
+        for job in self.jobs:
+            job.result()
+        return self
+
+
+class Stored:
+    """What a uint8 tensor N C H W of all images would be to its users, by `len`, `shape`, indexing and `split`.
+
+    Indexing raises UserError for an image that cannot be read.
+    """
+
+    def __init__(self, files: Files, channels: int, size: int):
+        self.files, self.channels, self.size = files, channels, size
+        self.rows = torch.arange(len(files))
+        self.pool = ThreadPoolExecutor(READERS, "reader")
+        self.ahead: Reading | None = None
+        self.told: set[str] = set()
+
+    def subset(self, indices: Tensor) -> "Stored":
+        part = copy.copy(self)
+        part.rows, part.ahead = self.rows[indices], None
+        return part
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def shape(self) -> torch.Size:
+        return torch.Size((len(self), self.channels, self.size, self.size))
+
+    def reading(self, rows: Tensor, images: Tensor | None = None) -> Reading:
+        images = torch.empty(len(rows), *self.shape[1:], dtype=torch.uint8) if images is None else images
+        return Reading(self.pool, self.files, rows, images)
+
+    def prefetch(self, indices: Tensor | slice) -> None:
+        """Start to read what will be asked for next."""
+        self.ahead = self.reading(self.rows[indices])
+
+    def __getitem__(self, indices: Tensor | slice) -> Tensor:
+        rows, ahead = self.rows[indices], self.ahead
+        if ahead is None or not torch.equal(ahead.rows, rows):
+            ahead = self.reading(rows)
+        unreadable = ahead.finished().unreadable
+        if ahead.animated and not self.told:
+            say(f"{self.files.name(ahead.animated[0])} is animated: of it, and of any other such image, the first frame is used")
+            self.told.add("animated")
+        if unreadable:
+            index, reason = min(unreadable.items())
+            more = f" and {len(unreadable) - 1} more of these {len(rows)}" if len(unreadable) > 1 else ""
+            raise UserError(
+                f"{self.files.name(index)}{more} cannot be read ({reason}). Mend or remove it and run the same command again, or"
+                " have all images read once first and the unreadable ones left out: --data.skip-unreadable."
+            )
+        return ahead.images
+
+    def split(self, size: int) -> Iterator[Tensor]:
+        """The images from first to last, `size` at a time, each batch read while the one before is worked on."""
+        for start in range(0, len(self), size):
+            batch = self[start : start + size]
+            self.prefetch(slice(start + size, start + 2 * size))
+            yield batch
+
+    def read_all(self, label: str, keep: bool) -> tuple[Tensor | None, dict[int, str], list[int]]:
+        """Every image, uint8 N C H W, or None unless they are to be kept; why which cannot be read; which are animated."""
+        everything = torch.empty(self.shape, dtype=torch.uint8) if keep else None
+        unreadable: dict[int, str] = {}
+        animated: list[int] = []
+        with Progress(label, len(self), "images") as progress:
+            for rows in torch.arange(len(self)).split(CHUNK):
+                images = None if everything is None else everything[rows[0] : rows[-1] + 1]
+                reading = self.reading(self.rows[rows], images).finished()
+                unreadable |= reading.unreadable
+                animated += reading.animated
+                progress.update(len(rows))
+        return everything, unreadable, sorted(animated)
+
+    def digest(self) -> str:
+        """Names these images: a checksum of their names and order."""
+        key = hashlib.sha256(self.rows.numpy().tobytes())
+        for index in range(len(self.files)):
+            key.update(self.files.name(index).encode() + b"\0")
+        return key.hexdigest()[:16]
