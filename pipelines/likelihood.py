@@ -32,6 +32,7 @@ from pipelines.fit import seed_of
 from pipelines.page import Row, Table
 from pipelines.report import ROWS, title
 from pipelines.run import Run
+from pipelines.stored import Stored, content_of
 from stage1_vae.autoencoder import Autoencoder
 from stage1_vae.bounds import draws, effective_samples, grouped, importance_weighted_bound, log_likelihoods
 from stage2_prior.autoregressive import LearnedPrior
@@ -81,8 +82,8 @@ def likelihood(
     samples = 1 if discrete else samples
     measurement = Measurement(run, autoencoder, fitted, splits.test.images, latents.contexts, chosen, samples, naive, seed)
     columns = measurement.columns()
-    measure = autoencoder.likelihood.measure(splits.test.images)
-    dimensions = splits.test.images[0].numel()
+    measure = autoencoder.likelihood.measure(splits.test.images[chosen])
+    dimensions = math.prod(splits.image_shape)
     result: dict[str, Any] = {
         "images": images,
         "images_of": f"test split of {len(splits.test)}",
@@ -146,7 +147,7 @@ class Measurement:
     run: Run
     autoencoder: Autoencoder
     priors: dict[str, Prior]
-    images: Tensor
+    images: Tensor | Stored
     contexts: Tensor | None
     chosen: Tensor
     samples: int
@@ -157,7 +158,8 @@ class Measurement:
         """Names the weights, the images and what is asked of them, but not how many images."""
         digest = hashlib.sha256(repr((self.samples, self.naive, self.seed, list(self.priors))).encode())
         models = [self.autoencoder, *self.priors.values()]
-        for tensor in (self.images, *(tensor for model in models for tensor in model.state_dict().values())):
+        digest.update(content_of(self.images))
+        for tensor in (tensor for model in models for tensor in model.state_dict().values()):
             digest.update(tensor.cpu().contiguous().numpy().tobytes())
         return digest.hexdigest()[:16]
 

@@ -20,7 +20,7 @@ from pipelines.config import MetricsConfig
 from pipelines.console import Progress, say
 from pipelines.data import ImageSet, Labelled, Splits
 from pipelines.fit import evaluate, fit
-from pipelines.stored import Stored
+from pipelines.stored import Stored, content_of
 
 FEATURES = 64
 TRACE = 100.0
@@ -111,7 +111,7 @@ def trained_classifier(
     key = hashlib.sha256(repr((config.classifier, seed)).encode())
     for part in (splits.train.images, splits.train.labels, splits.validation.images):
         assert part is not None
-        key.update(part.digest().encode() if isinstance(part, Stored) else part.numpy().tobytes())
+        key.update(content_of(part))
     folder = cache / key.hexdigest()[:16]
     chosen = fit(
         fabric, model, Labelled(splits.train), Labelled(splits.validation), config.classifier, seed, folder, "classifier"

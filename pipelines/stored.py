@@ -218,3 +218,8 @@ class Stored:
         for index in range(len(self.files)):
             key.update(self.files.name(index).encode() + b"\0")
         return key.hexdigest()[:16]
+
+
+def content_of(images: Tensor | Stored) -> bytes:
+    """For a checksum: the images' bytes, or of those on disk what names them."""
+    return images.digest().encode() if isinstance(images, Stored) else images.numpy().tobytes()
