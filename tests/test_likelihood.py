@@ -25,7 +25,7 @@ def trained(folder, name: str, **parts) -> Run:
     config = shrunk(preset(name))
     config = dataclasses.replace(config, autoencoder=dataclasses.replace(config.autoencoder, **parts))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(type(config.data), "load", lambda self: small_splits((1, 28, 28), 4))
+        patch.setattr(type(config.data), "load", lambda self, report=None: small_splits((1, 28, 28), 4))
         patch.setattr(train_all, "compare", lambda run, splits: ({}, None))
         patch.setattr(train_all, "table", lambda metrics: "")
         run = Run.create(folder / name, config, "cpu")
