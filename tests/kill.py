@@ -28,15 +28,13 @@ import torch
 from pipelines import generate, train_all
 from pipelines.console import run_command
 
-STEPS = 6
-FIT = " ".join(
-    f"--{part}.steps {STEPS} --{part}.batch-size 16 --{part}.checkpoint-steps 2 --{part}.warmup-steps 1"
-    for part in ("stage1", "stage2", "metrics.classifier")
-)
+FIT = "--{0}.steps 6 --{0}.batch-size 16 --{0}.checkpoint-steps 2 --{0}.warmup-steps 1"
 SMALL = "--autoencoder.network.width 8 --autoencoder.network.blocks 1 --prior.backbone.width 8 --prior.backbone.layers 1"
-COMMON = f"--run run --data.root data --metrics.images 80 --device cpu {FIT} {SMALL}"
+STAGES = " ".join(FIT.format(part) for part in ("stage1", "stage2", "metrics.classifier"))
+COMMON = f"--run run --data.root data --metrics.images 80 --device cpu {SMALL} {STAGES}"
 PRESETS = {
     "mnist": "",
+    "mnist-binary": FIT.format("refine"),
     "mnist-vqvae": "--autoencoder.bottleneck.codes 16",
     "fashion-dalle": "--autoencoder.bottleneck.codes 16 --prior.condition.vocabulary 300",
 }
@@ -145,7 +143,7 @@ def folder_with_data(root: Path, name: str) -> Path:
 def place(folder: Path) -> str:
     """What the commands were at, from the files they had finished."""
     run = folder / "checkpoints" / "run"
-    last = f"step-{STEPS:07d}"
+    last = "step-0000006"
     parts = {
         "stage 1": [f"stage1/{last}"],
         "encoding": ["latents/stage1-train.safetensors", "latents/stage1-validation.safetensors"],
