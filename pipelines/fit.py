@@ -4,7 +4,7 @@ It knows only `model(*batch, step=step)["loss"]`, and judges held-out batches by
 
 The data order is a function of (seed, step); torch is reseeded from (seed, step, rank) before every step; the learning
 rate is a function of the step. So a resumed run equals an uninterrupted one, and there is no state but weights,
-optimizer and step.
+optimizer, step, and how often training was rewound: the seed is also a function of that.
 """
 
 import math
@@ -23,7 +23,8 @@ from pipelines import checkpoint
 from pipelines.console import Progress, Signals, Stopped, UserError, say
 
 Precision = Literal["auto", "float32", "bfloat16"]
-OnNan = Literal["stop", "skip"]
+OnNan = Literal["stop", "skip", "rewind"]
+REWINDS = 3  # from one checkpoint, before it is given up
 
 
 def fabric_for(device: str, precision: Precision) -> Fabric:
@@ -50,6 +51,10 @@ class Source(Protocol):
 def prefetch(source: Source, indices: Any) -> None:
     if hasattr(source, "prefetch"):
         source.prefetch(indices)
+
+
+class NotANumber(UserError):
+    """A loss or gradient is not a number. No weight or buffer was touched."""
 
 
 @dataclass(frozen=True)
@@ -153,8 +158,9 @@ def fit(
     """Train `model` in place, from its last checkpoint under `folder` if there is one; returns the best checkpoint.
 
     The model ends with the best checkpoint's weights, in eval mode. A finished training is only loaded.
-    Raises UserError when a loss or gradient is not a number (on_nan "stop"; "skip" leaves that step out and goes on), OSError
-    when a checkpoint cannot be written, and Stopped when a signal asked to end: after a checkpoint, from which it goes on.
+    Raises UserError when a loss or gradient is not a number (on_nan "stop"; "skip" leaves that step out and goes on; "rewind"
+    goes back to the last checkpoint and on with another data order and other noise, REWINDS times at most), OSError when a
+    checkpoint cannot be written, and Stopped when a signal asked to end: after a checkpoint, from which it goes on.
     """
     done = checkpoint.usable(folder)
     if not done or done[-1].step < config.steps:
@@ -185,7 +191,7 @@ class Training:
         self.on_nan = on_nan
         self.fabric, self.model, self.train, self.held_out = fabric, model, train, held_out
         self.config, self.seed, self.folder, self.label = config, seed, folder, label
-        self.order = Order(len(train), config.batch_size, seed)
+        self.draw_anew(rewinds=0)
         self.optimizer = torch.optim.AdamW(
             model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay, betas=(0.9, 0.99), fused=True
         )
@@ -196,24 +202,31 @@ class Training:
 
     def run(self, checkpoints: list[checkpoint.Checkpoint]) -> list[checkpoint.Checkpoint]:
         """Train to the end from the last of these checkpoints; returns those that are kept."""
-        config, start, self.kept = self.config, 0, checkpoints
+        config, step, self.kept = self.config, 0, checkpoints
         if checkpoints:
-            start = self.restore(checkpoints[-1])
-            say(f"{self.label}: going on from step {start}")
+            step = self.restore(checkpoints[-1])
+            say(f"{self.label}: going on from step {step}")
+        elif self.on_nan == "rewind":
+            self.write(0, held_out=None)  # something to go back to
         self.model.train()
-        terms: dict[str, Tensor] = {}
         rate = config.batch_size
-        with Progress(self.label, config.steps * rate, "images", start * rate) as progress, Signals() as signals:
-            for step in range(start, config.steps):
-                terms = self.step(step)
+        with Progress(self.label, config.steps * rate, "images", step * rate) as progress, Signals() as signals:
+            while step < config.steps:
+                try:
+                    terms = self.step(step)
+                except NotANumber as error:
+                    before, step = step, self.rewind(error)
+                    progress.update((step - before) * rate)
+                    continue
+                step += 1
                 progress.update(rate, terms)
-                if (step + 1) % config.checkpoint_steps == 0 or step + 1 == config.steps:
-                    self.save(step + 1, terms)
+                if step % config.checkpoint_steps == 0 or step == config.steps:
+                    self.save(step, terms)
                 elif signals.received:
-                    self.write(step + 1, held_out=None)
+                    self.write(step, held_out=None)
                 if signals.received:
                     name = signal.Signals(signals.received).name
-                    where = f"{self.label}, step {step + 1} of {config.steps}"
+                    where = f"{self.label}, step {step} of {config.steps}"
                     raise Stopped(f"{name}: saved at {where}; the same command goes on from there", signals.received)
         return self.kept
 
@@ -222,7 +235,7 @@ class Training:
 
     def step(self, step: int) -> dict[str, Tensor]:
         indices = self.indices(step)
-        torch.manual_seed(seed_of(self.seed, step, self.fabric.global_rank))
+        torch.manual_seed(seed_of(self.order.seed, step, self.fabric.global_rank))
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.config, step)
         buffers = [buffer.clone() for buffer in self.model.buffers()]  # a forward pass may move them, as a codebook's averages
@@ -245,21 +258,42 @@ class Training:
         return {name: value.detach() for name, value in terms.items()}
 
     def not_a_number(self, step: int, indices: Tensor, terms: dict[str, Tensor]) -> None:
-        """Say what is not a number, and where; raise UserError unless such steps are to be skipped. No weight was touched."""
+        """Say what is not a number, and where; raises NotANumber unless such steps are to be skipped."""
         wrong = [name for name, value in terms.items() if not value.isfinite().all()]
         wrong += [
             f"the gradient of {name}"
             for name, parameter in self.model.named_parameters()
             if parameter.grad is not None and not parameter.grad.isfinite().all()
         ]
-        shown = ", ".join(map(str, indices[:8].tolist())) + (", …" if len(indices) > 8 else "")
-        what = f"{self.label}, step {step}: {wrong[0]} is not a number (images {shown})"
-        if self.on_nan == "skip":
-            say(f"warning: {what}; the step is left out")
-            return
-        last = checkpoint.usable(self.folder)
-        where = f"the last good checkpoint is {last[-1].folder}" if last else "no checkpoint was written before"
-        raise UserError(f"{what}; {where}. A lower learning rate may help; --on-nan skip leaves such steps out.")
+        wrong.append("the norm of the gradient")  # where every part of it is a number still
+        what = f"{self.label}, step {step}: {wrong[0]} is not a number (images {', '.join(map(str, indices.tolist()))})"
+        if self.on_nan != "skip":
+            raise NotANumber(what)
+        say(f"warning: {what}; the step is left out")
+
+    def rewind(self, error: NotANumber) -> int:
+        """Go back to the last checkpoint, and on with other draws; returns its step. Raises UserError when that is not asked for,
+        or has not helped."""
+        last = self.kept[-1] if self.kept else None
+        where = f"the last good checkpoint is {last.folder}" if last else "no checkpoint was written before"
+        if self.on_nan != "rewind" or last is None:
+            raise UserError(
+                f"{error}; {where}. A lower learning rate may help; --on-nan skip leaves such steps out, --on-nan rewind goes"
+                " back and on with other draws."
+            ) from error
+        rewinds = self.rewinds + 1
+        step = self.restore(last)
+        if rewinds > self.rewinds + REWINDS:
+            raise UserError(f"{error}, after {REWINDS} rewinds to {last.folder}, too. A lower learning rate may help.") from error
+        self.draw_anew(rewinds)
+        say(f"warning: {error}; rewound to {last.folder}, and on with another data order and other noise")
+        return step
+
+    def draw_anew(self, rewinds: int) -> None:
+        """The data order and the noise from here on, after so many rewinds."""
+        self.rewinds = rewinds
+        seed = seed_of(self.seed, 2, rewinds) if rewinds else self.seed
+        self.order = Order(len(self.train), self.config.batch_size, seed)
 
     def save(self, step: int, terms: dict[str, Tensor]) -> None:
         """Measure the held-out loss and write a checkpoint."""
@@ -273,7 +307,7 @@ class Training:
         training = {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
         for index, state in self.optimizer.state_dict()["state"].items():
             training |= {f"optimizer.{index}.{name}": value for name, value in state.items()}
-        record = {"step": step, "held_out": held_out, "history": self.history, "time": time.time()}
+        record = {"step": step, "held_out": held_out, "history": self.history, "rewinds": self.rewinds, "time": time.time()}
         saved = checkpoint.save(self.folder, record, self.average.module.state_dict(), training)
         self.kept = checkpoint.prune(self.folder, [*self.kept, saved])
 
@@ -282,12 +316,14 @@ class Training:
         raw = {name.removeprefix("model."): tensor for name, tensor in training.items() if name.startswith("model.")}
         checkpoint.fill(self.model, raw, last.folder / "training.safetensors")
         last.load_into(self.average.module)
-        self.average.n_averaged.fill_(last.step)
+        updates = [int(tensor) for name, tensor in training.items() if name.startswith("optimizer.") and name.endswith(".step")]
+        self.average.n_averaged.fill_(max(updates, default=0))  # fewer than steps where some were left out
         state: dict[int, dict[str, Tensor]] = {}
         for key, tensor in training.items():
             if key.startswith("optimizer."):
                 _, index, name = key.split(".", 2)
                 state.setdefault(int(index), {})[name] = tensor
         self.optimizer.load_state_dict({"state": state, "param_groups": self.optimizer.state_dict()["param_groups"]})
-        self.history = last.record["history"]
+        self.history = list(last.record["history"])
+        self.draw_anew(last.record.get("rewinds", 0))
         return last.step

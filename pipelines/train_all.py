@@ -96,7 +96,8 @@ def parse(arguments: list[str]) -> tuple[str, RunConfig, str, OnNan]:
         device: str = "auto"
         """auto, cpu, cuda or mps"""
         on_nan: OnNan = "stop"
-        """when a loss or gradient is not a number: stop before it touches a weight, or skip the step"""
+        """when a loss or gradient is not a number: stop before it touches a weight, skip the step, or rewind to the last
+        checkpoint and go on with another data order and other noise"""
 
     presets = "\n".join(f"  {key:15} {description}" for key, (description, _) in PRESETS.items())
     asked = tyro.cli(

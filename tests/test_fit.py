@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import re
 import signal
 
 import pytest
@@ -11,7 +12,7 @@ from torch import nn
 
 from pipelines import checkpoint
 from pipelines.console import Stopped, UserError
-from pipelines.fit import FitConfig, Order, Training, fit, learning_rate, seed_of
+from pipelines.fit import REWINDS, FitConfig, Order, Training, fit, learning_rate, seed_of
 
 CONFIG = FitConfig(steps=12, batch_size=4, checkpoint_steps=4, warmup_steps=2, learning_rate=0.05)
 
@@ -32,6 +33,7 @@ class Noisy(nn.Module):
 
     def __init__(self):
         super().__init__()
+        torch.manual_seed(1)
         self.layers = nn.Sequential(nn.Linear(3, 8), nn.Dropout(0.3), nn.Linear(8, 3))
         self.register_buffer("seen", torch.tensor(0.0))
 
@@ -41,11 +43,18 @@ class Noisy(nn.Module):
         return {"loss": (self.layers(x + 0.1 * torch.randn_like(x)) - x).square().mean()}
 
 
-def train(folder, config=CONFIG, model=None):
-    torch.manual_seed(1)
+def train(folder, config=CONFIG, model=None, on_nan="stop"):
     model = Noisy() if model is None else model
-    chosen = fit(Fabric(accelerator="cpu"), model, Points(30), Points(10), config, 0, folder, "test")
+    chosen = fit(Fabric(accelerator="cpu"), model, Points(30), Points(10), config, 0, folder, "test", on_nan)
     return model, chosen
+
+
+def assert_equal(whole, resumed):
+    """Two checkpoints, bit for bit."""
+    for a, b in ((whole.model(), resumed.model()), (whole.training(), resumed.training())):
+        assert a.keys() == b.keys()
+        assert all(torch.equal(a[name], b[name]) for name in a)
+    assert dict(whole.record, time=None) == dict(resumed.record, time=None)
 
 
 class Killed(Exception):
@@ -70,12 +79,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, monkeypatch, saves)
         train(tmp_path / "killed")
     monkeypatch.setattr(checkpoint, "save", save)
     _, resumed = train(tmp_path / "killed")
-    assert resumed.step == whole.step
-    for a, b in ((whole.model(), resumed.model()), (whole.training(), resumed.training())):
-        assert a.keys() == b.keys()
-        assert all(torch.equal(a[name], b[name]) for name in a)
-    records = [dict(c.record, time=None) for c in (whole, resumed)]
-    assert records[0] == records[1]
+    assert_equal(whole, resumed)
 
 
 def test_a_finished_training_is_only_loaded(tmp_path, capsys):
@@ -136,15 +140,19 @@ def test_buffers_of_the_kept_weights_are_the_models_own(tmp_path):
 
 
 class Breaks(Noisy):
-    """Not a number at some steps: in the loss, or in the gradient alone."""
+    """Not a number at some steps: in the loss, or in the gradient alone. rewinds: how many there were when it does."""
 
-    def __init__(self, steps, where="loss"):
+    def __init__(self, steps, where="loss", rewinds=range(9), killed_at=None):
         super().__init__()
-        self.steps, self.where = steps, where
+        self.steps, self.where, self.killed_at = steps, where, killed_at
+        self.seeds = {(seed_of(0, 2, number) if number else 0) for number in rewinds}
 
     def forward(self, x, step=0):
+        broken = self.training and step in self.steps and torch.initial_seed() in {seed_of(seed, step, 0) for seed in self.seeds}
+        if self.training and step == self.killed_at:
+            raise Killed
         loss = super().forward(x, step)["loss"]
-        if self.training and step in self.steps:
+        if broken:
             first = self.layers[0].weight.sum()
             loss = loss * float("nan") if self.where == "loss" else loss + (first - first.detach()).sqrt()  # √0: infinite slope
         return {"loss": loss}
@@ -161,7 +169,6 @@ def test_what_is_not_a_number_stops_before_it_touches_anything(tmp_path, where, 
 @pytest.mark.parametrize("where", ["loss", "gradient"])
 def test_skipped_steps_leave_no_trace(tmp_path, where, capsys):
     """With step 6 left out, weights, buffers and optimizer after step 6 are those after step 5."""
-    torch.manual_seed(1)
     model = Breaks([6], where)
     training = Training(Fabric(accelerator="cpu"), model, Points(30), Points(10), CONFIG, 0, tmp_path, "test", "skip")
     model.train()
@@ -177,6 +184,46 @@ def test_skipped_steps_leave_no_trace(tmp_path, where, capsys):
     assert not torch.equal(before["layers.0.weight"], model.layers[0].weight)
 
 
+@pytest.mark.parametrize("killed_at", [8, 10])
+def test_a_run_that_skipped_steps_resumes_to_the_same(tmp_path, killed_at):
+    _, whole = train(tmp_path / "whole", model=Breaks([6]), on_nan="skip")
+    with pytest.raises(Killed):
+        train(tmp_path / "killed", model=Breaks([6], killed_at=killed_at), on_nan="skip")
+    _, resumed = train(tmp_path / "killed", model=Breaks([6]), on_nan="skip")
+    assert_equal(whole, resumed)
+
+
+@pytest.mark.parametrize(("breaks", "back_to"), [(1, 0), (6, 4)])
+def test_rewinds_to_the_last_checkpoint_and_goes_on_with_other_draws(tmp_path, capsys, breaks, back_to):
+    _, plain = train(tmp_path / "plain")
+    model, rewound = train(tmp_path / "rewound", model=Breaks([breaks], rewinds=[0, 1]), on_nan="rewind")
+    said = capsys.readouterr().out
+    assert (
+        len(re.findall(rf"step {breaks}: loss is not a number \(images (\d+, ){{3}}\d+\); rewound to .*-{back_to:07d}", said))
+        == 2
+    )
+    assert rewound.step == plain.step == CONFIG.steps and rewound.record["rewinds"] == 2
+    assert not torch.equal(plain.model()["layers.0.weight"], rewound.model()["layers.0.weight"])
+    assert [entry["step"] for entry in rewound.record["history"]] == [4, 8, 12]
+
+
+@pytest.mark.parametrize("killed_at", [5, 7, 9])
+def test_a_run_that_was_rewound_resumes_to_the_same(tmp_path, killed_at):
+    """Killed before the step that broke, after it on the way to the next checkpoint, and after that one."""
+    _, whole = train(tmp_path / "whole", model=Breaks([6], rewinds=[0]), on_nan="rewind")
+    with pytest.raises(Killed):
+        train(tmp_path / "killed", model=Breaks([6], rewinds=[0], killed_at=killed_at), on_nan="rewind")
+    _, resumed = train(tmp_path / "killed", model=Breaks([6], rewinds=[0]), on_nan="rewind")
+    assert_equal(whole, resumed)
+
+
+def test_rewinding_ends_when_it_does_not_help(tmp_path, capsys):
+    with pytest.raises(UserError, match=f"step 6: loss is not a number .*after {REWINDS} rewinds to .*step-0000004"):
+        train(tmp_path, model=Breaks([6]), on_nan="rewind")
+    assert capsys.readouterr().out.count("rewound to") == REWINDS
+    assert [found.step for found in checkpoint.usable(tmp_path)] == [0, 4]
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
 def test_a_signal_saves_and_the_run_goes_on_as_if_never_stopped(tmp_path, number):
     _, whole = train(tmp_path / "whole")
@@ -188,15 +235,12 @@ def test_a_signal_saves_and_the_run_goes_on_as_if_never_stopped(tmp_path, number
             return super().forward(x, step)
 
     handler = signal.getsignal(number)
-    torch.manual_seed(1)
     with pytest.raises(Stopped, match="saved at test, step 6 of 12") as stopped:
         train(tmp_path / "stopped", model=Signalled())
     assert stopped.value.signal == number and signal.getsignal(number) == handler
     assert [c.step for c in checkpoint.usable(tmp_path / "stopped")] == [4, 6]
     _, resumed = train(tmp_path / "stopped")
-    for a, b in ((whole.model(), resumed.model()), (whole.training(), resumed.training())):
-        assert all(torch.equal(a[name], b[name]) for name in a)
-    assert dict(whole.record, time=None) == dict(resumed.record, time=None)
+    assert_equal(whole, resumed)
 
 
 def test_seeds_differ():
