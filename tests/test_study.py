@@ -4,6 +4,7 @@ import json
 import math
 
 import pytest
+import torch
 
 from pipelines import study
 from pipelines.config import preset
@@ -31,12 +32,39 @@ def numbers(run: Run, name: str) -> dict:
     return found
 
 
-def test_samples_per_image(run):
+def test_samples_per_image(run, monkeypatch):
+    monkeypatch.setattr(study, "TOTAL", 4000)
+    monkeypatch.setattr(study, "REPEATS", 4)
     found = numbers(run, "samples-per-image")
-    spread, tight = found["standard_deviation"], found["importance_weighted"]
-    assert spread[0] / spread[6] == pytest.approx(10, rel=0.35)  # 1/√L at L = 100
-    assert all(value == pytest.approx(found["elbo"][0], rel=1e-4) for value in found["elbo"])
-    assert tight[0] == pytest.approx(found["elbo"][0], rel=1e-4) and tight == sorted(tight)
+    assert list(found["elbo"]) == ["1", "2", "5", "10", "20", "50", "100", "200"]
+    for noise in (found["standard_deviation"], found["gradient_noise"]):
+        assert noise["1"] / noise["100"] == pytest.approx(10, rel=0.35)  # 1/√L
+    tight = list(found["importance_weighted"].values())
+    assert all(value == pytest.approx(found["elbo"]["1"], rel=1e-4) for value in found["elbo"].values())
+    assert tight[0] == pytest.approx(found["elbo"]["1"], rel=1e-4) and tight == sorted(tight)
+    batches = found["gradient_noise_of_a_step"]
+    assert batches["1"] < batches["256"]
+
+
+def test_the_gradient_of_each_draw_is_that_of_its_weight(run):
+    """With respect to the posterior's mean and log standard deviation, by automatic differentiation of one draw's log weight."""
+    trained = study.Trained.of(run)
+    image = trained.splits.test.images[0]
+    weights, gradients, z = study.gradients_of_draws(trained, image, 3)
+    posterior = {name: value.detach() for name, value in trained.autoencoder.encode(image[None])[0].items()}
+    for i in range(3):
+        noise = (z[i] - posterior["mean"]) / posterior["std"]
+
+        def weight(mean, log_std, noise=noise):
+            at = mean + log_std.exp() * noise
+            log_p = trained.autoencoder.decode([at]).log_prob(trained.autoencoder.likelihood.scale(image[None]))
+            log_q = study.gaussian_log_prob(at, mean, log_std).sum()
+            return (log_p + trained.standard.log_prob([at])).sum() - log_q
+
+        inputs = (posterior["mean"], posterior["std"].log())
+        assert float(weight(*inputs).detach()) == pytest.approx(float(weights[i]), rel=1e-4)
+        expected = torch.cat(torch.autograd.functional.jacobian(weight, inputs), 1).flatten()
+        assert torch.allclose(gradients[i], expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max()))
 
 
 def test_evidence(run):
