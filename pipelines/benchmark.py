@@ -97,7 +97,7 @@ class BenchmarkTraining:
 
         rows.append(training_summary("encoding", len(subset), median_seconds({"whole": whole, "bare": bare}, self.repeats)))
 
-        dataset = latent_dataset(latents)
+        dataset = latent_dataset([latents])
         prior = run.new_prior(run.specs(autoencoder), 0)
         prior.estimate(dataset)
         return [*rows, training_row(fabric, "stage 2", prior, dataset, config.stage2, self.repeats)]

@@ -73,7 +73,10 @@ def packed(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Raises UserError when the file is no safetensors file. Nothing in it is ever run."""
+    """On a CPU these are views of the file, which take memory only where they are read.
+
+    Raises UserError when it is no safetensors file. Nothing in it is ever run.
+    """
     try:
         return safetensors.torch.load_file(path)
     except (safetensors.SafetensorError, ValueError, KeyError, OverflowError) as error:
@@ -213,3 +216,15 @@ def cached(path: Path, key: str, make: Callable[[], dict[str, Tensor]]) -> dict[
     tensors = make()
     write_tensors(path, tensors, {"key": key})
     return tensors
+
+
+def shards(path: Path, count: int) -> list[Path]:
+    """Where the rows of `path` lie when they are too many for one file: in `count` files beside it, one after the other."""
+    if count == 1:
+        return [path]
+    return [path.with_name(f"{path.stem}-{number:05d}-of-{count:05d}{path.suffix}") for number in range(1, count + 1)]
+
+
+def found_shards(path: Path) -> list[Path]:
+    """The files with rows of `path` that are there, complete or not."""
+    return sorted({*path.parent.glob(path.name), *path.parent.glob(f"{path.stem}-*-of-*{path.suffix}")})

@@ -95,7 +95,7 @@ def compare(run: Run, splits: Splits, seed: int = 0) -> tuple[dict[str, Any], Se
             entry["label_read"] = float((space.read_labels(images) == labels).float().mean())
             metrics["rejection"] = rejection(run, splits, space, images, labels, real)
         metrics["priors"][name] = entry
-    codes = [posterior["codes"] for posterior in latents.levels if "codes" in posterior]
+    codes = [posterior["codes"] for posterior in latents.sample() if "codes" in posterior]
     if codes:
         metrics["codes"] = [code_report(level, spec) for level, spec in zip(codes, specs)]
     metrics |= verdict(metrics)

@@ -227,7 +227,7 @@ class Measurement:
 
 def active_units(latents: LatentDataset) -> int:
     """Latent numbers whose posterior mean varies over images by more than ACTIVE."""
-    (posterior,) = latents.levels
+    (posterior,) = latents.sample()
     return int((posterior["mean"].var(0) > ACTIVE).sum())
 
 

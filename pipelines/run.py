@@ -3,7 +3,7 @@
 RUN/config.json            the RunConfig
     unreadable.json        the images that cannot be read, where there are any
     stage1/step-N/         the autoencoder
-    latents/*.safetensors  encoded posteriors: mean and std of every image
+    latents/*.safetensors  encoded posteriors: mean and std of every image; of many images in several files
     stage2/step-N/         the learned prior
     refined/step-N/        both, trained on together, where the config asks for it: then these are the weights to use
     tokenizer.json         of captions, for a prior that is told them
@@ -31,7 +31,7 @@ from pipelines.fit import Precision, fabric_for, seed_of
 from stage1_vae.autoencoder import Autoencoder
 from stage2_prior.autoregressive import LearnedPrior
 from stage2_prior.conditions import Caption, ClassLabel, ConditionConfig, Unconditional
-from stage2_prior.latents import LatentDataset, LatentSpec
+from stage2_prior.latents import Joined, LatentDataset, LatentSpec
 from stage2_prior.prior import CODE_BASELINES, CONTINUOUS_BASELINES, AggregatePosterior, Prior, baselines
 
 CHECKPOINTS = Path("checkpoints")
@@ -39,6 +39,7 @@ CLASSIFIERS = ".classifiers"  # beside the runs: shared by all runs on one data 
 PRIORS = list({**CONTINUOUS_BASELINES, **CODE_BASELINES}) + ["learned", "posterior"]
 ENCODING_BATCH = 500
 Part = Literal["autoencoder", "prior"]
+SHARD_BYTES = 2**28  # of latents in one file
 UNREADABLE = "unreadable.json"
 WHEREABOUTS = ("data.root:", "data.in_memory:", "data.skip_unreadable:")  # of the same images; a run goes on under others
 
@@ -170,17 +171,29 @@ class Run:
         stage: the phase whose weights these are; the last one when None.
         """
         stage = self.stage("autoencoder") if stage is None else stage
-        digest = self.finished(stage).digest()
+        key = f"{self.finished(stage).digest()} {len(images)}"
         path = self.folder / "latents" / f"{stage}-{part}.safetensors"
-        tensors = checkpoint.cached(path, digest, lambda: encoded(self.fabric, autoencoder, images, f"encoding {part}"))
-        return latent_dataset(tensors, self.contexts(images))
+        # Mean and std, or a code of 64 bits: 8 bytes a position either way.
+        batches = max(1, SHARD_BYTES // (ENCODING_BATCH * 8 * sum(spec.dimensions for spec in self.specs(autoencoder))))
+        starts = range(0, len(images), batches * ENCODING_BATCH)
+        paths = checkpoint.shards(path, len(starts))
+        for other in set(checkpoint.found_shards(path)) - set(paths):
+            other.unlink()
+        for start, shard in zip(starts, paths):  # so that memory holds one at a time, and a killed process loses but one
+            rows = range(start, min(start + starts.step, len(images)))
+            label = f"encoding {part}" + (f", {rows.start} to {rows.stop} of {len(images)}" if len(paths) > 1 else "")
+            checkpoint.cached(shard, key, lambda: encoded(self.fabric, autoencoder, images, label, rows))  # noqa: B023
+        return latent_dataset([checkpoint.read_tensors(shard) for shard in paths], self.contexts(images))
 
     def latents(self, part: str) -> LatentDataset:
         """What `encode` put down, without contexts."""
         path = self.folder / "latents" / f"{self.stage('autoencoder')}-{part}.safetensors"
-        if not path.is_file():
-            raise UserError(f"{self.folder} is unfinished: there is no {path}. Run its train_all command again.")
-        return latent_dataset(checkpoint.read_tensors(path))
+        paths = checkpoint.found_shards(path)
+        if not paths or paths != checkpoint.shards(path, len(paths)):
+            raise UserError(
+                f"{self.folder} is unfinished: there is no {path}, or not all of it. Run its train_all command again."
+            )
+        return latent_dataset([checkpoint.read_tensors(shard) for shard in paths])
 
     # Stage 2
 
@@ -274,14 +287,18 @@ def read_config(path: Path) -> tuple[RunConfig, dict]:
 
 
 @torch.inference_mode()
-def encoded(fabric: Fabric, autoencoder: Autoencoder, images: ImageSet, label: str) -> dict:
-    """The posteriors of all images, as tensors named LEVEL.NAME, on the CPU."""
+def encoded(
+    fabric: Fabric, autoencoder: Autoencoder, images: ImageSet, label: str, rows: range | None = None
+) -> dict[str, Tensor]:
+    """The posteriors of images, as tensors named LEVEL.NAME, on the CPU. rows: which; all when None."""
+    rows = range(len(images)) if rows is None else rows
     batches: dict[str, list] = {}
-    with Progress(label, len(images), "images") as progress:
-        for start in range(0, len(images), ENCODING_BATCH):
+    with Progress(label, len(rows), "images") as progress:
+        for start in rows[::ENCODING_BATCH]:
             torch.manual_seed(start)  # some data sets draw their examples
-            (batch,) = images[start : start + ENCODING_BATCH]
-            images.prefetch(slice(start + ENCODING_BATCH, start + 2 * ENCODING_BATCH))
+            stop = min(start + ENCODING_BATCH, rows.stop)
+            (batch,) = images[start:stop]
+            images.prefetch(slice(stop, stop + ENCODING_BATCH))
             for level, posterior in enumerate(autoencoder.encode(fabric.to_device(batch))):
                 for name, tensor in posterior.items():
                     batches.setdefault(f"{level}.{name}", []).append(tensor.cpu())
@@ -289,9 +306,10 @@ def encoded(fabric: Fabric, autoencoder: Autoencoder, images: ImageSet, label: s
     return {name: torch.cat(parts) for name, parts in batches.items()}
 
 
-def latent_dataset(tensors: dict, contexts: Tensor | None = None) -> LatentDataset:
-    levels: dict[int, dict] = {}
-    for key, tensor in tensors.items():
+def latent_dataset(shards: list[dict[str, Tensor]], contexts: Tensor | None = None) -> LatentDataset:
+    """Of posteriors as `encoded` names them, in one or several parts."""
+    levels: dict[int, dict[str, Tensor | Joined]] = {}
+    for key in shards[0]:
         level, name = key.split(".")
-        levels.setdefault(int(level), {})[name] = tensor
+        levels.setdefault(int(level), {})[name] = shards[0][key] if len(shards) == 1 else Joined([s[key] for s in shards])
     return LatentDataset([levels[level] for level in sorted(levels)], contexts)

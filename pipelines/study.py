@@ -330,7 +330,7 @@ def aggregate_posterior(trained: Trained) -> Findings:
     latents = run.encode(trained.autoencoder, splits.test, "test")
     torch.manual_seed(0)
     (z,), _ = run.fabric.to_device(latents[torch.arange(len(latents))])
-    posterior = run.fabric.to_device(latents.levels[0])
+    posterior = run.fabric.to_device(latents.sample()[0])
     log_q = gaussian_log_prob(z, posterior["mean"], posterior["std"].log()).flatten(1).sum(1)
     names = {"standard": "N(0, I)", "gaussian": "one Gaussian", "mixture": "ten Gaussians", "learned": "learned prior"}
     rates = {}

@@ -72,7 +72,7 @@ def finish(run: Run, splits: Splits, autoencoder: Autoencoder, prior: LearnedPri
 
 def warn_of_unused_codes(latents: LatentDataset, specs: list[LatentSpec]) -> None:
     """A codebook that the data cannot fill, or that has collapsed, wastes what the prior has to learn."""
-    for spec, posterior in zip(specs, latents.levels):
+    for spec, posterior in zip(specs, latents.sample()):
         if spec.vocabulary is not None:
             used = len(posterior["codes"].unique())
             if used < spec.vocabulary / 2:

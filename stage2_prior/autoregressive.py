@@ -64,7 +64,7 @@ class AutoregressivePrior(Prior):
         return [self]
 
     def estimate(self, dataset: LatentDataset) -> None:
-        self.head.estimate(dataset.posteriors(slice(None))[self.level])
+        self.head.estimate(dataset.sample()[self.level])
         if self.condition is not None:
             if dataset.contexts is None:
                 raise ValueError("a conditional prior needs a data set with contexts")

@@ -105,7 +105,7 @@ class GaussianMixtureHead(Head):
         self.output = nn.Linear(width, components * (1 + 2 * channels))
 
     def estimate(self, posterior: Posterior) -> None:
-        """Shift and scale become the aggregate posterior's mean and standard deviation per channel, exactly."""
+        """Shift and scale become the aggregate posterior's mean and standard deviation per channel."""
         mean, std = posterior["mean"].double(), posterior["std"].double()
         self.shift.copy_(mean.mean((0, 2, 3)))
         variance = mean.var((0, 2, 3), correction=0) + std.square().mean((0, 2, 3))

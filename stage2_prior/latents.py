@@ -4,10 +4,13 @@ B batch, C latent channels, h×w latent grid, K codes.
 """
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+SAMPLE_BYTES = 2**30  # of posteriors that are held at once to estimate statistics
 
 Posterior = dict[str, Tensor]
 """One level of an encoded batch: `mean` and `std`, both B C h w, or `codes`, B h w."""
@@ -58,6 +61,27 @@ def draw(posterior: Posterior, noise: Tensor | None = None) -> Tensor:
     return torch.addcmul(posterior["mean"], posterior["std"], noise)
 
 
+class Joined:
+    """The rows of several tensors, one tensor after the other, by `len` and indexing: for tensors mapped from disk, which take
+    memory only where they are read."""
+
+    def __init__(self, parts: list[Tensor]):
+        self.parts = parts
+        self.ends = torch.tensor([len(part) for part in parts]).cumsum(0)
+
+    def __len__(self) -> int:
+        return int(self.ends[-1])
+
+    def __getitem__(self, indices: Tensor | slice) -> Tensor:
+        indices = torch.arange(len(self))[indices] if isinstance(indices, slice) else indices
+        part = torch.bucketize(indices.contiguous(), self.ends, right=True)
+        rows = self.parts[0].new_empty(len(indices), *self.parts[0].shape[1:])
+        for number in part.unique().tolist():
+            here = part == number
+            rows[here] = self.parts[number][indices[here] - (self.ends[number] - len(self.parts[number]))]
+        return rows
+
+
 class LatentDataset:
     """The encoded training set as stage 2 sees it: a fresh z ~ q(z|x) each time an image comes by, and its context.
 
@@ -65,8 +89,8 @@ class LatentDataset:
     q(z) = 1/n Σ q(z|x_i) itself rather than n points of it.
     """
 
-    def __init__(self, levels: list[Posterior], contexts: Tensor | None = None):
-        """levels: posteriors, coarse to fine; contexts: N …, what is known of each image, such as its label."""
+    def __init__(self, levels: Sequence[Mapping[str, Tensor | Joined]], contexts: Tensor | None = None):
+        """levels: posteriors of N images, coarse to fine; contexts: N …, what is known of each image, such as its label."""
         lengths = {len(tensor) for level in levels for tensor in level.values()}
         lengths |= set() if contexts is None else {len(contexts)}
         if len(lengths) != 1 or 0 in lengths:
@@ -79,6 +103,12 @@ class LatentDataset:
 
     def posteriors(self, indices: Tensor | slice) -> list[Posterior]:
         return [{name: tensor[indices] for name, tensor in level.items()} for level in self.levels]
+
+    def sample(self) -> list[Posterior]:
+        """What to estimate statistics from: every posterior, or as many, evenly spaced, as fit into SAMPLE_BYTES."""
+        one = self.posteriors(slice(0, 1))
+        size = len(self) * sum(tensor.nbytes for level in one for tensor in level.values())
+        return self.posteriors(slice(None, None, math.ceil(size / SAMPLE_BYTES)))
 
     def __getitem__(self, indices: Tensor | slice) -> tuple[list[Tensor], Tensor | None]:
         """The arguments of `Prior.forward` for these images: one list of freshly drawn levels, and the contexts."""

@@ -91,7 +91,7 @@ class GaussianMixturePrior(Prior):
 
     def estimate(self, dataset: LatentDataset) -> None:
         if self.components == 1:
-            posterior = only(dataset.posteriors(slice(None)))
+            posterior = only(dataset.sample())
             mean, std = (posterior[name].flatten(1).double() for name in ("mean", "std"))
             # Law of total variance: Cov[z] = Cov[E[z|x]] + E[Var[z|x]].
             noise = std.square().mean(0)
@@ -157,7 +157,7 @@ class IndependentCodes(Prior):
     def estimate(self, dataset: LatentDataset) -> None:
         """Count, with one more of every code so that none is impossible."""
         if self.fitted:
-            for table, posterior in zip(self.tables(), dataset.posteriors(slice(None))):
+            for table, posterior in zip(self.tables(), dataset.sample()):
                 counts = torch.ones_like(table)
                 for codes in posterior["codes"].long().split(1000):
                     counts += F.one_hot(codes, table.shape[-1]).sum(0)

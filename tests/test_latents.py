@@ -1,0 +1,102 @@
+"""Encoded posteriors in several files: the same as in one, written part by part, read where they are used."""
+
+import sys
+
+import pytest
+import torch
+
+from pipelines import run as run_module
+from pipelines.config import preset
+from pipelines.console import UserError
+from pipelines.fit import fit
+from pipelines.run import Run
+from stage2_prior import latents
+from stage2_prior.latents import Joined, LatentDataset
+from tests.parts import shrunk, small_splits
+
+
+@pytest.mark.parametrize("lengths", [(5, 1, 4), (10,), (3, 3, 3, 1)])
+def test_joined_tensors_are_indexed_as_one(lengths):
+    whole = torch.randn(10, 2, 3)
+    joined = Joined([*whole.split(lengths)])
+    assert len(joined) == 10
+    for indices in (
+        slice(None),
+        slice(2, 8),
+        slice(None, None, 3),
+        torch.tensor([9, 0, 4, 4, 5]),
+        torch.tensor([], dtype=torch.int64),
+    ):
+        assert torch.equal(joined[indices], whole[indices])
+
+
+def test_statistics_of_too_many_posteriors_are_of_some_evenly_spaced(monkeypatch):
+    codes = torch.arange(100)[:, None, None].expand(100, 2, 2)
+    dataset = LatentDataset([{"codes": Joined([*codes.split(30)])}])
+    assert torch.equal(dataset.sample()[0]["codes"], codes)
+    monkeypatch.setattr(latents, "SAMPLE_BYTES", 100 * 4 * 8 // 5)
+    assert dataset.sample()[0]["codes"][:, 0, 0].tolist() == list(range(0, 100, 5))
+
+
+class Killed(Exception):
+    pass
+
+
+def test_many_latents_lie_in_several_files(tmp_path, monkeypatch):
+    monkeypatch.setattr(run_module, "ENCODING_BATCH", 10)
+    splits = small_splits((1, 28, 28), 4)
+    config = shrunk(preset("mnist5k"))
+    run = Run.create(tmp_path / "run", config, "cpu")
+    run.write_facts(splits)
+    autoencoder, folder = run.new_autoencoder(splits.image_shape), run.folder / "latents"
+    fit(run.fabric, autoencoder, splits.train, splits.validation, config.stage1, config.seed, run.folder / "stage1", "stage 1")
+    one = run.encode(autoencoder, splits.train, "train")
+    everything = one.posteriors(slice(None))
+    assert len(everything[0]["mean"]) == 114 and (folder / "stage1-train.safetensors").is_file()
+    if sys.platform == "linux":
+        assert str(folder / "stage1-train.safetensors") in open("/proc/self/maps").read(), "read into memory, not mapped"
+
+    # Room for 30 images in each file; killed while the third of four is made.
+    (spec,) = run.specs(autoencoder)
+    monkeypatch.setattr(run_module, "SHARD_BYTES", 8 * spec.dimensions * 30)
+    encode, count = type(autoencoder).encode, 0
+
+    def counted(self, images):
+        nonlocal count
+        count += 1
+        if count == 8:
+            raise Killed
+        return encode(self, images)
+
+    monkeypatch.setattr(type(autoencoder), "encode", counted)
+    with pytest.raises(Killed):
+        run.encode(autoencoder, splits.train, "train")
+    names = [f"stage1-train-0000{number}-of-00004.safetensors" for number in (1, 2, 3, 4)]
+    assert [path.name for path in sorted(folder.glob("*train-*"))] == names[:2]
+    several = run.encode(autoencoder, splits.train, "train")
+    assert count == 8 + 12 - 6  # the first two were kept
+    assert sorted(path.name for path in folder.glob("*train*")) == names
+
+    def same(dataset: LatentDataset) -> None:
+        for indices in (slice(None), torch.randperm(114)[:16]):
+            for name, tensor in dataset.posteriors(indices)[0].items():
+                assert torch.equal(tensor, everything[0][name][indices])
+
+    same(several)
+    same(run.latents("train"))
+    batches = []
+    for dataset in (one, several):
+        torch.manual_seed(0)
+        batches.append(dataset[torch.tensor([100, 3, 50])])
+    assert torch.equal(batches[0][0][0], batches[1][0][0]) and torch.equal(batches[0][1], batches[1][1])
+
+    path = folder / names[1]
+    path.write_bytes(path.read_bytes()[:-9])
+    same(run.encode(autoencoder, splits.train, "train"))
+    path.unlink()
+    with pytest.raises(UserError, match="not all of it"):
+        run.latents("train")
+    same(run.encode(autoencoder, splits.train, "train"))
+    fewer = splits.train.subset(torch.arange(25))
+    assert len(run.encode(autoencoder, fewer, "train")) == 25
+    assert [path.name for path in folder.glob("*train*")] == ["stage1-train.safetensors"]
