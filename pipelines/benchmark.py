@@ -1,4 +1,4 @@
-"""python -m pipelines.benchmark training | sampling | batches: speed, stated as ratios within one run; sameness.
+"""python -m pipelines.benchmark training | sampling | batches | metrics: speed, stated as ratios within one run; sameness.
 
 Medians over repeats that alternate between what is compared: the ratios hold on a noisy machine where seconds do not.
 
@@ -6,6 +6,7 @@ Medians over repeats that alternate between what is compared: the ratios hold on
     sampling   how near drawing a grid comes to one teacher-forced forward pass over the same batch, which does all the
                arithmetic that sampling needs; and the loop that runs the whole network for every position, beside it
     batches    how many images are the same at two batch sizes
+    metrics    seconds and memory of the figures of one row of a comparison
 """
 
 import json
@@ -27,6 +28,7 @@ from pipelines.config import preset
 from pipelines.console import UserError, nearest, run_command, say
 from pipelines.fit import FitConfig, Source, Training
 from pipelines.generate import generate
+from pipelines.quality import FEWEST, RESAMPLES, Cloud, FrechetDistance, likeness, nearest_neighbours, resampled
 from pipelines.run import Run, devices, encoded, latent_dataset
 from stage2_prior.autoregressive import AutoregressiveConfig, AutoregressivePrior, BackboneConfig
 from stage2_prior.heads import Categorical, GaussianMixture, HeadConfig
@@ -353,7 +355,7 @@ class BenchmarkBatches:
         autoencoder = run.load_autoencoder()
         prior = run.prior("learned", run.specs(autoencoder))
         images = [
-            generate(autoencoder, prior, self.count, seed=0, device=run.fabric.device, batch_size=size).int()
+            generate(autoencoder, prior, self.count, seed=0, device=run.fabric.device, batch_size=size).images.int()
             for size in self.batch
         ]
         apart = (images[0] - images[1]).abs().flatten(1).amax(1)
@@ -368,9 +370,54 @@ class BenchmarkBatches:
         )
 
 
+# The figures of a comparison
+
+
+@dataclass(frozen=True)
+class BenchmarkMetrics:
+    """What judging one row of a comparison costs, from random features, the errors from resampling included."""
+
+    images: int = 10_000
+    """generated images, and as many real ones"""
+    features: int = 64
+    """numbers that the extractor gives for an image: 64 of the classifier, 2048 of inception"""
+    training: int = 57_000
+    """training images, of which the nearest is looked for; as many as MNIST's"""
+    json: Path | None = None
+    """file to write the rows to"""
+
+    def rows(self) -> Rows:
+        if self.images <= max(self.features, FEWEST) or self.training <= self.features:
+            raise UserError("--images and --training are above --features: a covariance needs more images than features")
+        torch.manual_seed(0)
+        real, generated = torch.randn(2, self.images, self.features, dtype=torch.float64)
+        training = torch.randn(self.training, self.features, dtype=torch.float64)
+        weights = resampled(self.images)
+        parts: dict[str, Callable[[], object]] = {
+            "fd": lambda: FrechetDistance(real).under(generated, weights),
+            "kid, precision, recall, density, coverage": lambda: likeness(Cloud.of(real), generated, weights),
+            "nearest training image": lambda: nearest_neighbours(generated, training),
+        }
+        rows = []
+        for name, part in parts.items():
+            started = time.perf_counter()
+            part()
+            seconds = time.perf_counter() - started
+            rows.append({"part": name, "seconds": seconds, "peak_bytes": peak_bytes(part, torch.device("cpu"))})
+        return [{**row, **self.sizes()} for row in rows]
+
+    def sizes(self) -> dict[str, int]:
+        sizes = {"images": self.images, "features": self.features, "training": self.training, "resamples": RESAMPLES}
+        return {**sizes, "threads": torch.get_num_threads()}
+
+    def table(self, rows: Rows) -> str:
+        lines = [f"{row['part']:42} {row['seconds']:6.1f} s {row['peak_bytes'] / 2**20:8.0f} MiB" for row in rows]
+        return "\n".join([*lines, ", ".join(f"{value} {name}" for name, value in self.sizes().items())])
+
+
 def main(arguments: list[str] | None = None) -> None:
     asked = tyro.extras.subcommand_cli_from_dict(
-        {"training": BenchmarkTraining, "sampling": BenchmarkSampling, "batches": BenchmarkBatches},
+        {"training": BenchmarkTraining, "sampling": BenchmarkSampling, "batches": BenchmarkBatches, "metrics": BenchmarkMetrics},
         prog="python -m pipelines.benchmark",
         args=arguments,
     )

@@ -2,7 +2,8 @@
 
 The figures, all measured on the same number of images and against the training split:
 
-    fd          Fréchet distance (see metrics.py)
+    fd          Fréchet distance; kid, precision, recall, density, coverage: see quality.py
+    nearer      share of held-out images that lie farther from the training set than a sample does: 1/2 without memorization
     nll         -E_q[log p(z)] of held-out images' latents under a prior, in nats an image
     gap_closed  (fd(standard) - fd(learned)) / (fd(standard) - fd(reconstruction)): 0 where the learned prior buys nothing,
                 1 where its samples are as near to the data as the decoder's own reconstructions
@@ -10,7 +11,7 @@ The figures, all measured on the same number of images and against the training 
 
 import platform
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +21,12 @@ from torch import Tensor
 
 from pipelines import checkpoint
 from pipelines.checkpoint import write_json
-from pipelines.config import to_dict
+from pipelines.config import ExtractorName, to_dict
 from pipelines.console import Progress, UserError, run_command, say
 from pipelines.data import Splits
 from pipelines.generate import generate
 from pipelines.likelihood import as_table, likelihood, rate_maps
-from pipelines.metrics import FeatureSpace, feature_space, kept_best, precision_recall, trained_classifier
+from pipelines.metrics import Classifier, Judge, feature_space, kept_best, logits_of, trained_classifier
 from pipelines.page import (
     Picture,
     Section,
@@ -37,7 +38,8 @@ from pipelines.page import (
     write_csv,
     write_page,
 )
-from pipelines.report import histogram, picture, rate_plot, rejection_plot, table, title
+from pipelines.quality import FEWEST, RESAMPLES, Cloud, likeness, nearest_neighbours
+from pipelines.report import between_runs, generator, histogram, nearest_plot, picture, rate_plot, rejection_plot, table, title
 from pipelines.run import CLASSIFIERS, Run
 from stage1_vae.autoencoder import Autoencoder
 from stage1_vae.bottlenecks import perplexity
@@ -49,6 +51,7 @@ SHOWN = 16  # images in a row of the picture
 GRID = 64  # samples shown on the page
 POINTS = 1000  # draws in a scatter plot
 NOT_A_GENERATOR = "not a generator: reconstructs training images"
+NO_LEARNED_PRIOR = "none: this run was trained without a second stage (stage2.steps 0)"
 BATCH = 500
 FEW = 8  # draws of z an image for the likelihood; python -m pipelines.likelihood takes more
 SHARES = (1.0, 0.75, 0.5, 0.25, 0.1)  # of samples kept by rejection
@@ -59,66 +62,76 @@ def compare(run: Run, splits: Splits, seed: int = 0) -> tuple[dict[str, Any], Se
 
     Returns the metrics, and what the page says.
     """
+    beginning = time.perf_counter()
     autoencoder = run.load_autoencoder()
     specs = run.specs(autoencoder)
     space = feature_space(run.fabric, run.config.metrics, splits, run.folder.parent / CLASSIFIERS)
     count = min(run.config.metrics.images, len(splits.test))
     chosen = torch.randperm(len(splits.test), generator=torch.Generator().manual_seed(seed))[:count]
-    real = splits.test.images[chosen]
     latents = run.encode(autoencoder, splits.test, "test")
-    reconstructions = reconstruct(run, autoencoder, latents, chosen)
-    rows = {"real": real, "reconstruction": reconstructions}
-    metrics: dict[str, Any] = {
-        "real": {"fd": space.frechet_distance(real, "features of real images")},
-        "reconstruction": {
-            "fd": space.frechet_distance(reconstructions, "features of reconstructions"),
-            "mse": float((reconstructions.double() - real.double()).div(255).square().mean()),
-        },
-        "priors": {},
-    }
     told = None if latents.contexts is None or isinstance(run.condition, Unconditional) else latents.contexts[chosen]
-    seconds, flat = {}, {}
-    for name in (*baselines(specs), "learned", "posterior"):
-        prior = run.prior(name, specs)
+    rows = {"real": splits.test.images[chosen], "reconstruction": reconstruct(run, autoencoder, latents, chosen)}
+    priors = {name: run.prior(name, specs) for name in (*baselines(specs), *run.learned, "posterior")}
+    seconds, flat, warnings = {}, {}, []
+    for name, prior in priors.items():
         started = time.perf_counter()
-        images = generate(autoencoder, prior, count, seed=seed, device=run.fabric.device, contexts=told, label=f"sampling {name}")
+        samples = generate(
+            autoencoder, prior, count, seed=seed, device=run.fabric.device, contexts=told, label=f"sampling {name}"
+        )
         seconds[name] = 1000 * (time.perf_counter() - started) / count
-        rows[name] = images
-        flat[name] = embedded(run, autoencoder, prior, seed, None if told is None else told[:POINTS], min(POINTS, count))
-        entry: dict[str, Any] = {"fd": space.frechet_distance(images, f"features of {name} samples")}
-        if name == "posterior":
-            entry["note"] = NOT_A_GENERATOR
-        elif autoencoder.bottleneck.has_density:
-            entry["nll"] = latent_nll(run, prior, latents, chosen, seed)
-        if name == "learned" and told is not None and splits.test.labels is not None:
-            labels = splits.test.labels[chosen]
-            entry["label_read"] = float((space.read_labels(images) == labels).float().mean())
-            metrics["rejection"] = rejection(run, splits, space, images, labels, real)
-        metrics["priors"][name] = entry
+        rows[name], flat[name] = samples.images, embedded(run, autoencoder, samples.levels)
+        if warning := samples.warning():
+            warnings.append(f"{name}: {warning}")
+    features = {name: space.features(images, f"features of {name}") for name, images in rows.items()}
+    nearest_training = {name: nearest_neighbours(values, space.reference) for name, values in features.items()}
+    judge = Judge(space, nearest_training["real"][0], seed)
+    figures = {name: judge(values, nearest_training[name][0]) for name, values in features.items()}
+    error = (rows["reconstruction"].double() - rows["real"].double()).div(255).square().mean()
+    metrics: dict[str, Any] = {
+        "real": figures["real"],
+        "reconstruction": {**figures["reconstruction"], "mse": float(error)},
+        "priors": {name: figures[name] for name in priors},
+    }
+    metrics["priors"]["posterior"]["note"] = NOT_A_GENERATOR
+    for name in priors:
+        if name != "posterior" and autoencoder.bottleneck.has_density:
+            metrics["priors"][name]["nll"] = latent_nll(run, priors[name], latents, chosen, seed)
+    if not run.learned:
+        metrics["priors"]["learned"] = {"note": NO_LEARNED_PRIOR}
+    elif told is not None and splits.test.labels is not None:
+        labels = splits.test.labels[chosen]
+        reader = space.model if isinstance(space.model, Classifier) else classifier(run, splits, seed=0)
+        read = logits_of(run.fabric, reader, rows["learned"]).argmax(1)
+        metrics["priors"]["learned"]["label_read"] = float((read == labels).float().mean())
+        metrics |= rejection(run, splits, judge, rows["learned"], features["learned"], labels)
     codes = [posterior["codes"] for posterior in latents.sample() if "codes" in posterior]
     if codes:
         metrics["codes"] = [code_report(level, spec) for level, spec in zip(codes, specs)]
-    metrics |= verdict(metrics)
+    metrics |= verdict(metrics, judge.withheld.get("fd"))
     metrics["images"] = count
     metrics["images_of"] = {"reference": len(splits.train), "real": "test split", "reconstruction": "test split"}
     metrics["seed"] = seed
     metrics["features"] = space.description
+    metrics["intervals"] = f"95 %, over {RESAMPLES} bootstrap resamples of the row's images"
+    metrics["withheld"] = judge.withheld
+    metrics["warnings"] = warnings
     metrics["versions"] = {"python": platform.python_version(), "torch": torch.__version__}
     folder = run.folder / "compare"
     picture(folder / "samples.png", {name: images[:SHOWN] for name, images in rows.items()}, metrics)
-    shown = pictures(run, splits, space, metrics, rows, flat, codes, specs)
+    shown = pictures(run, splits, metrics, rows, flat, nearest_training, codes, specs)
     if len(specs) == 1 and not codes:
         shown.insert(2, interpolations(run, autoencoder, latents, chosen))
     tables = []
     if autoencoder.bottleneck.has_density:
         metrics["likelihood"] = likelihood(run, splits, images=BATCH, samples=FEW, naive=100, seed=seed)
         tables.append(as_table(metrics["likelihood"]))
+    if autoencoder.bottleneck.has_density and run.learned:
         maps = rate_maps(run, latents, run.load_prior(specs), chosen[:BATCH], seed)
         caption = f"Nats of the rate of {len(chosen[:BATCH])} held-out images at each position of the latent grid, on average."
         shown.append(chart_picture("Where the rate lies", caption, rate_plot(maps, metrics)))
     described = section(run.folder.name, metrics, seconds, shown, to_dict(run.config), tables)
-    write_csv(folder / "metrics.csv", run.folder.name, metrics)
-    write_json(folder / "timing.json", {"seconds_per_1000_images": seconds})
+    write_csv(folder / "metrics.csv", {run.folder.name: metrics})
+    write_json(folder / "timing.json", {"seconds_per_1000_images": seconds, "seconds": time.perf_counter() - beginning})
     write_page(folder / "page.html", [described], metrics["versions"])
     write_json(folder / "metrics.json", metrics)
     return metrics, described
@@ -127,32 +140,35 @@ def compare(run: Run, splits: Splits, seed: int = 0) -> tuple[dict[str, Any], Se
 def pictures(
     run: Run,
     splits: Splits,
-    space: FeatureSpace,
     metrics: dict[str, Any],
     rows: dict[str, Tensor],
     flat: dict[str, Tensor],
+    nearest_training: dict[str, tuple[Tensor, Tensor]],
     codes: list[Tensor],
     specs: list[LatentSpec],
 ) -> list[Picture]:
     """What the page shows of a run."""
     titles = {name: title(name, metrics) for name in rows}
     made = []
-    for name in ("standard", "learned"):
+    for name in ("standard", *run.learned):
         caption = f"The first {min(len(rows[name]), GRID)} drawn under seed {metrics['seed']}, not chosen."
         made.append(images_picture(f"Samples: {titles[name]}", caption, rows[name][:GRID]))
     pairs = torch.stack([rows["real"][:SHOWN], rows["reconstruction"][:SHOWN]]).flatten(0, 1)
     made.append(images_picture("Reconstructions", "Held-out images above, their reconstructions below.", pairs))
-    samples = rows["learned"][:SHOWN]
-    features = space.features(samples, "features of the samples shown")
-    neighbours = splits.train.images[torch.cdist(features, space.reference).argmin(1)]
-    made.append(
-        images_picture(
-            "Nearest training images",
-            "Samples of the learned prior above, below them the training images nearest in the classifier's features: copies"
-            " would be the same image twice.",
-            torch.cat([samples, neighbours]),
-        )
+    name = generator(metrics)
+    samples, (_, indices) = rows[name][:SHOWN], nearest_training[name]
+    caption = (
+        f"Samples ({titles[name]}) above, below them the training images nearest in the features that images are compared in:"
+        " copies would be the same image twice."
     )
+    both = torch.cat([samples, splits.train.images[indices[:SHOWN]]])
+    made.append(images_picture("Nearest training images", caption, both))
+    distances_of = {titles[row]: nearest_training[row][0] for row in ("real", name, "posterior")}
+    caption = (
+        "How far images lie from the training set: the share that is nearer than a distance. Copies lie left of held-out images,"
+        " as reconstructions of training images do; what resembles no image lies right of them."
+    )
+    made.append(chart_picture("Memorization", caption, nearest_plot(distances_of)))
     for name in rows:
         if name not in ("standard", "learned", "reconstruction"):
             made.append(images_picture(titles[name], f"{SHOWN} images.", rows[name][:SHOWN]))
@@ -175,14 +191,10 @@ def pictures(
 
 
 @torch.inference_mode()
-def embedded(run: Run, autoencoder: Autoencoder, prior: Prior, seed: int, contexts: Tensor | None, count: int) -> Tensor:
-    """Draws from a prior as the decoder reads them, flattened: count D, on the CPU."""
-    indices = torch.arange(count, device=run.fabric.device)
-    parts = []
-    for batch in indices.split(BATCH):
-        told = None if contexts is None else contexts[batch.cpu()].to(run.fabric.device)
-        parts.append(autoencoder.bottleneck.embed(prior.sample(batch, seed, contexts=told)).flatten(1).cpu())
-    return torch.cat(parts)
+def embedded(run: Run, autoencoder: Autoencoder, levels: list[Tensor]) -> Tensor:
+    """The first latents as the decoder reads them, flattened: POINTS D, on the CPU."""
+    first = [level[:POINTS].to(run.fabric.device) for level in levels]
+    return autoencoder.bottleneck.embed(first).flatten(1).cpu()
 
 
 @torch.inference_mode()
@@ -223,23 +235,27 @@ def latent_nll(run: Run, prior: Prior, latents: LatentDataset, chosen: Tensor, s
     return total / len(chosen)
 
 
-def rejection(
-    run: Run, splits: Splits, space: FeatureSpace, images: Tensor, labels: Tensor, real: Tensor
-) -> list[dict[str, float | None]]:
+def classifier(run: Run, splits: Splits, seed: int) -> Classifier:
+    return trained_classifier(run.fabric, run.config.metrics, splits, run.folder.parent / CLASSIFIERS, seed)[0]
+
+
+def rejection(run: Run, splits: Splits, judge: Judge, images: Tensor, features: Tensor, labels: Tensor) -> dict[str, Any]:
     """Diversity traded for fidelity: of the samples, the shares that another classifier is surest of.
 
     Every share is judged by the same number of its images, drawn at random: figures of different numbers do not compare.
+    Nothing is said where that number is too small.
     """
-    other, _ = trained_classifier(run.fabric, run.config.metrics, splits, run.folder.parent / CLASSIFIERS, seed=1)
+    other = classifier(run, splits, seed=1)
     kept = {share: kept_best(run.fabric, other, images, labels, share) for share in SHARES}
     number = min(len(indices) for indices in kept.values())
-    features, reference = space.features(images, "features of samples"), space.features(real[:number], "features of real images")
-    rows: list[dict[str, float | None]] = []
+    if min(number, len(judge.reference)) < FEWEST:
+        return {}
+    reference, rows = Cloud.of(judge.reference[:number]), []
     for share, indices in kept.items():
         some = features[indices[torch.randperm(len(indices), generator=torch.Generator().manual_seed(0))[:number]]]
-        precision, recall = precision_recall(reference, some)
-        rows.append({"kept": share, "fd": space.distance_of(some), "precision": precision, "recall": recall, "images": number})
-    return rows
+        figures = {name: float(value) for name, value in likeness(reference, some).items()}
+        rows.append({"kept": share, "fd": judge.space.distance_of(some), **figures, "images": number})
+    return {"rejection": rows}
 
 
 def code_report(codes: Tensor, spec: LatentSpec) -> dict[str, Any]:
@@ -254,17 +270,29 @@ def code_report(codes: Tensor, spec: LatentSpec) -> dict[str, Any]:
     }
 
 
-def verdict(metrics: dict[str, Any]) -> dict[str, Any]:
-    """gap_closed, or null with the reason."""
+def verdict(metrics: dict[str, Any], withheld: str | None) -> dict[str, Any]:
+    """gap_closed, or null with the reason. withheld: why there is no Fréchet distance."""
+    if "fd" not in metrics["priors"]["learned"]:
+        return {"gap_closed": None, "gap_closed_reason": metrics["priors"]["learned"]["note"]}
+    if withheld is not None:
+        return {"gap_closed": None, "gap_closed_reason": f"no Fréchet distance of {withheld}"}
     standard, learned = (metrics["priors"][name]["fd"] for name in ("standard", "learned"))
-    reconstruction = metrics["reconstruction"]["fd"]
-    if standard is None or learned is None or reconstruction is None:
-        return {"gap_closed": None, "gap_closed_reason": "too few images for a Fréchet distance"}
-    gap = standard - reconstruction
+    gap = standard - metrics["reconstruction"]["fd"]
     # The distance of real held-out images is what sampling error alone costs: a gap below it cannot be told from noise.
     if gap <= max(metrics["real"]["fd"], 0.0):
-        return {"gap_closed": None, "gap_closed_reason": "N(0, I) is no worse than the reconstructions, beyond sampling error"}
+        reason = f"{title('standard', metrics)} is no worse than the reconstructions, beyond sampling error"
+        return {"gap_closed": None, "gap_closed_reason": reason}
     return {"gap_closed": (standard - learned) / gap}
+
+
+@dataclass(frozen=True)
+class Judging:
+    """What images are compared in, where it is not as the run's config says."""
+
+    extractor: ExtractorName | None = None
+    """classifier or inception"""
+    weights: Path | None = None
+    """file of inception's weights, where they cannot be downloaded"""
 
 
 @dataclass(frozen=True)
@@ -275,8 +303,9 @@ class Arguments:
     """runs, by their names under checkpoints/ or their paths"""
     seed: int = 0
     """seed of the samples"""
+    metrics: Judging = field(default_factory=Judging)
     out: Path = Path("comparison.html")
-    """the page of several runs; that of each lies in its folder"""
+    """the page of several runs, with .json and .csv beside it; that of each lies in its folder"""
     device: str = "auto"
     """auto, cpu, cuda or mps"""
 
@@ -286,20 +315,25 @@ def main(arguments: list[str] | None = None) -> None:
     if not asked.runs:
         raise UserError("name a run to compare: python -m pipelines.compare RUN [RUN …]")
     runs = [Run.open(name, asked.device) for name in asked.runs]
-    for run in runs:  # fails early when one is unfinished
-        run.load_prior(run.specs(run.load_autoencoder()))
-    sections = []
+    changed = {name: value for name, value in vars(asked.metrics).items() if value is not None}
+    for run in runs:
+        run.config = replace(run.config, metrics=replace(run.config.metrics, **changed))
+        for name in ("standard", *run.learned):  # fails early when one is unfinished
+            run.prior(name, run.specs(run.load_autoencoder()))
+    sections, everything = [], {}
     for run in runs:
         with run.locked():
             metrics, described = compare(run, run.data(), asked.seed)
         sections.append(described)
+        everything[run.folder.name] = metrics
         say(f"{run.folder.name}\n{table(metrics)}")
         say(f"page, picture and figures: {run.folder / 'compare'}")
     if len(runs) > 1:
-        write_page(asked.out, sections, metrics["versions"])
-        data_sets = {run.config.data for run in runs}
-        if len(data_sets) > 1:
-            say("these runs are of different data sets: their Fréchet distances do not compare with each other")
+        findings = between_runs(everything)
+        write_page(asked.out, sections, metrics["versions"], findings)
+        write_json(asked.out.with_suffix(".json"), everything)
+        write_csv(asked.out.with_suffix(".csv"), everything)
+        say("\n".join(findings))
         say(f"all runs on one page: {asked.out}")
 
 

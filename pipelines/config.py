@@ -5,7 +5,7 @@ A preset fixes the kinds of parts; the command line overrides values. The union 
 
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import cattrs
 from cattrs.strategies import configure_tagged_union
@@ -25,6 +25,8 @@ from stage2_prior.pixelcnn import PixelCNNConfig
 from stage2_prior.pixelsnail import PixelSNAILConfig
 from stage2_prior.transformer import TransformerConfig
 
+ExtractorName = Literal["classifier", "inception"]
+
 
 @dataclass(frozen=True)
 class MetricsConfig:
@@ -32,8 +34,13 @@ class MetricsConfig:
 
     images: int = 10_000
     """images in every row of the comparison; fewer where the test set has fewer"""
+    extractor: ExtractorName = "classifier"
+    """what images are compared in the features of: a small classifier trained on the data set's labels, or inception, the
+    network of published FIDs"""
+    weights: Path | None = None
+    """file of inception's weights, where they cannot be downloaded"""
     classifier: FitConfig = field(default_factory=lambda: FitConfig(steps=1500))
-    """training of the classifier whose features the Fréchet distance is measured in"""
+    """training of the classifier"""
 
 
 @dataclass(frozen=True)
@@ -107,13 +114,32 @@ VQVAE2 = replace(
     stage2=replace(STAGE2, steps=3000, checkpoint_steps=500),
 )
 
+FASHION = replace(MNIST, data=TorchvisionSet("FashionMNIST"), stage2=replace(STAGE2, steps=5000))
+
+
+def plain(config: RunConfig, steps: int) -> RunConfig:
+    """The fair opponent of a learned prior: the same networks with settings that make samples from N(0, I) best.
+
+    Few latent numbers in no grid, each of which says something of the whole image, and a likelihood that forgives blur.
+    steps: of stage 1, which gets the time of both stages of the other; there is no second.
+    """
+    bottleneck = bottlenecks.Gaussian(channels=1)
+    network = Convolutional(dimensions=10)
+    return replace(
+        config,
+        stage1=replace(config.stage1, steps=steps),
+        stage2=replace(config.stage2, steps=0),
+        autoencoder=AutoencoderConfig(network, bottleneck, likelihoods.Bernoulli()),
+    )
+
+
 PRESETS: dict[str, tuple[str, RunConfig]] = {
     "mnist5k": ("5,000 real digits that need no download; minutes on 2 cores", MNIST5K),
     "mnist": ("MNIST, 60,000 digits", MNIST),
-    "fashion-mnist": (
-        "Fashion-MNIST, 60,000 pieces of clothing",
-        replace(MNIST, data=TorchvisionSet("FashionMNIST"), stage2=replace(STAGE2, steps=5000)),
-    ),
+    "fashion-mnist": ("Fashion-MNIST, 60,000 pieces of clothing", FASHION),
+    "mnist5k-plain": ("the opponent of mnist5k: the same networks and time, all for samples from N(0, I)", plain(MNIST5K, 3500)),
+    "mnist-plain": ("the opponent of mnist, likewise", plain(MNIST, 26_000)),
+    "fashion-plain": ("the opponent of fashion-mnist, likewise", plain(FASHION, 18_000)),
     "cifar10": ("CIFAR-10, 50,000 colour pictures", CIFAR10),
     "mnist-2d": (
         "the classic plane of digits: fully connected, two latent numbers",

@@ -17,12 +17,27 @@ from pipelines.completion import held_latents, known_pixels, picture_to_complete
 from pipelines.console import Progress, UserError, nearest, run_command, say
 from pipelines.metrics import kept_best, trained_classifier
 from pipelines.run import CLASSIFIERS, PRIORS, Run
-from stage1_vae.autoencoder import Autoencoder
+from stage1_vae.autoencoder import Autoencoder, quantized
 from stage2_prior.autoregressive import LearnedPrior
 from stage2_prior.completion import complete
 from stage2_prior.conditions import ClassLabel
 from stage2_prior.prior import Prior
 from stage2_prior.sampling import AS_FITTED, CannotSample, Sampling
+
+
+@dataclass(frozen=True)
+class Samples:
+    images: Tensor
+    """uint8 N C H W on the CPU"""
+    levels: list[Tensor]
+    """their latents, one for each level, on the CPU"""
+    finite: Tensor
+    """N, whether every pixel was a number; what was not is black"""
+
+    def warning(self) -> str | None:
+        """What to say of samples that are not numbers, where there are some."""
+        wrong = int((~self.finite).sum())
+        return f"{wrong} of {len(self.finite)} samples are not numbers and are black" if wrong else None
 
 
 @torch.inference_mode()
@@ -38,14 +53,16 @@ def generate(
     contexts: Tensor | None = None,
     pixels: Literal["mean", "sample"] = "mean",
     label: str = "sampling",
-) -> Tensor:
-    """`count` images, uint8 N C H W on the CPU: z from the prior, then the mean of p(x|z) or a draw from it.
+) -> Samples:
+    """`count` images: z from the prior, then the mean of p(x|z) or a draw from it.
 
     contexts: what the learned prior is told, such as labels, one for each image; drawn as in the training set when None.
     Image i under one seed comes from the same latent whatever the count and the batch size. A batch that does not fit
     into memory is halved. Raises UserError when one image does not fit, or when `how` makes no sense for this prior.
     """
     images: list[Tensor] = []
+    latents: list[list[Tensor]] = []
+    finite: list[Tensor] = []
     done = 0
     with Progress(label, count, "images") as progress:
         while done < count:
@@ -53,7 +70,8 @@ def generate(
             torch.manual_seed(seed + done)  # of draws from p(x|z)
             told = None if contexts is None else contexts[done : done + len(indices)].to(device)
             try:
-                images.append(autoencoder.render(prior.sample(indices, seed, how, told), pixels).cpu())
+                levels = prior.sample(indices, seed, how, told)
+                values = autoencoder.values(levels, pixels)
             except CannotSample as error:
                 raise UserError(str(error)) from error
             except RuntimeError as error:
@@ -64,9 +82,12 @@ def generate(
                 batch_size = len(indices) // 2
                 say(f"out of memory: going on with batches of {batch_size}")
                 continue
+            images.append(quantized(values).cpu())
+            latents.append([level.cpu() for level in levels])
+            finite.append(values.isfinite().flatten(1).all(1).cpu())
             done += len(indices)
             progress.update(len(indices))
-    return torch.cat(images)
+    return Samples(torch.cat(images), [torch.cat(level) for level in zip(*latents)], torch.cat(finite))
 
 
 def out_of_memory(error: RuntimeError) -> bool:
@@ -160,15 +181,21 @@ def completions(run: Run, autoencoder: Autoencoder, prior: Prior, asked: Argumen
     return torch.cat([*([shown] if asked.out.suffix == ".png" else []), *images])
 
 
+def tiled(images: Tensor, columns: int) -> bytes:
+    """images uint8 N C H W as one picture in rows, PNG."""
+    buffer = io.BytesIO()
+    save_image(make_grid(images.float() / 255, nrow=columns, padding=1, pad_value=0.5), buffer, format="png")
+    return buffer.getvalue()
+
+
 def write_images(path: Path, images: Tensor) -> None:
     """images uint8 N C H W as a picture (.png) or as the array arr_0, N H W C (.npz); whole or not at all."""
-    buffer = io.BytesIO()
     if path.suffix == ".npz":
+        buffer = io.BytesIO()
         np.savez_compressed(buffer, arr_0=images.permute(0, 2, 3, 1).contiguous().numpy())
+        write_file(path, buffer.getvalue())
     else:
-        columns = max(1, round(len(images) ** 0.5))
-        save_image(make_grid(images.float() / 255, nrow=columns, padding=1, pad_value=0.5), buffer, format="png")
-    write_file(path, buffer.getvalue())
+        write_file(path, tiled(images, columns=max(1, round(len(images) ** 0.5))))
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -198,7 +225,7 @@ def main(arguments: list[str] | None = None) -> None:
             raise UserError("--keep-best needs a learned prior that is told labels, to know what the classifier should read")
         if contexts is None:
             contexts = prior.draw_contexts(torch.arange(drawn, device=run.fabric.device), asked.seed)
-    images = generate(
+    samples = generate(
         autoencoder,
         prior,
         drawn,
@@ -209,6 +236,9 @@ def main(arguments: list[str] | None = None) -> None:
         contexts=contexts,
         pixels=asked.pixels,
     )
+    if warning := samples.warning():
+        say(f"warning: {warning}")
+    images = samples.images
     if asked.keep_best < 1:
         assert contexts is not None
         classifier, _ = trained_classifier(run.fabric, run.config.metrics, run.data(), run.folder.parent / CLASSIFIERS, seed=1)

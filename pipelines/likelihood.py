@@ -71,7 +71,7 @@ def likelihood(
         raise UserError(f"{run.folder} has a deterministic encoder: there is no density q(z|x), so no bound on log p(x)")
     specs = run.specs(autoencoder)
     discrete = specs[0].vocabulary is not None
-    known = [*baselines(specs), "learned"] + ([] if discrete else ["posterior"])
+    known = [*baselines(specs), *run.learned] + ([] if discrete else ["posterior"])
     for name in priors:
         if name not in known:
             raise UserError(f"there is no prior {name!r} with a density over these latents{nearest(name, known)}")

@@ -1,34 +1,40 @@
-"""Sample quality: the Fréchet distance in the features of a small classifier of the data set's own labels.
+"""Sample quality: the networks whose features images are compared in, and the figures of samples in them.
 
 N images, F features, C colour channels, H×W pixels.
 
-Features are scaled so that the trace of the training images' covariance is 100: a figure reads like a percentage of the
-data's own spread. The reference is the training split.
+Extractors by name: `classifier`, a small one of the data set's own labels, its features scaled so that the trace of the
+training images' covariance is 100 and a Fréchet distance reads like a percentage of the data's own spread; `inception`, the
+network of published figures. The reference is the training split.
 """
 
 import hashlib
+import io
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
+from urllib.error import URLError
 
 import torch
 from lightning_fabric import Fabric
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torchmetrics.image.fid import FrechetInceptionDistance
 
+from pipelines import checkpoint
 from pipelines.config import MetricsConfig
-from pipelines.console import Progress, say
+from pipelines.console import Progress, UserError, say
 from pipelines.data import ImageSet, Labelled, Splits
 from pipelines.fit import evaluate, fit
+from pipelines.quality import FEWEST, Cloud, FrechetDistance, copying_z, error, likeness, nearer, resampled
 from pipelines.stored import Stored, content_of
 
-FEATURES = 64
-TRACE = 100.0
 BATCH = 500
+FIGURES = ("fd", "kid", "precision", "recall", "density", "coverage", "nearer")
 
 
 class Classifier(nn.Module):
-    """A small convolutional classifier, whose last hidden layer is what the Fréchet distance is measured in."""
+    """A small convolutional classifier, whose last hidden layer is what images are compared in."""
+
+    dimensions, batch, trace = 64, BATCH, 100.0
 
     def __init__(self, channels: int, classes: int):
         super().__init__()
@@ -36,9 +42,9 @@ class Classifier(nn.Module):
             nn.Conv2d(channels, 32, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
             nn.Conv2d(32, 64, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
             nn.Conv2d(64, 128, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(4), nn.Flatten(),
-            nn.Dropout(0.3), nn.Linear(128 * 16, FEATURES), nn.ReLU(),
+            nn.Dropout(0.3), nn.Linear(128 * 16, self.dimensions), nn.ReLU(),
         )  # fmt: skip
-        self.output = nn.Linear(FEATURES, classes)
+        self.output = nn.Linear(self.dimensions, classes)
 
     def features(self, images: Tensor) -> Tensor:
         """images uint8 N C H W; returns N F."""
@@ -49,35 +55,45 @@ class Classifier(nn.Module):
         return {"loss": F.cross_entropy(logits, labels), "accuracy": (logits.argmax(1) == labels).float().mean()}
 
 
+@torch.inference_mode()
 def logits_of(fabric: Fabric, classifier: Classifier, images: Tensor) -> Tensor:
     """images uint8 N C H W; returns N classes, on the CPU."""
     return torch.cat([classifier.output(classifier.features(fabric.to_device(b))).cpu() for b in images.split(BATCH)])
 
 
 class FeatureSpace:
-    """The features that images are compared in, and the training split's statistics in them."""
+    """The features that images are compared in, and those of the training split, N F."""
 
-    def __init__(self, model: Classifier, description: dict[str, Any], train: ImageSet, fabric: Fabric):
-        self.model, self.description, self.fabric = model.eval(), description, fabric
-        self.scale = 1.0
-        features = self.features(train.images, "features of the training images")
-        self.scale = float((TRACE / features.var(0).sum()).sqrt())
-        self.reference = features * self.scale
+    def __init__(self, model: nn.Module, description: dict[str, Any], train: ImageSet, fabric: Fabric, cache: Path):
+        assert isinstance(model, Classifier | Inception)
+        self.model, self.fabric, self.scale = model.eval(), fabric, 1.0
+        self.description = {
+            **description,
+            "dimensions": model.dimensions,
+            "digest": digest_of(model.state_dict()),
+            "reference": {"images": len(train), "digest": hashlib.sha256(content_of(train.images)).hexdigest()[:16]},
+        }
+        key = f"{self.description['digest']}-{self.description['reference']['digest']}"
+        made = checkpoint.cached(
+            cache / f"features-{key}.safetensors",
+            key,
+            lambda: {"features": self.features(train.images, "features of the training images").float()},
+        )
+        reference = made["features"].double()
+        if model.trace is not None:
+            self.scale = float((model.trace / reference.var(0).sum()).sqrt())
+        self.reference = reference * self.scale
+        self.distance = FrechetDistance(self.reference)
 
     @torch.inference_mode()
     def features(self, images: Tensor | Stored, label: str) -> Tensor:
         """images uint8 N C H W; returns N F in float64, on the CPU."""
         rows = []
         with Progress(label, len(images), "images") as progress:
-            for batch in images.split(BATCH):
+            for batch in images.split(self.model.batch):
                 rows.append(self.model.features(self.fabric.to_device(batch)).double().cpu())
                 progress.update(len(batch))
         return torch.cat(rows) * self.scale
-
-    @torch.inference_mode()
-    def read_labels(self, images: Tensor) -> Tensor:
-        """The classifier's label of each image, N on the CPU."""
-        return logits_of(self.fabric, self.model, images).argmax(1)
 
     def frechet_distance(self, images: Tensor, label: str) -> float | None:
         """The distance from the training images; None when there are too few images for a covariance."""
@@ -85,21 +101,61 @@ class FeatureSpace:
 
     def distance_of(self, features: Tensor) -> float | None:
         """The same, of features N F."""
-        if min(len(features), len(self.reference)) <= FEATURES:
+        return None if self.withheld(len(features)) else self.distance(features)
+
+    def withheld(self, images: int) -> str | None:
+        """Why there is no Fréchet distance of so many images, where there is none."""
+        fewest = min(images, len(self.reference))
+        if fewest > self.model.dimensions:
             return None
-        metric = FrechetInceptionDistance(feature=GivenFeatures()).set_dtype(torch.float64)
-        metric.update(self.reference, real=True)
-        metric.update(features, real=False)
-        return float(metric.compute())
+        return f"{fewest} images for {self.model.dimensions} features: a covariance needs more images than features"
 
 
-class GivenFeatures(nn.Module):
-    """Tells torchmetrics that features are given, not images."""
+def digest_of(tensors: dict[str, Tensor]) -> str:
+    """Names tensors by what is in them."""
+    key = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        key.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        key.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return key.hexdigest()[:16]
 
-    num_features = FEATURES
 
-    def forward(self, features: Tensor) -> Tensor:
-        return features
+class Judge:
+    """Figures of samples, as many as there are held-out images, against these and the training images."""
+
+    def __init__(self, space: FeatureSpace, held_out: Tensor, seed: int):
+        """held_out: distances of N held-out images to their nearest training images.
+
+        All but the Fréchet distance and these distances are judged by N training images drawn at random: figures of
+        neighbours depend on the number of images.
+        """
+        count = min(len(held_out), len(space.reference))
+        drawn = torch.randperm(len(space.reference), generator=torch.Generator().manual_seed(seed))[:count]
+        self.space, self.held_out, self.reference = space, held_out, space.reference[drawn]
+        self.weights = resampled(len(held_out))
+        self.cloud = Cloud.of(self.reference) if count >= FEWEST else None
+        self.withheld: dict[str, str] = {}
+        if reason := space.withheld(len(held_out)):
+            self.withheld["fd"] = reason
+        if self.cloud is None:
+            self.withheld["kid, precision, recall, density, coverage"] = f"{count} images, of at least {FEWEST} needed"
+
+    def __call__(self, features: Tensor, distances: Tensor) -> dict[str, Any]:
+        """The FIGURES of features N F, whose nearest training images are at these distances, N; None where withheld.
+
+        `plus_minus` holds half the 95 % interval of each.
+        """
+        values: dict[str, Tensor] = {"nearer": self.weights @ nearer(distances, self.held_out) / len(features)}
+        if "fd" not in self.withheld:
+            values["fd"] = self.space.distance.under(features, self.weights)
+        if self.cloud is not None:
+            values |= likeness(self.cloud, features, self.weights)
+        return {
+            **{name: float(values[name][0]) if name in values else None for name in FIGURES},
+            "plus_minus": {name: error(values[name]) for name in FIGURES if name in values},
+            "copying_z": copying_z(float(values["nearer"][0]), len(features), len(self.held_out)),
+            "distance_to_training": float(distances.median()),
+        }
 
 
 def trained_classifier(
@@ -113,23 +169,75 @@ def trained_classifier(
         assert part is not None
         key.update(content_of(part))
     folder = cache / key.hexdigest()[:16]
-    chosen = fit(
-        fabric, model, Labelled(splits.train), Labelled(splits.validation), config.classifier, seed, folder, "classifier"
-    )
+    fit(fabric, model, Labelled(splits.train), Labelled(splits.validation), config.classifier, seed, folder, "classifier")
     accuracy = evaluate(fabric, model, Labelled(splits.test), BATCH, 0)["accuracy"]
     say(f"classifier: accuracy {100 * accuracy:.1f} % on {len(splits.test)} test images")
-    return model.eval(), {"extractor": "classifier", "accuracy": accuracy, "digest": chosen.digest()[:16]}
+    return model.eval(), {"extractor": "classifier", "accuracy": accuracy}
+
+
+class Inception(nn.Module):
+    """The network of the Fréchet inception distance (Heusel et al. 2017), by torch-fidelity; its features are not scaled."""
+
+    dimensions, batch, trace = 2048, 50, None
+
+    def __init__(self, state: dict[str, Tensor]):
+        """Raises ImportError where torch-fidelity is not installed, RuntimeError for the weights of another network."""
+        super().__init__()
+        from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
+        # The library unpickles the file that it is given: it is given one that holds nothing but these tensors.
+        again = io.BytesIO()
+        torch.save(state, again)
+        again.seek(0)
+        self.network = FeatureExtractorInceptionV3("inception-v3", ["2048"], again)
+
+    def features(self, images: Tensor) -> Tensor:
+        """images uint8 N C H W, grey or in colour, of any size; returns N F."""
+        (features,) = self.network(images.expand(-1, 3, -1, -1))
+        return features
+
+
+INCEPTION_WEIGHTS = "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth"
+
+
+def inception(weights: Path | None) -> tuple[Inception, dict[str, Any]]:
+    """The network with weights from a file, or downloaded. Raises UserError where they are not to be had."""
+    get_it = f"download {INCEPTION_WEIGHTS} (91 MB) on a machine with a network and name the file with --metrics.weights PATH"
+    try:
+        if weights is None:
+            state = torch.hub.load_state_dict_from_url(INCEPTION_WEIGHTS, map_location="cpu", check_hash=True, weights_only=True)
+            return Inception(state), {"extractor": "inception"}
+        content = weights.read_bytes()
+        state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)  # which runs nothing of the file
+        standard = hashlib.sha256(content).hexdigest().startswith(Path(INCEPTION_WEIGHTS).stem[-8:])
+        name = "inception" if standard else f"inception (not its standard weights, but {weights.name})"
+        return Inception(state), {"extractor": name}
+    except ImportError as error:
+        raise UserError("the inception features need torch-fidelity: pip install -e '.[inception]'") from error
+    except (FileNotFoundError, IsADirectoryError) as error:
+        raise UserError(f"there is no file {weights}; {get_it}") from error
+    except (UnpicklingError, EOFError) as error:
+        raise UserError(f"{weights} is no file of weights; {get_it}") from error
+    except URLError as error:
+        raise UserError(f"the inception weights could not be downloaded ({error.reason}); {get_it}") from error
+    except (RuntimeError, TypeError, AttributeError) as error:
+        raise UserError(f"{weights} does not hold the weights of this network; {get_it}") from error
 
 
 def feature_space(fabric: Fabric, config: MetricsConfig, splits: Splits, cache: Path) -> FeatureSpace:
-    """The features of a classifier; without labels, those of a network of random weights with a fixed seed."""
-    if splits.label_names:
+    """The features that the config names; those of a network of random weights where there are no labels to classify.
+
+    Raises UserError where the weights of `inception` are not to be had.
+    """
+    model: nn.Module
+    if config.extractor == "inception":
+        model, description = inception(config.weights)
+    elif splits.label_names:
         model, description = trained_classifier(fabric, config, splits, cache, seed=0)
     else:
         torch.manual_seed(0)
         model, description = Classifier(splits.image_shape[0], 2), {"extractor": "random network, seed 0 (no labels)"}
-        fabric.to_device(model)
-    return FeatureSpace(model, description, splits.train, fabric)
+    return FeatureSpace(fabric.to_device(model), description, splits.train, fabric, cache)
 
 
 @torch.inference_mode()
@@ -144,20 +252,3 @@ def kept_best(fabric: Fabric, classifier: Classifier, images: Tensor, labels: Te
         members = torch.nonzero(labels == label).squeeze(1)
         kept.append(members[surety[members].topk(max(1, round(share * len(members)))).indices])
     return torch.cat(kept).sort().values
-
-
-NEIGHBOURS = 3
-
-
-def precision_recall(real: Tensor, generated: Tensor) -> tuple[float, float]:
-    """The share of generated images among the real ones, and of real among generated ones (Kynkäänniemi et al. 2019).
-
-    An image is among others when it is nearer to one of them than that one's third neighbour is. Features, N F each.
-    """
-
-    def share_among(images: Tensor, others: Tensor) -> float:
-        # The first of a point's distances to its own set is 0, to itself.
-        radius = torch.cdist(others, others).kthvalue(NEIGHBOURS + 1, dim=1).values
-        return float((torch.cdist(images, others) <= radius).any(1).double().mean())
-
-    return share_among(generated, real), share_among(real, generated)

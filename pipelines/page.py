@@ -12,10 +12,11 @@ from typing import Any
 import jinja2
 import torch
 from torch import Tensor
-from torchvision.utils import make_grid, save_image
 
 from pipelines.checkpoint import write_file
-from pipelines.report import Figure, figures, notes, png, pyplot, title
+from pipelines.generate import tiled
+from pipelines.metrics import FIGURES
+from pipelines.report import HEADINGS, Figure, cell, figures, generator, notes, png, pyplot, title
 
 GRID_COLUMNS = 16
 
@@ -67,9 +68,7 @@ def data_uri(content: bytes) -> str:
 
 def images_picture(heading: str, caption: str, images: Tensor, columns: int = GRID_COLUMNS) -> Picture:
     """uint8 N C H W as a grid."""
-    buffer = io.BytesIO()
-    save_image(make_grid(images.float() / 255, nrow=columns, padding=1, pad_value=0.5), buffer, format="png")
-    return Picture(heading, caption, data_uri(buffer.getvalue()), pixels=True)
+    return Picture(heading, caption, data_uri(tiled(images, columns)), pixels=True)
 
 
 def chart_picture(heading: str, caption: str, figure: Figure) -> Picture:
@@ -108,13 +107,19 @@ def projections(latents: dict[str, Tensor], titles: dict[str, str]) -> Figure:
 
 def verdict_in_words(metrics: dict[str, Any]) -> str:
     priors, start = metrics["priors"], title("standard", metrics)
-    standard, learned, best = priors["standard"]["fd"], priors["learned"]["fd"], metrics["reconstruction"]["fd"]
+    standard, best = cell(priors["standard"], "fd"), cell(metrics["reconstruction"], "fd")
+    if generator(metrics) == "standard":
+        return (
+            f"A plain autoencoder, without a learned prior. Drawn from {start}, its samples lie at a Fréchet distance of"
+            f" {standard} from the training images, its reconstructions at {best}."
+        )
     if metrics["gap_closed"] is None:
         return f"Nothing can be said of what the learned prior buys here: {metrics['gap_closed_reason']}."
+    times = priors["standard"]["fd"] / priors["learned"]["fd"]
     return (
-        f"Drawn from {start}, samples lie at a Fréchet distance of {standard:.1f} from the training images; drawn from the"
-        f" learned prior, at {learned:.2f}: {standard / learned:.0f} times nearer. The decoder's own reconstructions lie at"
-        f" {best:.2f}, so the learned prior closes {100 * metrics['gap_closed']:.1f} % of the gap that {start} leaves."
+        f"Drawn from {start}, samples lie at a Fréchet distance of {standard} from the training images; drawn from the learned"
+        f" prior, at {cell(priors['learned'], 'fd')}: {times:.1f} times nearer. The decoder's own reconstructions lie at {best},"
+        f" so the learned prior closes {100 * metrics['gap_closed']:.1f} % of the gap that {start} leaves."
     )
 
 
@@ -127,28 +132,36 @@ def section(
     tables: list[Table],
 ) -> Section:
     """The figures of one run, as the page shows them. seconds: per 1,000 images, for each prior."""
-    columns = ["fd", "nll of z", "seconds per 1,000 images"]
+    columns = [*HEADINGS.values(), "seconds per 1,000 images"]
     rows = []
     for key, values in figures(metrics).items():
-        cells = ["–" if values["fd"] is None else f"{values['fd']:.2f}", f"{values['nll']:.1f}" if "nll" in values else ""]
-        cells.append(f"{seconds[key]:.2f}" if key in seconds else "")
+        cells = [cell(values, figure) for figure in HEADINGS] + [f"{seconds[key]:.2f}" if key in seconds else ""]
         rows.append(Row(key, title(key, metrics), cells))
     return Section(name, verdict_in_words(metrics), columns, rows, notes(metrics), pictures, json.dumps(config, indent=2), tables)
 
 
-def write_page(path: Path, sections: Sequence[Section], versions: dict[str, str]) -> None:
+def write_page(path: Path, sections: Sequence[Section], versions: dict[str, str], findings: Sequence[str] = ()) -> None:
+    """findings: what is to be said of all runs together."""
     template = jinja2.Environment(autoescape=True).from_string((Path(__file__).parent / "page.html").read_text(encoding="utf-8"))
-    write_file(path, template.render(sections=sections, versions=", ".join(f"{k} {v}" for k, v in versions.items())).encode())
+    made_with = ", ".join(f"{name} {version}" for name, version in versions.items())
+    write_file(path, template.render(sections=sections, findings=findings, versions=made_with).encode())
 
 
-def write_csv(path: Path, name: str, metrics: dict[str, Any]) -> None:
-    """One row a prior; the same numbers as metrics.json."""
+def write_csv(path: Path, runs: dict[str, dict[str, Any]]) -> None:
+    """One row a prior of each run, from their metrics; the same numbers as metrics.json."""
     buffer = io.StringIO()
+    errors = {f"{figure}_plus_minus": figure for figure in FIGURES}
     bounds = ["rate", "elbo", "importance_weighted", "naive"]
-    writer = csv.DictWriter(buffer, ["run", "z", "fd", "nll", "images", "seed", *bounds], extrasaction="ignore")
+    columns = ["run", "z", *(column for pair in zip(FIGURES, errors) for column in pair)]
+    columns += ["copying_z", "distance_to_training", "nll", *bounds, "images", "reference_images", "seed", "extractor"]
+    writer = csv.DictWriter(buffer, columns, extrasaction="ignore")
     writer.writeheader()
-    likelihood = metrics.get("likelihood", {"priors": {}})["priors"]
-    for key, values in figures(metrics).items():
-        nats = {bound: likelihood[key][bound]["nats"] for bound in bounds if bound in likelihood.get(key, {})}
-        writer.writerow({"run": name, "z": key, "images": metrics["images"], "seed": metrics["seed"], **values, **nats})
+    for run, metrics in runs.items():
+        known = {"images": metrics["images"], "seed": metrics["seed"], "extractor": metrics["features"]["digest"]}
+        known["reference_images"] = metrics["images_of"]["reference"]
+        likelihood = metrics.get("likelihood", {"priors": {}})["priors"]
+        for key, values in figures(metrics).items():
+            half = {column: values.get("plus_minus", {}).get(figure) for column, figure in errors.items()}
+            nats = {bound: likelihood[key][bound]["nats"] for bound in bounds if bound in likelihood.get(key, {})}
+            writer.writerow({"run": run, "z": key, **known, **half, **values, **nats})
     write_file(path, buffer.getvalue().encode())

@@ -1,6 +1,7 @@
 """The comparison, as a table for the terminal and as a picture."""
 
 import io
+import math
 from pathlib import Path
 from typing import Any
 
@@ -38,12 +39,59 @@ def title(name: str, metrics: dict[str, Any]) -> str:
     return "uniform codes" if name == "standard" and "codes" in metrics else ROWS[name]
 
 
+HEADINGS = {
+    "fd": "fd",
+    "kid": "KID",
+    "precision": "precision",
+    "recall": "recall",
+    "density": "density",
+    "coverage": "coverage",
+    "nearer": "nearer",
+    "nll": "nll of z",
+}
+"""Of the columns, in the order shown"""
+
+
+def cell(values: dict[str, Any], figure: str) -> str:
+    """A figure of one row with half its 95 % interval; a dash where it is withheld, nothing where there is none."""
+    if figure not in values:
+        return ""
+    value, half = values[figure], values.get("plus_minus", {}).get(figure)
+    if value is None:
+        return "–"
+    if figure == "nll":
+        return f"{value:.1f}"
+    # As many decimals as show two digits of the error, and three of the figure.
+    shown = max(2, 2 - math.floor(math.log10(abs(value)))) if figure == "kid" and value else 2
+    return f"{value:.{shown}f}" + ("" if half is None else f" ± {half:.{shown}f}")
+
+
+def generator(metrics: dict[str, Any]) -> str:
+    """The prior that a run is meant to be drawn from."""
+    return "learned" if "fd" in metrics["priors"]["learned"] else "standard"
+
+
 def notes(metrics: dict[str, Any]) -> list[str]:
     """What the figures are, and those that are not of one prior."""
+    features, count, reference = metrics["features"], metrics["images"], metrics["images_of"]["reference"]
+    name = generator(metrics)
+    values = metrics["priors"][name]
+    accuracy = f", which reads {100 * features['accuracy']:.1f} % of test images right" if "accuracy" in features else ""
     lines = [
-        f"fd: Fréchet distance to {metrics['images_of']['reference']} training images, from {metrics['images']} images a row,"
-        f" features of the {metrics['features']['extractor']}; lower is better."
+        f"fd: Fréchet distance to {reference} training images, from {count} images a row under seed {metrics['seed']}, in the"
+        f" {features['dimensions']} features of the {features['extractor']} {features['digest']}{accuracy}; lower is better. KID:"
+        f" kernel distance to {min(count, reference)} of them, lower is better. precision and density: how many samples lie among"
+        " training images; recall and coverage: how much of the training images' variety the samples reach; higher is better.",
+        f"±: half of the interval of {metrics['intervals']}; other samples of the same model would fall into it, another training"
+        " run need not.",
+        "nearer: of pairs of a sample and a held-out image, the share in which the sample lies nearer to its nearest training"
+        " image. 0.5: as near as new images are; above: copied (Meehan et al. 2020). Samples of the"
+        f" {title(name, metrics)}: z = {values['copying_z']:.1f}, where below -3 would mean copies.",
     ]
+    lines += [f"{figure}: withheld, {reason}." for figure, reason in metrics["withheld"].items()]
+    lines += [f"warning: {warning}." for warning in metrics["warnings"]]
+    if "note" in metrics["priors"]["learned"]:
+        lines.append(f"learned prior: {metrics['priors']['learned']['note']}.")
     if any("nll" in row for row in metrics["priors"].values()):
         lines.append("nll of z: nats an image of held-out latents under the prior; lower is better.")
     lines.append(f"reconstructions: mean squared error {metrics['reconstruction']['mse']:.5f} a pixel, of values in [0, 1].")
@@ -56,22 +104,57 @@ def notes(metrics: dict[str, Any]) -> list[str]:
     if "label_read" in metrics["priors"]["learned"]:
         share = metrics["priors"]["learned"]["label_read"]
         lines.append(f"labels: the classifier reads the label asked for off {100 * share:.1f} % of the learned prior's samples.")
-    if metrics["gap_closed"] is None:
-        lines.append(f"gap closed: none stated, {metrics['gap_closed_reason']}.")
-    else:
+    if metrics["gap_closed"] is not None:
         start = title("standard", metrics)
         lines.append(f"gap closed: {metrics['gap_closed']:.3f} of the way from {start} to the decoder's own reconstructions.")
+    elif name == "learned":
+        lines.append(f"gap closed: none stated, {metrics['gap_closed_reason']}.")
     return lines
 
 
 def table(metrics: dict[str, Any]) -> str:
     """The comparison for the terminal."""
-    lines = [f"{'':28} {'fd':>8} {'nll of z':>10}"]
+    widths = [max(13, len(heading) + 2) for heading in HEADINGS.values()]
+    lines = [" " * 26 + "".join(f"{heading:>{width}}" for heading, width in zip(HEADINGS.values(), widths))]
     for name, row in figures(metrics).items():
-        fd = "-" if row["fd"] is None else f"{row['fd']:.2f}"
-        nll = f"{row['nll']:.1f}" if "nll" in row else ""
-        lines.append(f"{title(name, metrics):28} {fd:>8} {nll:>10}")
+        cells = "".join(f"{cell(row, figure):>{width}}" for figure, width in zip(HEADINGS, widths))
+        lines.append(f"{title(name, metrics):26}{cells}")
     return "\n".join(lines + notes(metrics))
+
+
+def between_runs(runs: dict[str, dict[str, Any]]) -> list[str]:
+    """What is to be said of several runs, from their metrics: which lies nearest to the data, and what does not compare."""
+    groups: dict[tuple, dict[str, dict[str, Any]]] = {}
+    for run, metrics in runs.items():
+        features = metrics["features"]
+        judged_by = features["digest"], features["reference"]["digest"], metrics["images"]
+        groups.setdefault(judged_by, {})[run] = metrics
+    lines = []
+    for group in groups.values():
+        found = {run: metrics["priors"][generator(metrics)] for run, metrics in group.items()}
+        ranked = sorted((run for run in found if found[run]["fd"] is not None), key=lambda run: found[run]["fd"])
+        parts: list[str] = []
+        for run in ranked:
+            prior = generator(group[run])
+            drawn = "its learned prior" if prior == "learned" else f"{title(prior, group[run])}, as a plain autoencoder is"
+            times = found[run]["fd"] / found[ranked[0]]["fd"]
+            parts.append(f"{run}, drawn from {drawn}, at {cell(found[run], 'fd')}" + f" ({times:.1f} times as far)" * bool(parts))
+        if len(parts) > 1:
+            lines.append(f"Fréchet distance from the same training images, in the same features: {'; '.join(parts)}.")
+    if len(groups) > 1:
+        listed = "; ".join(", ".join(group) for group in groups.values())
+        lines.append(f"Not everything here compares: other images, other features or another number of images part {listed}.")
+    return lines
+
+
+def nearest_plot(distances: dict[str, Tensor]) -> Figure:
+    """The cumulative distribution of distances to the nearest training image, one curve a row."""
+    figure, axis = pyplot.subplots(figsize=(5.5, 3.2), layout="constrained")
+    for (name, values), style in zip(distances.items(), ("--", "-", ":")):
+        axis.ecdf(values, label=name, linestyle=style)
+    axis.set(xlabel="distance to the nearest training image", ylabel="share of images", xlim=(0, None))
+    axis.legend(fontsize=9)
+    return figure
 
 
 def histogram(levels: list[Tensor], specs: list[LatentSpec]) -> Figure:
@@ -139,7 +222,7 @@ def picture(path: Path, rows: dict[str, Tensor], metrics: dict[str, Any]) -> Non
     for axis, (name, images) in zip(axes[:, 0], shown.items()):
         grid = make_grid(images, nrow=columns, padding=1, pad_value=128)
         axis.imshow(grid.permute(1, 2, 0).numpy(), interpolation="nearest")
-        fd = numbers[name]["fd"]
+        fd = numbers[name].get("fd")
         axis.set_title(
             title(name, metrics) + ("" if fd is None else f"\nfd {fd:.1f}"), x=-0.01, y=0.5, ha="right", va="center", fontsize=10
         )

@@ -41,7 +41,12 @@ ENCODING_BATCH = 500
 Part = Literal["autoencoder", "prior"]
 SHARD_BYTES = 2**28  # of latents in one file
 UNREADABLE = "unreadable.json"
-WHEREABOUTS = ("data.root:", "data.in_memory:", "data.skip_unreadable:")  # of the same images; a run goes on under others
+WHEREABOUTS = (
+    "data.root:",
+    "data.in_memory:",
+    "data.skip_unreadable:",
+    "metrics.weights:",
+)  # of the same images; a run goes on under others
 
 
 def devices(device: str = "auto", precision: Precision = "float32") -> Fabric:
@@ -67,7 +72,7 @@ class Run:
         """
         path = folder / "config.json"
         if path.exists():
-            changed = differences(read_config(path)[1], to_dict(config))
+            changed = differences(to_dict(read_config(path)), to_dict(config))
             changed = [change for change in changed if not change.startswith(WHEREABOUTS)]
             if changed:
                 raise UserError(
@@ -86,7 +91,7 @@ class Run:
             known = sorted(path.parent.name for path in CHECKPOINTS.glob("*/config.json"))
             hint = nearest(name, known) if known else "; train one with python -m pipelines.train_all"
             raise UserError(f"there is no run {name!r}{hint}")
-        config, _ = read_config(folder / "config.json")
+        config = read_config(folder / "config.json")
         return cls(folder, config, devices(device, config.precision))
 
     @contextmanager
@@ -209,10 +214,20 @@ class Run:
             raise UserError(str(error)) from error
 
     def load_prior(self, specs: list[LatentSpec]) -> LearnedPrior:
-        """Raises UserError when stage 2 is not finished, nor refined where the config asks for it."""
+        """Raises UserError when stage 2 is not finished, nor refined where the config asks for it, or there is none."""
+        if not self.learned:
+            raise UserError(
+                f"{self.folder} has no learned prior: it was trained without a second stage (stage2.steps 0). Draw with"
+                f" --prior standard, or another of {', '.join(baselines(specs))}."
+            )
         learned = self.new_prior(specs, len(self.facts()["label_names"]))
         self.load(learned, "prior")
         return learned
+
+    @property
+    def learned(self) -> tuple[str, ...]:
+        """The name of the learned prior, where this run has one: not after a plain training, of 0 steps of stage 2."""
+        return ("learned",) if self.config.stage2.steps else ()
 
     def prior(self, name: str, specs: list[LatentSpec]) -> Prior:
         """A prior by name, fitted. Raises UserError for an unknown name or an unfinished run."""
@@ -278,10 +293,10 @@ class Run:
         return torch.tensor(found[0])
 
 
-def read_config(path: Path) -> tuple[RunConfig, dict]:
+def read_config(path: Path) -> RunConfig:
+    """What is not in the file, because a later version added it, has its default. Raises UserError for another file."""
     try:
-        values = json.loads(path.read_text())
-        return from_dict(values), values
+        return from_dict(json.loads(path.read_text()))
     except ValueError as error:
         raise UserError(f"{path} cannot be read ({error}); delete {path.parent}, or mend the file") from error
 

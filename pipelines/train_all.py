@@ -18,7 +18,7 @@ from pipelines.console import UserError, run_command, say
 from pipelines.data import Splits
 from pipelines.fit import OnNan, fit
 from pipelines.refine import TwoStage
-from pipelines.report import table
+from pipelines.report import generator, table
 from pipelines.run import CHECKPOINTS, Run
 from stage1_vae.autoencoder import Autoencoder
 from stage2_prior.autoregressive import LearnedPrior
@@ -34,6 +34,8 @@ def train_all(run: Run, on_nan: OnNan = "stop") -> None:
     autoencoder = run.new_autoencoder(splits.image_shape)
     prior = run.new_prior(run.specs(autoencoder), len(splits.label_names))
     if run.config.refine is not None:
+        if not run.learned:
+            raise UserError("refining is under a learned prior: it needs stage2.steps above 0")
         try:
             TwoStage(autoencoder, prior)
         except ValueError as error:
@@ -51,8 +53,11 @@ def finish(run: Run, splits: Splits, autoencoder: Autoencoder, prior: LearnedPri
     fit(fabric, autoencoder, *images, config.stage1, config.seed, folder / "stage1", "stage 1", on_nan)
     train, validation = (run.encode(autoencoder, getattr(splits, part), part, "stage1") for part in ("train", "validation"))
     warn_of_unused_codes(train, run.specs(autoencoder))
-    prior.estimate(train)
-    fit(fabric, prior, train, validation, config.stage2, config.seed, folder / "stage2", "stage 2", on_nan)
+    if run.learned:
+        prior.estimate(train)
+        fit(fabric, prior, train, validation, config.stage2, config.seed, folder / "stage2", "stage 2", on_nan)
+    else:
+        say("stage 2: none, stage2.steps is 0")
     if config.refine is not None:
         both = TwoStage(autoencoder, prior)
         fit(fabric, both, *images, config.refine, config.seed, folder / "refined", "refining both", on_nan)
@@ -66,7 +71,7 @@ def finish(run: Run, splits: Splits, autoencoder: Autoencoder, prior: LearnedPri
     say(table(metrics))
     say(
         f"everything lies in {run.folder}; look at {run.folder / 'compare' / 'page.html'};"
-        f" more samples: python -m pipelines.generate {run.folder.name} --count 64 --out samples.png"
+        f" more samples: python -m pipelines.generate {run.folder.name} --prior {generator(metrics)} --count 64 --out samples.png"
     )
 
 

@@ -93,7 +93,15 @@ class Autoencoder(nn.Module):
         return self.likelihood(full_precision(self.decoder(self.bottleneck.embed(levels))))
 
     def render(self, levels: list[Tensor], pixels: Literal["mean", "sample"] = "mean") -> Tensor:
-        """Latents to uint8 images B C H W: the mean of p(x|z), or a draw from it."""
+        """Latents to uint8 images B C H W: the mean of p(x|z), or a draw from it. What is not a number is drawn black."""
+        return quantized(self.values(levels, pixels))
+
+    def values(self, levels: list[Tensor], pixels: Literal["mean", "sample"] = "mean") -> Tensor:
+        """The same before rounding: grey levels in [0, 1], and somewhat beyond."""
         distribution = self.decode(levels)
-        values = distribution.mean if pixels == "mean" else distribution.sample()
-        return (values * 255).round().clamp(0, 255).to(torch.uint8)
+        return distribution.mean if pixels == "mean" else distribution.sample()
+
+
+def quantized(values: Tensor) -> Tensor:
+    """Grey levels in [0, 1] as uint8; what is not a number is black."""
+    return (values.nan_to_num(0) * 255).round().clamp(0, 255).to(torch.uint8)

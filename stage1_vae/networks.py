@@ -32,9 +32,16 @@ class Convolutional:
     """residual blocks on the latent grid, in the encoder and in the decoder; 2 in the paper"""
     downsample: int = 4
     """image size over latent grid size, a power of two: 4 makes 28×28 images 7×7 latents"""
+    dimensions: int | None = None
+    """numbers in a flat latent, arranged as a grid of one row, by one linear layer each way; None keeps the grid"""
 
     def grid(self, image_shape: tuple[int, int, int]) -> tuple[int, int]:
         """The latent grid of images C H W. Raises ValueError when the size cannot be divided."""
+        height, width = self.downsampled(image_shape)
+        return (height, width) if self.dimensions is None else (1, self.dimensions)
+
+    def downsampled(self, image_shape: tuple[int, int, int]) -> tuple[int, int]:
+        """The grid that the convolutions end on."""
         if self.downsample < 2 or self.downsample & (self.downsample - 1):
             raise ValueError(f"downsample is a power of two from 2 up, not {self.downsample}")
         _, height, width = image_shape
@@ -58,10 +65,19 @@ class Convolutional:
             channels = width
         layers += [nn.Conv2d(channels, channels, 3, padding=1)]
         layers += [ResidualBlock(channels) for _ in range(self.blocks)] + [nn.ReLU()]
-        return nn.Sequential(*layers), channels
+        if self.dimensions is None:
+            return nn.Sequential(*layers), channels
+        flat = channels * math.prod(self.downsampled(image_shape))
+        return nn.Sequential(*layers, nn.Flatten(), *to_flat(flat, self.dimensions)), FLAT_FEATURES
 
     def decoder(self, latent_channels: int, image_shape: tuple[int, int, int], outputs: int) -> nn.Module:
-        layers: list[nn.Module] = [nn.Conv2d(latent_channels, self.width, 3, padding=1)]
+        layers: list[nn.Module] = []
+        if self.dimensions is not None:
+            height, width = self.downsampled(image_shape)
+            layers += [nn.Flatten(), nn.Linear(latent_channels * self.dimensions, self.width * height * width)]
+            layers += [nn.Unflatten(1, (self.width, height, width))]
+            latent_channels = self.width
+        layers += [nn.Conv2d(latent_channels, self.width, 3, padding=1)]
         layers += [ResidualBlock(self.width) for _ in range(self.blocks)] + [nn.ReLU()]
         channels, *finer = reversed(self.widths())
         for width in finer:
@@ -102,14 +118,9 @@ class FullyConnected:
         return 1, self.dimensions
 
     def encoder(self, image_shape: tuple[int, int, int]) -> tuple[nn.Module, int]:
-        features = 2  # for each latent number: enough for a mean and a standard deviation
         sizes = [math.prod(image_shape)] + [self.width] * self.layers
-        return nn.Sequential(
-            nn.Flatten(),
-            *hidden_layers(sizes),
-            nn.Linear(sizes[-1], features * self.dimensions),
-            Rearrange("b (f d) -> b f 1 d", f=features),
-        ), features
+        layers = [nn.Flatten(), *hidden_layers(sizes), *to_flat(sizes[-1], self.dimensions)]
+        return nn.Sequential(*layers), FLAT_FEATURES
 
     def decoder(self, latent_channels: int, image_shape: tuple[int, int, int], outputs: int) -> nn.Module:
         _, height, width = image_shape
@@ -173,6 +184,16 @@ class ConvolutionalFlat:
 
     def residual(self, channels: int) -> list[nn.Module]:
         return [ResidualBlock(channels, nn.ELU, kernel=3) for _ in range(self.blocks)] + [nn.ELU()]
+
+
+FLAT_FEATURES = 2
+"""for each number of a flat latent: enough for a mean and a standard deviation"""
+
+
+def to_flat(units: int, dimensions: int) -> list[nn.Module]:
+    """Any features of so many units to those of a flat latent."""
+    linear = nn.Linear(units, FLAT_FEATURES * dimensions)
+    return [linear, Rearrange("b (f d) -> b f 1 d", f=FLAT_FEATURES)]
 
 
 def hidden_layers(sizes: list[int]) -> list[nn.Module]:

@@ -43,6 +43,7 @@ LIKELIHOODS = {
 }
 NETWORKS = {
     "convolutional": Convolutional(width=8, blocks=1, downsample=4),
+    "convolutional-dimensions": Convolutional(width=8, blocks=1, downsample=4, dimensions=3),
     "fully-connected": FullyConnected(layers=1, width=16, dimensions=3),
     "convolutional-flat": ConvolutionalFlat(width=8, blocks=1, hidden=16, positions=3, features=6),
 }
@@ -103,7 +104,7 @@ def shrunk(config: RunConfig) -> RunConfig:
     return dataclasses.replace(
         config,
         stage1=fit,
-        stage2=fit,
+        stage2=fit if config.stage2.steps else dataclasses.replace(fit, steps=0),
         refine=None if config.refine is None else fit,
         autoencoder=dataclasses.replace(config.autoencoder, network=dataclasses.replace(network, **small)),
         prior=shrunk_prior(config.prior),

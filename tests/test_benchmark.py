@@ -2,7 +2,10 @@
 
 import json
 
+import pytest
+
 from pipelines import benchmark
+from pipelines.console import UserError
 
 
 def test_training(tmp_path):
@@ -21,3 +24,13 @@ def test_sampling(tmp_path):
     assert row["grid"] == "3x4" and row["batch"] == 2 and row["full_loop_extrapolated"]
     assert row["forward_s"] > 0 and row["ratio"] > 0 and row["sample_peak_bytes"] > 0
     assert len(growth["seconds"]) == 2
+
+
+def test_metrics(tmp_path):
+    small = ["--images", "30", "--features", "4", "--training", "50"]
+    benchmark.main(["metrics", *small, "--json", str(tmp_path / "b.json")])
+    rows = json.loads((tmp_path / "b.json").read_text())
+    assert [row["part"].split(",")[0] for row in rows] == ["fd", "kid", "nearest training image"]
+    assert all(row["seconds"] > 0 and row["peak_bytes"] > 0 and row["resamples"] == 100 for row in rows)
+    with pytest.raises(UserError, match="a covariance needs more images than features"):
+        benchmark.main(["metrics", "--images", "64"])

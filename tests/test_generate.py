@@ -8,10 +8,13 @@ import torch
 from PIL import Image
 
 from pipelines import generate
+from pipelines.compare import compare
 from pipelines.config import preset
 from pipelines.console import UserError
+from pipelines.metrics import FIGURES
 from pipelines.run import Run
 from pipelines.train_all import train_all
+from stage2_prior.prior import StandardNormal
 from tests.parts import shrunk, small_splits
 
 
@@ -115,3 +118,21 @@ def test_own_captions_are_read_and_wrong_ones_named(tmp_path):
     with pytest.raises(UserError, match="line 2: expected"):
         Folder(root=tmp_path, size=8).load()
     assert torch.is_tensor(splits.train.images)
+
+
+def test_samples_that_are_not_numbers_are_counted_and_named(runs, tmp_path, monkeypatch, capsys):
+    sample = StandardNormal.sample
+
+    def broken(self, indices, *rest):
+        (z,) = sample(self, indices, *rest)
+        z[indices == 2] = torch.nan
+        return [z]
+
+    monkeypatch.setattr(StandardNormal, "sample", broken)
+    images = drawn(runs["mnist5k"], "--prior", "standard", tmp_path=tmp_path)
+    assert (images[2] == 0).all() and "warning: 1 of 6 samples are not numbers and are black" in capsys.readouterr().out
+    run = Run.open(runs["mnist5k"], "cpu")
+    metrics, _ = compare(run, run.data())
+    assert metrics["warnings"] == ["standard: 1 of 120 samples are not numbers and are black"]
+    assert "standard: 1 of 120 samples are not numbers" in (run.folder / "compare" / "page.html").read_text()
+    assert all(np.isfinite(metrics["priors"]["standard"][figure]) for figure in FIGURES)

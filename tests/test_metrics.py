@@ -1,35 +1,233 @@
-"""Precision and recall against cases that are known, and rejection."""
+"""Figures of sample quality against other implementations and known cases; the extractors; rejection."""
+
+import io
+import pickle
 
 import pytest
 import torch
+from prdc import compute_prdc
+from scipy.stats import mannwhitneyu
 from torch import nn
+from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
+from torch_fidelity.metric_kid import kernel_poly, mmd2
+from torchmetrics.image.kid import poly_mmd
 
+from pipelines import metrics, quality
+from pipelines.console import UserError
+from pipelines.data import ImageSet
 from pipelines.fit import fabric_for
-from pipelines.metrics import kept_best, precision_recall
+from pipelines.metrics import FIGURES, Classifier, FeatureSpace, Judge, inception, kept_best
+from pipelines.quality import Cloud, FrechetDistance, copying_z, error, likeness, nearer, nearest_neighbours, resampled
 
 
-def points(count: int, at: float, seed: int) -> torch.Tensor:
-    return at + torch.randn(count, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+def points(count: int, at: float, seed: int, features: int = 4) -> torch.Tensor:
+    return at + torch.randn(count, features, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture(scope="module")
+def sets():
+    """Features with structure: correlated, of unequal scales, the generated ones off by a bit."""
+    mix = points(16, 0.0, 9, 16)
+    return points(400, 0.3, 0, 16) @ mix, (1.1 * points(300, 0.35, 1, 16)) @ mix
+
+
+def single(real: torch.Tensor, generated: torch.Tensor) -> dict[str, float]:
+    return {name: float(value) for name, value in likeness(Cloud.of(real), generated).items()}
+
+
+def test_the_frechet_distance_is_that_of_torch_fidelity(sets):
+    real, generated = (fid_features_to_statistics(features) for features in sets)
+    expected = fid_statistics_to_metric(real, generated, verbose=False)["frechet_inception_distance"]
+    assert FrechetDistance(sets[0])(sets[1]) == pytest.approx(expected, rel=1e-3)
+
+
+def test_kid_is_that_of_torchmetrics_and_torch_fidelity_on_the_same_subset(sets):
+    real, generated = (features[:250] for features in sets)
+    kid = single(real, generated)["kid"]
+    assert kid == pytest.approx(float(poly_mmd(real, generated)), abs=1e-6)
+    kernels = [
+        kernel_poly(x.numpy(), y.numpy(), kid_kernel_poly_degree=3, kid_kernel_poly_gamma=None, kid_kernel_poly_coef0=1)
+        for x, y in ((real, real), (real, generated), (generated, generated))
+    ]
+    assert kid == pytest.approx(mmd2(*kernels), abs=1e-6)
+
+
+def test_precision_recall_density_coverage_are_those_of_prdc(sets):
+    figures = single(*sets)
+    three, five = (compute_prdc(sets[0].numpy(), sets[1].numpy(), nearest_k=k) for k in (3, 5))
+    assert 0.1 < figures["precision"] < 0.99 and 0.1 < figures["coverage"] < 0.99
+    for name, expected in (("precision", three), ("recall", three), ("density", five), ("coverage", five)):
+        assert figures[name] == pytest.approx(expected[name], abs=1e-12), name
+
+
+def test_chunks_do_not_matter(sets, monkeypatch):
+    weights = resampled(len(sets[1]), 3)
+    whole = likeness(Cloud.of(sets[0]), sets[1], weights), *nearest_neighbours(*sets)
+    monkeypatch.setattr(quality, "CHUNK", 1000)
+    parts = likeness(Cloud.of(sets[0]), sets[1], weights), *nearest_neighbours(*sets)
+    for name, values in whole[0].items():
+        torch.testing.assert_close(parts[0][name], values)
+    torch.testing.assert_close(parts[1:], whole[1:])
+
+
+def test_a_weighting_is_the_images_so_often(sets):
+    real, generated = sets
+    weights = resampled(len(generated), 2, seed=3)
+    assert (weights[0] == 1).all() and (weights.sum(1) == len(generated)).all()
+    under = likeness(Cloud.of(real), generated, weights)
+    distance = FrechetDistance(real).under(generated, weights)
+    repeated = generated.repeat_interleave(weights[2].long(), 0)
+    again = single(real, repeated)
+    for name in (
+        "precision",
+        "density",
+        "coverage",
+    ):  # the others look at pairs, of which some are now copies
+        assert float(under[name][2]) == pytest.approx(again[name]), name
+    assert float(distance[2]) == pytest.approx(FrechetDistance(real)(repeated))
+
+
+def test_errors_are_those_of_drawing_other_samples():
+    """The spread over independent sets of samples, which the bootstrap estimates from one of them."""
+    real = Cloud.of(points(400, 0.0, 0))
+    figures = [likeness(real, points(200, 0.3, seed), resampled(200)) for seed in range(1, 13)]
+    distance = FrechetDistance(real.points)
+    for number, one in enumerate(figures):
+        one["fd"] = distance.under(points(200, 0.3, number + 1), resampled(200))
+    for name in figures[0]:
+        spread = 1.96 * float(torch.stack([one[name][0] for one in figures]).std())
+        stated = sum(error(one[name]) for one in figures) / len(figures)
+        assert 0.5 < stated / spread < 2, name
 
 
 def test_precision_and_recall_of_known_cases():
     real = points(500, 0.0, 0)
-    assert precision_recall(real, real) == (1.0, 1.0)
-    assert precision_recall(real, points(500, 100.0, 1)) == (0.0, 0.0)
+    same, far = single(real, real), single(real, points(500, 100.0, 1))
+    assert same["precision"] == same["recall"] == same["coverage"] == 1 and same["kid"] < 0.1
+    assert far["precision"] == far["recall"] == far["density"] == far["coverage"] == 0 and far["kid"] > 1e6
     # Half of the samples far away: half the precision, and the rest still covers about as much.
-    precision, recall = precision_recall(real, torch.cat([points(250, 0.0, 2), points(250, 100.0, 3)]))
-    assert precision == pytest.approx(0.5, abs=0.06) and recall > 0.6
+    halves = single(real, torch.cat([points(250, 0.0, 2), points(250, 100.0, 3)]))
+    assert halves["precision"] == pytest.approx(0.5, abs=0.06) and halves["recall"] > 0.6
     # One mode of two: all samples are real-like, half of what is real is missed.
-    two_modes = torch.cat([real, points(500, 100.0, 4)])
-    precision, recall = precision_recall(two_modes, points(1000, 0.0, 5))
-    assert precision > 0.8 and recall == pytest.approx(0.5, abs=0.06)
+    one_mode = single(torch.cat([real, points(500, 100.0, 4)]), points(1000, 0.0, 5))
+    assert one_mode["precision"] > 0.8 and one_mode["recall"] == pytest.approx(0.5, abs=0.06)
+    assert one_mode["coverage"] == pytest.approx(0.5, abs=0.06)
 
 
 def test_precision_by_hand():
-    """Real points 0 … 4 on a line, whose third neighbours are at distance 3, 2, 2, 2, 3."""
-    real = torch.arange(5.0, dtype=torch.float64)[:, None]
-    generated = torch.tensor([[-2.9], [7.1], [6.9], [2.0], [50.0]], dtype=torch.float64)
-    assert precision_recall(real, generated)[0] == pytest.approx(3 / 5)
+    """Real points 0 … 5 on a line, whose third neighbours are at distance 3, 2, 2, 2, 2, 3."""
+    real = torch.arange(6.0, dtype=torch.float64)[:, None]
+    generated = torch.tensor([[-2.9], [8.1], [7.9], [2.0], [50.0], [60.0]], dtype=torch.float64)
+    assert single(real, generated)["precision"] == pytest.approx(3 / 6)
+
+
+def test_nearest_is_the_nearest(sets):
+    distances, indices = nearest_neighbours(sets[1], sets[0])
+    every = torch.cdist(sets[1], sets[0])
+    torch.testing.assert_close(distances, every.min(1).values)
+    assert torch.equal(indices, every.argmin(1))
+
+
+def test_copies_are_told_from_new_samples():
+    train, held_out, fresh = points(1000, 0.0, 0), points(300, 0.0, 1), points(300, 0.0, 2)
+    copies = train[:300] + 0.01 * points(300, 0.0, 3)
+    of_held_out, of_fresh, of_copies, of_noise = (nearest_neighbours(x, train)[0] for x in (held_out, fresh, copies, 9 * fresh))
+    share = [float(nearer(distances, of_held_out).mean()) for distances in (of_held_out, of_fresh, of_copies, of_noise)]
+    assert share[0] == 0.5 and share[1] == pytest.approx(0.5, abs=0.08) and share[2] > 0.98 and share[3] < 0.1
+    assert abs(copying_z(share[1], 300, 300)) < 3 and copying_z(share[2], 300, 300) < -15
+    # The statistic of Mann and Whitney, which counts the pairs in which the first is larger.
+    expected = mannwhitneyu(of_fresh, of_held_out, method="asymptotic", use_continuity=False, alternative="less")
+    assert 1 - share[1] == pytest.approx(expected.statistic / 300**2)
+    assert copying_z(share[1], 300, 300) == pytest.approx(float(torch.special.ndtri(torch.tensor(expected.pvalue))), abs=1e-3)
+
+
+def space(tmp_path, count: int) -> FeatureSpace:
+    torch.manual_seed(0)
+    model = Classifier(1, 2)
+    images = torch.randint(0, 256, (count, 1, 28, 28), dtype=torch.uint8)
+    return FeatureSpace(model, {"extractor": "test"}, ImageSet(images), fabric_for("cpu", "float32"), tmp_path)
+
+
+def judged(space: FeatureSpace, count: int) -> tuple[Judge, dict]:
+    features = space.features(torch.randint(0, 256, (count, 1, 28, 28), dtype=torch.uint8), "features")
+    distances, _ = nearest_neighbours(features, space.reference)
+    judge = Judge(space, distances, seed=0)
+    return judge, judge(features, distances)
+
+
+def test_what_too_few_images_cannot_say_is_withheld_with_the_reason(tmp_path):
+    made = space(tmp_path, 100)
+    judge, figures = judged(made, 70)
+    assert judge.withheld == {} and set(figures["plus_minus"]) == set(FIGURES)
+    judge, figures = judged(made, 64)
+    assert figures["fd"] is None and "fd" not in figures["plus_minus"] and figures["kid"] is not None
+    assert judge.withheld["fd"] == "64 images for 64 features: a covariance needs more images than features"
+    judge, figures = judged(made, 3)
+    assert [name for name in FIGURES if figures[name] is not None] == ["nearer"]
+    assert any("3 images, of at least 6 needed" in reason for reason in judge.withheld.values())
+
+
+def test_features_are_kept_for_the_same_images_and_network_only(tmp_path, monkeypatch):
+    first = space(tmp_path, 100)
+    assert float(first.reference.var(0).sum()) == pytest.approx(100)
+    with monkeypatch.context() as patch:
+        patch.setattr(Classifier, "features", lambda *_: pytest.fail("they are on the disk"))
+        second = space(tmp_path, 100)
+    assert torch.equal(first.reference, second.reference) and first.description == second.description
+    other = space(tmp_path, 90)
+    assert other.description["digest"] == first.description["digest"]
+    assert other.description["reference"] != first.description["reference"] and len(other.reference) == 90
+
+
+@pytest.fixture(scope="module")
+def inception_file(tmp_path_factory):
+    """Inception with random weights, as the file of weights that torch-fidelity reads."""
+    torch.manual_seed(0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(FeatureExtractorInceptionV3, "load_state_dict", lambda self, state: None)
+        empty = io.BytesIO()
+        torch.save({}, empty)
+        empty.seek(0)
+        network = FeatureExtractorInceptionV3("inception-v3", ["2048"], empty)
+    path = tmp_path_factory.mktemp("weights") / "random.pth"
+    torch.save(network.state_dict(), path)
+    return network, path
+
+
+def test_inception_features_are_those_of_torch_fidelity(inception_file):
+    network, path = inception_file
+    model, description = inception(path)
+    assert description["extractor"] == "inception (not its standard weights, but random.pth)"
+    images = torch.randint(0, 256, (2, 1, 28, 28), dtype=torch.uint8)
+    (expected,) = network(images.repeat(1, 3, 1, 1))
+    features = model.features(images)
+    assert torch.equal(features, expected) and features.shape == (2, model.dimensions)
+
+
+class Boom:
+    def __reduce__(self):
+        return pytest.fail, ("unpickled",)
+
+
+def test_weights_that_are_not_to_be_had(tmp_path, monkeypatch):
+    with pytest.raises(UserError, match="there is no file .* download https://.* --metrics.weights"):
+        inception(tmp_path / "no.pth")
+    for name, content in (("text", b"weights"), ("hostile", pickle.dumps({"weight": Boom()})), ("empty", b"")):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(UserError, match=f"{name} is no file of weights; download https://"):
+            inception(tmp_path / name)
+    torch.save(nn.Linear(2, 2).state_dict(), tmp_path / "other.pth")
+    with pytest.raises(UserError, match="other.pth does not hold the weights of this network"):
+        inception(tmp_path / "other.pth")
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+
+    def no_network(*_, **__):
+        raise metrics.URLError("no network")
+
+    monkeypatch.setattr(torch.hub, "download_url_to_file", no_network)
+    with pytest.raises(UserError, match="could not be downloaded .no network.; download https://"):
+        inception(None)
 
 
 class Reader(nn.Module):

@@ -12,6 +12,7 @@ from PIL import Image
 
 from pipelines import compare
 from pipelines.config import preset
+from pipelines.metrics import FIGURES
 from pipelines.run import Run
 from pipelines.train_all import train_all
 from tests.parts import shrunk, small_splits
@@ -53,11 +54,14 @@ def test_json_csv_and_page_say_the_same(compared):
         page = (folder / "page.html").read_text()
         for prior, values in metrics["priors"].items():
             assert float(rows[prior]["fd"]) == values["fd"]
-            assert f"<td>{values['fd']:.2f}</td>" in page
+            assert all(float(rows[prior][figure]) == values[figure] for figure in FIGURES)
+            assert all(float(rows[prior][f"{figure}_plus_minus"]) == values["plus_minus"][figure] for figure in FIGURES)
+            assert f"<td>{values['fd']:.2f} ± {values['plus_minus']['fd']:.2f}</td>" in page
             assert rows[prior]["nll"] == "" or float(rows[prior]["nll"]) == values["nll"]
         for prior, values in metrics["likelihood"]["priors"].items():
             assert float(rows[prior]["elbo"]) == values["elbo"]["nats"]
             assert f"<td>{values['rate']['nats']:.2f}</td>" in page
+        assert rows["learned"]["extractor"] == metrics["features"]["digest"] and metrics["features"]["digest"] in page
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no chromium here")

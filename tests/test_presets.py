@@ -38,6 +38,11 @@ def test_end_to_end(name, tmp_path, monkeypatch, capsys):
     discrete = "codes" in metrics
     known = [name for name in PRIORS if name not in (CONTINUOUS_BASELINES if discrete else CODE_BASELINES) or name == "standard"]
     assert set(metrics["priors"]) == set(known)
+    if not run.learned:
+        assert "stage2.steps 0" in metrics["priors"].pop("learned")["note"]
+        known.remove("learned")
+        with pytest.raises(UserError, match="no learned prior.*--prior standard"):
+            generate.main([name, "--device", "cpu"])
     for row in (metrics["real"], metrics["reconstruction"], *metrics["priors"].values()):
         assert np.isfinite(row["fd"]) and row["fd"] > 0
     assert all(np.isfinite(row["nll"]) for name, row in metrics["priors"].items() if name != "posterior")
@@ -47,7 +52,7 @@ def test_end_to_end(name, tmp_path, monkeypatch, capsys):
     capsys.readouterr()
 
     train(name, run.config, monkeypatch)
-    phases = 2 if run.config.refine is None else 3
+    phases = 1 + len(run.learned) + (run.config.refine is not None)
     assert capsys.readouterr().out.count("skipped") == phases + 1
 
     for prior in known:
