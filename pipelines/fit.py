@@ -10,9 +10,10 @@ optimizer, step, and how often training was rewound: the seed is also a function
 import math
 import signal
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, SupportsFloat
 
 import torch
 from lightning_fabric import Fabric
@@ -25,6 +26,7 @@ from pipelines.console import Progress, Signals, Stopped, UserError, say
 Precision = Literal["auto", "float32", "bfloat16"]
 OnNan = Literal["stop", "skip", "rewind"]
 REWINDS = 3  # from one checkpoint, before it is given up
+CURVE_STEPS = 50  # between two points of a tracker's curves
 
 
 def fabric_for(device: str, precision: Precision) -> Fabric:
@@ -51,6 +53,19 @@ class Source(Protocol):
 def prefetch(source: Source, indices: Any) -> None:
     if hasattr(source, "prefetch"):
         source.prefetch(indices)
+
+
+class Tracker:
+    """Where the curves and pictures of a training go; this one keeps none of them."""
+
+    def begin(self, step: int) -> None:
+        """Training goes on from this step; what was kept of later ones is forgotten."""
+
+    def scalars(self, step: int, part: str, values: Mapping[str, SupportsFloat]) -> None:
+        """part: train or held_out."""
+
+    def pictures(self, step: int, model: nn.Module) -> None:
+        """What the model has to show. It is left in training mode."""
 
 
 class NotANumber(UserError):
@@ -154,6 +169,7 @@ def fit(
     folder: Path,
     label: str,
     on_nan: OnNan = "stop",
+    tracker: Tracker | None = None,
 ) -> checkpoint.Checkpoint:
     """Train `model` in place, from its last checkpoint under `folder` if there is one; returns the best checkpoint.
 
@@ -164,7 +180,7 @@ def fit(
     """
     done = checkpoint.usable(folder)
     if not done or done[-1].step < config.steps:
-        done = Training(fabric, model, train, held_out, config, seed, folder, label, on_nan).run(done)
+        done = Training(fabric, model, train, held_out, config, seed, folder, label, on_nan, tracker).run(done)
     else:
         say(f"{label}: finished, skipped")
     chosen = checkpoint.best(checkpoint.prune(folder, done))
@@ -187,8 +203,9 @@ class Training:
         folder: Path,
         label: str,
         on_nan: OnNan = "stop",
+        tracker: Tracker | None = None,
     ):
-        self.on_nan = on_nan
+        self.on_nan, self.tracker = on_nan, tracker or Tracker()
         self.fabric, self.model, self.train, self.held_out = fabric, model, train, held_out
         self.config, self.seed, self.folder, self.label = config, seed, folder, label
         self.draw_anew(rewinds=0)
@@ -208,6 +225,7 @@ class Training:
             say(f"{self.label}: going on from step {step}")
         elif self.on_nan == "rewind":
             self.write(0, held_out=None)  # something to go back to
+        self.tracker.begin(step)
         self.model.train()
         rate = config.batch_size
         with Progress(self.label, config.steps * rate, "images", step * rate) as progress, Signals() as signals:
@@ -220,6 +238,8 @@ class Training:
                     continue
                 step += 1
                 progress.update(rate, terms)
+                if step % CURVE_STEPS == 0:
+                    self.tracker.scalars(step, "train", terms)
                 if step % config.checkpoint_steps == 0 or step == config.steps:
                     self.save(step, terms)
                 elif signals.received:
@@ -286,6 +306,7 @@ class Training:
         if rewinds > self.rewinds + REWINDS:
             raise UserError(f"{error}, after {REWINDS} rewinds to {last.folder}, too. A lower learning rate may help.") from error
         self.draw_anew(rewinds)
+        self.tracker.begin(step)
         say(f"warning: {error}; rewound to {last.folder}, and on with another data order and other noise")
         return step
 
@@ -301,6 +322,8 @@ class Training:
         if not math.isfinite(held_out["loss"]):
             raise UserError(f"{self.label}, step {step}: the held-out loss is not a number. A lower learning rate may help.")
         self.history.append({"step": step, "train": {k: float(v) for k, v in terms.items()}, "held_out": held_out})
+        self.tracker.scalars(step, "held_out", held_out)
+        self.tracker.pictures(step, self.average.module)
         self.write(step, held_out)
 
     def write(self, step: int, held_out: dict[str, float] | None) -> None:

@@ -9,6 +9,7 @@ RUN/config.json            the RunConfig
     tokenizer.json         of captions, for a prior that is told them
     baselines/*.safetensors  the fitted Gaussian and the mixture
     compare/               picture and figures
+    track/                 curves and pictures of the training, where they are asked for
 """
 
 import json

@@ -10,7 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
+import torch
 import tyro
+from torch import Tensor
 
 from pipelines.compare import compare
 from pipelines.config import PRESETS, RunConfig, preset
@@ -20,6 +22,8 @@ from pipelines.fit import OnNan, fit
 from pipelines.refine import TwoStage
 from pipelines.report import generator, table
 from pipelines.run import CHECKPOINTS, Run
+from pipelines.track import GRID_COLUMNS as SHOWN
+from pipelines.track import TrackerKind, Tracking
 from stage1_vae.autoencoder import Autoencoder
 from stage2_prior.autoregressive import LearnedPrior
 from stage2_prior.latents import LatentDataset, LatentSpec
@@ -27,8 +31,9 @@ from stage2_prior.latents import LatentDataset, LatentSpec
 DEFAULT_PRESET = "mnist5k"
 
 
-def train_all(run: Run, on_nan: OnNan = "stop") -> None:
+def train_all(run: Run, on_nan: OnNan = "stop", tracker: TrackerKind = "none") -> None:
     """Every part of a run that is not finished yet. Raises UserError when another process works on it."""
+    tracking = Tracking(tracker, run.folder)
     started = time.monotonic()
     splits = run.data()
     autoencoder = run.new_autoencoder(splits.image_shape)
@@ -41,26 +46,40 @@ def train_all(run: Run, on_nan: OnNan = "stop") -> None:
         except ValueError as error:
             raise UserError(str(error)) from error
     with run.locked():  # only now: a config that cannot be built leaves nothing behind
-        finish(run, splits, autoencoder, prior, on_nan)
+        finish(run, splits, autoencoder, prior, on_nan, tracking)
     say(f"{time.monotonic() - started:.0f} seconds")
 
 
-def finish(run: Run, splits: Splits, autoencoder: Autoencoder, prior: LearnedPrior, on_nan: OnNan) -> None:
+def finish(run: Run, splits: Splits, autoencoder: Autoencoder, prior: LearnedPrior, on_nan: OnNan, tracking: Tracking) -> None:
     config, fabric = run.config, run.fabric
     run.write_facts(splits)
     say(f"{run.folder}: {len(splits.train)} training, {len(splits.validation)} validation, {len(splits.test)} test images")
     images, folder = (splits.train, splits.validation), run.folder
-    fit(fabric, autoencoder, *images, config.stage1, config.seed, folder / "stage1", "stage 1", on_nan)
+    (shown,) = fabric.to_device(splits.validation[slice(SHOWN)])
+
+    def reconstructions(model: Autoencoder) -> dict[str, Tensor]:
+        return {"reconstructions": torch.cat([shown, model.render(model.mean(model.encode(shown)))])}
+
+    def samples(model: LearnedPrior, decoder: Autoencoder = autoencoder) -> dict[str, Tensor]:
+        return {"samples": decoder.render(model.sample(torch.arange(SHOWN, device=fabric.device), seed=0))}
+
+    def both(model: TwoStage) -> dict[str, Tensor]:
+        return reconstructions(model.autoencoder) | samples(model.prior, model.autoencoder)
+
+    tracker = tracking.stage("stage1", reconstructions)
+    fit(fabric, autoencoder, *images, config.stage1, config.seed, folder / "stage1", "stage 1", on_nan, tracker)
     train, validation = (run.encode(autoencoder, getattr(splits, part), part, "stage1") for part in ("train", "validation"))
     warn_of_unused_codes(train, run.specs(autoencoder))
     if run.learned:
         prior.estimate(train)
-        fit(fabric, prior, train, validation, config.stage2, config.seed, folder / "stage2", "stage 2", on_nan)
+        tracker = tracking.stage("stage2", samples)
+        fit(fabric, prior, train, validation, config.stage2, config.seed, folder / "stage2", "stage 2", on_nan, tracker)
     else:
         say("stage 2: none, stage2.steps is 0")
     if config.refine is not None:
-        both = TwoStage(autoencoder, prior)
-        fit(fabric, both, *images, config.refine, config.seed, folder / "refined", "refining both", on_nan)
+        model = TwoStage(autoencoder, prior)
+        tracker = tracking.stage("refined", both)
+        fit(fabric, model, *images, config.refine, config.seed, folder / "refined", "refining both", on_nan, tracker)
         run.encode(autoencoder, splits.train, "train")
     path = run.folder / "compare" / "metrics.json"
     if path.exists():
@@ -87,8 +106,21 @@ def warn_of_unused_codes(latents: LatentDataset, specs: list[LatentSpec]) -> Non
                 )
 
 
-def parse(arguments: list[str]) -> tuple[str, RunConfig, str, OnNan]:
-    """The run's name, its config, the device, and what to do on NaN, from the command line."""
+@dataclass(frozen=True)
+class Options:
+    """How to run: no part of the config, and free to change when a run goes on."""
+
+    device: str = "auto"
+    """auto, cpu, cuda or mps"""
+    on_nan: OnNan = "stop"
+    """when a loss or gradient is not a number: stop before it touches a weight, skip the step, or rewind to the last
+    checkpoint and go on with another data order and other noise"""
+    tracker: TrackerKind = "none"
+    """where curves and pictures of the training go, under RUN/track: csv, tensorboard or wandb"""
+
+
+def parse(arguments: list[str]) -> tuple[str, RunConfig, Options]:
+    """The run's name, its config, and the options, from the command line."""
     named = bool(arguments) and not arguments[0].startswith("-")
     name = arguments[0] if named else DEFAULT_PRESET
     default = preset(name)
@@ -98,11 +130,7 @@ def parse(arguments: list[str]) -> tuple[str, RunConfig, str, OnNan]:
         config: Annotated[RunConfig, tyro.conf.arg(name="")] = default
         run: str = name
         """name of the run, a folder under checkpoints/, or a path; the preset's name when not given"""
-        device: str = "auto"
-        """auto, cpu, cuda or mps"""
-        on_nan: OnNan = "stop"
-        """when a loss or gradient is not a number: stop before it touches a weight, skip the step, or rewind to the last
-        checkpoint and go on with another data order and other noise"""
+        options: Annotated[Options, tyro.conf.arg(name="")] = Options()
 
     presets = "\n".join(f"  {key:15} {description}" for key, (description, _) in PRESETS.items())
     asked = tyro.cli(
@@ -112,13 +140,13 @@ def parse(arguments: list[str]) -> tuple[str, RunConfig, str, OnNan]:
         args=arguments[1:] if named else arguments,
         config=(tyro.conf.AvoidSubcommands,),
     )
-    return asked.run, asked.config, asked.device, asked.on_nan
+    return asked.run, asked.config, asked.options
 
 
 def main(arguments: list[str] | None = None) -> None:
-    name, config, device, on_nan = parse(sys.argv[1:] if arguments is None else arguments)
+    name, config, options = parse(sys.argv[1:] if arguments is None else arguments)
     folder = Path(name) if len(Path(name).parts) > 1 else CHECKPOINTS / name
-    train_all(Run.create(folder, config, device), on_nan)
+    train_all(Run.create(folder, config, options.device), options.on_nan, options.tracker)
 
 
 if __name__ == "__main__":

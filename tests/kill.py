@@ -31,7 +31,7 @@ from pipelines.console import run_command
 FIT = "--{0}.steps 6 --{0}.batch-size 16 --{0}.checkpoint-steps 2 --{0}.warmup-steps 1"
 SMALL = "--autoencoder.network.width 8 --autoencoder.network.blocks 1 --prior.backbone.width 8 --prior.backbone.layers 1"
 STAGES = " ".join(FIT.format(part) for part in ("stage1", "stage2", "metrics.classifier"))
-COMMON = f"--run run --data.root data --metrics.images 80 --device cpu {SMALL} {STAGES}"
+COMMON = f"--run run --data.root data --metrics.images 80 --device cpu --tracker csv {SMALL} {STAGES}"
 PRESETS = {
     "mnist": "",
     "mnist-binary": FIT.format("refine"),

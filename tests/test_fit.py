@@ -43,9 +43,9 @@ class Noisy(nn.Module):
         return {"loss": (self.layers(x + 0.1 * torch.randn_like(x)) - x).square().mean()}
 
 
-def train(folder, config=CONFIG, model=None, on_nan="stop"):
+def train(folder, config=CONFIG, model=None, on_nan="stop", tracker=None):
     model = Noisy() if model is None else model
-    chosen = fit(Fabric(accelerator="cpu"), model, Points(30), Points(10), config, 0, folder, "test", on_nan)
+    chosen = fit(Fabric(accelerator="cpu"), model, Points(30), Points(10), config, 0, folder, "test", on_nan, tracker)
     return model, chosen
 
 

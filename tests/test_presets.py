@@ -13,7 +13,7 @@ from pipelines.compare import compare
 from pipelines.config import PRESETS, RunConfig, from_dict, preset, to_dict
 from pipelines.console import UserError
 from pipelines.run import CHECKPOINTS, PRIORS, Run
-from pipelines.train_all import parse, train_all
+from pipelines.train_all import Options, parse, train_all
 from stage1_vae import bottlenecks
 from stage2_prior.autoregressive import AutoregressiveConfig, AutoregressivePrior
 from stage2_prior.prior import CODE_BASELINES, CONTINUOUS_BASELINES
@@ -143,15 +143,15 @@ def test_a_config_names_the_kinds_of_its_prior(backbone, head):
 @pytest.mark.parametrize("name", PRESETS)
 def test_values_are_overridden_on_the_command_line(name):
     arguments = ["--run", "r", "--stage2.steps", "7", "--autoencoder.network.width", "12", "--seed", "3"]
-    run, config, device, on_nan = parse([name, *arguments])
+    run, config, options = parse([name, *arguments])
     expected = dataclasses.replace(preset(name), stage2=dataclasses.replace(preset(name).stage2, steps=7), seed=3)
     network = dataclasses.replace(expected.autoencoder.network, width=12)
     assert config == dataclasses.replace(expected, autoencoder=dataclasses.replace(expected.autoencoder, network=network))
-    assert (run, device, on_nan) == ("r", "auto", "stop")
+    assert (run, options) == ("r", Options())
 
 
 def test_the_default_is_the_embedded_preset():
-    assert parse([]) == ("mnist5k", preset("mnist5k"), "auto", "stop")
+    assert parse([]) == ("mnist5k", preset("mnist5k"), Options())
 
 
 def test_a_codebook_too_large_for_the_data_is_warned_of(tmp_path, monkeypatch, capsys):

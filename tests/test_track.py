@@ -1,0 +1,106 @@
+"""Trackers: curves and pictures of a training that is stopped, killed or rewound have every step once."""
+
+import csv
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from PIL import Image
+
+from pipelines import fit as fitting
+from pipelines.console import UserError
+from pipelines.track import Tracking
+from tests.test_fit import Breaks, Killed, train
+
+HELD_OUT = [4, 8, 12]
+
+
+@pytest.fixture(autouse=True)
+def a_point_every_second_step(monkeypatch):
+    monkeypatch.setattr(fitting, "CURVE_STEPS", 2)
+
+
+def draw(model):
+    assert not model.training and not torch.is_grad_enabled()
+    return {"weights": torch.full((20, 1, 8, 8), 100, dtype=torch.uint8)}
+
+
+def tracked(folder, kind, **more):
+    return train(folder / "stage", tracker=Tracking(kind, folder).stage("stage", draw), **more)
+
+
+def interrupted(folder, kind):
+    """Killed at step 5, then rewound at step 6 to step 4, then killed at step 9."""
+    for killed_at in (5, 9, None):
+        model = Breaks([6], rewinds=[0], killed_at=killed_at)
+        if killed_at is None:
+            tracked(folder, kind, model=model, on_nan="rewind")
+        else:
+            with pytest.raises(Killed):
+                tracked(folder, kind, model=model, on_nan="rewind")
+
+
+def test_the_weights_do_not_depend_on_it(tmp_path):
+    _, plain = train(tmp_path / "plain")
+    _, chosen = tracked(tmp_path, "csv")
+    assert all(torch.equal(a, b) for a, b in zip(plain.training().values(), chosen.training().values()))
+
+
+def test_csv(tmp_path):
+    interrupted(tmp_path, "csv")
+    with open(tmp_path / "track" / "stage.csv") as file:
+        rows = [(int(row["step"]), row["name"], float(row["value"])) for row in csv.DictReader(file)]
+    assert [step for step, name, _ in rows if name == "train/loss"] == [2, 4, 6, 8, 10, 12]
+    assert [step for step, name, _ in rows if name == "held_out/loss"] == HELD_OUT
+    pictures = sorted((tmp_path / "track" / "stage").iterdir())
+    assert [path.name for path in pictures] == [f"weights-{step:07d}.png" for step in HELD_OUT]
+    with Image.open(pictures[0]) as picture:
+        assert picture.size == (16 * 9 + 1, 2 * 9 + 1)  # two rows of up to 16, with a margin of one pixel
+
+
+def test_csv_with_a_torn_last_line_goes_on(tmp_path):
+    table = tmp_path / "track" / "stage.csv"
+    tracker = Tracking("csv", tmp_path).stage("stage", draw)
+    tracker.begin(0)
+    tracker.scalars(2, "train", {"loss": 0.1})
+    table.write_text(table.read_text() + "4,train/lo")
+    tracker.begin(4)
+    tracker.scalars(6, "train", {"loss": 0.3})
+    assert table.read_text() == "step,name,value\n2,train/loss,0.1\n6,train/loss,0.3\n"
+
+
+def test_tensorboard(tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    interrupted(tmp_path, "tensorboard")
+    events = EventAccumulator(str(tmp_path / "track" / "stage"))
+    events.Reload()
+    assert [event.step for event in events.Scalars("train/loss")] == [2, 4, 6, 8, 10, 12]
+    assert [event.step for event in events.Scalars("held_out/loss")] == HELD_OUT
+    assert [event.step for event in events.Images("weights")] == HELD_OUT
+
+
+def test_wandb(tmp_path, monkeypatch):
+    """Against a stand-in: one run by its id, whatever happens; steps only grow, where the tool refuses others."""
+    logged, ids = [], set()
+
+    def init(*, id, resume, **_):
+        assert resume == "allow"
+        ids.add(id)
+        return SimpleNamespace(log=lambda values, step: logged.append((step, *values)))
+
+    stand_in = SimpleNamespace(init=init, Image=lambda array: array.shape, errors=SimpleNamespace(Error=RuntimeError))
+    monkeypatch.setitem(sys.modules, "wandb", stand_in)
+    interrupted(tmp_path, "wandb")
+    assert len(ids) == 1
+    assert {step for step, name in logged if name == "train/loss"} == {2, 4, 6, 8, 10, 12}
+    assert {step for step, name in logged if name == "weights"} == set(HELD_OUT)
+
+
+@pytest.mark.parametrize("kind", ["tensorboard", "wandb"])
+def test_a_tracker_that_is_not_installed_is_one_sentence(tmp_path, monkeypatch, kind):
+    monkeypatch.setitem(sys.modules, kind, None)
+    with pytest.raises(UserError, match=rf"--tracker {kind} needs the library {kind}: pip install .*trackers"):
+        Tracking(kind, tmp_path)
