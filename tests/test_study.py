@@ -9,9 +9,12 @@ import torch
 from pipelines import study
 from pipelines.config import preset
 from pipelines.console import UserError
+from pipelines.fit import FitConfig
 from pipelines.run import Run
 from pipelines.train_all import train_all
-from tests.parts import shrunk, small_splits
+from stage2_prior.latents import LatentDataset, LatentSpec
+from stage2_prior.prior import GaussianMixturePrior
+from tests.parts import random_latents, shrunk, small_splits
 
 
 @pytest.fixture(scope="module")
@@ -79,10 +82,30 @@ def test_mean_or_sample(run):
     assert found["rms_mean_against_average"] > 0 and found["rms_sample_against_average"] > 0
 
 
-def test_aggregate_posterior(run):
+def test_aggregate_posterior(run, monkeypatch):
+    monkeypatch.setattr(study, "SWEEP_FIT", FitConfig(steps=4, batch_size=16, checkpoint_steps=4))
+    monkeypatch.setattr(study, "SWEEP", {name: (layers, 16, size) for name, (layers, _, size) in study.SWEEP.items()})
     found = numbers(run, "aggregate-posterior")
     assert 0 <= found["mutual_information"] <= found["log_n"] + 1e-3
-    assert set(found["rate"]) == {"standard", "gaussian", "mixture", "learned"}
+    assert set(found["rate"]) == {"standard", "gaussian", "mixture", "per label", "learned"}
+    assert set(found["sweep"]) == set(study.SWEEP)
+    assert found["rate"]["learned"] != found["rate"]["standard"]
+    for name, network in found["sweep"].items():
+        assert network["dimensions"] == study.SWEEP[name][2] and network["negative_elbo"] > network["rate"] > 0
+
+
+def test_a_gaussian_for_each_label_is_their_mixture():
+    labels = torch.tensor([3, 1]).repeat(200)
+    latents = random_latents(400, LatentSpec((1, 1, 2)))
+    prior = study.gaussian_per_label(latents, labels, [LatentSpec((1, 1, 2))])
+    assert prior.weights.tolist() == [0.5, 0.5]
+    z = torch.randn(5, 1, 1, 2)
+    parts = []
+    for label in (1, 3):
+        one = GaussianMixturePrior([LatentSpec((1, 1, 2))], components=1)
+        one.estimate(LatentDataset(latents.posteriors(torch.nonzero(labels == label).squeeze(1))))
+        parts.append(one.log_prob([z]))
+    assert torch.allclose(prior.log_prob([z]), torch.stack(parts).logsumexp(0) - math.log(2), rtol=1e-5)
 
 
 def test_a_run_of_codes_is_refused(tmp_path, monkeypatch):
