@@ -216,9 +216,9 @@ def gradient_noise_of_batches(trained: Trained, counts: list[int]) -> dict[int, 
 
 @torch.inference_mode()
 def evidence(trained: Trained) -> Findings:
-    """log p(x) of one typical image: naive Monte Carlo, the ELBO and the importance-weighted bound, against the number"
-    f" of z."""
-    total, counts = 10_000, [1, 3, 10, 30, 100, 300, 1000, 3000, 10_000]
+    """log p(x) of one typical image: naive Monte Carlo, the ELBO, the importance-weighted bound, against the number of z."""
+    total = TOTAL // 10
+    counts = [scale * 10**power for power in range(5) for scale in (1, 3) if scale * 10**power <= total]
     image = trained.typical(1)[0]
     log_likelihood, log_q, z = trained.draws(image, total)
     curves: dict[str, list[float]] = {}
@@ -277,6 +277,7 @@ def mean_or_sample(trained: Trained) -> Findings:
     point = config.build(splits.image_shape)
     folder = run.folder / "studies" / "point-posterior"
     fit(run.fabric, point, splits.train, splits.validation, run.config.stage1, run.config.seed, folder, "point posterior")
+    space = feature_space(run.fabric, run.config.metrics, splits, run.folder.parent / CLASSIFIERS)
     images = splits.test.images[:200]
     with torch.inference_mode():
         (posterior,) = trained.autoencoder.encode(trained.on_device(images))
@@ -290,7 +291,6 @@ def mean_or_sample(trained: Trained) -> Findings:
         scale = {"VAE": posterior["mean"], "point posterior": codes["mean"]}
         standard = {name: float(values.std()) for name, values in scale.items()}
         noise = trained.standard.sample(torch.arange(16, device=run.fabric.device), seed=0)
-        space = feature_space(run.fabric, run.config.metrics, splits, run.folder.parent / CLASSIFIERS)
         distance = {}
         for name, model in (("VAE", trained.autoencoder), ("point posterior", point)):
             draws = (trained.standard.sample(some, seed=0) for some in torch.arange(1000, device=run.fabric.device).split(CHUNK))

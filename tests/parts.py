@@ -1,13 +1,17 @@
 """The parts that contract tests iterate over, and small stand-ins for data."""
 
 import dataclasses
+from pathlib import Path
 
+import pytest
 import torch
 from torch import Tensor, nn
 
-from pipelines.config import RunConfig
+from pipelines import train_all
+from pipelines.config import RunConfig, preset
 from pipelines.data import ImageSet, Splits, with_validation
 from pipelines.fit import FitConfig
+from pipelines.run import Run
 from stage1_vae import bottlenecks, likelihoods
 from stage1_vae.hierarchy import Hierarchical
 from stage1_vae.networks import Convolutional, ConvolutionalFlat, FullyConnected
@@ -116,6 +120,19 @@ def shrunk_prior(prior: PriorConfig) -> PriorConfig:
     if isinstance(prior, CascadeConfig):
         return dataclasses.replace(prior, top=shrunk_prior(prior.top), bottom=shrunk_prior(prior.bottom))
     return dataclasses.replace(prior, backbone=dataclasses.replace(prior.backbone, width=8, layers=2))
+
+
+def trained_run(folder: Path, name: str, **parts) -> Run:
+    """A shrunk run of a preset with other parts of the autoencoder, without its comparison."""
+    config = shrunk(preset(name))
+    config = dataclasses.replace(config, autoencoder=dataclasses.replace(config.autoencoder, **parts))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(config.data), "load", lambda self, report=None: small_splits((1, 28, 28), 4))
+        patch.setattr(train_all, "compare", lambda run, splits: ({}, None))
+        patch.setattr(train_all, "table", lambda metrics: "")
+        run = Run.create(folder / name, config, "cpu")
+        train_all.train_all(run)
+    return run
 
 
 def jacobian(function, inputs: Tensor) -> Tensor:

@@ -1,6 +1,5 @@
 """The likelihood of held-out images: what is counted, what is told beside it, and that nothing is lost when it is stopped."""
 
-import dataclasses
 import json
 import math
 import os
@@ -9,33 +8,19 @@ import signal
 import pytest
 import torch
 
-from pipelines import likelihood, train_all
-from pipelines.config import preset
+from pipelines import likelihood
 from pipelines.console import Stopped, UserError
 from pipelines.likelihood import active_units, columns_of, mutual_information, notes_of, rate_maps
 from pipelines.run import Run
 from stage1_vae import bottlenecks, likelihoods
 from stage1_vae.bottlenecks import gaussian_rate
 from stage2_prior.latents import LatentDataset
-from tests.parts import shrunk, small_splits
-
-
-def trained(folder, name: str, **parts) -> Run:
-    """A shrunk run, without its comparison."""
-    config = shrunk(preset(name))
-    config = dataclasses.replace(config, autoencoder=dataclasses.replace(config.autoencoder, **parts))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(type(config.data), "load", lambda self, report=None: small_splits((1, 28, 28), 4))
-        patch.setattr(train_all, "compare", lambda run, splits: ({}, None))
-        patch.setattr(train_all, "table", lambda metrics: "")
-        run = Run.create(folder / name, config, "cpu")
-        train_all.train_all(run)
-    return run
+from tests.parts import small_splits, trained_run
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    return trained(tmp_path_factory.mktemp("likelihood"), "mnist5k")
+    return trained_run(tmp_path_factory.mktemp("likelihood"), "mnist5k")
 
 
 @pytest.fixture(autouse=True)
@@ -108,7 +93,7 @@ def test_a_stopped_measurement_goes_on_and_ends_the_same(run, monkeypatch):
 
 
 def test_codes_over_all_levels(tmp_path):
-    run = trained(tmp_path, "fashion-vqvae2")
+    run = trained_run(tmp_path, "fashion-vqvae2")
     result = measured(run)
     assert result["samples"] == 1 and result["codes"] == 2 and "latents" not in result
     assert set(result["priors"]) == {"standard", "unigram", "learned"}
@@ -135,7 +120,7 @@ def test_codes_over_all_levels(tmp_path):
     ],
 )
 def test_bits_per_dimension_of_probabilities_only(tmp_path, kind, says):
-    result = measured(trained(tmp_path, "mnist5k", likelihood=kind), naive=0, priors=["standard"])
+    result = measured(trained_run(tmp_path, "mnist5k", likelihood=kind), naive=0, priors=["standard"])
     best = result["priors"]["standard"]["importance_weighted"]
     assert says in notes_of(result)[0]
     if says == "a probability":
@@ -169,7 +154,7 @@ def test_bad_input(run, arguments, says):
 
 
 def test_a_deterministic_encoder_is_refused(tmp_path):
-    run = trained(tmp_path, "mnist5k", bottleneck=bottlenecks.Deterministic())
+    run = trained_run(tmp_path, "mnist5k", bottleneck=bottlenecks.Deterministic())
     with pytest.raises(UserError, match="no density"):
         measured(run)
 

@@ -11,20 +11,19 @@ from pipelines.config import preset
 from pipelines.console import UserError
 from pipelines.fit import FitConfig
 from pipelines.run import Run
-from pipelines.train_all import train_all
 from stage2_prior.latents import LatentDataset, LatentSpec
 from stage2_prior.prior import GaussianMixturePrior
-from tests.parts import random_latents, shrunk, small_splits
+from tests.parts import random_latents, shrunk, small_splits, trained_run
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        config = shrunk(preset("mnist5k"))
-        patch.setattr(type(config.data), "load", lambda self, report=None: small_splits((1, 28, 28), 4))
-        made = Run.create(tmp_path_factory.mktemp("study") / "r", config, "cpu")
-        train_all(made)
-        yield made
+    return trained_run(tmp_path_factory.mktemp("study"), "mnist5k")
+
+
+@pytest.fixture(autouse=True)
+def data(monkeypatch):
+    monkeypatch.setattr(Run, "data", lambda self: small_splits((1, 28, 28), 4))
 
 
 def numbers(run: Run, name: str) -> dict:
@@ -70,7 +69,8 @@ def test_the_gradient_of_each_draw_is_that_of_its_weight(run):
         assert torch.allclose(gradients[i], expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max()))
 
 
-def test_evidence(run):
+def test_evidence(run, monkeypatch):
+    monkeypatch.setattr(study, "TOTAL", 10_000)
     found = numbers(run, "evidence")
     for name, prior in found["priors"].items():
         assert found["curves"][f"ELBO, {name}"][0] <= prior["log_evidence"]
@@ -108,10 +108,8 @@ def test_a_gaussian_for_each_label_is_their_mixture():
     assert torch.allclose(prior.log_prob([z]), torch.stack(parts).logsumexp(0) - math.log(2), rtol=1e-5)
 
 
-def test_a_run_of_codes_is_refused(tmp_path, monkeypatch):
-    config = shrunk(preset("mnist-vqvae"))
-    monkeypatch.setattr(type(config.data), "load", lambda self, report=None: small_splits((1, 28, 28), 4))
-    made = Run.create(tmp_path / "codes", config, "cpu")
-    train_all(made)
+def test_a_run_of_codes_is_refused(tmp_path):
+    made = Run.create(tmp_path / "codes", shrunk(preset("mnist-vqvae")), "cpu")
+    made.write_facts(small_splits((1, 28, 28), 4))
     with pytest.raises(UserError, match="no q"):
         study.main(["evidence", "--run", str(made.folder), "--device", "cpu"])
