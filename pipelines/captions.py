@@ -44,7 +44,14 @@ class CaptionTokenizer:
     """Byte-pair encoding of lower-cased text (the `tokenizers` library), fitted to the training captions."""
 
     def __init__(self, path: Path):
-        self.tokenizer = library().Tokenizer.from_file(str(path))
+        """Raises UserError when the file is missing or is no tokenizer's."""
+        tokenizer = library().Tokenizer
+        try:
+            self.tokenizer = tokenizer.from_file(str(path))
+        except Exception as error:  # the library raises no more special one
+            raise UserError(
+                f"{path} is no tokenizer ({error}); delete it and run train_all again, to have it made again as it was"
+            ) from error
 
     @staticmethod
     def train(captions: Sequence[str], vocabulary: int, path: Path) -> None:

@@ -36,10 +36,14 @@ def flush(path: Path) -> None:
 
 
 def write_flushed(path: Path, content: bytes) -> None:
-    with open(path, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        with open(path, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        error.filename = str(path)  # which a full disk does not name
+        raise
 
 
 def beside(path: Path) -> Path:
@@ -61,6 +65,14 @@ def write_file(path: Path, content: bytes) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     write_file(path, (json.dumps(value, indent=2) + "\n").encode())
+
+
+def read_json(path: Path) -> Any:
+    """Raises UserError when that is not what the file holds."""
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise UserError(f"{path} cannot be read ({error}); delete it and run train_all again, to have it made again") from error
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:

@@ -61,7 +61,7 @@ def run_command(main: Callable[[], None]) -> None:
     except UserError as error:
         sys.exit(fail(str(error)))
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT, errno.EPERM):
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS):
             raise
         sys.exit(
             fail(

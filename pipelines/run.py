@@ -126,7 +126,7 @@ class Run:
         path = self.folder / "stage1" / "facts.json"
         if not path.is_file():
             raise UserError(f"{self.folder} is unfinished: stage 1 has not been trained. Run its train_all command again.")
-        facts = json.loads(path.read_text())
+        facts = checkpoint.read_json(path)
         return facts | {"image_shape": tuple(facts["image_shape"])}
 
     # Stage 1

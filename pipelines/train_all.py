@@ -3,7 +3,6 @@
 The same command again goes on where it was: finished parts are skipped, an interrupted one resumes from its checkpoint.
 """
 
-import json
 import sys
 import time
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ import torch
 import tyro
 from torch import Tensor
 
+from pipelines.checkpoint import read_json
 from pipelines.compare import compare
 from pipelines.config import PRESETS, RunConfig, preset
 from pipelines.console import UserError, run_command, say
@@ -83,7 +83,7 @@ def finish(run: Run, splits: Splits, autoencoder: Autoencoder, prior: LearnedPri
         run.encode(autoencoder, splits.train, "train")
     path = run.folder / "compare" / "metrics.json"
     if path.exists():
-        metrics = json.loads(path.read_text())
+        metrics = read_json(path)
         say("compare: finished, skipped")
     else:
         metrics, _ = compare(run, splits)

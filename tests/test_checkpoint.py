@@ -4,15 +4,18 @@ import errno
 import hashlib
 import io
 import json
+import os
 import pickle
 import random
+import resource
+from contextlib import contextmanager
 
 import pytest
 import torch
 from torch import nn
 
 from pipelines import checkpoint
-from pipelines.console import UserError
+from pipelines.console import UserError, run_command
 
 
 def torch_pickle(content) -> bytes:
@@ -137,6 +140,49 @@ def test_no_good_one_is_an_error_that_says_what_to_do(tmp_path):
     (tmp_path / "step-0000001" / "model.safetensors").write_bytes(b"")
     with pytest.raises(UserError, match="model.safetensors.*Delete"):
         checkpoint.usable(tmp_path)
+
+
+@contextmanager
+def files_of_at_most(size):
+    """The system refuses to write more into a file, as it does when a disk is full."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("what", ["checkpoint", "tensors", "file"])
+def test_what_the_disk_does_not_take_is_named_in_a_sentence_and_nothing_is_left(tmp_path, capsys, what):
+    target = tmp_path / "x.safetensors"
+    large = {"w": torch.zeros(1000)}
+    write = {
+        "checkpoint": lambda: checkpoint.save(tmp_path, {"step": 1}, large, large),
+        "tensors": lambda: checkpoint.cached(target, "key", lambda: large),
+        "file": lambda: checkpoint.write_file(target, bytes(4000)),
+    }[what]
+    with files_of_at_most(500), pytest.raises(SystemExit) as ended:
+        run_command(write)
+    said = capsys.readouterr().err
+    assert ended.value.code == 2 and str(tmp_path) in said and "make room" in said
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EACCES])
+def test_a_full_or_read_only_folder_ends_in_a_sentence(capsys, number):
+    def main():
+        raise OSError(number, os.strerror(number), "RUN/latents")
+
+    with pytest.raises(SystemExit) as ended:
+        run_command(main)
+    assert ended.value.code == 2 and f"{os.strerror(number)}: RUN/latents" in capsys.readouterr().err
+
+
+def test_json_that_is_none_is_named(tmp_path):
+    (tmp_path / "facts.json").write_text('{"image_shape": [1, 28')
+    with pytest.raises(UserError, match="facts.json cannot be read .*train_all again"):
+        checkpoint.read_json(tmp_path / "facts.json")
 
 
 def test_a_full_disk_leaves_the_last_good_one(tmp_path, monkeypatch):

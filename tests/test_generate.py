@@ -1,6 +1,7 @@
 """What can be asked of generate beyond a count: labels, guidance, text, rejection, completion."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -98,6 +99,16 @@ def test_the_comparison_of_a_conditional_prior_of_codes(runs):
         assert all(1 <= level["perplexity"] <= level["codes"] for level in metrics["codes"])
         shares = [row["kept"] for row in metrics["rejection"]]
         assert shares == sorted(shares, reverse=True) and len({row["images"] for row in metrics["rejection"]}) == 1
+
+
+def test_a_damaged_tokenizer_is_named(runs, tmp_path):
+    path = Path(runs["fashion-dalle"]) / "tokenizer.json"
+    content = path.read_bytes()
+    for damaged in (content[:-100], b"", b"{}"):
+        path.write_bytes(damaged)
+        with pytest.raises(UserError, match="tokenizer.json is no tokenizer .*train_all again"):
+            drawn(runs["fashion-dalle"], "--text", "a boot", tmp_path=tmp_path)
+    path.write_bytes(content)
 
 
 def test_own_captions_are_read_and_wrong_ones_named(tmp_path):
