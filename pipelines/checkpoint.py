@@ -21,7 +21,8 @@ from typing import Any
 import safetensors.torch
 from torch import Tensor, nn
 
-from pipelines.console import UserError, say
+from pipelines import ranks
+from pipelines.console import UserError, first_process, say
 
 CHECKSUMS = "checksums.json"
 
@@ -52,7 +53,9 @@ def beside(path: Path) -> Path:
 
 
 def write_file(path: Path, content: bytes) -> None:
-    """Write a file so that it is there whole or not at all."""
+    """Write a file so that it is there whole or not at all. Of several processes the first does; the others return at once."""
+    if not first_process():
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = beside(path)
     try:
@@ -107,7 +110,7 @@ def fill(model: nn.Module, tensors: dict[str, Tensor], path: Path) -> None:
         else:
             continue
         raise UserError(f"{path} is of another model: {wrong}")
-    model.load_state_dict(tensors)
+    model.load_state_dict({name: ranks.as_split(tensor, expected[name]) for name, tensor in tensors.items()})
 
 
 @dataclass(frozen=True)
@@ -216,17 +219,25 @@ def prune(folder: Path, checkpoints: list[Checkpoint], keep_last: int = 2) -> li
 
 
 def cached(path: Path, key: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Tensors from a file made once; made again when the file is not there, is unreadable, or was made under another key."""
-    try:
-        with safetensors.safe_open(path, "pt") as file:
-            if (file.metadata() or {}).get("key") == key:
-                return {name: file.get_tensor(name) for name in file.keys()}
-    except FileNotFoundError:
-        pass
-    except safetensors.SafetensorError:
-        say(f"warning: {path} is truncated or altered; made again")
+    """Tensors from a file made once; made again when the file is not there, is unreadable, or was made under another key.
+
+    Called by all processes together, and so is `make`.
+    """
+
+    def current() -> bool:
+        try:
+            with safetensors.safe_open(path, "pt") as file:
+                return (file.metadata() or {}).get("key") == key
+        except FileNotFoundError:
+            return False
+        except safetensors.SafetensorError:
+            say(f"warning: {path} is truncated or altered; made again")
+            return False
+
+    if ranks.on_first(current):
+        return read_tensors(path)
     tensors = make()
-    write_tensors(path, tensors, {"key": key})
+    ranks.on_first(lambda: write_tensors(path, tensors, {"key": key}))
     return tensors
 
 

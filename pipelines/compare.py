@@ -19,10 +19,10 @@ import torch
 import tyro
 from torch import Tensor
 
-from pipelines import checkpoint
+from pipelines import checkpoint, ranks
 from pipelines.checkpoint import write_json
 from pipelines.config import ExtractorName, to_dict
-from pipelines.console import Progress, UserError, run_command, say
+from pipelines.console import UserError, first_process, run_command, say
 from pipelines.data import Splits
 from pipelines.generate import generate
 from pipelines.likelihood import as_table, likelihood, rate_maps
@@ -212,27 +212,25 @@ def interpolations(run: Run, autoencoder: Autoencoder, latents: LatentDataset, c
 @torch.inference_mode()
 def reconstruct(run: Run, autoencoder: Autoencoder, latents: LatentDataset, chosen: Tensor) -> Tensor:
     """The decoder's mean image at a sample z ~ q(z|x), as generation decodes samples; uint8 N C H W."""
-    images = []
-    with Progress("reconstructing", len(chosen), "images") as progress:
-        for batch in chosen.split(BATCH):
-            posteriors = run.fabric.to_device(latents.posteriors(batch))
-            torch.manual_seed(int(batch[0]))
-            images.append(autoencoder.render(autoencoder.sample(posteriors)).cpu())
-            progress.update(len(batch))
-    return torch.cat(images)
+
+    def reconstructed(batch: Tensor) -> Tensor:
+        posteriors = run.fabric.to_device(latents.posteriors(batch))
+        torch.manual_seed(int(batch[0]))
+        return autoencoder.render(autoencoder.sample(posteriors)).cpu()
+
+    return torch.cat(ranks.in_batches(reconstructed, chosen, BATCH, "reconstructing"))
 
 
 @torch.inference_mode()
 def latent_nll(run: Run, prior: Prior, latents: LatentDataset, chosen: Tensor, seed: int) -> float:
     """-E_q[log p(z)] in nats an image, over one z ~ q(z|x) of each chosen image; the same draws for every prior."""
-    total = 0.0
-    with Progress("likelihood of latents", len(chosen), "images") as progress:
-        for batch in chosen.split(BATCH):
-            torch.manual_seed(seed + int(batch[0]))
-            levels, contexts = run.fabric.to_device(latents[batch])
-            total -= float(prior.log_prob(levels, contexts).sum())
-            progress.update(len(batch))
-    return total / len(chosen)
+
+    def nats(batch: Tensor) -> float:
+        torch.manual_seed(seed + int(batch[0]))
+        levels, contexts = run.fabric.to_device(latents[batch])
+        return -float(prior.log_prob(levels, contexts).sum())
+
+    return sum(ranks.in_batches(nats, chosen, BATCH, "likelihood of latents")) / len(chosen)
 
 
 def classifier(run: Run, splits: Splits, seed: int) -> Classifier:
@@ -311,7 +309,7 @@ class Arguments:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    asked = tyro.cli(Arguments, prog="python -m pipelines.compare", args=arguments)
+    asked = tyro.cli(Arguments, prog="python -m pipelines.compare", args=arguments, console_outputs=first_process())
     if not asked.runs:
         raise UserError("name a run to compare: python -m pipelines.compare RUN [RUN …]")
     runs = [Run.open(name, asked.device) for name in asked.runs]

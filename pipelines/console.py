@@ -2,6 +2,7 @@
 
 import difflib
 import errno
+import os
 import signal
 import sys
 import threading
@@ -10,6 +11,11 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import SupportsFloat
 
 from tqdm import tqdm
+
+
+def first_process() -> bool:
+    """Whether this is the process that prints and writes, of those that torchrun started; else there is but one."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 class UserError(ValueError):
@@ -70,26 +76,32 @@ def run_command(main: Callable[[], None]) -> None:
             )
         )
     except Stopped as stopped:
-        print(f"\n{stopped}", file=sys.stderr)
+        if first_process():
+            print(f"\n{stopped}", file=sys.stderr)
         sys.exit(128 + stopped.signal)
     except KeyboardInterrupt:
-        print("\ninterrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        if first_process():
+            print("\ninterrupted; the same command goes on from the last checkpoint", file=sys.stderr)
         sys.exit(130)
 
 
 def fail(message: str) -> int:
-    print(f"error: {message}", file=sys.stderr)
+    """Printed once a machine: a missing folder or device can be a matter of one."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        print(f"error: {message}", file=sys.stderr)
     return 2
 
 
 def say(message: str) -> None:
     """One line for the person, and for the log."""
+    if not first_process():
+        return
     tqdm.write(message, file=sys.stdout)
     sys.stdout.flush()
 
 
 class Progress:
-    """A bar on a terminal; elsewhere a line now and then.
+    """A bar on a terminal; elsewhere a line now and then; nothing where there is no label.
 
     values passed to `update` stand behind the bar; they are only read (a tensor fetched from its device) when shown.
     """
@@ -97,13 +109,14 @@ class Progress:
     LINES = 10  # at most about so many lines where the output is no terminal
     SECONDS = 5.0  # at least between two of them
 
-    def __init__(self, label: str, total: int, unit: str, done: int = 0):
+    def __init__(self, label: str | None, total: int, unit: str, done: int = 0):
+        self.silent = label is None or not first_process()
         self.label, self.total, self.unit, self.done, self.first = label, total, unit, done, done
         self.started = self.shown = time.monotonic()
         self.next_line = done + max(1, (total - done) // self.LINES)
-        self.bar = (
-            tqdm(total=total, initial=done, desc=label, unit=f" {unit}", dynamic_ncols=True) if sys.stderr.isatty() else None
-        )
+        self.bar = None
+        if sys.stderr.isatty() and not self.silent:
+            self.bar = tqdm(total=total, initial=done, desc=label, unit=f" {unit}", dynamic_ncols=True)
 
     def __enter__(self) -> "Progress":
         return self
@@ -116,7 +129,7 @@ class Progress:
                 self.bar.set_postfix_str(formatted(values), refresh=False)
                 self.shown = now
             self.bar.update(count)
-        elif self.done >= self.next_line and now - self.shown > self.SECONDS:
+        elif not self.silent and self.done >= self.next_line and now - self.shown > self.SECONDS:
             self.line(values or {})
             self.next_line = self.done + max(1, (self.total - self.first) // self.LINES)
             self.shown = now

@@ -5,22 +5,31 @@ It knows only `model(*batch, step=step)["loss"]`, and judges held-out batches by
 The data order is a function of (seed, step); torch is reseeded from (seed, step, rank) before every step; the learning
 rate is a function of the step. So a resumed run equals an uninterrupted one, and there is no state but weights,
 optimizer, step, and how often training was rewound: the seed is also a function of that.
+
+Of every batch each process takes an equal share, in one or more microbatches. Losses are means over them, so gradients are
+those of the whole batch, and every process takes the same step.
 """
 
+import copy
+import logging
 import math
+import os
 import signal
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol, SupportsFloat
 
 import torch
 from lightning_fabric import Fabric
+from lightning_fabric.strategies import DDPStrategy, ModelParallelStrategy, Strategy
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import fully_shard
 
-from pipelines import checkpoint
+from pipelines import checkpoint, ranks
 from pipelines.console import Progress, Signals, Stopped, UserError, say
 
 Precision = Literal["auto", "float32", "bfloat16"]
@@ -29,14 +38,44 @@ REWINDS = 3  # from one checkpoint, before it is given up
 CURVE_STEPS = 50  # between two points of a tracker's curves
 
 
-def fabric_for(device: str, precision: Precision) -> Fabric:
-    """Where and how to train. device: a Lightning accelerator's name; auto precision: see RunConfig."""
+def fabric_for(device: str, precision: Precision, sharded: bool = False) -> Fabric:
+    """Where and how to train. device: a Lightning accelerator's name; auto precision: see RunConfig.
+
+    Under torchrun, connects its processes. sharded: each holds a share of weights and optimizer, not all of them.
+    Raises UserError when a machine has fewer devices than processes.
+    """
+    on_gpu = device in ("auto", "cuda") and torch.cuda.is_available()
     if precision == "auto":
-        on_gpu = device != "cpu" and torch.cuda.is_available()
         cpu = torch.cpu.get_capabilities()
         native = torch.cuda.is_bf16_supported() if on_gpu else cpu.get("avx512_bf16") or cpu.get("amx_bf16")
         precision = "bfloat16" if native else "float32"
-    return Fabric(accelerator=device, devices=1, precision="bf16-mixed" if precision == "bfloat16" else "32-true")
+    processes, here = (int(os.environ.get(name, "1")) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
+    if on_gpu and here > torch.cuda.device_count():
+        raise UserError(f"{here} processes need as many CUDA devices; here are {torch.cuda.device_count()}")
+    strategy: str | Strategy = "auto"
+    if processes > 1:
+        strategy = ModelParallelStrategy(shard, processes, tensor_parallel_size=1) if sharded else DDPStrategy()
+    elif sharded:
+        raise UserError("weights can be sharded over two or more processes only: torchrun --nproc-per-node N -m pipelines.…")
+    fabric = Fabric(
+        accelerator=device,
+        devices=here,
+        num_nodes=processes // here,
+        strategy=strategy,
+        precision="bf16-mixed" if precision == "bfloat16" else "32-true",
+    )
+    logging.getLogger("lightning_fabric").setLevel(logging.WARNING)  # what else it tells of every process is no news
+    fabric.launch()
+    return fabric
+
+
+def shard(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
+    """FSDP2: every block of a causal backbone by itself, brought together only while it computes; then the rest."""
+    for name, block in model.named_modules():
+        if name.rpartition(".")[0].endswith(("backbone.blocks", "backbone.layers")):
+            fully_shard(block, mesh=mesh["data_parallel"])
+    fully_shard(model, mesh=mesh["data_parallel"])
+    return model
 
 
 class Source(Protocol):
@@ -50,9 +89,17 @@ class Source(Protocol):
     def __getitem__(self, indices: Any) -> tuple: ...
 
 
-def prefetch(source: Source, indices: Any) -> None:
+def prefetch(source: Any, indices: Any) -> None:
     if hasattr(source, "prefetch"):
         source.prefetch(indices)
+
+
+def in_order(source: Any, rows: Tensor, batch_size: int) -> Any:
+    """The examples of a batch that `ranks.in_batches` gives; of those on disk, the next of this process begin to be read."""
+    start, after = int(rows[0]), int(rows[0]) + ranks.count() * batch_size
+    batch = source[start : start + len(rows)]
+    prefetch(source, slice(after, after + batch_size))
+    return batch
 
 
 class Tracker:
@@ -80,6 +127,9 @@ class FitConfig:
     """optimizer steps"""
     batch_size: int = 128
     """images a step, over all devices"""
+    microbatches: int = 1
+    """parts of a device's share of the batch, one after the other, whose gradients are summed: for what memory cannot hold at
+    once. The step is that of the whole batch; but codebooks, normalizations and a learned σ take in one part at a time"""
     learning_rate: float = 1e-3
     """peak learning rate of AdamW, after a linear warm-up and before a cosine decay to 0"""
     warmup_steps: int = 100
@@ -92,11 +142,35 @@ class FitConfig:
     """decay a step of the running average of the weights, which is what is kept; 0 keeps the raw weights"""
     checkpoint_steps: int = 500
     """steps between checkpoints; the held-out loss is measured at each, and the best one is kept"""
+    compile: bool = False
+    """compile the model with torch.compile, which takes a minute and pays in long trainings; without, where it does not work"""
 
 
 def learning_rate(config: FitConfig, step: int) -> float:
     warmup = min(1.0, (step + 1) / max(config.warmup_steps, 1))
     return config.learning_rate * warmup * 0.5 * (1 + math.cos(math.pi * step / config.steps))
+
+
+def check_shares(config: FitConfig) -> None:
+    """Raises UserError when a batch does not divide into equal microbatches in each process."""
+    shares = config.microbatches * ranks.count()
+    if config.microbatches < 1 or config.batch_size % shares:
+        raise UserError(
+            f"batches of {config.batch_size} do not divide into {config.microbatches} microbatches in each of {ranks.count()}"
+            f" processes; a batch size that is a multiple of {max(shares, ranks.count())} does"
+        )
+
+
+def can_compile(fabric: Fabric) -> bool:
+    """Whether torch.compile works here; says so where it does not, for want of a compiler, say."""
+    probe = nn.Linear(1, 1, device=fabric.device)
+    probe.compile()
+    try:
+        probe(torch.ones(1, 1, device=fabric.device))
+    except RuntimeError as error:
+        say(f"warning: torch.compile does not work here ({str(error).splitlines()[0]}); going on without")
+        return False
+    return True
 
 
 class Order:
@@ -133,30 +207,48 @@ def seed_of(*numbers: int) -> int:
     return state >> 1
 
 
-def running_average(decay: float):
-    """An exponential average whose window grows with the step, so that it forgets the initial weights early."""
+class Average:
+    """An exponential average of the weights, whose window grows with the step, so that it forgets the initial weights early."""
 
-    def update(averaged: list[Tensor], current: list[Tensor], count: Tensor) -> None:
-        steps = float(count)
-        torch._foreach_lerp_(averaged, current, 1 - min(decay, (1 + steps) / (10 + steps)))
+    def __init__(self, model: nn.Module, decay: float):
+        self.decay = decay
+        self.current = [ranks.own_part(parameter.detach()) for parameter in model.parameters()]
+        self.averaged = [weights.clone() for weights in self.current]
 
-    return update
+    def update(self, step: int) -> None:
+        """Take in the weights after this step."""
+        decay = min(self.decay, (1 + step) / (10 + step)) if step else 0.0
+        torch._foreach_lerp_(self.averaged, self.current, 1 - decay)
+
+    @contextmanager
+    def in_use(self) -> Iterator[None]:
+        """Inside, the model has the averaged weights."""
+        self.exchange()
+        try:
+            yield
+        finally:
+            self.exchange()
+
+    def exchange(self) -> None:
+        for averaged, current in zip(self.averaged, self.current):
+            held = current.clone()
+            current.copy_(averaged)
+            averaged.copy_(held)
 
 
 @torch.no_grad()
 def evaluate(fabric: Fabric, model: nn.Module, source: Source, batch_size: int, seed: int) -> dict[str, float]:
     """The mean of the model's terms over a data set, with the same draws every time. The model is left in training mode."""
+
+    def terms(rows: Tensor) -> dict[str, float]:
+        torch.manual_seed(seed_of(seed, 1, int(rows[0])))
+        batch = in_order(source, rows, batch_size)
+        return {name: float(value) * len(rows) for name, value in model(*fabric.to_device(batch)).items()}
+
     model.eval()
-    torch.manual_seed(seed_of(seed, 1))
-    totals: dict[str, float] = {}
-    for start in range(0, len(source), batch_size):
-        rows = slice(start, min(start + batch_size, len(source)))
-        batch = source[rows]
-        prefetch(source, slice(rows.stop, rows.stop + batch_size))
-        for name, value in model(*fabric.to_device(batch)).items():
-            totals[name] = totals.get(name, 0.0) + float(value) * (rows.stop - rows.start)
+    batches = ranks.in_batches(terms, torch.arange(len(source)), batch_size)
     model.train()
-    return {name: total / len(source) for name, total in totals.items()}
+    return {name: sum(batch[name] for batch in batches) / len(source) for name in batches[0]}
 
 
 def fit(
@@ -178,12 +270,14 @@ def fit(
     goes back to the last checkpoint and on with another data order and other noise, REWINDS times at most), OSError when a
     checkpoint cannot be written, and Stopped when a signal asked to end: after a checkpoint, from which it goes on.
     """
-    done = checkpoint.usable(folder)
+    done = ranks.on_first(lambda: checkpoint.usable(folder))
     if not done or done[-1].step < config.steps:
-        done = Training(fabric, model, train, held_out, config, seed, folder, label, on_nan, tracker).run(done)
+        # What has been sharded stays so; the caller's model is not.
+        trained = copy.deepcopy(model) if isinstance(fabric.strategy, ModelParallelStrategy) else model
+        done = Training(fabric, trained, train, held_out, config, seed, folder, label, on_nan, tracker).run(done)
     else:
         say(f"{label}: finished, skipped")
-    chosen = checkpoint.best(checkpoint.prune(folder, done))
+    chosen = checkpoint.best(ranks.on_first(lambda: checkpoint.prune(folder, done)))
     chosen.load_into(model)
     fabric.to_device(model).eval()
     return chosen
@@ -208,12 +302,16 @@ class Training:
         self.on_nan, self.tracker = on_nan, tracker or Tracker()
         self.fabric, self.model, self.train, self.held_out = fabric, model, train, held_out
         self.config, self.seed, self.folder, self.label = config, seed, folder, label
+        check_shares(config)
         self.draw_anew(rewinds=0)
+        if config.compile and can_compile(fabric):
+            model.compile()
+        self.wrapped = fabric.setup_module(model)
         self.optimizer = torch.optim.AdamW(
             model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay, betas=(0.9, 0.99), fused=True
         )
-        self.wrapped, self.wrapped_optimizer = fabric.setup(model, self.optimizer)
-        self.average = AveragedModel(model, multi_avg_fn=running_average(config.average_decay))
+        self.wrapped_optimizer: Any = fabric.setup_optimizers(self.optimizer)
+        self.average = Average(model, config.average_decay)
         self.history: list[dict[str, Any]] = []
         self.kept: list[checkpoint.Checkpoint] = []
 
@@ -240,53 +338,76 @@ class Training:
                 progress.update(rate, terms)
                 if step % CURVE_STEPS == 0:
                     self.tracker.scalars(step, "train", terms)
+                received = self.received(signals)
                 if step % config.checkpoint_steps == 0 or step == config.steps:
                     self.save(step, terms)
-                elif signals.received:
+                elif received:
                     self.write(step, held_out=None)
-                if signals.received:
-                    name = signal.Signals(signals.received).name
+                if received:
+                    name = signal.Signals(received).name
                     where = f"{self.label}, step {step} of {config.steps}"
-                    raise Stopped(f"{name}: saved at {where}; the same command goes on from there", signals.received)
+                    raise Stopped(f"{name}: saved at {where}; the same command goes on from there", received)
         return self.kept
 
-    def indices(self, step: int) -> Tensor:
-        return self.order.indices(step)[self.fabric.global_rank :: self.fabric.world_size]
+    def received(self, signals: Signals) -> int:
+        """The signal that some process received, or 0: the same on all."""
+        return ranks.largest(signals.received or 0, self.fabric.device)
+
+    def own(self, step: int) -> list[Tensor]:
+        """What this process takes of a step's batch, in microbatches: indices of examples."""
+        shares = self.order.indices(step).tensor_split(self.config.microbatches * ranks.count())
+        return list(shares[ranks.rank() :: ranks.count()])
 
     def step(self, step: int) -> dict[str, Tensor]:
-        indices = self.indices(step)
-        torch.manual_seed(seed_of(self.order.seed, step, self.fabric.global_rank))
+        """One optimizer step, of every process; returns the terms of the whole batch."""
+        torch.manual_seed(seed_of(self.order.seed, step, ranks.rank()))
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.config, step)
         buffers = [buffer.clone() for buffer in self.model.buffers()]  # a forward pass may move them, as a codebook's averages
-        batch = self.train[indices]
-        prefetch(self.train, self.indices(step + 1))
-        terms = self.wrapped(*self.fabric.to_device(batch), step=step)
         self.optimizer.zero_grad()
-        self.fabric.backward(terms["loss"])
+        own = self.own(step)
+        found = [self.backward(part, after, step) for part, after in zip(own, [*own[1:], None])]
         norm = self.fabric.clip_gradients(
             self.wrapped, self.wrapped_optimizer, max_norm=self.config.gradient_clip, error_if_nonfinite=False
         )
+        terms = self.mean(found)
         if bool(terms["loss"].isfinite()) and norm is not None and bool(norm.isfinite()):
             self.wrapped_optimizer.step()
-            self.average.update_parameters(self.model)
+            self.average.update(step)
         else:
             with torch.no_grad():
                 for buffer, before in zip(self.model.buffers(), buffers):
                     buffer.copy_(before)
-            self.not_a_number(step, indices, terms)
+            self.not_a_number(step, terms)
+        return terms
+
+    def backward(self, part: Tensor, after: Tensor | None, step: int) -> dict[str, Tensor]:
+        """Add the gradients of a microbatch; after the last one (None comes after it), those of all processes."""
+        batch = self.train[part]
+        prefetch(self.train, self.own(step + 1)[0] if after is None else after)
+        with self.fabric.no_backward_sync(self.wrapped, enabled=after is not None):
+            terms = self.wrapped(*self.fabric.to_device(batch), step=step)
+            self.fabric.backward(terms["loss"] / self.config.microbatches)
         return {name: value.detach() for name, value in terms.items()}
 
-    def not_a_number(self, step: int, indices: Tensor, terms: dict[str, Tensor]) -> None:
+    def mean(self, found: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+        """The terms of the whole batch, from those of this process's microbatches: the same on all."""
+        if len(found) == ranks.count() == 1:
+            return found[0]
+        means = torch.stack([torch.stack([terms[name] for terms in found]).mean() for name in found[0]])
+        return dict(zip(found[0], self.fabric.all_reduce(means, reduce_op="mean")))
+
+    def not_a_number(self, step: int, terms: dict[str, Tensor]) -> None:
         """Say what is not a number, and where; raises NotANumber unless such steps are to be skipped."""
+        images = self.order.indices(step).tolist()
         wrong = [name for name, value in terms.items() if not value.isfinite().all()]
         wrong += [
             f"the gradient of {name}"
             for name, parameter in self.model.named_parameters()
-            if parameter.grad is not None and not parameter.grad.isfinite().all()
+            if parameter.grad is not None and not ranks.whole(parameter.grad).isfinite().all()
         ]
         wrong.append("the norm of the gradient")  # where every part of it is a number still
-        what = f"{self.label}, step {step}: {wrong[0]} is not a number (images {', '.join(map(str, indices.tolist()))})"
+        what = f"{self.label}, step {step}: {wrong[0]} is not a number (images {', '.join(map(str, images))})"
         if self.on_nan != "skip":
             raise NotANumber(what)
         say(f"warning: {what}; the step is left out")
@@ -318,34 +439,46 @@ class Training:
 
     def save(self, step: int, terms: dict[str, Tensor]) -> None:
         """Measure the held-out loss and write a checkpoint."""
-        held_out = evaluate(self.fabric, self.average.module, self.held_out, self.config.batch_size, self.seed)
+        size = len(self.own(step)[0])  # as many as a device holds at once
+        with self.average.in_use():
+            held_out = evaluate(self.fabric, self.model, self.held_out, size, self.seed)
         if not math.isfinite(held_out["loss"]):
             raise UserError(f"{self.label}, step {step}: the held-out loss is not a number. A lower learning rate may help.")
         self.history.append({"step": step, "train": {k: float(v) for k, v in terms.items()}, "held_out": held_out})
         self.tracker.scalars(step, "held_out", held_out)
-        self.tracker.pictures(step, self.average.module)
+        with self.average.in_use():
+            self.tracker.pictures(step, self.model)
         self.write(step, held_out)
 
     def write(self, step: int, held_out: dict[str, float] | None) -> None:
+        with self.average.in_use():
+            weights = ranks.on_cpu(self.model.state_dict())
         training = {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
         for index, state in self.optimizer.state_dict()["state"].items():
             training |= {f"optimizer.{index}.{name}": value for name, value in state.items()}
+        training = ranks.on_cpu(training)
         record = {"step": step, "held_out": held_out, "history": self.history, "rewinds": self.rewinds, "time": time.time()}
-        saved = checkpoint.save(self.folder, record, self.average.module.state_dict(), training)
-        self.kept = checkpoint.prune(self.folder, [*self.kept, saved])
+
+        def write() -> list[checkpoint.Checkpoint]:
+            saved = checkpoint.save(self.folder, record, weights, training)
+            return checkpoint.prune(self.folder, [*self.kept, saved])
+
+        self.kept = ranks.on_first(write)
 
     def restore(self, last: checkpoint.Checkpoint) -> int:
         training = last.training()
         raw = {name.removeprefix("model."): tensor for name, tensor in training.items() if name.startswith("model.")}
+        with self.average.in_use():
+            last.load_into(self.model)
         checkpoint.fill(self.model, raw, last.folder / "training.safetensors")
-        last.load_into(self.average.module)
-        updates = [int(tensor) for name, tensor in training.items() if name.startswith("optimizer.") and name.endswith(".step")]
-        self.average.n_averaged.fill_(max(updates, default=0))  # fewer than steps where some were left out
+        parameters = list(self.model.parameters())
         state: dict[int, dict[str, Tensor]] = {}
         for key, tensor in training.items():
             if key.startswith("optimizer."):
                 _, index, name = key.split(".", 2)
-                state.setdefault(int(index), {})[name] = tensor
+                state.setdefault(int(index), {})[name] = (
+                    tensor if name == "step" else ranks.as_split(tensor, parameters[int(index)])
+                )
         self.optimizer.load_state_dict({"state": state, "param_groups": self.optimizer.state_dict()["param_groups"]})
         self.history = list(last.record["history"])
         self.draw_anew(last.record.get("rewinds", 0))

@@ -12,9 +12,10 @@ import tyro
 from torch import Tensor
 from torchvision.utils import make_grid, save_image
 
+from pipelines import ranks
 from pipelines.checkpoint import write_file
 from pipelines.completion import held_latents, known_pixels, picture_to_complete
-from pipelines.console import Progress, UserError, nearest, run_command, say
+from pipelines.console import UserError, first_process, nearest, run_command, say
 from pipelines.metrics import kept_best, trained_classifier
 from pipelines.run import CLASSIFIERS, PRIORS, Run
 from stage1_vae.autoencoder import Autoencoder, quantized
@@ -60,15 +61,15 @@ def generate(
     Image i under one seed comes from the same latent whatever the count and the batch size. A batch that does not fit
     into memory is halved. Raises UserError when one image does not fit, or when `how` makes no sense for this prior.
     """
-    images: list[Tensor] = []
-    latents: list[list[Tensor]] = []
-    finite: list[Tensor] = []
-    done = 0
-    with Progress(label, count, "images") as progress:
-        while done < count:
-            indices = torch.arange(done, min(done + batch_size, count), device=device)
-            torch.manual_seed(seed + done)  # of draws from p(x|z)
-            told = None if contexts is None else contexts[done : done + len(indices)].to(device)
+    limit = batch_size
+
+    def drawn(batch: Tensor) -> Samples:
+        nonlocal limit
+        parts: list[Samples] = []
+        while len(batch):
+            indices = batch[:limit].to(device)
+            torch.manual_seed(seed + int(indices[0]))  # of draws from p(x|z)
+            told = None if contexts is None else contexts[batch[:limit]].to(device)
             try:
                 levels = prior.sample(indices, seed, how, told)
                 values = autoencoder.values(levels, pixels)
@@ -79,15 +80,20 @@ def generate(
                     raise
                 if len(indices) == 1:
                     raise UserError(f"out of memory: not even one image fits on {device}") from error
-                batch_size = len(indices) // 2
-                say(f"out of memory: going on with batches of {batch_size}")
+                limit = len(indices) // 2
+                say(f"out of memory: going on with batches of {limit}")
                 continue
-            images.append(quantized(values).cpu())
-            latents.append([level.cpu() for level in levels])
-            finite.append(values.isfinite().flatten(1).all(1).cpu())
-            done += len(indices)
-            progress.update(len(indices))
-    return Samples(torch.cat(images), [torch.cat(level) for level in zip(*latents)], torch.cat(finite))
+            finite = values.isfinite().flatten(1).all(1)
+            parts.append(Samples(quantized(values).cpu(), [level.cpu() for level in levels], finite.cpu()))
+            batch = batch[len(indices) :]
+        return joined(parts)
+
+    return joined(ranks.in_batches(drawn, torch.arange(count), batch_size, label))
+
+
+def joined(parts: list[Samples]) -> Samples:
+    levels = [torch.cat(level) for level in zip(*(part.levels for part in parts))]
+    return Samples(torch.cat([part.images for part in parts]), levels, torch.cat([part.finite for part in parts]))
 
 
 def out_of_memory(error: RuntimeError) -> bool:
@@ -167,15 +173,14 @@ def completions(run: Run, autoencoder: Autoencoder, prior: Prior, asked: Argumen
         assert isinstance(pixels, torch.distributions.Independent)
         return (pixels.base_dist.log_prob(target) * seen).flatten(1).sum(1)
 
-    images, sizes = [], []
-    with Progress("completing", asked.count, "images") as progress:
-        for indices in torch.arange(asked.count, device=device).split(max(1, asked.batch_size // asked.particles)):
-            told = None if context is None else context.to(device).expand(len(indices), *context.shape)
-            levels, size = complete(prior, given, held, indices, asked.seed, asked.particles, told, of_known_pixels)
-            torch.manual_seed(asked.seed + int(indices[0]))
-            images.append(autoencoder.render(levels, asked.pixels).cpu())
-            sizes.append(size)
-            progress.update(len(indices))
+    def completed(indices: Tensor) -> tuple[Tensor, Tensor]:
+        told = None if context is None else context.to(device).expand(len(indices), *context.shape)
+        levels, size = complete(prior, given, held, indices.to(device), asked.seed, asked.particles, told, of_known_pixels)
+        torch.manual_seed(asked.seed + int(indices[0]))
+        return autoencoder.render(levels, asked.pixels).cpu(), size.cpu()
+
+    size = max(1, asked.batch_size // asked.particles)
+    images, sizes = zip(*ranks.in_batches(completed, torch.arange(asked.count), size, "completing"))
     say(f"effective sample size: median {float(torch.cat(sizes).median()):.1f} of {asked.particles} particles")
     shown = torch.where(known, image, torch.full_like(image, 128))[None]
     return torch.cat([*([shown] if asked.out.suffix == ".png" else []), *images])
@@ -200,7 +205,7 @@ def write_images(path: Path, images: Tensor) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     try:
-        asked = tyro.cli(Arguments, prog="python -m pipelines.generate", args=arguments)
+        asked = tyro.cli(Arguments, prog="python -m pipelines.generate", args=arguments, console_outputs=first_process())
     except CannotSample as error:
         raise UserError(str(error)) from error
     asked.check()

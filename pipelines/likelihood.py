@@ -25,8 +25,8 @@ import torch
 import tyro
 from torch import Tensor
 
-from pipelines import checkpoint
-from pipelines.console import Progress, Signals, Stopped, UserError, nearest, run_command, say
+from pipelines import checkpoint, ranks
+from pipelines.console import Progress, Signals, Stopped, UserError, first_process, nearest, run_command, say
 from pipelines.data import Splits
 from pipelines.fit import seed_of
 from pipelines.page import Row, Table
@@ -174,21 +174,26 @@ class Measurement:
         blind = self.drawn_from_priors()
         saved = time.monotonic()
         at_once = max(1, DRAWS_AT_ONCE // self.samples)
+
+        def measured(rows: Tensor) -> dict[str, Tensor]:
+            torch.manual_seed(seed_of(self.seed, int(rows[0])))
+            return self.of_images(self.chosen[rows], blind)
+
         with Progress("likelihood", total, "images", done) as progress, Signals() as signals:
             while done < total:
-                batch = self.chosen[done : done + at_once]
-                torch.manual_seed(seed_of(self.seed, done))
-                new = self.of_images(batch, blind)
-                columns = {name: torch.cat([columns.get(name, values[:0]), values]) for name, values in new.items()}
-                done += len(batch)
-                progress.update(len(batch))
-                if done == total or signals.received or time.monotonic() - saved > SAVE_SECONDS:
+                rows = torch.arange(done, min(done + at_once * ranks.count(), total))
+                for new in ranks.in_batches(measured, rows, at_once):
+                    columns = {name: torch.cat([columns.get(name, values[:0]), values]) for name, values in new.items()}
+                done += len(rows)
+                progress.update(len(rows))
+                received = ranks.largest(signals.received or 0, self.run.fabric.device)
+                if done == total or received or time.monotonic() - saved > SAVE_SECONDS:
                     checkpoint.write_tensors(path, columns)
                     saved = time.monotonic()
-                if signals.received and done < total:
-                    name = signal.Signals(signals.received).name
+                if received and done < total:
+                    name = signal.Signals(received).name
                     message = f"{name}: saved after {done} of {total} images; the same command goes on from there"
-                    raise Stopped(message, signals.received)
+                    raise Stopped(message, received)
         return columns
 
     def drawn_from_priors(self) -> dict[str, list[Tensor]]:
@@ -196,13 +201,14 @@ class Measurement:
         conditional = not isinstance(self.run.condition, Unconditional)
         names = [name for name in self.priors if self.naive and not (name == "learned" and conditional)]
         drawn = {}
-        with Progress("draws from the priors", len(names) * self.naive, "draws") as progress:
-            for name in names:
-                batches = []
-                for indices in torch.arange(self.naive, device=self.run.fabric.device).split(BATCH):
-                    batches.append(self.priors[name].sample(indices, self.seed))
-                    progress.update(len(indices))
-                drawn[name] = [torch.cat(level) for level in zip(*batches)]
+        device = self.run.fabric.device
+        for name in names:
+
+            def latents(indices: Tensor, prior: Prior = self.priors[name]) -> list[Tensor]:
+                return [level.cpu() for level in prior.sample(indices.to(device), self.seed)]
+
+            batches = ranks.in_batches(latents, torch.arange(self.naive), BATCH, f"draws from the {name} prior")
+            drawn[name] = [torch.cat(level).to(device) for level in zip(*batches)]
         return drawn
 
     def of_images(self, batch: Tensor, blind: dict[str, list[Tensor]]) -> dict[str, Tensor]:
@@ -387,7 +393,7 @@ class Arguments:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    asked = tyro.cli(Arguments, prog="python -m pipelines.likelihood", args=arguments)
+    asked = tyro.cli(Arguments, prog="python -m pipelines.likelihood", args=arguments, console_outputs=first_process())
     asked.check()
     started = time.monotonic()
     run = Run.open(asked.run, asked.device)

@@ -19,11 +19,11 @@ from lightning_fabric import Fabric
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pipelines import checkpoint
+from pipelines import checkpoint, ranks
 from pipelines.config import MetricsConfig
-from pipelines.console import Progress, UserError, say
+from pipelines.console import UserError, say
 from pipelines.data import ImageSet, Labelled, Splits
-from pipelines.fit import evaluate, fit
+from pipelines.fit import evaluate, fit, in_order
 from pipelines.quality import FEWEST, Cloud, FrechetDistance, copying_z, error, likeness, nearer, resampled
 from pipelines.stored import Stored, content_of
 
@@ -58,7 +58,11 @@ class Classifier(nn.Module):
 @torch.inference_mode()
 def logits_of(fabric: Fabric, classifier: Classifier, images: Tensor) -> Tensor:
     """images uint8 N C H W; returns N classes, on the CPU."""
-    return torch.cat([classifier.output(classifier.features(fabric.to_device(b))).cpu() for b in images.split(BATCH)])
+
+    def logits(rows: Tensor) -> Tensor:
+        return classifier.output(classifier.features(fabric.to_device(images[rows]))).cpu()
+
+    return torch.cat(ranks.in_batches(logits, torch.arange(len(images)), BATCH))
 
 
 class FeatureSpace:
@@ -88,12 +92,12 @@ class FeatureSpace:
     @torch.inference_mode()
     def features(self, images: Tensor | Stored, label: str) -> Tensor:
         """images uint8 N C H W; returns N F in float64, on the CPU."""
-        rows = []
-        with Progress(label, len(images), "images") as progress:
-            for batch in images.split(self.model.batch):
-                rows.append(self.model.features(self.fabric.to_device(batch)).double().cpu())
-                progress.update(len(batch))
-        return torch.cat(rows) * self.scale
+
+        def features(rows: Tensor) -> Tensor:
+            batch = self.fabric.to_device(in_order(images, rows, self.model.batch))
+            return self.model.features(batch).double().cpu()
+
+        return torch.cat(ranks.in_batches(features, torch.arange(len(images)), self.model.batch, label)) * self.scale
 
     def frechet_distance(self, images: Tensor, label: str) -> float | None:
         """The distance from the training images; None when there are too few images for a covariance."""
@@ -231,7 +235,8 @@ def feature_space(fabric: Fabric, config: MetricsConfig, splits: Splits, cache: 
     """
     model: nn.Module
     if config.extractor == "inception":
-        model, description = inception(config.weights)
+        with fabric.rank_zero_first(local=True):  # which may download them
+            model, description = inception(config.weights)
     elif splits.label_names:
         model, description = trained_classifier(fabric, config, splits, cache, seed=0)
     else:

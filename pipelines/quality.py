@@ -119,7 +119,9 @@ class FrechetDistance:
     """The Fréchet distance between Gaussians of two sets of features (Heusel et al. 2017), by torchmetrics."""
 
     def __init__(self, reference: Tensor):
-        self.metric = FrechetInceptionDistance(feature=GivenFeatures(reference.shape[1]), reset_real_features=False)
+        self.metric = FrechetInceptionDistance(
+            GivenFeatures(reference.shape[1]), reset_real_features=False, sync_on_compute=False
+        )  # of several processes each has all the features
         self.metric.set_dtype(torch.float64)
         self.metric.update(reference, real=True)
 

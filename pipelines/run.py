@@ -23,12 +23,12 @@ from filelock import FileLock, Timeout
 from lightning_fabric import Fabric
 from torch import Tensor, nn
 
-from pipelines import checkpoint
+from pipelines import checkpoint, ranks
 from pipelines.captions import CaptionTokenizer, captions_of
 from pipelines.config import RunConfig, differences, from_dict, to_dict
 from pipelines.console import Progress, UserError, nearest
 from pipelines.data import ImageSet, Splits
-from pipelines.fit import Precision, fabric_for, seed_of
+from pipelines.fit import Precision, check_shares, fabric_for, in_order, seed_of
 from stage1_vae.autoencoder import Autoencoder
 from stage2_prior.autoregressive import LearnedPrior
 from stage2_prior.conditions import Caption, ClassLabel, ConditionConfig, Unconditional
@@ -50,15 +50,15 @@ WHEREABOUTS = (
 )  # of the same images; a run goes on under others
 
 
-def devices(device: str = "auto", precision: Precision = "float32") -> Fabric:
-    """The device to run on: auto, cpu, cuda or mps; the precision of training. Raises UserError when it is not there."""
+def devices(device: str = "auto", precision: Precision = "float32", sharded: bool = False) -> Fabric:
+    """The device to run on: auto, cpu, cuda or mps; see fabric_for for the rest. Raises UserError when it is not there."""
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("there is no CUDA device here; use --device cpu")
     if device == "mps" and not torch.backends.mps.is_available():
         raise UserError("there is no MPS device here; use --device cpu")
     if device not in ("auto", "cpu", "cuda", "mps"):
         raise UserError(f"there is no device {device!r}{nearest(device, ['auto', 'cpu', 'cuda', 'mps'])}")
-    return fabric_for(device, precision)
+    return fabric_for(device, precision, sharded)
 
 
 class Run:
@@ -82,7 +82,11 @@ class Run:
                 )
         elif folder.exists() and not (folder.is_dir() and {path.name for path in folder.iterdir()} <= {UNREADABLE}):
             raise UserError(f"{folder} is not empty and holds no run; give another name with --run")
-        return cls(folder, config, devices(device, config.precision))
+        fabric = devices(device, config.precision)
+        for part in (config.stage1, config.stage2, config.refine, config.metrics.classifier):
+            if part is not None:
+                check_shares(part)
+        return cls(folder, config, fabric)
 
     @classmethod
     def open(cls, name: str, device: str = "auto") -> "Run":
@@ -99,21 +103,27 @@ class Run:
     def locked(self) -> Iterator[None]:
         """Keeps other processes from writing to this run. Raises UserError when one does; a killed process holds no lock."""
         path = self.folder.parent / f".{self.folder.name}.lock"
-        path.parent.mkdir(parents=True, exist_ok=True)
         lock = FileLock(path)
-        try:
-            lock.acquire(timeout=0)
-        except Timeout as error:
-            raise UserError(f"another process is working on {self.folder}; wait for it, or use another --run") from error
+
+        def acquire() -> None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                lock.acquire(timeout=0)
+            except Timeout as error:
+                raise UserError(f"another process is working on {self.folder}; wait for it, or use another --run") from error
+
+        ranks.on_first(acquire)
         try:
             yield
         finally:
-            path.unlink(missing_ok=True)
-            lock.release()
+            if lock.is_locked:
+                path.unlink(missing_ok=True)
+                lock.release()
 
     def data(self) -> Splits:
         """The data set; what in it cannot be read is named in RUN/unreadable.json."""
-        return self.config.data.load(self.folder / UNREADABLE)
+        with self.fabric.rank_zero_first(local=True):  # which may download it, or read it whole
+            return self.config.data.load(self.folder / UNREADABLE)
 
     def write_facts(self, splits: Splits) -> None:
         """Put down the config, and what the data set told stage 1, so that nothing else needs the data set to load a model."""
@@ -183,8 +193,12 @@ class Run:
         batches = max(1, SHARD_BYTES // (ENCODING_BATCH * 8 * sum(spec.dimensions for spec in self.specs(autoencoder))))
         starts = range(0, len(images), batches * ENCODING_BATCH)
         paths = checkpoint.shards(path, len(starts))
-        for other in set(checkpoint.found_shards(path)) - set(paths):
-            other.unlink()
+
+        def clear() -> None:
+            for other in set(checkpoint.found_shards(path)) - set(paths):
+                other.unlink()
+
+        ranks.on_first(clear)
         for start, shard in zip(starts, paths):  # so that memory holds one at a time, and a killed process loses but one
             rows = range(start, min(start + starts.step, len(images)))
             label = f"encoding {part}" + (f", {rows.start} to {rows.stop} of {len(images)}" if len(paths) > 1 else "")
@@ -266,8 +280,9 @@ class Run:
             return images.labels
         path = self.folder / "tokenizer.json"
         captions = captions_of(images, self.facts()["label_names"])
-        if not path.is_file():  # the training images come first
-            CaptionTokenizer.train(captions, self.condition.vocabulary, path)
+        vocabulary = self.condition.vocabulary
+        # The training images come first.
+        ranks.on_first(lambda: None if path.is_file() else CaptionTokenizer.train(captions, vocabulary, path))
         return CaptionTokenizer(path).tokens(captions, self.condition.length)
 
     def text(self, caption: str) -> Tensor:
@@ -307,19 +322,16 @@ def encoded(
     fabric: Fabric, autoencoder: Autoencoder, images: ImageSet, label: str, rows: range | None = None
 ) -> dict[str, Tensor]:
     """The posteriors of images, as tensors named LEVEL.NAME, on the CPU. rows: which; all when None."""
+
+    def posteriors(rows: Tensor) -> dict[str, Tensor]:
+        torch.manual_seed(int(rows[0]))  # some data sets draw their examples
+        (batch,) = in_order(images, rows, ENCODING_BATCH)
+        levels = enumerate(autoencoder.encode(fabric.to_device(batch)))
+        return {f"{level}.{name}": tensor.cpu() for level, posterior in levels for name, tensor in posterior.items()}
+
     rows = range(len(images)) if rows is None else rows
-    batches: dict[str, list] = {}
-    with Progress(label, len(rows), "images") as progress:
-        for start in rows[::ENCODING_BATCH]:
-            torch.manual_seed(start)  # some data sets draw their examples
-            stop = min(start + ENCODING_BATCH, rows.stop)
-            (batch,) = images[start:stop]
-            images.prefetch(slice(stop, stop + ENCODING_BATCH))
-            for level, posterior in enumerate(autoencoder.encode(fabric.to_device(batch))):
-                for name, tensor in posterior.items():
-                    batches.setdefault(f"{level}.{name}", []).append(tensor.cpu())
-            progress.update(len(batch))
-    return {name: torch.cat(parts) for name, parts in batches.items()}
+    batches = ranks.in_batches(posteriors, torch.arange(rows.start, rows.stop), ENCODING_BATCH, label)
+    return {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
 
 
 def latent_dataset(shards: list[dict[str, Tensor]], contexts: Tensor | None = None) -> LatentDataset:

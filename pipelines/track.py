@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torchvision.utils import make_grid
 
 from pipelines.checkpoint import write_file
-from pipelines.console import UserError
+from pipelines.console import UserError, first_process
 from pipelines.fit import Tracker
 
 TrackerKind = Literal["none", "csv", "tensorboard", "wandb"]
@@ -146,4 +146,7 @@ class Tracking:
                 raise UserError(needed) from error
 
     def stage(self, name: str, draw: Draw) -> Tracker:
-        return Tracker() if self.kind == "none" else Tracked(WRITERS[self.kind](self.folder, name), draw)
+        """A tracker of a stage; of several processes the first alone has one that keeps anything."""
+        if self.kind == "none" or not first_process():
+            return Tracker()
+        return Tracked(WRITERS[self.kind](self.folder, name), draw)

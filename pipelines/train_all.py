@@ -7,21 +7,23 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import torch
 import tyro
+from lightning_fabric import Fabric
 from torch import Tensor
 
+from pipelines import ranks
 from pipelines.checkpoint import read_json
 from pipelines.compare import compare
 from pipelines.config import PRESETS, RunConfig, preset
-from pipelines.console import UserError, run_command, say
+from pipelines.console import UserError, first_process, run_command, say
 from pipelines.data import Splits
 from pipelines.fit import OnNan, fit
 from pipelines.refine import TwoStage
 from pipelines.report import generator, table
-from pipelines.run import CHECKPOINTS, Run
+from pipelines.run import CHECKPOINTS, Run, devices
 from pipelines.track import GRID_COLUMNS as SHOWN
 from pipelines.track import TrackerKind, Tracking
 from stage1_vae.autoencoder import Autoencoder
@@ -31,9 +33,27 @@ from stage2_prior.latents import LatentDataset, LatentSpec
 DEFAULT_PRESET = "mnist5k"
 
 
-def train_all(run: Run, on_nan: OnNan = "stop", tracker: TrackerKind = "none") -> None:
+@dataclass(frozen=True)
+class Options:
+    """How to run: no part of the config, and free to change when a run goes on."""
+
+    device: str = "auto"
+    """auto, cpu, cuda or mps"""
+    on_nan: OnNan = "stop"
+    """when a loss or gradient is not a number: stop before it touches a weight, skip the step, or rewind to the last
+    checkpoint and go on with another data order and other noise"""
+    tracker: TrackerKind = "none"
+    """where curves and pictures of the training go, under RUN/track: csv, tensorboard or wandb"""
+    strategy: Literal["ddp", "fsdp"] = "ddp"
+    """under torchrun, what each process holds of the prior in training: ddp all of it, fsdp a share of its weights, gradients
+    and optimizer (FSDP2), for a prior larger than one device trains"""
+
+
+def train_all(run: Run, options: Options = Options()) -> None:
     """Every part of a run that is not finished yet. Raises UserError when another process works on it."""
-    tracking = Tracking(tracker, run.folder)
+    tracking = Tracking(options.tracker, run.folder)
+    sharded = options.strategy == "fsdp"
+    prior_fabric = devices(options.device, run.config.precision, sharded) if sharded else run.fabric
     started = time.monotonic()
     splits = run.data()
     autoencoder = run.new_autoencoder(splits.image_shape)
@@ -46,11 +66,19 @@ def train_all(run: Run, on_nan: OnNan = "stop", tracker: TrackerKind = "none") -
         except ValueError as error:
             raise UserError(str(error)) from error
     with run.locked():  # only now: a config that cannot be built leaves nothing behind
-        finish(run, splits, autoencoder, prior, on_nan, tracking)
+        finish(run, splits, autoencoder, prior, prior_fabric, options.on_nan, tracking)
     say(f"{time.monotonic() - started:.0f} seconds")
 
 
-def finish(run: Run, splits: Splits, autoencoder: Autoencoder, prior: LearnedPrior, on_nan: OnNan, tracking: Tracking) -> None:
+def finish(
+    run: Run,
+    splits: Splits,
+    autoencoder: Autoencoder,
+    prior: LearnedPrior,
+    prior_fabric: Fabric,
+    on_nan: OnNan,
+    tracking: Tracking,
+) -> None:
     config, fabric = run.config, run.fabric
     run.write_facts(splits)
     say(f"{run.folder}: {len(splits.train)} training, {len(splits.validation)} validation, {len(splits.test)} test images")
@@ -72,8 +100,9 @@ def finish(run: Run, splits: Splits, autoencoder: Autoencoder, prior: LearnedPri
     warn_of_unused_codes(train, run.specs(autoencoder))
     if run.learned:
         prior.estimate(train)
-        tracker = tracking.stage("stage2", samples)
-        fit(fabric, prior, train, validation, config.stage2, config.seed, folder / "stage2", "stage 2", on_nan, tracker)
+        # From a sharded prior, no process could sample alone.
+        tracker = tracking.stage("stage2", samples if prior_fabric is fabric else lambda model: {})
+        fit(prior_fabric, prior, train, validation, config.stage2, config.seed, folder / "stage2", "stage 2", on_nan, tracker)
     else:
         say("stage 2: none, stage2.steps is 0")
     if config.refine is not None:
@@ -82,7 +111,7 @@ def finish(run: Run, splits: Splits, autoencoder: Autoencoder, prior: LearnedPri
         fit(fabric, model, *images, config.refine, config.seed, folder / "refined", "refining both", on_nan, tracker)
         run.encode(autoencoder, splits.train, "train")
     path = run.folder / "compare" / "metrics.json"
-    if path.exists():
+    if ranks.on_first(path.exists):
         metrics = read_json(path)
         say("compare: finished, skipped")
     else:
@@ -106,19 +135,6 @@ def warn_of_unused_codes(latents: LatentDataset, specs: list[LatentSpec]) -> Non
                 )
 
 
-@dataclass(frozen=True)
-class Options:
-    """How to run: no part of the config, and free to change when a run goes on."""
-
-    device: str = "auto"
-    """auto, cpu, cuda or mps"""
-    on_nan: OnNan = "stop"
-    """when a loss or gradient is not a number: stop before it touches a weight, skip the step, or rewind to the last
-    checkpoint and go on with another data order and other noise"""
-    tracker: TrackerKind = "none"
-    """where curves and pictures of the training go, under RUN/track: csv, tensorboard or wandb"""
-
-
 def parse(arguments: list[str]) -> tuple[str, RunConfig, Options]:
     """The run's name, its config, and the options, from the command line."""
     named = bool(arguments) and not arguments[0].startswith("-")
@@ -139,6 +155,7 @@ def parse(arguments: list[str]) -> tuple[str, RunConfig, Options]:
         description=f"Train both stages, sample and compare. Presets:\n\n{presets}",
         args=arguments[1:] if named else arguments,
         config=(tyro.conf.AvoidSubcommands,),
+        console_outputs=first_process(),
     )
     return asked.run, asked.config, asked.options
 
@@ -146,7 +163,7 @@ def parse(arguments: list[str]) -> tuple[str, RunConfig, Options]:
 def main(arguments: list[str] | None = None) -> None:
     name, config, options = parse(sys.argv[1:] if arguments is None else arguments)
     folder = Path(name) if len(Path(name).parts) > 1 else CHECKPOINTS / name
-    train_all(Run.create(folder, config, options.device), options.on_nan, options.tracker)
+    train_all(Run.create(folder, config, options.device), options)
 
 
 if __name__ == "__main__":

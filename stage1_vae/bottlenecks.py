@@ -22,6 +22,8 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
+from stage1_vae.statistics import BatchNorm, processes, together, total
+
 Posterior = dict[str, Tensor]
 Levels = list[tuple[tuple[int, ...], int | None]]
 
@@ -162,9 +164,7 @@ class VectorQuantizedBottleneck(nn.Module):
         self.config = config
         self.vocabulary, self.latent_channels = config.codes, config.channels
         # The normalization keeps the encoder from shrinking its outputs until all fall to a few codes (Łańcucki et al. 2020).
-        self.project = nn.Sequential(
-            nn.Conv2d(features, config.channels, 1, bias=False), nn.BatchNorm2d(config.channels, affine=False)
-        )
+        self.project = nn.Sequential(nn.Conv2d(features, config.channels, 1, bias=False), BatchNorm(config.channels))
         self.register_buffer("codebook", torch.zeros(config.codes, config.channels))
         self.register_buffer("counts", torch.zeros(config.codes))  # how often each code is chosen in a batch, on average
         self.register_buffer("sums", torch.zeros(config.codes, config.channels))  # of the encoder outputs that chose it
@@ -174,7 +174,6 @@ class VectorQuantizedBottleneck(nn.Module):
         encoded = full_precision(self.project(features))
         vectors = rearrange(encoded.detach(), "b c h w -> (b h w) c")
         if self.training and not self.counts.any():
-            self.counts += len(vectors) / self.config.codes
             self.replace(torch.ones_like(self.counts, dtype=torch.bool), vectors)
         codes = nearest(vectors, self.codebook)
         quantized = rearrange(self.codebook[codes], "(b h w) c -> b c h w", b=len(encoded), h=encoded.shape[2])
@@ -188,23 +187,31 @@ class VectorQuantizedBottleneck(nn.Module):
     @torch.no_grad()
     def update(self, vectors: Tensor, codes: Tensor) -> None:
         """Move the averages and the codebook (van den Oord et al. 2017, equations 6 to 8); revive what nobody chooses."""
-        counts = torch.bincount(codes, minlength=self.vocabulary).to(self.counts)
-        sums = torch.zeros_like(self.sums).index_add_(0, codes, vectors)
+        counts = total(torch.bincount(codes, minlength=self.vocabulary).to(self.counts))
+        sums = total(torch.zeros_like(self.sums).index_add_(0, codes, vectors))
         self.counts.lerp_(counts, 1 - self.config.decay)
         self.sums.lerp_(sums, 1 - self.config.decay)
         chosen_lately = self.counts > 1e-20  # else both averages have decayed to nothing, and the code stays where it was
         self.codebook[chosen_lately] = self.sums[chosen_lately] / self.counts[chosen_lately, None]
-        dead = self.counts < self.config.revival * len(vectors) / self.vocabulary
+        dead = self.counts < self.config.revival * self.even_use(vectors)
         if dead.any():
             self.replace(dead, vectors)
 
     @torch.no_grad()
     def replace(self, which: Tensor, vectors: Tensor) -> None:
-        """Put random encoder outputs in the place of these codes, as if chosen as often as an even use would."""
+        """Put random encoder outputs in the place of these codes, as if chosen as often as an even use would.
+
+        Every process offers as many of its own, so that all put the same in the same places.
+        """
         number = int(which.sum())
-        self.codebook[which] = vectors[torch.randint(len(vectors), (number,), device=vectors.device)]
-        self.counts[which] = len(vectors) / self.vocabulary
+        offered = torch.randint(len(vectors), (-(-number // processes()),), device=vectors.device)
+        self.codebook[which] = together(vectors[offered])[:number]
+        self.counts[which] = self.even_use(vectors)
         self.sums[which] = self.codebook[which] * self.counts[which, None]
+
+    def even_use(self, vectors: Tensor) -> float:
+        """How often each code would be chosen in a batch if all were chosen alike; vectors: a process's share of the batch."""
+        return processes() * len(vectors) / self.vocabulary
 
     def posterior(self, features: Tensor) -> list[Posterior]:
         encoded = full_precision(self.project(features))
@@ -242,7 +249,7 @@ class CodeUse(nn.Module):
     def forward(self, codes: Tensor) -> dict[str, Tensor]:
         """Takes note of a training batch's codes; returns perplexity, and usage: the share above a hundredth of an even use."""
         if self.training:
-            self.counts.lerp_(torch.bincount(codes.flatten(), minlength=len(self.counts)).to(self.counts), 0.01)
+            self.counts.lerp_(total(torch.bincount(codes.flatten(), minlength=len(self.counts)).to(self.counts)), 0.01)
         often = self.counts > 0.01 * self.counts.sum() / len(self.counts)
         return {"perplexity": perplexity(self.counts), "usage": often.to(self.counts.dtype).mean()}
 

@@ -14,6 +14,8 @@ from einops import rearrange
 from torch import Tensor, distributions, nn
 from torch.nn import functional as F
 
+from stage1_vae.statistics import processes, total
+
 HALF_GREY_LEVEL = 0.5 / 255
 
 Measure = Literal["probability", "density", "pseudo-likelihood"]
@@ -114,10 +116,7 @@ class GaussianLikelihood(nn.Module):
         """Move a learned σ² toward this batch's error: a plain average over the first hundred updates, exponential after."""
         if not self.learned:
             return
-        error = (outputs - targets).square().mean()
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            torch.distributed.all_reduce(error)
-            error /= torch.distributed.get_world_size()
+        error = total((outputs - targets).square().mean()) / processes()
         self.updates += 1
         self.mean_squared_error.lerp_(error.to(self.mean_squared_error), 1 / self.updates.clamp(max=100))
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from pipelines import checkpoint
 from pipelines.console import Stopped, UserError
-from pipelines.fit import REWINDS, FitConfig, Order, Training, fit, learning_rate, seed_of
+from pipelines.fit import REWINDS, Average, FitConfig, Order, Training, fit, learning_rate, seed_of
 
 CONFIG = FitConfig(steps=12, batch_size=4, checkpoint_steps=4, warmup_steps=2, learning_rate=0.05)
 
@@ -119,17 +119,19 @@ def test_the_learning_rate_warms_up_and_decays():
 
 def test_the_kept_weights_are_the_average():
     """Against the average written out: w̄ ← d w̄ + (1-d) w with d = min(decay, (1+t)/(10+t))."""
-    from pipelines.fit import running_average
-
     torch.manual_seed(0)
-    current = torch.randn(20, 5)
-    averaged, expected = [current[0].clone()], current[0].clone()
-    update = running_average(0.5)
-    for t in range(1, 20):
-        update(averaged, [current[t]], torch.tensor(t))
-        decay = min(0.5, (1 + t) / (10 + t))
-        expected = decay * expected + (1 - decay) * current[t]
-    assert torch.allclose(averaged[0], expected)
+    weights = torch.randn(20, 5)
+    model = nn.Linear(5, 1, bias=False)
+    average, expected = Average(model, 0.5), weights[0].clone()
+    for t in range(20):
+        model.weight.data.copy_(weights[t])
+        average.update(t)
+        if t:
+            decay = min(0.5, (1 + t) / (10 + t))
+            expected = decay * expected + (1 - decay) * weights[t]
+    with average.in_use():
+        assert torch.allclose(model.weight[0], expected)
+    assert torch.equal(model.weight[0], weights[-1])
 
 
 def test_buffers_of_the_kept_weights_are_the_models_own(tmp_path):

@@ -1,0 +1,108 @@
+"""Work shared by the processes that torchrun starts, one for each device.
+
+All of them run the same program. The first alone writes and prints; everything here is called by all of them together, and
+where there is one process it costs nothing.
+"""
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+from torch import Tensor, distributed
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from pipelines.console import Progress, UserError
+
+T = TypeVar("T")
+
+
+def count() -> int:
+    return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
+
+
+def rank() -> int:
+    return distributed.get_rank() if count() > 1 else 0
+
+
+def on_first(action: Callable[[], T]) -> T:
+    """What `action` returns on the first process, on all; what it raises of a user's mistake or a disk, too."""
+    if count() == 1:
+        return action()
+    outcome: list = [None, None]
+    if rank() == 0:
+        try:
+            outcome[0] = action()
+        except (UserError, OSError) as error:
+            outcome[1] = error
+    distributed.broadcast_object_list(outcome)
+    result, failure = outcome
+    if failure is not None:
+        raise failure
+    return result
+
+
+def largest(number: int, device: torch.device) -> int:
+    """The largest of the numbers of all processes; device: of this process."""
+    if count() == 1:
+        return number
+    tensor = torch.tensor(number, device=device)
+    distributed.all_reduce(tensor, distributed.ReduceOp.MAX)
+    return int(tensor)
+
+
+def gathered(value: T) -> list[T]:
+    """The values of all processes, first to last."""
+    if count() == 1:
+        return [value]
+    values: list = [None] * count()
+    distributed.all_gather_object(values, value)
+    return values
+
+
+def in_batches(work: Callable[[Tensor], T], indices: Tensor, size: int, label: str | None = None) -> list[T]:
+    """What `work` makes of each batch of `size` indices, in order; the processes take turns, and all get all.
+
+    What is made does not depend on the number of processes, if `work` depends on its indices alone. label: of the progress.
+    """
+    batches = indices.split(size)
+    made: list[T] = []
+    with Progress(label, len(indices), "images") as progress:
+        for start in range(0, len(batches), count()):
+            number = start + rank()
+            # Sharded weights are brought together by all processes at once: with no batch left, one works in vain.
+            result = work(batches[min(number, len(batches) - 1)])
+            if number < len(batches):
+                made.append(result)
+            progress.update(sum(len(batch) for batch in batches[start : start + count()]))
+    turns = gathered(made)
+    return [turns[number % count()][number // count()] for number in range(len(batches))]
+
+
+# Sharded weights
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A sharded tensor brought together on every process; any other as it is."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def own_part(tensor: Tensor) -> Tensor:
+    """What this process holds of a sharded tensor, in the same memory; any other as it is."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def as_split(tensor: Tensor, example: Tensor) -> Tensor:
+    """A whole tensor, the same on every process, sharded as the example is."""
+    if not isinstance(example, DTensor):
+        return tensor
+    return distribute_tensor(tensor.to(example.device), example.device_mesh, example.placements)
+
+
+def on_cpu(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Copies of tensors, sharded ones brought together, on the CPU of the first process; nothing on the others."""
+    copies = {}
+    for name, tensor in state.items():
+        entire = whole(tensor.detach())
+        if rank() == 0:
+            copies[name] = entire.cpu().contiguous().clone()
+    return copies

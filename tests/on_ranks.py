@@ -1,0 +1,197 @@
+"""What the tests of several processes run, in one process and, by torchrun, in two: `torchrun … -m tests.on_ranks FOLDER`.
+
+The processes leave what they found in FOLDER/found-RANK.pt.
+"""
+
+import dataclasses
+import os
+import signal
+import sys
+from pathlib import Path
+
+import torch
+from lightning_fabric import Fabric
+from torch import Tensor, nn
+
+from pipelines import ranks
+from pipelines.config import preset
+from pipelines.console import Stopped, UserError
+from pipelines.data import ImageSet, Splits, TorchvisionSet
+from pipelines.fit import FitConfig, Training, evaluate, fabric_for, fit
+from pipelines.generate import generate
+from pipelines.run import Run, encoded
+from pipelines.train_all import train_all
+from stage1_vae import bottlenecks, likelihoods
+from stage1_vae.autoencoder import Autoencoder, AutoencoderConfig
+from stage1_vae.bottlenecks import VectorQuantizedBottleneck
+from stage1_vae.hierarchy import Hierarchical
+from stage1_vae.networks import Convolutional
+from stage2_prior.autoregressive import AutoregressiveConfig, AutoregressivePrior
+from stage2_prior.heads import Categorical
+from stage2_prior.latents import LatentSpec
+from tests.parts import BACKBONES, random_latents, shrunk, small_splits
+
+STEPS = 50
+CONFIG = FitConfig(steps=STEPS, batch_size=8, learning_rate=3e-3, warmup_steps=5, checkpoint_steps=10, gradient_clip=10.0)
+FIXED = bottlenecks.VectorQuantized(codes=6, channels=3, revival=0.0)
+WITHOUT_DRAWS = {
+    "deterministic": bottlenecks.Deterministic(channels=2),
+    "finite-scalar": bottlenecks.FiniteScalar(levels=(3, 4)),
+    "vector-quantized": FIXED,
+    "hierarchical": Hierarchical(FIXED, blocks=1),
+}
+WITH_DRAWS = {
+    "gaussian": bottlenecks.Gaussian(channels=2),
+    "vector-quantized, revived": bottlenecks.VectorQuantized(codes=12, channels=3, revival=0.5),
+    "gumbel-softmax": bottlenecks.GumbelSoftmax(codes=7, channels=3),
+}
+CODES = LatentSpec((2, 2), vocabulary=5)
+
+
+def images(count: int = 60) -> ImageSet:
+    return ImageSet(torch.randint(0, 256, (count, 1, 8, 8), generator=torch.Generator().manual_seed(0), dtype=torch.uint8))
+
+
+def autoencoder(bottleneck) -> Autoencoder:
+    torch.manual_seed(0)
+    network = Convolutional(width=4, blocks=1, downsample=2)
+    made = AutoencoderConfig(network, bottleneck, likelihoods.Gaussian()).build((1, 8, 8))
+    for part in made.modules():
+        if isinstance(part, VectorQuantizedBottleneck) and not part.config.revival:
+            part.codebook.normal_()
+            part.counts.fill_(10.0)
+            part.sums.copy_(10 * part.codebook)
+    return made
+
+
+def prior(backbone: str = "transformer") -> AutoregressivePrior:
+    torch.manual_seed(0)
+    return AutoregressiveConfig(BACKBONES[backbone], Categorical()).build([CODES])
+
+
+def training(fabric: Fabric, model: nn.Module, train, config: FitConfig = CONFIG, **options) -> Training:
+    model.train()
+    return Training(fabric, model, train, train, config, 0, Path("unused"), "test", **options)
+
+
+def losses(fabric: Fabric, model: nn.Module, train, config: FitConfig = CONFIG) -> list[float]:
+    made = training(fabric, model, train, config)
+    return [float(made.step(step)["loss"]) for step in range(config.steps)]
+
+
+def losses_without_draws(fabric: Fabric, config: FitConfig = CONFIG) -> dict[str, list[float]]:
+    found = {name: losses(fabric, autoencoder(kind), images(), config) for name, kind in WITHOUT_DRAWS.items()}
+    found["categorical prior"] = losses(fabric, prior(), random_latents(60, CODES), config)
+    return found
+
+
+def buffers_differ(fabric: Fabric, kind, steps: int = 10) -> list[str]:
+    """Buffers that are not the same bits on all processes after some step."""
+    model = autoencoder(kind)
+    made = training(fabric, model, images())
+    differ = set()
+    for step in range(steps):
+        made.step(step)
+        for name, buffer in model.named_buffers():
+            if not all(torch.equal(buffer, other) for other in ranks.gathered(buffer)):
+                differ.add(name)
+    return sorted(differ)
+
+
+def sampled(fabric: Fabric) -> dict[str, Tensor]:
+    """What encoding, sampling and evaluation make of models of fixed weights."""
+    model, learned = autoencoder(bottlenecks.Gaussian(channels=2)), prior("pixelcnn")
+    quantized = autoencoder(FIXED)
+    quantized.latents = [(CODES.shape, CODES.vocabulary)]
+    fabric.to_device(model).eval(), fabric.to_device(learned).eval(), fabric.to_device(quantized).eval()
+    found = encoded(fabric, model, images(1100), "encoding")
+    found["images"] = generate(quantized, learned, 50, seed=3, device=fabric.device, batch_size=7, pixels="sample").images
+    found["held-out loss"] = torch.tensor(evaluate(fabric, model, images(), 7, 0)["loss"])
+    return found
+
+
+class Breaks(nn.Module):
+    """Not a number at step 3, for the second half of the batch: of two processes, on the second."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, *batch, step=0):
+        terms = self.model(*batch, step=step)
+        broken = self.training and step == 3 and ranks.rank() == ranks.count() - 1
+        return terms | {"loss": terms["loss"] * float("nan")} if broken else terms
+
+
+def broken(fabric: Fabric, on_nan: str) -> dict[str, Tensor] | str:
+    """The weights after a step that one process alone would leave out, or what is said of it."""
+    model = Breaks(prior())
+    made = training(fabric, model, random_latents(60, CODES), on_nan=on_nan)
+    try:
+        for step in range(6):
+            made.step(step)
+    except UserError as error:
+        return str(error)
+    return model.state_dict()
+
+
+def stopped_by_a_signal_to_one(fabric: Fabric, folder: Path) -> str:
+    """Train until step 12, where the last process alone is told to end."""
+
+    class Signalled(AutoregressivePrior):
+        def forward(self, *arguments, step=0):
+            if self.training and step == 12 and ranks.rank() == ranks.count() - 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return super().forward(*arguments, step=step)
+
+    model = prior()
+    model.__class__ = Signalled
+    try:
+        trained(fabric, model, folder)
+    except Stopped as stopped:
+        return str(stopped)
+    raise AssertionError("the signal was lost")
+
+
+def trained(fabric: Fabric, model: nn.Module, folder: Path) -> nn.Module:
+    config = dataclasses.replace(CONFIG, steps=20)
+    fit(fabric, model, random_latents(60, CODES), random_latents(20, CODES, seed=1), config, 0, folder, "test")
+    return model
+
+
+def made(config: TorchvisionSet, report: Path | None = None) -> Splits:
+    return small_splits((1, 28, 28), 4)
+
+
+def run_of_codes(folder: Path) -> Run:
+    """Both stages, a comparison, everything; where `TorchvisionSet.load` is `made`."""
+    run = Run.create(folder, shrunk(preset("mnist-vqvae")), "cpu")
+    train_all(run)
+    return run
+
+
+def main(folder: Path) -> None:
+    torch.set_num_threads(1)
+    torch.set_default_dtype(torch.float64)
+    fabric = fabric_for("cpu", "float32")
+    found = {
+        "processes": ranks.count(),
+        "losses": losses_without_draws(fabric),
+        "differ": {name: buffers_differ(fabric, kind) for name, kind in {**WITHOUT_DRAWS, **WITH_DRAWS}.items()},
+        "sampled": sampled(fabric),
+        "skip": broken(fabric, "skip"),
+        "stop": broken(fabric, "stop"),
+        "stopped": stopped_by_a_signal_to_one(fabric, folder / "stopped"),
+        "whole": trained(fabric, prior(), folder / "whole").state_dict(),
+    }
+    sharded = fabric_for("cpu", "float32", sharded=True)
+    found["sharded losses"] = losses(sharded, prior(), random_latents(60, CODES))
+    found["sharded"] = trained(sharded, prior(), folder / "sharded").state_dict()
+    torch.set_default_dtype(torch.float32)
+    TorchvisionSet.load = made  # type: ignore[method-assign]
+    run_of_codes(folder / "run")
+    torch.save(found, folder / f"found-{ranks.rank()}.pt")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
