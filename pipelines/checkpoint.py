@@ -211,8 +211,12 @@ def best(checkpoints: list[Checkpoint]) -> Checkpoint:
 
 
 def prune(folder: Path, checkpoints: list[Checkpoint], keep_last: int = 2) -> list[Checkpoint]:
-    """Delete all but the newest and the best of these good checkpoints, and what a killed process left; returns those kept."""
-    kept = [c for c in checkpoints if c in checkpoints[-keep_last:] or c is best(checkpoints)]
+    """Delete all but the newest and the best of these good checkpoints, and what a killed process left; returns those kept.
+
+    One whose held-out loss was not measured, because a signal asked for it, is kept only while it is the very newest.
+    """
+    lasting = [c for c in checkpoints if c is checkpoints[-1] or c.record["held_out"] is not None]
+    kept = [c for c in lasting if c in lasting[-keep_last:] or c is best(lasting)]
     for path in {*folder.glob("step-*"), *folder.glob(".step-*")} - {c.folder for c in kept}:
         shutil.rmtree(path, ignore_errors=True)
     return kept

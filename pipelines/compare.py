@@ -117,6 +117,7 @@ def compare(run: Run, splits: Splits, seed: int = 0) -> tuple[dict[str, Any], Se
     metrics["warnings"] = warnings
     metrics["versions"] = {"python": platform.python_version(), "torch": torch.__version__}
     folder = run.folder / "compare"
+    (folder / "metrics.json").unlink(missing_ok=True)  # with it, a comparison is finished
     picture(folder / "samples.png", {name: images[:SHOWN] for name, images in rows.items()}, metrics)
     shown = pictures(run, splits, metrics, rows, flat, nearest_training, codes, specs)
     if len(specs) == 1 and not codes:

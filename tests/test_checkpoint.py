@@ -222,6 +222,17 @@ def test_the_best_is_of_lowest_loss_and_among_equals_the_newest(tmp_path):
     assert checkpoint.best(made).step == 3
 
 
+def test_one_that_was_not_judged_is_kept_only_while_it_is_the_newest(tmp_path):
+    made = [checkpoint.save(tmp_path, {"step": 1, "held_out": None}, {}, {})]
+    made = checkpoint.prune(tmp_path, made)
+    for step, loss in ((2, 1.0), (3, 2.0), (4, None), (5, 3.0)):
+        record = {"step": step, "held_out": None if loss is None else {"loss": loss}}
+        made = checkpoint.prune(tmp_path, [*made, checkpoint.save(tmp_path, record, {}, {})])
+        assert made[-1].step == step
+        assert sorted(path.name for path in tmp_path.iterdir()) == [found.folder.name for found in made]
+        assert [found.step for found in made] == {2: [2], 3: [2, 3], 4: [2, 3, 4], 5: [2, 3, 5]}[step]
+
+
 def test_cached_tensors_are_made_once_and_again_when_the_key_or_the_file_changes(tmp_path, capsys):
     made = []
 
