@@ -11,7 +11,7 @@ import cattrs
 from cattrs.strategies import configure_tagged_union
 
 from pipelines.console import UserError, nearest
-from pipelines.data import DataConfig, EmbeddedDigits, Folder, TorchvisionSet
+from pipelines.data import DataConfig, EmbeddedDigits, Folder, Shards, TorchvisionSet
 from pipelines.fit import FitConfig, Precision
 from stage1_vae import bottlenecks, likelihoods
 from stage1_vae.autoencoder import AutoencoderConfig, BottleneckConfig
@@ -197,6 +197,7 @@ PRESETS: dict[str, tuple[str, RunConfig]] = {
         ),
     ),
     "folder": ("your own images: --data.root PATH", replace(CIFAR10, data=Folder())),
+    "webdataset": ("your own images in tar files: --data.urls PATTERN", replace(CIFAR10, data=Shards())),
 }
 
 

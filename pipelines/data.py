@@ -7,9 +7,11 @@ every figure is measured on. Splits are stratified by label and seeded. Images a
 many. To add a data set: a function that returns `Splits`, its config, and its name in the union at the end.
 """
 
+import hashlib
 import json
 import math
 import os
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +25,7 @@ from torchvision import datasets
 
 from pipelines.checkpoint import write_json
 from pipelines.console import UserError, say
-from pipelines.stored import IMAGE_ENDINGS, FolderFiles, Stored, images_under, printable
+from pipelines.stored import IMAGE_ENDINGS, FolderFiles, Member, Stored, TarFiles, images_under, members_of, printable
 
 SPLIT_SEED = 0
 BINARIZATION_SEED = 0
@@ -223,6 +225,100 @@ class Folder:
         return with_validation(train, test, label_names)
 
 
+@dataclass(frozen=True)
+class Shards:
+    """WebDataset shards: tar files of samples {jpg or png, and so on; cls, a label; txt, or json with `caption`, a caption}.
+
+    Labels and captions are used where every sample has one. Samples are read where they lie, in any order.
+    """
+
+    urls: str | None = None
+    """shards, as paths or URLs with brace patterns: data/train-{000..099}.tar; several patterns are joined by ::"""
+    test_urls: str | None = None
+    """shards of the test split; a tenth of the samples when not given"""
+    cache: Path = Path("data/shards")
+    """folder that shards from elsewhere are copied to, once"""
+    size: int = 64
+    """height and width of an image, in pixels"""
+    channels: Literal[1, 3] = 3
+    """1 for grey, 3 for colour"""
+    skip_unreadable: bool = False
+    """use the readable images when some cannot be read"""
+    in_memory: float = 1.0
+    """GiB of decoded images up to which they are all read first and kept in memory; above, each is read whenever it is used"""
+
+    def load(self, report: Path | None = None) -> Splits:
+        """report: file to name the unreadable images in."""
+        if self.urls is None:
+            raise UserError("the preset webdataset needs your shards: --data.urls 'data/train-{000..099}.tar'")
+        if self.size < 1:
+            raise UserError(f"--data.size is a number of pixels above 0, not {self.size}")
+        patterns = [self.urls] if self.test_urls is None else [self.urls, self.test_urls]
+        found = [self.samples(pattern) for pattern in patterns]
+        labels, label_names = labels_of([members for _, members in found])
+        sets = [
+            ImageSet(Stored(TarFiles(*part), self.channels, self.size), part_labels, captions_in(part[1]))
+            for part, part_labels in zip(found, labels)
+        ]
+        sets = readable(sets, " and ".join(patterns), self.skip_unreadable, self.in_memory, report)
+        train, test = sets if len(sets) == 2 else split(sets[0], max(1, round(FOLDER_TEST_SHARE * len(sets[0]))))
+        return with_validation(train, test, label_names)
+
+    def samples(self, pattern: str) -> tuple[list[str], list[Member]]:
+        """The local files of a pattern, and what is in them."""
+        try:
+            from webdataset.cache import FileCache
+            from webdataset.shardlists import expand_urls
+            from webdataset.tariterators import base_plus_ext
+        except ImportError as error:
+            raise UserError("shards need the library `webdataset`: pip install 'two-stage-latent-prior[webdataset]'") from error
+        cache = FileCache(str(self.cache), url_to_name=cache_name, validator=None)
+        paths = []
+        for url in expand_urls(pattern):
+            try:
+                paths.append(cache.get_file(url) if REMOTE.match(url) else url.removeprefix("file://").removeprefix("file:"))
+            except (OSError, ValueError) as error:
+                raise UserError(f"the shard {url} cannot be copied to {self.cache}/ ({error})") from error
+        members = members_of(paths, base_plus_ext)
+        if len(members) < FEWEST_IMAGES:
+            raise UserError(f"{pattern} holds {len(members)} images; at least {FEWEST_IMAGES} are needed")
+        return paths, members
+
+
+REMOTE = re.compile(r"(?!file:)\w{2,}:")  # a URL, or a pipe: command
+
+
+def cache_name(url: str) -> str:
+    """Shards of one name from several places are several files."""
+    return f"{hashlib.sha256(url.encode()).hexdigest()[:16]}-{re.sub(r'[^A-Za-z0-9.-]+', '-', url)[-100:]}"
+
+
+def labels_of(parts: list[list[Member]]) -> tuple[list[Tensor | None], list[str]]:
+    """For each part, the number of each sample's label; and the names by number. None and no names unless all have one."""
+    if not all("cls" in member.said for members in parts for member in members):
+        return [None for _ in parts], []
+    texts = [[member.said["cls"].decode(errors="replace").strip() for member in members] for members in parts]
+    known = {text for part in texts for text in part}
+    names = sorted(known, key=lambda text: (0, int(text), "") if text.isdecimal() else (1, 0, text))
+    number = {name: index for index, name in enumerate(names)}
+    return [torch.tensor([number[text] for text in part]) for part in texts], names
+
+
+def captions_in(members: list[Member]) -> list[str] | None:
+    """What the samples' txt says, or the `caption` of their json; None unless all have one."""
+    captions = []
+    for member in members:
+        caption = member.said.get("txt")
+        if caption is None:
+            try:
+                captions.append(str(json.loads(member.said["json"])["caption"]))
+            except (ValueError, KeyError, TypeError):
+                return None
+        else:
+            captions.append(caption.decode(errors="replace").strip())
+    return captions
+
+
 def readable(sets: list[ImageSet], where: str, skip: bool, in_memory: float, report: Path | None) -> list[ImageSet]:
     """Sets of `Stored` images as they will be used: in memory if all fit there, and without those that cannot be read.
 
@@ -338,4 +434,4 @@ def with_validation(train: ImageSet, test: ImageSet, label_names: Iterable[str])
     return Splits(train, validation, test, list(label_names))
 
 
-DataConfig = EmbeddedDigits | TorchvisionSet | Folder
+DataConfig = EmbeddedDigits | TorchvisionSet | Folder | Shards

@@ -44,6 +44,7 @@ SHARD_BYTES = 2**28  # of latents in one file
 UNREADABLE = "unreadable.json"
 WHEREABOUTS = (
     "data.root:",
+    "data.cache:",
     "data.in_memory:",
     "data.skip_unreadable:",
     "metrics.weights:",

@@ -5,9 +5,12 @@ N images, B a batch of them, C colour channels, H×W pixels.
 
 import copy
 import hashlib
+import io
 import os
-from collections.abc import Iterator
+import tarfile
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Protocol
 
@@ -36,6 +39,17 @@ class Files(Protocol):
         """What Pillow opens. Raises OSError."""
 
 
+@dataclass(frozen=True, slots=True)
+class Member:
+    """Where the image of one sample lies in a list of tar files, and what else its sample says."""
+
+    key: str
+    shard: int
+    offset: int
+    size: int
+    said: dict[str, bytes]
+
+
 class FolderFiles:
     """Files under a folder. names: relative to it."""
 
@@ -50,6 +64,27 @@ class FolderFiles:
 
     def open(self, index: int) -> str:
         return os.path.join(self.folder, self.names[index])
+
+
+class TarFiles:
+    """Members of tar files that are not compressed, read where they lie."""
+
+    def __init__(self, paths: list[str], members: list[Member]):
+        self.paths, self.keys = paths, [member.key for member in members]
+        self.shards, self.offsets, self.sizes = (
+            np.array([(m.shard, m.offset, m.size) for m in members], np.int64).reshape(-1, 3).T
+        )
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def name(self, index: int) -> str:
+        return printable(f"{self.paths[self.shards[index]]}: {self.keys[index]}")
+
+    def open(self, index: int) -> BinaryIO:
+        with open(self.paths[self.shards[index]], "rb") as file:
+            file.seek(self.offsets[index])
+            return io.BytesIO(file.read(self.sizes[index]))
 
 
 def printable(path: str) -> str:
@@ -81,6 +116,56 @@ def images_under(folder: Path) -> list[str]:
 
     walk("")
     return names
+
+
+SAID = ("cls", "txt", "json")  # what is read of a sample beside its image
+
+
+def members_of(paths: list[str], base_plus_ext: Callable[[str], tuple[str | None, str | None]]) -> list[Member]:
+    """The samples with an image in WebDataset shards, in the order in which they lie there. No image is read.
+
+    base_plus_ext: splits a member's name into the key of its sample and its kind. Raises UserError for a file that is not a
+    tar file, is compressed, or is cut off.
+    """
+    found: list[Member] = []
+    with Progress("reading the index of the shards", len(paths), "shards") as progress:
+        for shard, path in enumerate(paths):
+            try:
+                found += members(path, shard, base_plus_ext)
+            except (OSError, tarfile.TarError, ValueError) as error:
+                raise UserError(
+                    f"{path} cannot be read as a tar file without compression ({error}). Mend or remove it, or copy it again."
+                ) from error
+            progress.update(1)
+    return found
+
+
+def members(path: str, shard: int, base_plus_ext: Callable[[str], tuple[str | None, str | None]]) -> Iterator[Member]:
+    key: str | None = None
+    image: tarfile.TarInfo | None = None
+    said: dict[str, bytes] = {}
+    with tarfile.open(path, "r:") as tar:
+        for member in tar:
+            base, kind = base_plus_ext(member.name) if member.isreg() else (None, None)
+            if base is None or kind is None:
+                continue
+            if base != key:
+                if key is not None and image is not None:
+                    yield Member(key, shard, image.offset_data, image.size, said)
+                key, image, said = base, None, {}
+            if f".{kind.lower()}" in IMAGE_ENDINGS:
+                image = member
+            elif kind.lower() in SAID:
+                content = tar.extractfile(member)
+                said[kind.lower()] = content.read() if content is not None else b""
+            tar.members = []  # type: ignore[attr-defined]  # which it would keep
+        end = tar.offset
+    if key is not None and image is not None:
+        yield Member(key, shard, image.offset_data, image.size, said)
+    with open(path, "rb") as file:  # the library stops without a word at anything that is not a member
+        file.seek(end)
+        if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+            raise ValueError(f"damaged or cut off at byte {end}")
 
 
 class Unreadable(ValueError):

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,11 +12,12 @@ import pytest
 import torch
 from lightning_fabric import Fabric
 from PIL import Image
+from webdataset import TarWriter
 
 from pipelines import checkpoint, stored
 from pipelines.config import preset, to_dict
 from pipelines.console import UserError
-from pipelines.data import Binarized, EmbeddedDigits, Folder, ImageSet, Splits, TorchvisionSet, split
+from pipelines.data import Binarized, EmbeddedDigits, Folder, ImageSet, Shards, Splits, TorchvisionSet, cache_name, split
 from pipelines.fit import FitConfig, fit
 from pipelines.run import Run
 from pipelines.stored import Stored, Unreadable, images_under, read_image
@@ -324,13 +326,15 @@ class Killed(Exception):
     pass
 
 
-def test_training_from_disk_killed_and_resumed_equals_training_from_memory(pictures, tmp_path, monkeypatch):
+@pytest.mark.parametrize("source", ["folder", "shards"])
+def test_training_from_disk_killed_and_resumed_equals_training_from_memory(pictures, shards, tmp_path, monkeypatch, source):
     config = FitConfig(steps=9, batch_size=16, checkpoint_steps=3, warmup_steps=1)  # several epochs, batches across their ends
     save, network = checkpoint.save, AutoencoderConfig(FullyConnected(layers=1, width=8, dimensions=3))
+    data = Folder(pictures, size=8) if source == "folder" else Shards(shards, size=8)
 
     def trained(in_memory: float, folder: Path) -> dict:
         torch.manual_seed(0)
-        splits = Folder(pictures, size=8, in_memory=in_memory).load()
+        splits = replace(data, in_memory=in_memory).load()
         model = network.build(splits.image_shape)
         return fit(Fabric(accelerator="cpu"), model, splits.train, splits.validation, config, 0, folder, "test").training()
 
@@ -346,6 +350,107 @@ def test_training_from_disk_killed_and_resumed_equals_training_from_memory(pictu
     monkeypatch.setattr(checkpoint, "save", save)
     resumed = trained(0, tmp_path / "disk")
     assert whole.keys() == resumed.keys() and all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+# Shards
+
+
+@pytest.fixture(scope="module")
+def shards(pictures, tmp_path_factory) -> str:
+    """The pictures, in their order, in four tar files."""
+    folder = tmp_path_factory.mktemp("shards")
+    names = images_under(pictures)
+    for shard in range(4):
+        with TarWriter(str(folder / f"part-{shard}.tar")) as tar:
+            for index in range(15 * shard, 15 * shard + 15):
+                image, label = (pictures / names[index]).read_bytes(), names[index][0]
+                tar.write(
+                    {"__key__": f"{index:03d}", "png": image, "cls": label, "txt": f"picture {index}", "json": {"caption": "x"}}
+                )
+    return str(folder / "part-{0..3}.tar")
+
+
+def test_shards_are_read_as_a_folder_is(pictures, shards):
+    for limit in (1, 0):
+        expected, found = Folder(pictures, size=8).load(), Shards(shards, size=8, in_memory=limit).load()
+        assert found.label_names == expected.label_names == ["a", "b"]
+        for a, b in zip(parts(expected), parts(found)):
+            assert torch.equal(a.images[:], b.images[:]) and torch.equal(a.labels, b.labels)
+            assert len(set(b.captions)) == len(b) and all(caption.startswith("picture ") for caption in b.captions)
+
+
+def test_shards_from_elsewhere_are_copied_once_and_test_shards_are_the_test_split(shards, tmp_path, monkeypatch):
+    first, last = (f"pipe:cat {shards.replace('{0..3}', part)}" for part in ("{0..2}", "3"))
+    config = Shards(first, last, cache=tmp_path / "copies", size=8)
+    splits = config.load()
+    assert [len(part) for part in parts(splits)] == [43, 2, 15]
+    assert sorted(splits.test.captions) == sorted(f"picture {index}" for index in range(45, 60))
+    assert len(list((tmp_path / "copies").iterdir())) == 4
+    monkeypatch.setattr("webdataset.cache.download", None)
+    assert torch.equal(config.load().test.images[:], splits.test.images[:])
+    assert cache_name("https://a/train/0.tar") != cache_name("https://a/test/0.tar")
+
+
+def test_samples_without_labels_or_captions(tmp_path):
+    def written(sample) -> Splits:
+        with TarWriter(str(tmp_path / "x.tar")) as tar:
+            for index in range(20):
+                tar.write({"__key__": f"dir/{index}", "jpg": encoded(noise(), "JPEG"), **sample(index)})
+        return Shards(str(tmp_path / "x.tar"), size=8).load()
+
+    assert written(lambda index: {"json": {"caption": "c", "n": index}}).train.captions == ["c"] * 17
+    for sample in (lambda index: {"json": {"n": index}}, lambda index: {"txt": "c", "cls": "1"} if index else {"json": b"["}):
+        splits = written(sample)
+        assert splits.train.captions is None and splits.train.labels is None and splits.label_names == []
+    splits = written(lambda index: {"cls": str(8 + index % 3), "mask.png": encoded(noise((3, 3)), "PNG")})
+    assert splits.label_names == ["8", "9", "10"] and splits.train.images.shape == (17, 3, 8, 8)
+
+
+def test_an_unreadable_image_in_a_shard_is_named(shards, tmp_path):
+    content = bytearray(Path(shards.replace("{0..3}", "0")).read_bytes())
+    content[content.index(b"PNG") : content.index(b"PNG") + 3] = b"XXX"
+    (tmp_path / "0.tar").write_bytes(content)
+    with pytest.raises(UserError, match="1 of 15 images.*0.tar: 000"):
+        Shards(str(tmp_path / "0.tar"), size=8).load()
+    splits = Shards(str(tmp_path / "0.tar"), size=8, skip_unreadable=True).load()
+    assert sum(map(len, parts(splits))) == 14
+
+
+def test_a_shard_cut_off_anywhere_is_refused(shards, tmp_path):
+    content = Path(shards.replace("{0..3}", "0")).read_bytes()
+    end = len(content.rstrip(b"\0"))  # what follows are empty blocks
+    for cut in [0, 512, 1024, *np.linspace(1, end, 50).astype(int)]:
+        (tmp_path / "cut.tar").write_bytes(content[:cut])
+        with pytest.raises(UserError, match="cut.tar cannot be read as a tar file"):
+            Shards(str(tmp_path / "cut.tar"), size=8).load()
+
+
+@pytest.mark.parametrize(
+    ("urls", "message"),
+    [
+        (None, "--data.urls"),
+        ("nowhere-{0..3}.tar", "nowhere-0.tar cannot be read as a tar file"),
+        ("text.tar", "text.tar cannot be read as a tar file"),
+        ("packed.tar.gz", "without compression"),
+        ("empty.tar", "holds 0 images"),
+        ("pipe:false", "the shard pipe:false cannot be copied"),
+        ("gopher://x/y.tar", "the shard gopher://x/y.tar cannot be copied"),
+    ],
+)
+def test_shards_that_cannot_be_used(tmp_path, monkeypatch, urls, message):
+    monkeypatch.chdir(tmp_path)
+    Path("text.tar").write_text("no tar file" * 1000)
+    for name in ("empty.tar", "packed.tar.gz"):
+        with TarWriter(name):
+            pass
+    with pytest.raises(UserError, match=message):
+        Shards(urls).load()
+
+
+def test_without_the_library_the_extra_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "webdataset.cache", None)
+    with pytest.raises(UserError, match=r"\[webdataset\]"):
+        Shards("x.tar").load()
 
 
 @pytest.mark.parametrize(
