@@ -76,7 +76,14 @@ def compare(run: Run, splits: Splits, seed: int = 0) -> tuple[dict[str, Any], Se
     for name, prior in priors.items():
         started = time.perf_counter()
         samples = generate(
-            autoencoder, prior, count, seed=seed, device=run.fabric.device, contexts=told, label=f"sampling {name}"
+            autoencoder,
+            prior,
+            count,
+            seed=seed,
+            device=run.fabric.device,
+            contexts=told,
+            pixels=run.config.metrics.pixels,
+            label=f"sampling {name}",
         )
         seconds[name] = 1000 * (time.perf_counter() - started) / count
         rows[name], flat[name] = samples.images, embedded(run, autoencoder, samples.levels)
@@ -212,12 +219,12 @@ def interpolations(run: Run, autoencoder: Autoencoder, latents: LatentDataset, c
 
 @torch.inference_mode()
 def reconstruct(run: Run, autoencoder: Autoencoder, latents: LatentDataset, chosen: Tensor) -> Tensor:
-    """The decoder's mean image at a sample z ~ q(z|x), as generation decodes samples; uint8 N C H W."""
+    """What the decoder makes of a sample z ~ q(z|x), as generation decodes samples; uint8 N C H W."""
 
     def reconstructed(batch: Tensor) -> Tensor:
         posteriors = run.fabric.to_device(latents.posteriors(batch))
         torch.manual_seed(int(batch[0]))
-        return autoencoder.render(autoencoder.sample(posteriors)).cpu()
+        return autoencoder.render(autoencoder.sample(posteriors), run.config.metrics.pixels).cpu()
 
     return torch.cat(ranks.in_batches(reconstructed, chosen, BATCH, "reconstructing"))
 

@@ -34,6 +34,8 @@ class MetricsConfig:
 
     images: int = 10_000
     """images in every row of the comparison; fewer where the test set has fewer"""
+    pixels: Literal["mean", "sample"] = "mean"
+    """what of p(x|z) is judged: its mean, or a draw from it, where images are black and white"""
     extractor: ExtractorName = "classifier"
     """what images are compared in the features of: a small classifier trained on the data set's labels, or inception, the
     network of published FIDs"""
@@ -94,7 +96,7 @@ MNIST_BINARY = RunConfig(
     refine=FitConfig(steps=40_000, checkpoint_steps=2000),
     autoencoder=AutoencoderConfig(ConvolutionalFlat(), bottlenecks.Gaussian(), likelihoods.Bernoulli()),
     prior=AutoregressiveConfig(TransformerConfig(width=64), GaussianMixture(components=32)),
-    metrics=MetricsConfig(classifier=CLASSIFIER),
+    metrics=MetricsConfig(pixels="sample", classifier=CLASSIFIER),
 )
 
 VQVAE = replace(
