@@ -35,6 +35,8 @@ from pipelines.console import Progress, Signals, Stopped, UserError, say
 Precision = Literal["auto", "float32", "bfloat16"]
 OnNan = Literal["stop", "skip", "rewind"]
 REWINDS = 3  # from one checkpoint, before it is given up
+SAVE_SECONDS = 60.0  # without a checkpoint, then one is written between two held-out evaluations
+SAVE_SHARE = 0.02  # of the time at most goes into such checkpoints: large ones are written less often
 CURVE_STEPS = 50  # between two points of a tracker's curves
 
 
@@ -325,6 +327,7 @@ class Training:
             self.write(0, held_out=None)  # something to go back to
         self.tracker.begin(step)
         self.model.train()
+        self.save_at = time.monotonic() + SAVE_SECONDS
         rate = config.batch_size
         with Progress(self.label, config.steps * rate, "images", step * rate) as progress, Signals() as signals:
             while step < config.steps:
@@ -338,20 +341,21 @@ class Training:
                 progress.update(rate, terms)
                 if step % CURVE_STEPS == 0:
                     self.tracker.scalars(step, "train", terms)
-                received = self.received(signals)
+                due = self.due(signals)
                 if step % config.checkpoint_steps == 0 or step == config.steps:
                     self.save(step, terms)
-                elif received:
+                elif due >= 0:
                     self.write(step, held_out=None)
-                if received:
-                    name = signal.Signals(received).name
+                if due > 0:
+                    name = signal.Signals(due).name
                     where = f"{self.label}, step {step} of {config.steps}"
-                    raise Stopped(f"{name}: saved at {where}; the same command goes on from there", received)
+                    raise Stopped(f"{name}: saved at {where}; the same command goes on from there", due)
         return self.kept
 
-    def received(self, signals: Signals) -> int:
-        """The signal that some process received, or 0: the same on all."""
-        return ranks.largest(signals.received or 0, self.fabric.device)
+    def due(self, signals: Signals) -> int:
+        """The signal that some process received, 0 when the last checkpoint is too long ago, or -1: the same on all."""
+        number = 0 if time.monotonic() > self.save_at else -1
+        return ranks.largest(signals.received or number, self.fabric.device)
 
     def own(self, step: int) -> list[Tensor]:
         """What this process takes of a step's batch, in microbatches: indices of examples."""
@@ -446,11 +450,13 @@ class Training:
             raise UserError(f"{self.label}, step {step}: the held-out loss is not a number. A lower learning rate may help.")
         self.history.append({"step": step, "train": {k: float(v) for k, v in terms.items()}, "held_out": held_out})
         self.tracker.scalars(step, "held_out", held_out)
-        with self.average.in_use():
-            self.tracker.pictures(step, self.model)
+        if not isinstance(self.fabric.strategy, ModelParallelStrategy):  # sharded weights come together for a loss only
+            with self.average.in_use():
+                self.tracker.pictures(step, self.model)
         self.write(step, held_out)
 
     def write(self, step: int, held_out: dict[str, float] | None) -> None:
+        started = time.monotonic()
         with self.average.in_use():
             weights = ranks.on_cpu(self.model.state_dict())
         training = {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
@@ -464,6 +470,8 @@ class Training:
             return checkpoint.prune(self.folder, [*self.kept, saved])
 
         self.kept = ranks.on_first(write)
+        written = time.monotonic()
+        self.save_at = written + max(SAVE_SECONDS, (written - started) / SAVE_SHARE)
 
     def restore(self, last: checkpoint.Checkpoint) -> int:
         training = last.training()

@@ -1,6 +1,7 @@
 """The training loop: its order, its resume, its average, and what it does when a number goes wrong."""
 
 import dataclasses
+import math
 import os
 import re
 import signal
@@ -11,6 +12,7 @@ from lightning_fabric import Fabric
 from torch import nn
 
 from pipelines import checkpoint
+from pipelines import fit as fitting
 from pipelines.console import Stopped, UserError
 from pipelines.fit import REWINDS, Average, FitConfig, Order, Training, fit, learning_rate, seed_of
 
@@ -184,6 +186,20 @@ def test_skipped_steps_leave_no_trace(tmp_path, where, capsys):
     assert all(torch.equal(moments[name], value) for name, value in training.optimizer.state[model.layers[0].weight].items())
     training.step(7)
     assert not torch.equal(before["layers.0.weight"], model.layers[0].weight)
+
+
+def test_checkpoints_by_the_clock_change_nothing(tmp_path, monkeypatch):
+    """With one after every step, a killed run loses none, and ends in the same checkpoints as one without."""
+    _, whole = train(tmp_path / "whole")
+    monkeypatch.setattr(fitting, "SAVE_SECONDS", 0)
+    monkeypatch.setattr(fitting, "SAVE_SHARE", math.inf)
+    with pytest.raises(Killed):
+        train(tmp_path / "often", model=Breaks([], killed_at=7))
+    assert [found.step for found in checkpoint.usable(tmp_path / "often")] == [4, 7]
+    _, resumed = train(tmp_path / "often")
+    assert_equal(whole, resumed)
+    names = [sorted(path.name for path in (tmp_path / run).iterdir()) for run in ("whole", "often")]
+    assert names[0] == names[1]
 
 
 @pytest.mark.parametrize("killed_at", [8, 10])
