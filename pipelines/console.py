@@ -18,6 +18,9 @@ def first_process() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
+SPEAKING_SECONDS = 5.0
+
+
 class UserError(ValueError):
     """A mistake that the user can mend; its message says how. Ends a command with exit code 2 and no traceback."""
 
@@ -76,20 +79,24 @@ def run_command(main: Callable[[], None]) -> None:
             )
         )
     except Stopped as stopped:
-        if first_process():
-            print(f"\n{stopped}", file=sys.stderr)
+        last_words(f"\n{stopped}")
         sys.exit(128 + stopped.signal)
     except KeyboardInterrupt:
-        if first_process():
-            print("\ninterrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        last_words("\ninterrupted; the same command goes on from the last checkpoint")
         sys.exit(130)
 
 
 def fail(message: str) -> int:
-    """Printed once a machine: a missing folder or device can be a matter of one."""
-    if os.environ.get("LOCAL_RANK", "0") == "0":
-        print(f"error: {message}", file=sys.stderr)
+    last_words(f"error: {message}")
     return 2
+
+
+def last_words(message: str) -> None:
+    """Before a process ends: printed once a machine, since a missing folder or device can be a matter of one."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        print(message, file=sys.stderr, flush=True)
+    else:
+        time.sleep(SPEAKING_SECONDS)  # torchrun ends all processes as soon as one ends: not this one first
 
 
 def say(message: str) -> None:
