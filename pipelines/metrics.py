@@ -15,6 +15,7 @@ from typing import Any
 from urllib.error import URLError
 
 import torch
+from filelock import FileLock, Timeout
 from lightning_fabric import Fabric
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -165,7 +166,10 @@ class Judge:
 def trained_classifier(
     fabric: Fabric, config: MetricsConfig, splits: Splits, cache: Path, seed: int
 ) -> tuple[Classifier, dict[str, Any]]:
-    """A classifier of the data set's labels, trained or loaded from `cache`, and its description."""
+    """A classifier of the data set's labels, trained or loaded from `cache`, and its description.
+
+    Of several runs on one data set, the first to need it trains it; the others wait.
+    """
     torch.manual_seed(seed)
     model = Classifier(splits.image_shape[0], len(splits.label_names))
     key = hashlib.sha256(repr((config.classifier, seed)).encode())
@@ -173,7 +177,23 @@ def trained_classifier(
         assert part is not None
         key.update(content_of(part))
     folder = cache / key.hexdigest()[:16]
-    fit(fabric, model, Labelled(splits.train), Labelled(splits.validation), config.classifier, seed, folder, "classifier")
+    lock = FileLock(folder.with_suffix(".lock"))
+
+    def alone() -> None:
+        if (folder / f"step-{config.classifier.steps:07d}").is_dir():
+            return
+        cache.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            say(f"waiting for another process, which trains the same classifier, {folder}")
+            lock.acquire()
+
+    ranks.on_first(alone)
+    try:
+        fit(fabric, model, Labelled(splits.train), Labelled(splits.validation), config.classifier, seed, folder, "classifier")
+    finally:
+        lock.release()
     accuracy = evaluate(fabric, model, Labelled(splits.test), BATCH, 0)["accuracy"]
     say(f"classifier: accuracy {100 * accuracy:.1f} % on {len(splits.test)} test images")
     return model.eval(), {"extractor": "classifier", "accuracy": accuracy}

@@ -2,9 +2,13 @@
 
 import io
 import pickle
+import shutil
+import time
+from threading import Thread
 
 import pytest
 import torch
+from filelock import FileLock
 from prdc import compute_prdc
 from scipy.stats import mannwhitneyu
 from torch import nn
@@ -14,11 +18,13 @@ from torch_fidelity.metric_kid import kernel_poly, mmd2
 from torchmetrics.image.kid import poly_mmd
 
 from pipelines import metrics, quality
+from pipelines.config import preset
 from pipelines.console import UserError
 from pipelines.data import ImageSet
 from pipelines.fit import fabric_for
 from pipelines.metrics import FIGURES, Classifier, FeatureSpace, Judge, inception, kept_best
 from pipelines.quality import Cloud, FrechetDistance, copying_z, error, likeness, nearer, nearest_neighbours, resampled
+from tests.parts import shrunk, small_splits
 
 
 def points(count: int, at: float, seed: int, features: int = 4) -> torch.Tensor:
@@ -248,3 +254,23 @@ def test_the_share_kept_is_the_surest_of_each_label():
     assert kept_best(fabric, Reader(), images, labels, 0.5).tolist() == [0, 1, 2, 5]
     assert kept_best(fabric, Reader(), images, labels, 1.0).tolist() == list(range(8))
     assert kept_best(fabric, Reader(), images, labels, 0.1).tolist() == [0, 5]
+
+
+def test_a_second_run_waits_for_the_classifier_that_another_is_training(tmp_path, capsys):
+    splits, config = small_splits((1, 8, 8), 2, count=80), shrunk(preset("mnist5k")).metrics
+    fabric = fabric_for("cpu", "float32")
+    first, described = metrics.trained_classifier(fabric, config, splits, tmp_path, seed=0)
+    (folder,) = (path for path in tmp_path.iterdir() if path.is_dir())
+    last = sorted(folder.iterdir())[-1]
+    shutil.rmtree(last)  # as if the other were still at it
+    made = []
+    with FileLock(folder.with_suffix(".lock")):
+        second = Thread(target=lambda: made.append(metrics.trained_classifier(fabric, config, splits, tmp_path, seed=0)))
+        second.start()
+        while "waiting for another process" not in capsys.readouterr().out:
+            assert second.is_alive()
+            time.sleep(0.01)
+        assert not last.exists() and not made
+    second.join()
+    assert last.exists() and made[0][1] == described
+    assert all(torch.equal(a, b) for a, b in zip(first.state_dict().values(), made[0][0].state_dict().values()))
