@@ -93,17 +93,23 @@ class Trained:
     def on_device(self, tensor: Tensor) -> Tensor:
         return self.run.fabric.to_device(tensor)
 
-    def typical(self, count: int) -> Tensor:
-        """The test images whose rate is nearest the median, N C H W."""
-        (posterior,) = self.autoencoder.encode(self.on_device(self.splits.test.images[:500]))
+    def held_out(self, count: int) -> Tensor:
+        """Test images drawn at random (they may lie sorted by label), N C H W."""
+        chosen = torch.randperm(len(self.splits.test), generator=torch.Generator().manual_seed(0))[:count]
+        return self.splits.test.images[chosen]
+
+    def typical(self) -> Tensor:
+        """Of some test images the one whose rate is nearest the median, C H W."""
+        images = self.held_out(500)
+        (posterior,) = self.autoencoder.encode(self.on_device(images))
         rate = gaussian_rate(posterior["mean"], posterior["std"].log())
-        return self.splits.test.images[:500][(rate - rate.median()).abs().argsort()[:count].cpu()]
+        return images[int((rate - rate.median()).abs().argmin())]
 
 
 def samples_per_image(trained: Trained) -> Findings:
     """The ELBO of one image and its gradient from L draws of z: all from the same draws, L times fewer repeats."""
     counts = [scale * 10**power for power in range(6) for scale in (1, 2, 5) if scale * 10**power <= TOTAL // 10]
-    image = trained.typical(1)[0]
+    image = trained.typical()
     weights, gradients, z = gradients_of_draws(trained, image, TOTAL)
     signal = gradients.mean(0).norm()
     spread = {count: float(elbo(grouped(weights, count)).std()) for count in counts}
@@ -219,21 +225,21 @@ def evidence(trained: Trained) -> Findings:
     """log p(x) of one typical image: naive Monte Carlo, the ELBO, the importance-weighted bound, against the number of z."""
     total = TOTAL // 10
     counts = [scale * 10**power for power in range(5) for scale in (1, 3) if scale * 10**power <= total]
-    image = trained.typical(1)[0]
+    image = trained.typical()
     log_likelihood, log_q, z = trained.draws(image, total)
     curves: dict[str, list[float]] = {}
     best = -math.inf
     shares = {}
-    for name, prior in (("N(0, I)", trained.standard), ("learned prior", trained.learned)):
+    for name, prior in (("N(0, I)", trained.standard), ("the learned prior", trained.learned)):
         weights = log_likelihood + trained.log_prior(prior, z) - log_q
         chunks = torch.arange(total, device=weights.device).split(CHUNK)
-        with Progress(f"draws from the {name}", total, "draws") as progress:
+        with Progress(f"draws from {name}", total, "draws") as progress:
             explained = []
             for indices in chunks:
                 explained.append(trained.log_likelihood(image, prior.sample(indices, seed=0)[0]))
                 progress.update(len(indices))
         naive = torch.cat(explained)
-        curves[f"naive Monte Carlo, z from the {name}"] = [float(importance_weighted_bound(naive[:count])) for count in counts]
+        curves[f"naive Monte Carlo, z from {name}"] = [float(importance_weighted_bound(naive[:count])) for count in counts]
         curves[f"importance-weighted bound, {name}"] = [float(importance_weighted_bound(weights[:count])) for count in counts]
         curves[f"ELBO, {name}"] = [float(weights.mean())] * len(counts)
         best = max(best, float(importance_weighted_bound(weights)))
@@ -243,14 +249,14 @@ def evidence(trained: Trained) -> Findings:
             "best_of_naive": float(naive.max()),
             "decades": (float(log_likelihood.mean()) - float(importance_weighted_bound(weights))) / math.log(10),
         }
-    figure, axes = pyplot.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
+    figure, axes = pyplot.subplots(1, 2, figsize=(10, 4.6), layout="constrained")
     for name, values in curves.items():
         axis = axes[0 if name.startswith("naive") else 1]
         axis.semilogx(counts, values, marker=".", linestyle="--" if "ELBO" in name else "-", label=name)
     for axis, heading in zip(axes, ("z drawn blindly", "z proposed by the encoder")):
         axis.set(title=heading, xlabel="number of z", ylabel="estimate of log p(x), nats")
-        axis.legend(fontsize=8)
-    standard, learned = shares["N(0, I)"], shares["learned prior"]
+        axis.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.2))
+    standard, learned = shares["N(0, I)"], shares["the learned prior"]
     typical = float(log_likelihood.mean())
     sentences = [
         f"A z from the image's own posterior explains it with log p(x|z) ≈ {typical:.0f} nats. Of {total} z from N(0, I),"
@@ -278,7 +284,7 @@ def mean_or_sample(trained: Trained) -> Findings:
     folder = run.folder / "studies" / "point-posterior"
     fit(run.fabric, point, splits.train, splits.validation, run.config.stage1, run.config.seed, folder, "point posterior")
     space = feature_space(run.fabric, run.config.metrics, splits, run.folder.parent / CLASSIFIERS)
-    images = splits.test.images[:200]
+    images = trained.held_out(200)
     with torch.inference_mode():
         (posterior,) = trained.autoencoder.encode(trained.on_device(images))
         of_mean = trained.autoencoder.decode([posterior["mean"]]).mean
@@ -305,7 +311,8 @@ def mean_or_sample(trained: Trained) -> Findings:
             ("point posterior: z from N(0, I)", point.render(noise)),
         ]
         rate = float(gaussian_rate(posterior["mean"], posterior["std"].log()).mean())
-    figure, axes = pyplot.subplots(len(shown), 1, figsize=(9, 0.75 * len(shown)), layout="constrained")
+    figure, axes = pyplot.subplots(len(shown), 1, figsize=(11, 0.6 * len(shown)))
+    figure.subplots_adjust(left=0.22, right=0.995, top=0.99, bottom=0.01, hspace=0.06)
     for axis, (name, row) in zip(axes, shown):
         axis.imshow(torch.cat(list(row.cpu().movedim(1, -1)), 1).squeeze(-1).numpy(), cmap="gray", vmin=0, vmax=255)
         axis.set_title(name, x=-0.01, y=0.5, ha="right", va="center", fontsize=9)
@@ -357,11 +364,12 @@ def aggregate_posterior(trained: Trained) -> Findings:
     axes[0, 1].plot(grid, (-0.5 * grid.square()).exp() / math.sqrt(2 * math.pi), label="N(0, 1)")
     axes[0, 1].set(xlabel="z", xlim=(-5, 5))
     axes[0, 1].legend(fontsize=8)
-    for axis, names in ((axes[0, 2], BY_DIMENSIONS), (axes[1, 0], BY_ENCODER)):
+    encoders = f"encoder: hidden layers × units, for {SWEEP[BY_ENCODER[0]][2]} latent numbers"
+    for axis, names, what in ((axes[0, 2], BY_DIMENSIONS, "latent numbers"), (axes[1, 0], BY_ENCODER, encoders)):
         at = range(len(names))
         axis.bar(at, [swept[name].rate for name in names], color="0.85", label="rate")
         axis.vlines(at, [swept[name].least for name in names], [swept[name].most for name in names], linewidth=6, label="KL")
-        axis.set(xticks=list(at), xticklabels=names, ylabel="nats")
+        axis.set(xticks=list(at), xticklabels=names, ylabel="nats", xlabel=what)
         axis.tick_params(axis="x", labelsize=8)
         axis.set_title("KL(q(z) ‖ N(0, I)) lies on the bar", fontsize=10)
         axis.legend(fontsize=8)
@@ -510,7 +518,9 @@ def plane_of_images(trained: Trained, swept: Swept, scatter: Axes, plane: Axes) 
     """Two latent numbers: the posteriors' means by label, and what the decoder makes of N(0, I), quantile by quantile."""
     points = swept.latents.posteriors(slice(None))[0]["mean"].flatten(1)
     labels = trained.splits.test.labels
-    scatter.scatter(points[:, 0], points[:, 1], c=labels, s=4, cmap="tab10", linewidths=0)
+    drawn = scatter.scatter(points[:, 0], points[:, 1], c=labels, s=4, cmap="tab10", linewidths=0)
+    if labels is not None:
+        scatter.legend(*drawn.legend_elements(num=None), fontsize=7, loc="upper left")
     for radius in (1, 2, 3):
         scatter.add_patch(pyplot.Circle((0, 0), radius, fill=False, linestyle=":"))
     scatter.set(xlim=(-5, 5), ylim=(-5, 5), aspect="equal")

@@ -25,6 +25,9 @@ from stage2_prior.heads import LOG_SQRT_2PI, truncated
 from stage2_prior.latents import LatentDataset, LatentSpec, draw
 from stage2_prior.sampling import AS_FITTED, COMPONENT_STREAM, Sampling, choose, choose_many, first_uniforms, normals, uniforms
 
+# What the mixture is fitted to. With one draw of each of 3,800 images of mnist5k it costs 197 nats an image on held-out latents,
+# worse than N(0, I) with 171; with five, 140.
+MIXTURE_DRAWS, MIXTURE_POINTS = 5, 20_000
 LARGEST_FULL_COVARIANCE = 1024  # dimensions; beyond it the Gaussian and the mixture are diagonal
 
 
@@ -70,7 +73,7 @@ class GaussianMixturePrior(Prior):
     """A mixture of K Gaussians over the flattened latent; with one component, the Gaussian of q(z)'s own moments.
 
     Full covariances up to LARGEST_FULL_COVARIANCE dimensions, diagonal beyond. The mixture is fitted by scikit-learn's
-    expectation-maximization to one draw of z for each image; the single Gaussian from the posteriors' exact moments.
+    expectation-maximization to several draws of z for each image; the single Gaussian from the posteriors' exact moments.
     """
 
     weights: Tensor
@@ -105,7 +108,8 @@ class GaussianMixturePrior(Prior):
             return
         from sklearn.mixture import GaussianMixture
 
-        levels, _ = dataset[torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))[:20000]]
+        chosen = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0)).repeat(MIXTURE_DRAWS)[:MIXTURE_POINTS]
+        levels, _ = dataset[chosen]
         points = only(levels).flatten(1).double().cpu().numpy()
         components = min(self.components, len(points))
         mixture = GaussianMixture(
