@@ -518,9 +518,11 @@ def plane_of_images(trained: Trained, swept: Swept, scatter: Axes, plane: Axes) 
     """Two latent numbers: the posteriors' means by label, and what the decoder makes of N(0, I), quantile by quantile."""
     points = swept.latents.posteriors(slice(None))[0]["mean"].flatten(1)
     labels = trained.splits.test.labels
-    drawn = scatter.scatter(points[:, 0], points[:, 1], c=labels, s=4, cmap="tab10", linewidths=0)
+    for label, name in enumerate(trained.splits.label_names) if labels is not None else [(0, "")]:
+        of_label = points if labels is None else points[labels == label]
+        scatter.scatter(of_label[:, 0], of_label[:, 1], s=4, linewidths=0, label=name)
     if labels is not None:
-        scatter.legend(*drawn.legend_elements(num=None), fontsize=7, loc="upper left")
+        scatter.legend(fontsize=7, loc="upper left", markerscale=3)
     for radius in (1, 2, 3):
         scatter.add_patch(pyplot.Circle((0, 0), radius, fill=False, linestyle=":"))
     scatter.set(xlim=(-5, 5), ylim=(-5, 5), aspect="equal")
