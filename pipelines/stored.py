@@ -228,7 +228,7 @@ class Reading:
 
 
 class Stored:
-    """What a uint8 tensor N C H W of all images would be to its users, by `len`, `shape`, indexing and `split`.
+    """What a uint8 tensor N C H W of all images would be to its users, by `len`, `shape` and indexing.
 
     Indexing raises UserError for an image that cannot be read.
     """
@@ -276,13 +276,6 @@ class Stored:
                 " have all images read once first and the unreadable ones left out: --data.skip-unreadable."
             )
         return ahead.images
-
-    def split(self, size: int) -> Iterator[Tensor]:
-        """The images from first to last, `size` at a time, each batch read while the one before is worked on."""
-        for start in range(0, len(self), size):
-            batch = self[start : start + size]
-            self.prefetch(slice(start + size, start + 2 * size))
-            yield batch
 
     def read_all(self, label: str, keep: bool) -> tuple[Tensor | None, dict[int, str], list[int]]:
         """Every image, uint8 N C H W, or None unless they are to be kept; why which cannot be read; which are animated."""

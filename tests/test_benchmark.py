@@ -25,6 +25,10 @@ def test_data(tmp_path):
     (row,) = json.loads((tmp_path / "b.json").read_text())
     assert row["images"] == 1000 and row["training_images"] == 855 and row["ratio"] > 0 and row["first_batch_s"] > 0
     assert min(row["resident_bytes"]) > 0 and list(made.iterdir()) == []
+    shards = ["--source", "shards", "--images", "1000", "--folder", str(made), "--size", "16", "--steps", "0", "--device", "cpu"]
+    benchmark.main(["data", *shards, "--json", str(tmp_path / "s.json")])
+    (row,) = json.loads((tmp_path / "s.json").read_text())
+    assert (row["source"], row["size"], row["training_images"]) == ("shards", 16, 855) and list(made.iterdir()) == []
 
 
 def test_sampling(tmp_path):
