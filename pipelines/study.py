@@ -140,7 +140,7 @@ def samples_per_image(trained: Trained) -> Findings:
     right.semilogx(counts, value.values(), marker="o", label="ELBO: average of log weights")
     right.semilogx(counts, tight.values(), marker="s", label="importance-weighted: log of the average")
     right.set(xlabel="L, draws of z for each image", ylabel="value, nats")
-    right.legend()
+    right.legend(loc="upper left", fontsize=8)
     lower_right.loglog(list(shared), list(shared.values()), marker="o")
     lower_right.set(
         xlabel=f"L, of {DECODINGS} decodings a step: {DECODINGS} / L images", ylabel="noise of the decoder's gradient"
