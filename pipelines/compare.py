@@ -38,7 +38,7 @@ from pipelines.page import (
     write_csv,
     write_page,
 )
-from pipelines.quality import FEWEST, RESAMPLES, Cloud, likeness, nearest_neighbours
+from pipelines.quality import FEWEST, Cloud, intervals, likeness, nearest_neighbours
 from pipelines.report import between_runs, generator, histogram, nearest_plot, picture, rate_plot, rejection_plot, table, title
 from pipelines.run import CLASSIFIERS, Run
 from stage1_vae.autoencoder import Autoencoder
@@ -119,7 +119,7 @@ def compare(run: Run, splits: Splits, seed: int = 0) -> tuple[dict[str, Any], Se
     metrics["images_of"] = {"reference": len(splits.train), "real": "test split", "reconstruction": "test split"}
     metrics["seed"] = seed
     metrics["features"] = space.description
-    metrics["intervals"] = f"95 %, over {RESAMPLES} bootstrap resamples of the row's images"
+    metrics["intervals"] = intervals(space.model.dimensions)
     metrics["withheld"] = judge.withheld
     metrics["warnings"] = warnings
     metrics["versions"] = {"python": platform.python_version(), "torch": torch.__version__}

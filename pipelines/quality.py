@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torchmetrics.image.fid import FrechetInceptionDistance
 
 RESAMPLES = 100
-RESAMPLES_OF_WIDE = 10  # of the Fréchet distance of more features than the next line says: one takes seconds
+RESAMPLES_OF_WIDE = 10  # of the Fréchet distance, which takes seconds in more features than the next line says
 WIDE = 512
 DEVIATIONS = 1.96  # of a normal distribution on either side: 95 %
 MANIFOLD_NEIGHBOUR = 3  # of precision and recall: k in Kynkäänniemi et al. 2019
@@ -31,6 +31,12 @@ def resampled(count: int, resamples: int = RESAMPLES, seed: int = 0) -> Tensor:
     drawn = torch.randint(count, (resamples, count), generator=torch.Generator().manual_seed(seed))
     counts = torch.zeros(resamples, count, dtype=torch.float64).scatter_add_(1, drawn, torch.ones(drawn.shape).double())
     return torch.cat([torch.ones(1, count, dtype=torch.float64), counts])
+
+
+def intervals(features: int) -> str:
+    """What stands behind an error, in words."""
+    wide = f" ({RESAMPLES_OF_WIDE} for fd)" if features > WIDE else ""
+    return f"95 %, over {RESAMPLES} bootstrap resamples{wide} of the row's images"
 
 
 def error(values: Tensor) -> float:

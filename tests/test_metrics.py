@@ -18,11 +18,11 @@ from torch_fidelity.metric_kid import kernel_poly, mmd2
 from torchmetrics.image.kid import poly_mmd
 
 from pipelines import metrics, quality
-from pipelines.config import preset
+from pipelines.config import MetricsConfig, preset
 from pipelines.console import UserError
 from pipelines.data import ImageSet
 from pipelines.fit import fabric_for
-from pipelines.metrics import FIGURES, Classifier, FeatureSpace, Judge, inception, kept_best
+from pipelines.metrics import FIGURES, Classifier, FeatureSpace, Judge, feature_space, inception, kept_best
 from pipelines.quality import Cloud, FrechetDistance, copying_z, error, likeness, nearer, nearest_neighbours, resampled
 from tests.parts import shrunk, small_splits
 
@@ -209,6 +209,16 @@ def test_inception_features_are_those_of_torch_fidelity(inception_file):
     (expected,) = network(images.repeat(1, 3, 1, 1))
     features = model.features(images)
     assert torch.equal(features, expected) and features.shape == (2, model.dimensions)
+
+
+def test_inception_features_are_not_scaled_and_too_few_images_have_no_fid(inception_file, tmp_path):
+    network, path = inception_file
+    splits = small_splits((1, 28, 28), 2, count=8)
+    config = MetricsConfig(extractor="inception", weights=path)
+    made = feature_space(fabric_for("cpu", "float32"), config, splits, tmp_path)
+    (expected,) = network(splits.train.images.repeat(1, 3, 1, 1))
+    assert torch.equal(made.reference, expected.double())
+    assert made.withheld(1000) == f"{len(expected)} images for 2048 features: a covariance needs more images than features"
 
 
 class Boom:

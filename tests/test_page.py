@@ -1,6 +1,8 @@
 """The comparison page: self-contained, complete, and rendered without an error by a real browser where one is installed."""
 
+import copy
 import csv
+import html
 import json
 import re
 import shutil
@@ -13,6 +15,7 @@ from PIL import Image
 from pipelines import compare
 from pipelines.config import preset
 from pipelines.metrics import FIGURES
+from pipelines.report import between_runs
 from pipelines.run import Run
 from pipelines.train_all import train_all
 from tests.parts import shrunk, small_splits
@@ -62,6 +65,24 @@ def test_json_csv_and_page_say_the_same(compared):
             assert float(rows[prior]["elbo"]) == values["elbo"]["nats"]
             assert f"<td>{values['rate']['nats']:.2f}</td>" in page
         assert rows["learned"]["extractor"] == metrics["features"]["digest"] and metrics["features"]["digest"] in page
+
+
+def test_runs_of_the_same_images_are_compared_in_words_and_others_are_not(compared):
+    together = json.loads((compared / "both.json").read_text())
+    assert list(together) == ["mnist5k", "mnist-vqvae"]
+    assert [row["run"] for row in csv.DictReader(open(compared / "both.csv"))].count("mnist-vqvae") > 3
+    (finding,) = between_runs(together)
+    assert finding in html.unescape((compared / "both.html").read_text())
+    lower, higher = sorted(together, key=lambda run: together[run]["priors"]["learned"]["fd"])
+    assert re.search(f"{lower}, drawn from its learned prior, at [\\d.]+ ± .*; {higher}, .* times as far", finding)
+
+    together["plain"] = copy.deepcopy(together["mnist5k"])
+    together["plain"]["priors"]["learned"] = {"note": "none"}
+    together["other"] = copy.deepcopy(together["mnist5k"])
+    together["other"]["features"]["reference"]["digest"] = "of other images"
+    finding, warning = between_runs(together)
+    assert "plain, drawn from N(0, I), as a plain autoencoder is, at" in finding and "other" not in finding
+    assert "Not everything here compares" in warning and warning.endswith("part mnist5k, mnist-vqvae, plain; other.")
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no chromium here")
