@@ -39,7 +39,18 @@ from pipelines.page import (
     write_page,
 )
 from pipelines.quality import FEWEST, Cloud, intervals, likeness, nearest_neighbours
-from pipelines.report import between_runs, generator, histogram, nearest_plot, picture, rate_plot, rejection_plot, table, title
+from pipelines.report import (
+    between_runs,
+    drawn_from,
+    generator,
+    histogram,
+    nearest_plot,
+    picture,
+    rate_plot,
+    rejection_plot,
+    table,
+    title,
+)
 from pipelines.run import CLASSIFIERS, Run
 from stage1_vae.autoencoder import Autoencoder
 from stage1_vae.bottlenecks import perplexity
@@ -166,8 +177,8 @@ def pictures(
     name = generator(metrics)
     samples, (_, indices) = rows[name][:SHOWN], nearest_training[name]
     caption = (
-        f"Samples ({titles[name]}) above, below them the training images nearest in the features that images are compared in:"
-        " copies would be the same image twice."
+        f"Samples drawn from {drawn_from(metrics)} above, below them the training images nearest in the features that images are"
+        " compared in: copies would be the same image twice."
     )
     both = torch.cat([samples, splits.train.images[indices[:SHOWN]]])
     made.append(images_picture("Nearest training images", caption, both))

@@ -132,7 +132,7 @@ def section(
     tables: list[Table],
 ) -> Section:
     """The figures of one run, as the page shows them. seconds: per 1,000 images, for each prior."""
-    columns = [*HEADINGS.values(), "seconds per 1,000 images"]
+    columns = [*HEADINGS.values(), "s per 1,000"]
     rows = []
     for key, values in figures(metrics).items():
         cells = [cell(values, figure) for figure in HEADINGS] + [f"{seconds[key]:.2f}" if key in seconds else ""]

@@ -55,7 +55,7 @@ HEADINGS = {
 def cell(values: dict[str, Any], figure: str) -> str:
     """A figure of one row with half its 95 % interval; a dash where it is withheld, nothing where there is none."""
     if figure not in values:
-        return ""
+        return "none" if figure == "fd" else ""
     value, half = values[figure], values.get("plus_minus", {}).get(figure)
     if value is None:
         return "–"
@@ -69,6 +69,11 @@ def cell(values: dict[str, Any], figure: str) -> str:
 def generator(metrics: dict[str, Any]) -> str:
     """The prior that a run is meant to be drawn from."""
     return "learned" if "fd" in metrics["priors"]["learned"] else "standard"
+
+
+def drawn_from(metrics: dict[str, Any]) -> str:
+    """The same in words."""
+    return "the learned prior" if generator(metrics) == "learned" else title("standard", metrics)
 
 
 def notes(metrics: dict[str, Any]) -> list[str]:
@@ -85,8 +90,8 @@ def notes(metrics: dict[str, Any]) -> list[str]:
         f"±: half of the interval of {metrics['intervals']}; other samples of the same model would fall into it, another training"
         " run need not.",
         "nearer: of pairs of a sample and a held-out image, the share in which the sample lies nearer to its nearest training"
-        " image. 0.5: as near as new images are; above: copied (Meehan et al. 2020). Samples of the"
-        f" {title(name, metrics)}: z = {values['copying_z']:.1f}, where below -3 would mean copies.",
+        " image. 0.5: as near as new images are; above: copied (Meehan et al. 2020). Drawn from"
+        f" {drawn_from(metrics)}: z = {values['copying_z']:.1f}, where below -3 would mean copies.",
     ]
     lines += [f"{figure}: withheld, {reason}." for figure, reason in metrics["withheld"].items()]
     lines += [f"warning: {warning}." for warning in metrics["warnings"]]
@@ -114,7 +119,7 @@ def notes(metrics: dict[str, Any]) -> list[str]:
 
 def table(metrics: dict[str, Any]) -> str:
     """The comparison for the terminal."""
-    widths = [max(13, len(heading) + 2) for heading in HEADINGS.values()]
+    widths = [max(16, len(heading) + 2) for heading in HEADINGS.values()]
     lines = [" " * 26 + "".join(f"{heading:>{width}}" for heading, width in zip(HEADINGS.values(), widths))]
     for name, row in figures(metrics).items():
         cells = "".join(f"{cell(row, figure):>{width}}" for figure, width in zip(HEADINGS, widths))
@@ -135,8 +140,7 @@ def between_runs(runs: dict[str, dict[str, Any]]) -> list[str]:
         ranked = sorted((run for run in found if found[run]["fd"] is not None), key=lambda run: found[run]["fd"])
         parts: list[str] = []
         for run in ranked:
-            prior = generator(group[run])
-            drawn = "its learned prior" if prior == "learned" else f"{title(prior, group[run])}, as a plain autoencoder is"
+            drawn = drawn_from(group[run]) + ", as a plain autoencoder is" * (generator(group[run]) == "standard")
             times = found[run]["fd"] / found[ranked[0]]["fd"]
             parts.append(f"{run}, drawn from {drawn}, at {cell(found[run], 'fd')}" + f" ({times:.1f} times as far)" * bool(parts))
         if len(parts) > 1:

@@ -74,7 +74,7 @@ def test_runs_of_the_same_images_are_compared_in_words_and_others_are_not(compar
     (finding,) = between_runs(together)
     assert finding in html.unescape((compared / "both.html").read_text())
     lower, higher = sorted(together, key=lambda run: together[run]["priors"]["learned"]["fd"])
-    assert re.search(f"{lower}, drawn from its learned prior, at [\\d.]+ ± .*; {higher}, .* times as far", finding)
+    assert re.search(f"{lower}, drawn from the learned prior, at [\\d.]+ ± .*; {higher}, .* times as far", finding)
 
     together["plain"] = copy.deepcopy(together["mnist5k"])
     together["plain"]["priors"]["learned"] = {"note": "none"}
