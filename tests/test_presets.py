@@ -7,11 +7,14 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from pipelines import generate
+from pipelines import run as run_module
 from pipelines.compare import compare
 from pipelines.config import PRESETS, RunConfig, from_dict, preset, to_dict
 from pipelines.console import UserError
+from pipelines.data import Folder
 from pipelines.run import CHECKPOINTS, PRIORS, Run
 from pipelines.train_all import Options, parse, train_all
 from stage1_vae import bottlenecks
@@ -195,3 +198,22 @@ def test_the_rows_of_the_comparison_use_the_same_images(tmp_path, monkeypatch):
     assert compare(run, run.data())[0] == first
     other, _ = compare(run, run.data(), seed=1)
     assert other["priors"]["learned"]["fd"] != first["priors"]["learned"]["fd"] and other["seed"] == 1
+
+
+def test_a_folder_read_from_disk_ends_in_the_figures_of_one_in_memory(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    splits, folder = small_splits((1, 28, 28), 3), tmp_path / "images"
+    for index, (image, label) in enumerate(zip(splits.train.images, splits.train.labels.tolist())):
+        (folder / str(label)).mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image[0].numpy()).save(folder / str(label) / f"{index}.png")
+    figures, latents = [], []
+    for in_memory in (1.0, 0.0):
+        monkeypatch.setattr(run_module, "SHARD_BYTES", 1 if in_memory == 0 else 2**28)
+        monkeypatch.setattr(run_module, "ENCODING_BATCH", 50)
+        config = dataclasses.replace(shrunk(preset("mnist5k")), data=Folder(folder, size=28, channels=1, in_memory=in_memory))
+        run = Run.create(tmp_path / f"from-{in_memory}" / "run", config, "cpu")
+        train_all(run)
+        figures.append(json.loads((run.folder / "compare" / "metrics.json").read_text()))
+        del figures[-1]["features"]["reference"]["digest"]  # of the pixels, or of the files' names
+        latents.append(len(list((run.folder / "latents").glob("stage1-train*"))))
+    assert figures[0] == figures[1] and latents == [1, 2]
