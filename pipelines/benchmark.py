@@ -208,7 +208,7 @@ class BenchmarkData:
             make_files(Path(made), count, self.size, self.source == "shards")
             row = {"images": count, "asked_for": self.images, "making_s": time.perf_counter() - started}
             row |= self.measured(Path(made))
-            say("deleting the files")
+            say(f"{self.table([row])}\ndeleting the files, which takes a while")
         return [row]
 
     def measured(self, folder: Path) -> dict[str, Any]:
@@ -251,16 +251,27 @@ class BenchmarkData:
         if not self.steps:
             return row
         some = splits.train.subset(torch.arange(min(20_000, len(splits.train))))
-        seconds = self.training(fabric, config, splits, {"disk": splits.train, "memory": ImageSet(some.images[:])})
+        seconds, core = self.training(fabric, config, splits, {"disk": splits.train, "memory": ImageSet(some.images[:])})
         images = self.steps * config.stage1.batch_size
         return row | {
             "from_disk_images_per_s": images / seconds["disk"],
             "from_memory_images_per_s": images / seconds["memory"],
             "ratio": seconds["memory"] / seconds["disk"],
+            "core_ratio": core["memory"] / core["disk"],
         }
 
-    def training(self, fabric: Fabric, config: RunConfig, splits: Splits, sources: dict[str, ImageSet]) -> dict[str, float]:
-        """Seconds of some steps of stage 1 from each source."""
+    def training(
+        self, fabric: Fabric, config: RunConfig, splits: Splits, sources: dict[str, ImageSet]
+    ) -> tuple[dict[str, float], dict[str, float]]:
+        """Of some steps of stage 1 from each source: seconds, and processor time, which other work leaves alone."""
+        core: dict[str, list[float]] = {name: [] for name in sources}
+
+        def some_steps(name: str, training: Training, steps: Iterator[int]) -> None:
+            started = time.process_time()
+            for step in itertools.islice(steps, self.steps):
+                training.step(step)
+            core[name].append(time.process_time() - started)
+
         with tempfile.TemporaryDirectory() as folder:
             parts: dict[str, Callable[[], object]] = {}
             for name, source in sources.items():
@@ -269,8 +280,9 @@ class BenchmarkData:
                 fit_config = replace(config.stage1, steps=10**6)
                 training = Training(fabric, model, source, source, fit_config, 0, Path(folder), name)
                 model.train()
-                parts[name] = partial(some_steps, training, itertools.count(), self.steps)
-            return median_seconds(parts, self.repeats)
+                parts[name] = partial(some_steps, name, training, itertools.count())
+            seconds = median_seconds(parts, self.repeats)
+        return seconds, {name: statistics.median(measured[1:]) for name, measured in core.items()}
 
     def table(self, rows: Rows) -> str:
         (row,) = rows
@@ -287,14 +299,9 @@ class BenchmarkData:
             lines += [
                 f"training from disk      {row['from_disk_images_per_s']:.0f} images/s",
                 f"training from memory    {row['from_memory_images_per_s']:.0f} images/s",
-                f"ratio                   {row['ratio']:.3f}",
+                f"ratio                   {row['ratio']:.3f}; {row['core_ratio']:.3f} of images for each second of a core",
             ]
         return "\n".join(lines)
-
-
-def some_steps(training: Training, steps: Iterator[int], count: int) -> None:
-    for step in itertools.islice(steps, count):
-        training.step(step)
 
 
 FILES_IN_A_FOLDER = 1000
