@@ -94,6 +94,8 @@ class GatedLayer(nn.Module):
         rows = [new(width + k - 1, batch, d) for _ in range(m)]
         seen, recent = new(width * batch, 2 * d), new(batch, m * d)
         twice = torch.cat([new(d) + 2, new(d) + 1])
+        # Contiguous, or every product would first copy its weights.
+        vertical_weights = (rearrange(vertical.weight, "o d m k -> m k d o") * twice).flip(0).contiguous()
         return LayerState(
             rows=rows,
             shifted=[[row[j : j + width].flatten(0, 1) for j in range(k)] for row in rows],
@@ -103,7 +105,7 @@ class GatedLayer(nn.Module):
             gated=new(batch, d),
             recent=recent,
             inputs=list(recent.split(d, dim=1)),
-            vertical=[list(row) for row in (rearrange(vertical.weight, "o d m k -> m k d o") * twice).flip(0)],
+            vertical=[list(row) for row in vertical_weights],
             vertical_bias=vertical.bias * twice,  # type: ignore[operator]
             across=rearrange(across.weight, "o i 1 1 -> i o") * twice / twice[:, None],
             across_bias=(across.bias + horizontal.bias) * twice,  # type: ignore[operator]
