@@ -13,9 +13,13 @@ from typing import SupportsFloat
 from tqdm import tqdm
 
 
+def under_torchrun() -> bool:
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
 def first_process() -> bool:
     """Whether this is the process that prints and writes, of those that torchrun started; else there is but one."""
-    return os.environ.get("RANK", "0") == "0"
+    return not under_torchrun() or os.environ["RANK"] == "0"
 
 
 SPEAKING_SECONDS = 5.0
@@ -93,7 +97,7 @@ def fail(message: str) -> int:
 
 def last_words(message: str) -> None:
     """Before a process ends: printed once a machine, since a missing folder or device can be a matter of one."""
-    if os.environ.get("LOCAL_RANK", "0") == "0":
+    if not under_torchrun() or os.environ["LOCAL_RANK"] == "0":
         print(message, file=sys.stderr, flush=True)
     else:
         time.sleep(SPEAKING_SECONDS)  # torchrun ends all processes as soon as one ends: not this one first

@@ -30,7 +30,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 
 from pipelines import checkpoint, ranks
-from pipelines.console import Progress, Signals, Stopped, UserError, say
+from pipelines.console import Progress, Signals, Stopped, UserError, say, under_torchrun
 
 Precision = Literal["auto", "float32", "bfloat16"]
 OnNan = Literal["stop", "skip", "rewind"]
@@ -51,7 +51,7 @@ def fabric_for(device: str, precision: Precision, sharded: bool = False) -> Fabr
         cpu = torch.cpu.get_capabilities()
         native = torch.cuda.is_bf16_supported() if on_gpu else cpu.get("avx512_bf16") or cpu.get("amx_bf16")
         precision = "bfloat16" if native else "float32"
-    processes, here = (int(os.environ.get(name, "1")) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
+    processes, here = (int(os.environ[name]) if under_torchrun() else 1 for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
     if on_gpu and here > torch.cuda.device_count():
         raise UserError(f"{here} processes need as many CUDA devices; here are {torch.cuda.device_count()}")
     strategy: str | Strategy = "auto"
@@ -170,7 +170,7 @@ def can_compile(fabric: Fabric) -> bool:
     try:
         probe(torch.ones(1, 1, device=fabric.device))
     except RuntimeError as error:
-        say(f"warning: torch.compile does not work here ({str(error).splitlines()[0]}); going on without")
+        say(f"warning: torch.compile does not work here ({' '.join(str(error).split()[:20])}); going on without")
         return False
     return True
 

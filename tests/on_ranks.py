@@ -52,10 +52,10 @@ def images(count: int = 60) -> ImageSet:
     return ImageSet(torch.randint(0, 256, (count, 1, 8, 8), generator=torch.Generator().manual_seed(0), dtype=torch.uint8))
 
 
-def autoencoder(bottleneck) -> Autoencoder:
+def autoencoder(bottleneck, likelihood=likelihoods.Gaussian()) -> Autoencoder:  # noqa: B008
     torch.manual_seed(0)
     network = Convolutional(width=4, blocks=1, downsample=2)
-    made = AutoencoderConfig(network, bottleneck, likelihoods.Gaussian()).build((1, 8, 8))
+    made = AutoencoderConfig(network, bottleneck, likelihood).build((1, 8, 8))
     for part in made.modules():
         if isinstance(part, VectorQuantizedBottleneck) and not part.config.revival:
             part.codebook.normal_()
@@ -79,10 +79,17 @@ def losses(fabric: Fabric, model: nn.Module, train, config: FitConfig = CONFIG) 
     return [float(made.step(step)["loss"]) for step in range(config.steps)]
 
 
-def losses_without_draws(fabric: Fabric, config: FitConfig = CONFIG) -> dict[str, list[float]]:
-    found = {name: losses(fabric, autoencoder(kind), images(), config) for name, kind in WITHOUT_DRAWS.items()}
-    found["categorical prior"] = losses(fabric, prior(), random_latents(60, CODES), config)
-    return found
+def losses_without_draws(fabric: Fabric) -> dict[str, list[float]]:
+    found = {name: losses(fabric, autoencoder(kind), images()) for name, kind in WITHOUT_DRAWS.items()}
+    return found | {"categorical prior": losses(fabric, prior(), random_latents(60, CODES))}
+
+
+def losses_in_microbatches(fabric: Fabric, microbatches: int) -> dict[str, list[float]]:
+    """Of models without statistics of the batch, which take in one microbatch at a time."""
+    config = dataclasses.replace(CONFIG, steps=20, microbatches=microbatches)
+    models = {name: autoencoder(WITHOUT_DRAWS[name], likelihoods.Gaussian(0.1)) for name in ("deterministic", "finite-scalar")}
+    found = {name: losses(fabric, model, images(), config) for name, model in models.items()}
+    return found | {"categorical prior": losses(fabric, prior(), random_latents(60, CODES), config)}
 
 
 def buffers_differ(fabric: Fabric, kind, steps: int = 10) -> list[str]:
@@ -177,6 +184,7 @@ def main(folder: Path) -> None:
     found = {
         "processes": ranks.count(),
         "losses": losses_without_draws(fabric),
+        "microbatches": losses_in_microbatches(fabric, 2),
         "differ": {name: buffers_differ(fabric, kind) for name, kind in {**WITHOUT_DRAWS, **WITH_DRAWS}.items()},
         "sampled": sampled(fabric),
         "skip": broken(fabric, "skip"),

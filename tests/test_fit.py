@@ -264,3 +264,33 @@ def test_a_signal_saves_and_the_run_goes_on_as_if_never_stopped(tmp_path, number
 def test_seeds_differ():
     seeds = {seed_of(a, b, c) for a in range(10) for b in range(10) for c in range(10)}
     assert len(seeds) == 1000 and all(0 <= seed < 2**63 for seed in seeds)
+
+
+@pytest.mark.parametrize(("microbatches", "says"), [(3, "batches of 4 do not divide into 3 microbatches"), (0, "into 0")])
+def test_a_batch_divides_into_equal_microbatches(tmp_path, microbatches, says):
+    with pytest.raises(UserError, match=says):
+        train(tmp_path, dataclasses.replace(CONFIG, microbatches=microbatches))
+
+
+@pytest.mark.parametrize("works", [True, False])
+def test_compiling_changes_nothing_but_speed_and_is_left_out_where_it_does_not_work(tmp_path, monkeypatch, capsys, works):
+    """By a compiler that only traces, and by one that is not there."""
+    _, plain = train(tmp_path / "plain")
+    compiled = []
+
+    def no_compiler(graph, inputs):
+        raise RuntimeError("no C++ compiler found")
+
+    def traced(model):
+        compiled.append(type(model))
+        nn.Module.compile.original(model, backend="eager" if works else no_compiler)
+
+    traced.original = nn.Module.compile
+    monkeypatch.setattr(nn.Module, "compile", traced)
+    _, chosen = train(tmp_path / "compiled", dataclasses.replace(CONFIG, compile=True))
+    assert compiled == [nn.Linear, Noisy][: 2 if works else 1]
+    said = capsys.readouterr().out
+    assert works or ("no C++ compiler found" in said and "going on without" in said)
+    assert not works or "warning" not in said
+    for a, b in ((plain.model(), chosen.model()), (plain.training(), chosen.training())):
+        assert a.keys() == b.keys() and all(torch.allclose(a[name], b[name]) for name in a)

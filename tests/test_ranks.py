@@ -56,6 +56,13 @@ def test_losses_are_those_of_one_process(found):
         assert losses[-1] < losses[0], "nothing was learned"
 
 
+def test_microbatches_make_the_step_of_the_whole_batch(found):
+    whole = on_ranks.losses_in_microbatches(ONE, 1)
+    for parts in (on_ranks.losses_in_microbatches(ONE, 4), *(of_one["microbatches"] for of_one in found)):
+        for name, losses in whole.items():
+            assert parts[name] == pytest.approx(losses, rel=1e-10), name
+
+
 def test_all_processes_have_the_same_buffers_after_every_step(found):
     """Codebooks, revived ones too, their averages and use, statistics of normalizations, a learned σ."""
     for of_one in found:
