@@ -161,6 +161,10 @@ PRESETS: dict[str, tuple[str, RunConfig]] = {
         "GIVT: a transformer with a mixture of Gaussians over continuous latents of MNIST",
         replace(MNIST, stage2=replace(STAGE2, learning_rate=1e-3), prior=AutoregressiveConfig(TransformerConfig())),
     ),
+    "mnist5k-8bit": (
+        "mnist5k with a probability of 8-bit images as p(x|z), for bits per dimension",
+        replace(MNIST5K, autoencoder=AutoencoderConfig(likelihood=likelihoods.DiscretizedLogistic())),
+    ),
     "mnist5k-vqvae": (
         "VQ-VAE on the 5,000 digits that need no download",
         replace(
