@@ -16,6 +16,7 @@ import math
 import os
 import signal
 import time
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -57,6 +58,8 @@ def fabric_for(device: str, precision: Precision, sharded: bool = False) -> Fabr
     strategy: str | Strategy = "auto"
     if processes > 1:
         strategy = ModelParallelStrategy(shard, processes, tensor_parallel_size=1) if sharded else DDPStrategy()
+        # Of 1×1 convolutions and single channels, whose strides can be told in two ways.
+        warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
     elif sharded:
         raise UserError("weights can be sharded over two or more processes only: torchrun --nproc-per-node N -m pipelines.…")
     fabric = Fabric(
@@ -145,7 +148,7 @@ class FitConfig:
     checkpoint_steps: int = 500
     """steps between checkpoints; the held-out loss is measured at each, and the best one is kept"""
     compile: bool = False
-    """compile the model with torch.compile, which takes a minute and pays in long trainings; without, where it does not work"""
+    """compile the model with torch.compile, which takes minutes before it saves any time; without, where it does not work"""
 
 
 def learning_rate(config: FitConfig, step: int) -> float:
