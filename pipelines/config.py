@@ -125,6 +125,7 @@ def plain(config: RunConfig, steps: int) -> RunConfig:
     Few latent numbers in no grid, each of which says something of the whole image, and a likelihood that forgives blur.
     steps: of stage 1, which gets the time of both stages of the other; there is no second.
     """
+    # By fd(standard) on mnist5k, on one seed: β = 3 was worse, β = 0.5 far worse.
     bottleneck = bottlenecks.Gaussian(channels=1)
     network = Convolutional(dimensions=10)
     return replace(
