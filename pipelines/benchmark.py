@@ -217,7 +217,7 @@ class BenchmarkData:
         started, cpu = time.perf_counter(), time.process_time()
         channels: Literal[1, 3] = 1 if self.size == DIGITS else 3
         config_of: dict[str, Folder | Shards] = {
-            "folder": Folder(folder, self.size, channels, in_memory=0),
+            "folder": Folder(folder, size=self.size, channels=channels, in_memory=0),
             "shards": Shards("::".join(map(str, sorted(folder.glob("*.tar")))), size=self.size, channels=channels, in_memory=0),
         }
         splits = config_of[self.source].load()

@@ -54,6 +54,7 @@ from pipelines.report import (
 from pipelines.run import CLASSIFIERS, Run
 from stage1_vae.autoencoder import Autoencoder
 from stage1_vae.bottlenecks import perplexity
+from stage2_prior.autoregressive import LearnedPrior
 from stage2_prior.conditions import Unconditional
 from stage2_prior.latents import LatentDataset, LatentSpec
 from stage2_prior.prior import Prior, baselines
@@ -144,8 +145,9 @@ def compare(run: Run, splits: Splits, seed: int = 0) -> tuple[dict[str, Any], Se
     if autoencoder.bottleneck.has_density:
         metrics["likelihood"] = likelihood(run, splits, images=BATCH, samples=FEW, naive=0, seed=seed)
         tables.append(as_table(metrics["likelihood"]))
-    if autoencoder.bottleneck.has_density and run.learned:
-        maps = rate_maps(run, latents, run.load_prior(specs), chosen[:BATCH], seed)
+    learned = priors.get("learned")
+    if autoencoder.bottleneck.has_density and isinstance(learned, LearnedPrior):
+        maps = rate_maps(run, latents, learned, chosen[:BATCH], seed)
         caption = f"Nats of the rate of {len(chosen[:BATCH])} held-out images at each position of the latent grid, on average."
         shown.append(chart_picture("Where the rate lies", caption, rate_plot(maps, metrics)))
     described = section(run.folder.name, metrics, seconds, shown, to_dict(run.config), tables)

@@ -27,6 +27,8 @@ from stage2_prior.transformer import TransformerConfig
 
 ExtractorName = Literal["classifier", "inception"]
 
+CLASSIFIER = FitConfig(steps=1500, learning_rate=3e-3, checkpoint_steps=500, gradient_clip=10.0)
+
 
 @dataclass(frozen=True)
 class MetricsConfig:
@@ -41,7 +43,7 @@ class MetricsConfig:
     network of published FIDs"""
     weights: Path | None = None
     """file of inception's weights, where they cannot be downloaded"""
-    classifier: FitConfig = field(default_factory=lambda: FitConfig(steps=1500))
+    classifier: FitConfig = CLASSIFIER
     """training of the classifier"""
 
 
@@ -68,9 +70,8 @@ class RunConfig:
 # reached after 128,000; stage 2 likewise gained from a higher rate.
 STAGE1 = FitConfig(steps=4000, batch_size=64, learning_rate=3e-3)
 STAGE2 = FitConfig(steps=8000, batch_size=64, learning_rate=4e-3, checkpoint_steps=1000)
-CLASSIFIER = FitConfig(steps=1500, checkpoint_steps=500, gradient_clip=10.0)
 
-MNIST = RunConfig(data=TorchvisionSet("MNIST"), stage1=STAGE1, stage2=STAGE2, metrics=MetricsConfig(classifier=CLASSIFIER))
+MNIST = RunConfig(data=TorchvisionSet("MNIST"), stage1=STAGE1, stage2=STAGE2)
 
 MNIST5K = RunConfig(
     data=EmbeddedDigits(),
@@ -96,7 +97,7 @@ MNIST_BINARY = RunConfig(
     refine=FitConfig(steps=40_000, checkpoint_steps=2000),
     autoencoder=AutoencoderConfig(ConvolutionalFlat(), bottlenecks.Gaussian(), likelihoods.Bernoulli()),
     prior=AutoregressiveConfig(TransformerConfig(width=64), GaussianMixture(components=32)),
-    metrics=MetricsConfig(pixels="sample", classifier=CLASSIFIER),
+    metrics=MetricsConfig(pixels="sample"),
 )
 
 VQVAE = replace(

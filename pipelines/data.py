@@ -172,16 +172,10 @@ def image_set(dataset: Any) -> ImageSet:
     return ImageSet(images.contiguous(), torch.as_tensor(dataset.targets).long())
 
 
-@dataclass(frozen=True)
-class Folder:
-    """Your own images, of any size and aspect: resized and cropped to squares. Subfolders are labels.
+@dataclass(frozen=True, kw_only=True)
+class OwnImages:
+    """What all of the user's own images are told, wherever they lie."""
 
-    Folders named `train` and `test` at the top are taken as the splits; else a tenth of the images is held out. A file
-    captions.jsonl in such a folder gives captions: a line {"file_name": "sub/a.png", "text": "…"} for each image.
-    """
-
-    root: Path | None = None
-    """the folder of images"""
     size: int = 64
     """height and width of an image, in pixels"""
     channels: Literal[1, 3] = 3
@@ -191,14 +185,35 @@ class Folder:
     in_memory: float = 1.0
     """GiB of decoded images up to which they are all read first and kept in memory; above, each is read whenever it is used"""
 
+    def check(self) -> None:
+        if self.size < 1:
+            raise UserError(f"--data.size is a number of pixels above 0, not {self.size}")
+
+    def splits(self, sets: list[ImageSet], where: str, label_names: list[str], report: Path | None) -> Splits:
+        """Of the sets for training and for testing, or of one, a tenth of which is held out. Raises as `readable`."""
+        sets = readable(sets, where, self.skip_unreadable, self.in_memory, report)
+        train, test = sets if len(sets) == 2 else split(sets[0], max(1, round(FOLDER_TEST_SHARE * len(sets[0]))))
+        return with_validation(train, test, label_names)
+
+
+@dataclass(frozen=True)
+class Folder(OwnImages):
+    """Your own images, of any size and aspect: resized and cropped to squares. Subfolders are labels.
+
+    Folders named `train` and `test` at the top are taken as the splits; else a tenth of the images is held out. A file
+    captions.jsonl in such a folder gives captions: a line {"file_name": "sub/a.png", "text": "…"} for each image.
+    """
+
+    root: Path | None = None
+    """the folder of images"""
+
     def load(self, report: Path | None = None) -> Splits:
         """report: file to name the unreadable images in."""
         if self.root is None:
             raise UserError("the preset folder needs your folder of images: --data.root PATH")
         if not self.root.is_dir():
             raise UserError(f"there is no folder {self.root}: give your folder of images with --data.root PATH")
-        if self.size < 1:
-            raise UserError(f"--data.size is a number of pixels above 0, not {self.size}")
+        self.check()
         parts = (
             [self.root / "train", self.root / "test"] if all((self.root / p).is_dir() for p in ("train", "test")) else [self.root]
         )
@@ -220,13 +235,11 @@ class Folder:
             )
             for part, names in zip(parts, found)
         ]
-        sets = readable(sets, str(self.root), self.skip_unreadable, self.in_memory, report)
-        train, test = sets if len(sets) == 2 else split(sets[0], max(1, round(FOLDER_TEST_SHARE * len(sets[0]))))
-        return with_validation(train, test, label_names)
+        return self.splits(sets, str(self.root), label_names, report)
 
 
 @dataclass(frozen=True)
-class Shards:
+class Shards(OwnImages):
     """WebDataset shards: tar files of samples {jpg or png, and so on; cls, a label; txt, or json with `caption`, a caption}.
 
     Labels and captions are used where every sample has one. Samples are read where they lie, in any order.
@@ -238,21 +251,12 @@ class Shards:
     """shards of the test split; a tenth of the samples when not given"""
     cache: Path = Path("data/shards")
     """folder that shards from elsewhere are copied to, once"""
-    size: int = 64
-    """height and width of an image, in pixels"""
-    channels: Literal[1, 3] = 3
-    """1 for grey, 3 for colour"""
-    skip_unreadable: bool = False
-    """use the readable images when some cannot be read"""
-    in_memory: float = 1.0
-    """GiB of decoded images up to which they are all read first and kept in memory; above, each is read whenever it is used"""
 
     def load(self, report: Path | None = None) -> Splits:
         """report: file to name the unreadable images in."""
         if self.urls is None:
             raise UserError("the preset webdataset needs your shards: --data.urls 'data/train-{000..099}.tar'")
-        if self.size < 1:
-            raise UserError(f"--data.size is a number of pixels above 0, not {self.size}")
+        self.check()
         patterns = [self.urls] if self.test_urls is None else [self.urls, self.test_urls]
         found = [self.samples(pattern) for pattern in patterns]
         labels, label_names = labels_of([members for _, members in found])
@@ -260,9 +264,7 @@ class Shards:
             ImageSet(Stored(TarFiles(*part), self.channels, self.size), part_labels, captions_in(part[1]))
             for part, part_labels in zip(found, labels)
         ]
-        sets = readable(sets, " and ".join(patterns), self.skip_unreadable, self.in_memory, report)
-        train, test = sets if len(sets) == 2 else split(sets[0], max(1, round(FOLDER_TEST_SHARE * len(sets[0]))))
-        return with_validation(train, test, label_names)
+        return self.splits(sets, " and ".join(patterns), label_names, report)
 
     def samples(self, pattern: str) -> tuple[list[str], list[Member]]:
         """The local files of a pattern, and what is in them."""

@@ -12,12 +12,9 @@ from torch import Tensor, distributed
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from pipelines.console import Progress, UserError
+from stage1_vae.statistics import processes as count
 
 T = TypeVar("T")
-
-
-def count() -> int:
-    return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
 
 
 def rank() -> int:

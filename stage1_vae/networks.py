@@ -164,8 +164,7 @@ class ConvolutionalFlat:
             nn.Flatten(),
             nn.Linear(self.width * height * width // 16, self.hidden),
             nn.ELU(),
-            nn.Linear(self.hidden, self.features * self.positions),
-            Rearrange("b (f d) -> b f 1 d", f=self.features),
+            *to_flat(self.hidden, self.positions, self.features),
         ), self.features
 
     def decoder(self, latent_channels: int, image_shape: tuple[int, int, int], outputs: int) -> nn.Module:
@@ -190,10 +189,9 @@ FLAT_FEATURES = 2
 """for each number of a flat latent: enough for a mean and a standard deviation"""
 
 
-def to_flat(units: int, dimensions: int) -> list[nn.Module]:
-    """Any features of so many units to those of a flat latent."""
-    linear = nn.Linear(units, FLAT_FEATURES * dimensions)
-    return [linear, Rearrange("b (f d) -> b f 1 d", f=FLAT_FEATURES)]
+def to_flat(units: int, positions: int, features: int = FLAT_FEATURES) -> list[nn.Module]:
+    """So many units to the features of a flat latent."""
+    return [nn.Linear(units, features * positions), Rearrange("b (f d) -> b f 1 d", f=features)]
 
 
 def hidden_layers(sizes: list[int]) -> list[nn.Module]:

@@ -15,17 +15,9 @@ from pipelines.run import Run
 from stage1_vae import bottlenecks, likelihoods
 from stage1_vae.bottlenecks import gaussian_rate
 from stage2_prior.latents import LatentDataset
-from tests.parts import small_splits, trained_run
+from tests.parts import trained_run
 
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    return trained_run(tmp_path_factory.mktemp("likelihood"), "mnist5k")
-
-
-@pytest.fixture(autouse=True)
-def data(monkeypatch):
-    monkeypatch.setattr(Run, "data", lambda self: small_splits((1, 28, 28), 4))
+pytestmark = pytest.mark.usefixtures("small_data")
 
 
 def measured(run: Run, **asked) -> dict:

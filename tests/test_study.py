@@ -13,17 +13,9 @@ from pipelines.fit import FitConfig
 from pipelines.run import Run
 from stage2_prior.latents import LatentDataset, LatentSpec
 from stage2_prior.prior import GaussianMixturePrior
-from tests.parts import random_latents, shrunk, small_splits, trained_run
+from tests.parts import random_latents, shrunk, small_splits
 
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    return trained_run(tmp_path_factory.mktemp("study"), "mnist5k")
-
-
-@pytest.fixture(autouse=True)
-def data(monkeypatch):
-    monkeypatch.setattr(Run, "data", lambda self: small_splits((1, 28, 28), 4))
+pytestmark = pytest.mark.usefixtures("small_data")
 
 
 def numbers(run: Run, name: str) -> dict:
