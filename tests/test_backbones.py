@@ -6,7 +6,7 @@ import dataclasses
 import pytest
 import torch
 
-from stage2_prior.layers import CausalAttention
+from stage2_prior.layers import CausalAttention, attend
 from tests.parts import BACKBONES, jacobian, randomized
 
 GRIDS = [(4, 4), (3, 5), (1, 6), (5, 2)]
@@ -157,6 +157,19 @@ def test_attention_reads_only_what_has_been_written():
     with torch.no_grad():
         steps = [attention(x[:, :2], cache), *(attention.step(x[:, i], i, cache)[:, None] for i in range(2, 5))]
         assert torch.allclose(torch.cat(steps, 1), attention(x), rtol=1e-12, atol=1e-12)
+
+
+def test_attention_in_bfloat16_is_that_of_float32():
+    """It takes another way there on CPUs, in values and gradients."""
+    q, k, v, direction = torch.randn(4, 2, 3, 7, 8, generator=torch.Generator().manual_seed(0)).bfloat16()
+
+    def results(dtype: torch.dtype) -> list[torch.Tensor]:
+        inputs = [x.to(dtype).requires_grad_() for x in (q, k, v)]
+        attended = attend(*inputs)
+        return [attended, *torch.autograd.grad(attended, inputs, direction.to(dtype))]
+
+    for rounded, exact in zip(results(torch.bfloat16), results(torch.float32), strict=True):
+        torch.testing.assert_close(rounded.float(), exact, rtol=0.02, atol=0.02)
 
 
 def test_refuses_heads_that_do_not_divide_the_width():
