@@ -226,9 +226,10 @@ class VectorQuantizedBottleneck(nn.Module):
 
 
 def nearest(vectors: Tensor, codebook: Tensor) -> Tensor:
-    """The index of the nearest code vector in Euclidean distance; … C to …."""
-    # ‖v-e‖² = ‖v‖² - 2 v·e + ‖e‖², of which the first does not matter.
-    distance = torch.addmm(codebook.square().sum(1), vectors.flatten(0, -2), codebook.T, alpha=-2)
+    """The index of the nearest code vector in Euclidean distance, never in mixed precision; … C to …."""
+    with torch.autocast(vectors.device.type, enabled=False):
+        # ‖v-e‖² = ‖v‖² - 2 v·e + ‖e‖², of which the first does not matter.
+        distance = torch.addmm(codebook.square().sum(1), vectors.flatten(0, -2), codebook.T, alpha=-2)
     return distance.argmin(1).view(vectors.shape[:-1])
 
 

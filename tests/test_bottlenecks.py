@@ -135,3 +135,13 @@ def test_a_cold_relaxation_is_one_code():
     embedded, _, _ = model(torch.randn(5, 4, 2, 3), 1)
     vectors = embedded[0].movedim(1, -1).reshape(-1, 2)
     assert torch.cdist(vectors, model.codebook).amin(1).max() < 1e-3
+
+
+def test_mixed_precision_does_not_round_the_distances():
+    """Codes so near to each other that bfloat16 confuses them."""
+    torch.manual_seed(0)
+    codebook = 1 + 0.01 * torch.randn(50, 8)
+    vectors = 1 + 0.01 * torch.randn(400, 8)
+    exact = nearest(vectors, codebook)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(nearest(vectors, codebook), exact)
