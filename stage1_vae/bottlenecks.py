@@ -288,7 +288,8 @@ class FiniteScalarBottleneck(nn.Module):
         offset = torch.where(self.levels % 2 == 0, 0.5, 0.0)
         bounded = torch.tanh(full_precision(self.project(features)) + torch.atanh(offset / half)) * half - offset
         level = bounded + (bounded.round() - bounded).detach() + self.levels // 2
-        return level, (level.detach().round().long() * self.strides).sum(1)
+        # What is not a number is no integer, but has a code, so that training meets it as a loss.
+        return level, (level.detach().nan_to_num().round().long() * self.strides).sum(1)
 
     def forward(self, features: Tensor, step: int) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         level, codes = self.rounded(features)

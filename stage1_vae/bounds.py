@@ -64,7 +64,8 @@ def draws(
         log_q = torch.zeros(len(row), device=images.device, dtype=targets.dtype)
         for level, posterior in zip(levels, chosen):
             if "codes" not in posterior:
-                log_q = log_q + distributions.Normal(posterior["mean"], posterior["std"]).log_prob(level).flatten(1).sum(1)
+                q = distributions.Normal(posterior["mean"], posterior["std"], validate_args=False)
+                log_q = log_q + q.log_prob(level).flatten(1).sum(1)
         told = None if contexts is None else contexts[image]
         parts["log_likelihood"].append(autoencoder.decode(levels).log_prob(targets[image]))
         parts["log_posterior"].append(log_q)

@@ -157,7 +157,8 @@ class DiscretizedLogisticLikelihood(nn.Module):
     def forward(self, outputs: Tensor) -> distributions.Distribution:
         logits, means, log_scales = rearrange(outputs, "b (p c k) h w -> p b c h w k", p=3, k=self.outputs_per_channel // 3)
         logistics = Discretized((means + 1) / 2, log_scales.clamp(min=self.MINIMUM_LOG_SCALE).exp() / 2)
-        mixture = distributions.MixtureSameFamily(distributions.Categorical(logits=logits), logistics, validate_args=False)
+        shares = distributions.Categorical(logits=logits, validate_args=False)
+        mixture = distributions.MixtureSameFamily(shares, logistics, validate_args=False)
         return distributions.Independent(mixture, 3, validate_args=False)
 
     def update(self, outputs: Tensor, targets: Tensor) -> None:

@@ -422,3 +422,36 @@ def test_the_bound_of_codes_is_their_own_probability_and_likelihood():
     target = model.likelihood.scale(image).expand(len(every), -1, -1, -1)
     evidence = (model.decode(levels).log_prob(target) + uniform(levels)).logsumexp(0)
     assert elbo(weights) <= evidence + 1e-4
+
+
+@pytest.mark.parametrize("likelihood", LIKELIHOODS)
+def test_an_output_that_is_not_a_number_is_a_loss_that_is_none(likelihood):
+    """And no exception, so that training can say what to do; the other images of the batch keep their likelihood."""
+    torch.manual_seed(0)
+    model = build(likelihood=likelihood)
+    outputs = torch.randn(3, model.likelihood.outputs_per_channel, 4, 4)
+    images = random_images(3, (1, 4, 4))
+    expected = model.likelihood(outputs).log_prob(model.likelihood.scale(images))
+    outputs[1, -1, 2, 2] = torch.nan
+    log_prob = model.likelihood(outputs).log_prob(model.likelihood.scale(images))
+    assert log_prob[1].isnan() and torch.equal(log_prob[[0, 2]], expected[[0, 2]])
+    next(model.decoder.parameters()).data.fill_(torch.nan)
+    assert model(random_images(3))["loss"].isnan()
+
+
+@pytest.mark.parametrize("bottleneck", [*BOTTLENECKS.values(), bottlenecks.FiniteScalar()], ids=str)
+def test_features_that_are_not_numbers_are_a_loss_that_is_none(bottleneck):
+    shape = (1, 32, 32)
+    model = AutoencoderConfig(NETWORKS["convolutional"], bottleneck, LIKELIHOODS["gaussian"]).build(shape)
+    model(random_images(3, shape))
+    next(model.encoder.parameters()).data.fill_(torch.nan)
+    assert model(random_images(3, shape))["loss"].isnan()
+
+
+def test_a_posterior_that_is_not_a_number_gives_draws_that_are_none():
+    model = build()
+    model.bottleneck.project.bias.data[model.bottleneck.latent_channels] = torch.nan  # of one channel's log std
+    images = random_images(2)
+    assert model.encode(images)[0]["std"].isnan().any() and not model.encode(images)[0]["mean"].isnan().any()
+    made = draws(model, images, 3, {"flat": lambda levels, told: torch.zeros(len(levels[0]))})
+    assert made.log_likelihood.isnan().all() and made.log_posterior.isnan().all() and made.log_weights("flat").isnan().all()
