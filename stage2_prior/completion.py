@@ -2,9 +2,10 @@
 
 B batch, M particles, N positions, h×w latent grid.
 
-Where every held position comes before every free one, an autoregressive prior draws the rest exactly. Elsewhere it cannot look
-ahead, so M particles are drawn row by row and weighted by the density of what is held, given what they have drawn so far
-(sequential importance resampling, Gordon et al. 1993): exact as M grows.
+Where every held position comes before every free one, and the context is given, an autoregressive prior draws the rest exactly.
+Elsewhere it cannot look ahead, so M particles are drawn row by row and weighted by the density of what is held, given what they
+have drawn so far (sequential importance resampling, Gordon et al. 1993): exact as M grows. A context that is not given is drawn
+with each particle, so it is weighted with it: a label under which what is held is unlikely dies out.
 """
 
 from collections.abc import Callable
@@ -32,13 +33,12 @@ def complete(
     """Levels whose held positions are as given, and the effective sample size of each, B, from 1 to the number of particles.
 
     given: one latent a level, without a batch axis; held: h w a level, True is held; indices: B sample numbers.
-    contexts: one for each sample; drawn as in the training set when None.
+    contexts: one for each sample; when None, one for each particle, as frequent as in the training set.
     log_likelihood: what else is known of the whole latent, such as log p(of the pixels that are seen | z): levels to nats, B·M.
     """
-    contexts = prior.draw_contexts(indices, seed) if contexts is None else contexts
     # Particle m of sample i is sample number i·M + m of its own seed, so a completion too is the same in any batch.
     numbers = (indices[:, None] * particles + torch.arange(particles, device=indices.device)).flatten()
-    told = None if contexts is None else contexts.repeat_interleave(particles, 0)
+    told = prior.draw_contexts(numbers, seed) if contexts is None else contexts.repeat_interleave(particles, 0)
     levels: list[Tensor] = []
     logs = torch.zeros(len(indices), particles, dtype=torch.float64, device=indices.device)
     smallest = torch.full((len(indices),), float(particles), dtype=torch.float64, device=indices.device)
@@ -58,7 +58,6 @@ def complete(
             drawn = torch.cat([done[..., :until, :], latent[..., until:, :]], -2)
             seen = mask.clone()
             seen[:row], seen[until:] = False, False
-            # What is held at the start of the grid weighs the same for every particle; so does all where nothing is free.
             if seen.any():
                 weights = own.log_prob_by_position([*levels, drawn], told)[:, seen].sum(1)
                 logs += weights.view(len(indices), particles).double()
@@ -68,6 +67,7 @@ def complete(
                 if poor.any() and particles > 1:
                     ancestors = resampled(logs, poor, indices, seed, level * 10_000 + row)
                     drawn, levels = drawn[ancestors], [coarse[ancestors] for coarse in levels]
+                    told = None if told is None else told[ancestors]
                     logs[poor] = 0.0
             if until == height:
                 break

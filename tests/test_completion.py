@@ -14,25 +14,47 @@ from tests.parts import BACKBONES, random_prior, randomized
 FALSE_ALARM = 1e-4
 
 
-def exact_and_drawn(prior, grid, held, given, codes, particles, count=6000):
-    """p(free | held) over every filling of the free positions, and how often each was drawn."""
-    free = torch.nonzero(~held.flatten()).flatten()
-    fillings = torch.cartesian_prod(*[torch.arange(codes)] * len(free)).view(-1, len(free))
-    everything = given.flatten().repeat(len(fillings), 1)
+def exact_and_drawn(prior, held, given, particles, count=6000, label=None):
+    """p(free | held) over every filling of the free positions of all levels, and how often each was drawn.
+
+    Labels that are not given are summed over: p(z) = Σ p(label) p(z | label).
+    """
+    free = torch.cat([~mask.flatten() for mask in held])
+    codes = torch.cat([torch.full((mask.numel(),), own.spec.vocabulary) for own, mask in zip(prior.levels, held)])[free].tolist()
+    fillings = torch.cartesian_prod(*map(torch.arange, codes)).view(-1, len(codes))
+    everything = torch.cat([latent.flatten() for latent in given]).repeat(len(fillings), 1)
     everything[:, free] = fillings
+    by_level = everything.split([mask.numel() for mask in held], 1)
+    levels = [flat.unflatten(1, mask.shape) for flat, mask in zip(by_level, held, strict=True)]
+    condition = prior.levels[0].condition
     with torch.no_grad():
-        exact = prior.log_prob([everything.view(-1, *grid)]).softmax(0)
-    (drawn,), sizes = complete(prior, [given], [held], torch.arange(count), 3, particles)
-    assert (drawn[:, held] == given[held]).all()
-    powers = codes ** torch.arange(len(free) - 1, -1, -1)
-    return exact, torch.bincount(drawn.flatten(1)[:, free] @ powers, minlength=len(fillings)), sizes
+        if condition is None:
+            exact = prior.log_prob(levels).softmax(0)
+        else:
+            shares = dict(enumerate(condition.frequencies)) if label is None else {label: torch.ones(())}
+            each = [share.log() + prior.log_prob(levels, torch.full((len(fillings),), c)) for c, share in shares.items()]
+            exact = torch.stack(each).logsumexp(0).softmax(0)
+    contexts = None if label is None else torch.full((count,), label)
+    drawn, sizes = complete(prior, given, held, torch.arange(count), 3, particles, contexts)
+    assert all((level[:, mask] == latent[mask]).all() for level, latent, mask in zip(drawn, given, held))
+    which = torch.zeros(count, dtype=torch.int64)
+    for column, vocabulary in zip(torch.cat([level.flatten(1) for level in drawn], 1)[:, free].T, codes):
+        which = which * vocabulary + column
+    return exact, torch.bincount(which, minlength=len(fillings)), sizes
+
+
+def distance(prior, held, given, particles, count=3000, label=None) -> float:
+    """Total variation of the draws from the exact conditional."""
+    exact, drawn, sizes = exact_and_drawn(prior, held, given, particles, count, label)
+    assert (sizes >= 1).all() and (sizes <= particles).all()
+    return float((drawn / count - exact).abs().sum() / 2)
 
 
 @pytest.mark.parametrize("backbone", BACKBONES)
 def test_held_in_front_is_exact_with_one_particle(backbone):
     prior = random_prior(LatentSpec((2, 2), vocabulary=4), backbone, "categorical", scale=0.5)
     held = torch.tensor([[True, True], [False, False]])
-    exact, drawn, sizes = exact_and_drawn(prior, (2, 2), held, torch.tensor([[1, 3], [0, 0]]), 4, particles=1)
+    exact, drawn, sizes = exact_and_drawn(prior, [held], [torch.tensor([[1, 3], [0, 0]])], particles=1)
     often = exact * 6000 > 5
     counts = torch.cat([drawn[often], drawn[~often].sum()[None]]).double()
     expected = torch.cat([exact[often], exact[~often].sum()[None] + 1e-12])
@@ -43,19 +65,50 @@ def test_held_in_front_is_exact_with_one_particle(backbone):
 @pytest.mark.parametrize("held", [[[False, False], [True, True]], [[False, True], [False, True]]])
 def test_held_behind_is_approached_with_more_particles(held):
     prior = random_prior(LatentSpec((2, 2), vocabulary=3), "pixelcnn", "categorical", scale=0.9)
-    distance = {}
-    for particles in (1, 64):
-        exact, drawn, sizes = exact_and_drawn(
-            prior, (2, 2), torch.tensor(held), torch.tensor([[2, 0], [1, 2]]), 3, particles, count=3000
-        )
-        distance[particles] = float((drawn / 3000 - exact).abs().sum() / 2)
-        assert (sizes >= 1).all() and (sizes <= particles).all()
-    assert distance[1] > 0.1  # looking ahead matters here
-    assert distance[64] < 0.05
+    known = [torch.tensor(held)], [torch.tensor([[2, 0], [1, 2]])]
+    assert distance(prior, *known, particles=1) > 0.1  # looking ahead matters here
+    assert distance(prior, *known, particles=64) < 0.05
 
 
-def test_a_completion_is_the_same_in_any_batch():
-    prior = random_prior(LatentSpec((3, 3), vocabulary=4), "pixelcnn", "categorical", scale=0.6)
+def told_a_label(*specs: LatentSpec):
+    """A prior of codes, told one of three labels that are not equally frequent."""
+    level = AutoregressiveConfig(BACKBONES["pixelcnn"], Categorical(), ClassLabel())
+    config = level if len(specs) == 1 else CascadeConfig(level, level)
+    prior = randomized(config.build(list(specs), classes=3).double().eval(), 0.7)
+    prior.levels[0].condition.estimate(torch.tensor([0] * 5 + [1] * 3 + [2] * 2))
+    return prior
+
+
+@pytest.mark.parametrize("held", [[[True, True], [False, False]], [[False, True], [True, False]]])
+def test_a_label_that_is_not_given_is_weighed_by_what_is_held(held):
+    """So even where everything held comes first, one particle will not do."""
+    prior = told_a_label(LatentSpec((2, 2), vocabulary=3))
+    known = [torch.tensor(held)], [torch.tensor([[2, 0], [1, 2]])]
+    assert distance(prior, *known, particles=1, count=1500) > 0.1
+    assert distance(prior, *known, particles=32, count=1500) < 0.03
+
+
+def test_a_label_that_is_given_is_told_to_every_particle():
+    prior = told_a_label(LatentSpec((2, 2), vocabulary=3))
+    known = [torch.tensor([[True, True], [False, False]])], [torch.tensor([[2, 0], [0, 0]])]
+    for particles in (1, 3):
+        assert distance(prior, *known, particles, label=1) < 0.05
+    exact = [exact_and_drawn(prior, *known, 1, 1, label)[0] for label in (1, 2)]
+    assert (exact[0] - exact[1]).abs().sum() / 2 > 0.1  # the label matters here
+
+
+def test_labels_and_coarser_levels_are_weighed_together():
+    prior = told_a_label(LatentSpec((1, 2), vocabulary=3), LatentSpec((1, 2), vocabulary=4))
+    held = [torch.tensor([[True, False]]), torch.tensor([[False, True]])]
+    known = held, [torch.tensor([[1, 0]]), torch.tensor([[0, 3]])]
+    assert distance(prior, *known, particles=1, count=1500) > 0.1
+    assert distance(prior, *known, particles=32, count=1500) < 0.03
+
+
+@pytest.mark.parametrize("labels", [False, True])
+def test_a_completion_is_the_same_in_any_batch(labels):
+    spec = LatentSpec((3, 3), vocabulary=4)
+    prior = told_a_label(spec) if labels else random_prior(spec, "pixelcnn", "categorical", scale=0.6)
     held = torch.zeros(3, 3, dtype=torch.bool)
     held[1, 1] = held[2, 0] = True
     given = torch.ones(3, 3, dtype=torch.int64)
