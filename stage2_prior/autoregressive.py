@@ -126,14 +126,18 @@ class AutoregressivePrior(Prior):
                 raise CannotSample(f"known latents of {batch} samples are {expected}, not {latents}")
             if held != self.spec.grid or only(mask).dtype != torch.bool:
                 raise CannotSample(f"a mask of known latents is boolean, {self.spec.grid}, not {only(mask).dtype}, {held}")
-        if self.condition is None and (contexts is not None or how.guidance):
-            raise CannotSample("this prior takes no context, so there is nothing to guide it toward")
+        how.check(codes=self.spec.vocabulary is not None, contexts=self.condition is not None)
+        if self.condition is None and contexts is not None:
+            raise CannotSample("this prior takes no context")
         coarser = [] if coarser is None else coarser
         if self.condition is not None:
             contexts = self.draw_contexts(indices, seed) if contexts is None else contexts
             assert contexts is not None
             if how.guidance:  # twice the batch: told the context, and told nothing
-                contexts = torch.cat([contexts, self.condition.nothing(batch)])
+                nothing = self.condition.nothing(batch)
+                if torch.equal(contexts, nothing):
+                    raise CannotSample("guidance goes toward what the prior is told, such as a caption, and it is told nothing")
+                contexts = torch.cat([contexts, nothing])
                 coarser = [torch.cat([codes, codes]) for codes in coarser]
         told = self.told(coarser, contexts)
         values = sample_grid(

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from stage2_prior.latents import LatentSpec, Posterior
-from stage2_prior.sampling import CannotSample, Sampling, choose, choose_many
+from stage2_prior.sampling import Sampling, choose, choose_many
 
 LOG_SQRT_2PI = 0.5 * math.log(2 * math.pi)
 CANDIDATES = 32  # drawn at each position to choose one from under guidance
@@ -53,7 +53,6 @@ class Head(nn.Module, ABC):
         """The values of one position; features B D, uniforms B U.
 
         untold: under guidance, the features of a backbone that was told no context, B D.
-        Raises CannotSample for what has no meaning here.
         """
 
     def forward(self, features: Tensor, values: Tensor) -> Tensor:
@@ -141,8 +140,6 @@ class GaussianMixtureHead(Head):
         Guided, p(z|context)^(1+w) / p(z)^w need not be a density that can be drawn from. So CANDIDATES are drawn from
         p(z|context), and one of them with weights (p(z|context) / p(z))^w: exact as their number grows.
         """
-        if how.top_k is not None or how.top_p < 1:
-            raise CannotSample("top-k and top-p choose among codes; these latents are continuous")
         logits, components = self.raw(features)
         if how.temperature != 1:
             logits = tempered(logits.log_softmax(-1), floored(components[..., self.channels :]), how.temperature)
@@ -162,7 +159,9 @@ class GaussianMixtureHead(Head):
 
 
 def tempered(log_weights: Tensor, log_std: Tensor, temperature: float) -> Tensor:
-    """The component logits of a Gaussian mixture sharpened to p^(1/T); log_weights B K, log_std B K C.
+    """The component logits of a Gaussian mixture sharpened to p^(1/T); log_weights … K, log_std … K C.
+
+    log_std: of the components, along any axes whose product is their volume.
 
     For components that do not overlap, p^(1/T) is again a mixture: variances grow by T and a component of weight π and
     volume s gets the weight π^(1/T) s^(1-1/T). At T = 1 this is the mixture itself, at T = 0 its highest mode.
@@ -223,14 +222,15 @@ class CategoricalHead(Head):
 def truncated(logits: Tensor, how: Sampling) -> Tensor:
     """Logits, B K, at a temperature, with all but the top k and the top p of the probability set to -inf.
 
-    Top p keeps the fewest codes whose probabilities sum to p or more (nucleus sampling, Holtzman et al. 2020).
+    Top p keeps the fewest codes whose probabilities sum to p or more (nucleus sampling, Holtzman et al. 2020). Of codes that
+    are equally likely, either keeps no more than it needs.
     """
     if how.temperature == 0:
         return only_largest(logits)
     logits = logits / how.temperature
     if how.top_k is not None and how.top_k < logits.shape[-1]:
-        least = logits.topk(how.top_k, dim=-1).values[..., -1:]
-        logits = logits.masked_fill(logits < least, -math.inf)
+        best, codes = logits.topk(how.top_k, dim=-1)
+        logits = torch.full_like(logits, -math.inf).scatter(-1, codes, best)
     if how.top_p < 1:
         descending, order = logits.sort(dim=-1, descending=True)
         probabilities = descending.softmax(-1)

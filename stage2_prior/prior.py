@@ -9,7 +9,8 @@ A prior takes all levels as a list, always, so that nothing that uses one loops 
     sample(indices, seed, …)        -> levels; sample i under one seed is the same in any batch, up to rounding
     estimate(dataset)               -> fits what is not trained by gradient, into buffers
 
-contexts, B …, is what a conditional prior is told of each image, such as its label; others pay it no attention.
+contexts, B …, is what a conditional prior is told of each image, such as its label; the baselines pay it no attention.
+`sample` raises CannotSample where `how` asks for what a prior does not have: top-k and top-p need codes, guidance a context.
 """
 
 import math
@@ -21,9 +22,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from stage2_prior.heads import LOG_SQRT_2PI, truncated
+from stage2_prior.heads import LOG_SQRT_2PI, tempered, truncated
 from stage2_prior.latents import LatentDataset, LatentSpec, draw
-from stage2_prior.sampling import AS_FITTED, COMPONENT_STREAM, Sampling, choose, choose_many, first_uniforms, normals, uniforms
+from stage2_prior.sampling import (
+    AS_FITTED,
+    COMPONENT_STREAM,
+    CannotSample,
+    Sampling,
+    choose,
+    choose_many,
+    first_uniforms,
+    normals,
+    uniforms,
+)
 
 # What the mixture is fitted to. With one draw of each of 3,800 images of mnist5k it costs 197 nats an image on held-out latents,
 # worse than N(0, I) with 171; with five, 140.
@@ -66,6 +77,7 @@ class StandardNormal(Prior):
         return (-0.5 * only(levels).square() - LOG_SQRT_2PI).flatten(1).sum(1)
 
     def sample(self, indices: Tensor, seed: int, how: Sampling = AS_FITTED, contexts: Tensor | None = None) -> list[Tensor]:
+        how.check(codes=False, contexts=False)
         return [how.temperature**0.5 * normals(seed, indices, self.shape)]
 
 
@@ -133,7 +145,11 @@ class GaussianMixturePrior(Prior):
         return torch.stack(per_component, -1).logsumexp(-1)
 
     def sample(self, indices: Tensor, seed: int, how: Sampling = AS_FITTED, contexts: Tensor | None = None) -> list[Tensor]:
-        component = choose(self.weights.log().expand(len(indices), -1), first_uniforms(seed, indices, COMPONENT_STREAM))
+        """See `tempered` for what the temperature does."""
+        how.check(codes=False, contexts=False)
+        scales = self.factors.diagonal(dim1=-2, dim2=-1) if self.full else self.factors  # K D; their product is the volume
+        logits = tempered(self.weights.log(), scales.log(), how.temperature)
+        component = choose(logits.expand(len(indices), -1), first_uniforms(seed, indices, COMPONENT_STREAM))
         noise = how.temperature**0.5 * normals(seed, indices, (self.means.shape[1],)).to(self.means)
         value = self.means[component]
         for k in component.unique():  # one factor at a time: a gathered B D D would not fit
@@ -174,6 +190,7 @@ class IndependentCodes(Prior):
         return total
 
     def sample(self, indices: Tensor, seed: int, how: Sampling = AS_FITTED, contexts: Tensor | None = None) -> list[Tensor]:
+        how.check(codes=True, contexts=False)
         levels = []
         for level, (table, spec) in enumerate(zip(self.tables(), self.specs)):
             logits = truncated(table.flatten(0, 1), how)
@@ -186,7 +203,8 @@ class IndependentCodes(Prior):
 class AggregatePosterior(Prior):
     """q(z) = 1/N Σ q(z|x_i) itself: a z from the posterior of a random training image. Not a generator, a yardstick.
 
-    Its samples decode to reconstructions of training images. Its density is exact, at the cost of N Gaussians a latent.
+    Its samples decode to reconstructions of training images, and are drawn as they are: `sample` raises CannotSample where
+    `how` asks for anything else. Its density is exact, at the cost of N Gaussians a latent.
     """
 
     def __init__(self, dataset: LatentDataset):
@@ -204,12 +222,14 @@ class AggregatePosterior(Prior):
         return (log_scale - 0.5 * distance).logsumexp(1).to(only(levels)) - torch.tensor(float(len(self.dataset))).log()
 
     def sample(self, indices: Tensor, seed: int, how: Sampling = AS_FITTED, contexts: Tensor | None = None) -> list[Tensor]:
+        if how != AS_FITTED:
+            raise CannotSample("posteriors of training images are drawn as they are: without temperature, top-k, top-p, guidance")
         chosen = (first_uniforms(seed, indices, COMPONENT_STREAM).double() * len(self.dataset)).long()
         levels = []
         for posterior in self.dataset.posteriors(chosen.cpu()):
             posterior = {name: tensor.to(indices.device) for name, tensor in posterior.items()}
             shape = tuple(posterior["mean"].shape[1:]) if "mean" in posterior else ()
-            levels.append(draw(posterior, how.temperature**0.5 * normals(seed, indices, shape)))
+            levels.append(draw(posterior, normals(seed, indices, shape)))
         return levels
 
 

@@ -110,6 +110,13 @@ class Sampling:
         if not 0 <= self.guidance < math.inf:
             raise CannotSample(f"guidance is 0 or more, not {self.guidance}")
 
+    def check(self, *, codes: bool, contexts: bool) -> None:
+        """Raises CannotSample for what a prior has no meaning for; whether it draws codes, and whether it is told contexts."""
+        if not codes and (self.top_k is not None or self.top_p < 1):
+            raise CannotSample("top-k and top-p choose among codes; these latents are continuous")
+        if not contexts and self.guidance:
+            raise CannotSample("this prior takes no context, so there is nothing to guide it toward")
+
 
 AS_FITTED = Sampling()
 

@@ -7,7 +7,7 @@ import torch
 from scipy import stats
 
 from stage2_prior.autoregressive import AutoregressiveConfig, CascadeConfig
-from stage2_prior.conditions import ClassLabel, CoarserLevel
+from stage2_prior.conditions import Caption, ClassLabel, CoarserLevel
 from stage2_prior.heads import Categorical
 from stage2_prior.latents import LatentDataset, LatentSpec
 from stage2_prior.sampling import CannotSample, Sampling
@@ -94,6 +94,9 @@ def test_what_has_no_context_cannot_be_guided():
     for more in ({"how": Sampling(guidance=1.0)}, {"contexts": torch.zeros(2, dtype=torch.int64)}):
         with pytest.raises(CannotSample, match="takes no context"):
             prior.sample(torch.arange(2), 0, **more)
+    captioned = AutoregressiveConfig(BACKBONES["transformer"], HEADS["mixture"], Caption(length=3)).build([LatentSpec((2, 2, 2))])
+    with pytest.raises(CannotSample, match="told nothing"):
+        captioned.eval().sample(torch.arange(2), 0, Sampling(guidance=1.0))
     with pytest.raises(CannotSample, match="guidance is 0 or more"):
         Sampling(guidance=-1)
 

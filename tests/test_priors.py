@@ -10,7 +10,7 @@ from torch import distributions
 from stage2_prior.autoregressive import AutoregressiveConfig
 from stage2_prior.heads import GaussianMixture, truncated
 from stage2_prior.latents import LatentDataset, LatentSpec, draw
-from stage2_prior.prior import CONTINUOUS_BASELINES, AggregatePosterior
+from stage2_prior.prior import CODE_BASELINES, CONTINUOUS_BASELINES, AggregatePosterior, GaussianMixturePrior
 from stage2_prior.sampling import CannotSample, Sampling, uniforms
 from tests.parts import BACKBONES, HEADS, LEARNED, random_latents, random_prior, spec_for
 
@@ -226,16 +226,31 @@ def test_truncation_keeps_exactly_what_it_says():
     assert truncated(logits, Sampling(temperature=0.5)).softmax(-1)[0, 1] == pytest.approx(0.16 / 0.30)
 
 
+@pytest.mark.parametrize("how", [{"top_k": 3}, {"top_p": 0.5}])
+def test_truncation_keeps_no_more_where_all_are_equally_likely(how):
+    kept = truncated(torch.zeros(4, 6), Sampling(**how)).softmax(-1)
+    assert ((kept > 0).sum(-1) == 3).all() and torch.allclose(kept.sum(-1), torch.ones(4))
+
+
 @pytest.mark.parametrize("how", [{"temperature": -1.0}, {"top_k": 0}, {"top_p": 0.0}, {"top_p": 1.5}, {"temperature": math.inf}])
 def test_nonsense_is_refused(how):
     with pytest.raises(CannotSample):
         Sampling(**how)
 
 
-def test_continuous_latents_have_no_top_k():
-    prior = random_prior(LatentSpec((2, 2, 2)), "pixelcnn", "mixture")
-    with pytest.raises(CannotSample, match="continuous"):
-        prior.sample(torch.arange(2), 0, Sampling(top_k=3))
+@pytest.mark.parametrize("how", [{"top_k": 3}, {"top_p": 0.5}, {"guidance": 1.0}])
+@pytest.mark.parametrize("name", NAMES)
+def test_what_makes_no_sense_for_continuous_latents_is_refused(name, how):
+    prior = all_priors(LatentSpec((1, 1, 2)))[name]
+    says = "drawn as they are" if name == "posterior" else "takes no context" if "guidance" in how else "continuous"
+    with pytest.raises(CannotSample, match=says):
+        prior.sample(torch.arange(2), 0, Sampling(**how))
+
+
+def test_posteriors_of_images_have_no_temperature():
+    for spec in (LatentSpec((2, 2, 2)), LatentSpec((2, 2), vocabulary=5)):
+        with pytest.raises(CannotSample, match="drawn as they are"):
+            AggregatePosterior(random_latents(5, spec)).sample(torch.arange(2), 0, Sampling(temperature=0.5))
 
 
 def test_a_head_refuses_latents_of_the_other_kind():
@@ -279,6 +294,54 @@ def test_the_fitted_gaussian_has_the_moments_of_the_aggregate_posterior():
     draws = torch.cat([dataset[torch.arange(400)][0][0] for _ in range(500)]).flatten(1)
     assert torch.allclose(prior.means[0], draws.mean(0), atol=0.02)
     assert torch.allclose(prior.factors[0] @ prior.factors[0].T, torch.cov(draws.T), atol=0.06)
+
+
+@pytest.mark.parametrize("full", [True, False])
+def test_a_mixture_is_sharpened_to_a_power_of_its_density(full, monkeypatch):
+    """A wide and a narrow component: shares of samples against p^(1/T) integrated on a grid; T = 0 is its mode."""
+    monkeypatch.setattr("stage2_prior.prior.LARGEST_FULL_COVARIANCE", 2 if full else 1)
+    spec = LatentSpec((1, 1, 2))
+    prior = GaussianMixturePrior([spec], components=2).double()
+    prior.weights.copy_(torch.tensor([0.6, 0.4]))
+    prior.means.copy_(torch.tensor([[-6.0, 0.0], [6.0, 2.0]]))
+    wide, narrow = torch.tensor([1.5, 1.0]), torch.tensor([0.8, 0.5])
+    prior.factors.copy_(torch.stack([wide.diag(), narrow.diag()]) if full else torch.stack([wide, narrow]))
+    if full:
+        prior.factors[1, 1, 0] = 0.4
+    density, _ = density_on_a_square(prior, spec)
+    for temperature in (0.5, 1.0, 2.0):
+        sharpened = density ** (1 / temperature)
+        left = float(sharpened[: len(density) // 2].sum() / sharpened.sum())
+        (samples,) = prior.sample(torch.arange(4000), 0, Sampling(temperature=temperature))
+        assert stats.binomtest(int((samples[..., 0] < 0).sum()), 4000, left).pvalue > FALSE_ALARM
+    (coldest,) = prior.sample(torch.arange(50), 0, Sampling(temperature=0.0))
+    assert (coldest == coldest[0]).all()
+    assert float(prior.log_prob([coldest[:1]]).exp()) >= float(density.max())
+
+
+@pytest.mark.parametrize("name", CODE_BASELINES)
+def test_code_baselines_are_sharpened_position_by_position(name):
+    spec, count = LatentSpec((1, 2), vocabulary=4), 4000
+    prior = CODE_BASELINES[name]([spec])
+    often = torch.tensor([[1, 0], [1, 0], [1, 0], [1, 0], [3, 0], [3, 2], [3, 2], [0, 2], [0, 2], [2, 3]])
+    prior.estimate(LatentDataset([{"codes": often.repeat(10, 1).view(-1, 1, 2)}]))
+    everything = torch.cartesian_prod(torch.arange(4), torch.arange(4)).view(-1, 1, 2)
+    probabilities = prior.log_prob([everything]).exp().view(4, 4)
+    for position, p in enumerate((probabilities.sum(1), probabilities.sum(0))):
+        best = p.sort(descending=True).values
+
+        def shares(position=position, p=p, **how) -> torch.Tensor:
+            """Of the codes as drawn, the likeliest first; of equally likely ones, the most frequent."""
+            (codes,) = prior.sample(torch.arange(count), 1, Sampling(**how))
+            found = torch.bincount(codes[:, 0, position], minlength=4) / count
+            return found[sorted(range(4), key=lambda code: (round(float(p[code]), 4), float(found[code])), reverse=True)]
+
+        assert shares(temperature=0.0).tolist() == [1, 0, 0, 0]
+        assert torch.allclose(shares(temperature=0.5), best**2 / (best**2).sum(), atol=0.04)
+        assert torch.allclose(shares(top_k=2), torch.cat([best[:2] / best[:2].sum(), torch.zeros(2)]), atol=0.04)
+        assert (shares(top_p=0.45) > 0).sum() == (1 if best[0] >= 0.45 else 2)
+    with pytest.raises(CannotSample, match="takes no context"):
+        prior.sample(torch.arange(2), 0, Sampling(guidance=1.0))
 
 
 @pytest.mark.parametrize("name", ["gaussian", "mixture"])
