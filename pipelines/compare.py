@@ -24,7 +24,7 @@ from pipelines.checkpoint import write_json
 from pipelines.config import ExtractorName, to_dict
 from pipelines.console import UserError, first_process, run_command, say
 from pipelines.data import Splits
-from pipelines.generate import generate
+from pipelines.generate import generate, pixel_noise
 from pipelines.likelihood import as_table, likelihood, rate_maps
 from pipelines.metrics import Classifier, Judge, feature_space, kept_best, logits_of, trained_classifier
 from pipelines.page import (
@@ -237,7 +237,8 @@ def reconstruct(run: Run, autoencoder: Autoencoder, latents: LatentDataset, chos
     def reconstructed(batch: Tensor) -> Tensor:
         posteriors = run.fabric.to_device(latents.posteriors(batch))
         torch.manual_seed(int(batch[0]))
-        return autoencoder.render(autoencoder.sample(posteriors), run.config.metrics.pixels).cpu()
+        noise = pixel_noise(run.config.metrics.pixels, 0, run.fabric.to_device(batch), autoencoder.image_shape)
+        return autoencoder.render(autoencoder.sample(posteriors), noise).cpu()
 
     return torch.cat(ranks.in_batches(reconstructed, chosen, BATCH, "reconstructing"))
 

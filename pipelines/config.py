@@ -26,6 +26,7 @@ from stage2_prior.pixelsnail import PixelSNAILConfig
 from stage2_prior.transformer import TransformerConfig
 
 ExtractorName = Literal["classifier", "inception"]
+Pixels = Literal["mean", "sample"]
 
 CLASSIFIER = FitConfig(steps=1500, learning_rate=3e-3, checkpoint_steps=500, gradient_clip=10.0)
 
@@ -36,7 +37,7 @@ class MetricsConfig:
 
     images: int = 10_000
     """images in every row of the comparison; fewer where the test set has fewer"""
-    pixels: Literal["mean", "sample"] = "mean"
+    pixels: Pixels = "mean"
     """what of p(x|z) is judged: its mean, or a draw from it, where images are black and white"""
     extractor: ExtractorName = "classifier"
     """what images are compared in the features of: a small classifier trained on the data set's labels, or inception, the

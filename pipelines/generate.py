@@ -9,12 +9,14 @@ from typing import Annotated, Literal
 import numpy as np
 import torch
 import tyro
+from einops import rearrange
 from torch import Tensor
 from torchvision.utils import make_grid, save_image
 
 from pipelines import ranks
 from pipelines.checkpoint import write_file
 from pipelines.completion import held_latents, known_pixels, picture_to_complete
+from pipelines.config import Pixels
 from pipelines.console import UserError, first_process, nearest, run_command, say
 from pipelines.metrics import kept_best, trained_classifier
 from pipelines.run import CLASSIFIERS, PRIORS, Run
@@ -23,7 +25,7 @@ from stage2_prior.autoregressive import LearnedPrior
 from stage2_prior.completion import complete
 from stage2_prior.conditions import ClassLabel
 from stage2_prior.prior import Prior
-from stage2_prior.sampling import AS_FITTED, CannotSample, Sampling
+from stage2_prior.sampling import AS_FITTED, PIXEL_STREAM, CannotSample, Sampling, uniforms
 
 
 @dataclass(frozen=True)
@@ -52,14 +54,14 @@ def generate(
     batch_size: int = 256,
     how: Sampling = AS_FITTED,
     contexts: Tensor | None = None,
-    pixels: Literal["mean", "sample"] = "mean",
+    pixels: Pixels = "mean",
     label: str = "sampling",
 ) -> Samples:
     """`count` images: z from the prior, then the mean of p(x|z) or a draw from it.
 
     contexts: what the learned prior is told, such as labels, one for each image; drawn as in the training set when None.
-    Image i under one seed comes from the same latent whatever the count and the batch size. A batch that does not fit
-    into memory is halved. Raises UserError when one image does not fit, or when `how` makes no sense for this prior.
+    Image i under one seed is the same whatever the count and the batch size. A batch that does not fit into memory is
+    halved. Raises UserError when one image does not fit, or when `how` makes no sense for this prior.
     """
     limit = batch_size
 
@@ -68,11 +70,10 @@ def generate(
         parts: list[Samples] = []
         while len(batch):
             indices = batch[:limit].to(device)
-            torch.manual_seed(seed + int(indices[0]))  # of draws from p(x|z)
             told = None if contexts is None else contexts[batch[:limit]].to(device)
             try:
                 levels = prior.sample(indices, seed, how, told)
-                values = autoencoder.values(levels, pixels)
+                values = autoencoder.values(levels, pixel_noise(pixels, seed, indices, autoencoder.image_shape))
             except CannotSample as error:
                 raise UserError(str(error)) from error
             except RuntimeError as error:
@@ -89,6 +90,15 @@ def generate(
         return joined(parts)
 
     return joined(ranks.in_batches(drawn, torch.arange(count), batch_size, label))
+
+
+def pixel_noise(pixels: Pixels, seed: int, indices: Tensor, image_shape: tuple[int, int, int]) -> Tensor | None:
+    """Uniform numbers for a draw from p(x|z), B C H W: of each sample its own; None for the mean. indices: B sample numbers."""
+    if pixels == "mean":
+        return None
+    channels, height, width = image_shape
+    rows = torch.arange(height, device=indices.device)
+    return rearrange(uniforms(seed, indices, rows, channels * width, PIXEL_STREAM), "b h (c w) -> b c h w", c=channels)
 
 
 def joined(parts: list[Samples]) -> Samples:
@@ -128,7 +138,7 @@ class Arguments:
     """sample i under one seed is always the same image"""
     out: Path = Path("samples.png")
     """.png for one picture of all images; .npz for one array arr_0, uint8, N H W C"""
-    pixels: Literal["mean", "sample"] = "mean"
+    pixels: Pixels = "mean"
     """the mean of p(x|z), or a draw from it"""
     how: Annotated[Sampling, tyro.conf.arg(name="")] = AS_FITTED
     batch_size: int = 256
@@ -176,8 +186,8 @@ def completions(run: Run, autoencoder: Autoencoder, prior: Prior, asked: Argumen
     def completed(indices: Tensor) -> tuple[Tensor, Tensor]:
         told = None if context is None else context.to(device).expand(len(indices), *context.shape)
         levels, size = complete(prior, given, held, indices.to(device), asked.seed, asked.particles, told, of_known_pixels)
-        torch.manual_seed(asked.seed + int(indices[0]))
-        return autoencoder.render(levels, asked.pixels).cpu(), size.cpu()
+        noise = pixel_noise(asked.pixels, asked.seed, indices.to(device), shape)
+        return autoencoder.render(levels, noise).cpu(), size.cpu()
 
     size = max(1, asked.batch_size // asked.particles)
     images, sizes = zip(*ranks.in_batches(completed, torch.arange(asked.count), size, "completing"))

@@ -8,7 +8,6 @@ Images are uint8, B C H W, at every public boundary; the likelihood says in whic
 """
 
 from dataclasses import dataclass, field
-from typing import Literal
 
 import torch
 from einops import rearrange
@@ -47,6 +46,7 @@ class AutoencoderConfig:
 class Autoencoder(nn.Module):
     def __init__(self, image_shape: tuple[int, int, int], config: AutoencoderConfig):
         super().__init__()
+        self.image_shape = image_shape
         grid = config.network.grid(image_shape)
         self.encoder, features = config.network.encoder(image_shape)
         self.bottleneck = config.bottleneck.build(features)
@@ -90,16 +90,20 @@ class Autoencoder(nn.Module):
 
     def decode(self, levels: list[Tensor]) -> distributions.Distribution:
         """Latents, one for each level, to p(x|z) over images in the likelihood's scale."""
-        return self.likelihood(full_precision(self.decoder(self.bottleneck.embed(levels))))
+        return self.likelihood(self.outputs(levels))
 
-    def render(self, levels: list[Tensor], pixels: Literal["mean", "sample"] = "mean") -> Tensor:
-        """Latents to uint8 images B C H W: the mean of p(x|z), or a draw from it. What is not a number is drawn black."""
-        return quantized(self.values(levels, pixels))
+    def outputs(self, levels: list[Tensor]) -> Tensor:
+        """What the decoder makes of latents, for the likelihood."""
+        return full_precision(self.decoder(self.bottleneck.embed(levels)))
 
-    def values(self, levels: list[Tensor], pixels: Literal["mean", "sample"] = "mean") -> Tensor:
+    def render(self, levels: list[Tensor], uniforms: Tensor | None = None) -> Tensor:
+        """Latents to uint8 images B C H W: the mean of p(x|z); or a draw from it, made from uniform numbers in (0, 1), B C H W.
+        What is not a number is drawn black."""
+        return quantized(self.values(levels, uniforms))
+
+    def values(self, levels: list[Tensor], uniforms: Tensor | None = None) -> Tensor:
         """The same before rounding: grey levels in [0, 1], and somewhat beyond."""
-        distribution = self.decode(levels)
-        return distribution.mean if pixels == "mean" else distribution.sample()
+        return self.decode(levels).mean if uniforms is None else self.likelihood.sample(self.outputs(levels), uniforms)
 
 
 def quantized(values: Tensor) -> Tensor:

@@ -4,6 +4,8 @@ B batch, C colour channels, H×W pixels.
 
 Each likelihood says in which scale its log_prob is: `scale(images)` maps uint8 images to the values it is a density of; and
 what its log_prob is of given images: `measure(images)`. `log_prob` broadcasts, several images against several outputs.
+`sample(outputs, uniforms)` draws images by inverse CDF, each value from its own uniform number in (0, 1), B C H W; what is not a
+number stays so.
 """
 
 from dataclasses import dataclass
@@ -29,6 +31,8 @@ class Likelihood(Protocol):
     def scale(self, images: Tensor) -> Tensor: ...
 
     def __call__(self, outputs: Tensor) -> distributions.Distribution: ...
+
+    def sample(self, outputs: Tensor, uniforms: Tensor) -> Tensor: ...
 
     def update(self, outputs: Tensor, targets: Tensor) -> None: ...
 
@@ -59,6 +63,9 @@ class BernoulliLikelihood(nn.Module):
     def forward(self, outputs: Tensor) -> distributions.Distribution:
         # validate_args off: grey levels between 0 and 1 are outside the support, on purpose.
         return distributions.Independent(distributions.Bernoulli(logits=outputs, validate_args=False), 3, validate_args=False)
+
+    def sample(self, outputs: Tensor, uniforms: Tensor) -> Tensor:
+        return above(uniforms, torch.sigmoid(-outputs))
 
     def update(self, outputs: Tensor, targets: Tensor) -> None:
         """Nothing is estimated."""
@@ -111,6 +118,9 @@ class GaussianLikelihood(nn.Module):
     def forward(self, outputs: Tensor) -> distributions.Distribution:
         return distributions.Independent(distributions.Normal(outputs, self.sigma.to(outputs), validate_args=False), 3)
 
+    def sample(self, outputs: Tensor, uniforms: Tensor) -> Tensor:
+        return outputs + self.sigma.to(outputs) * torch.special.ndtri(uniforms.to(outputs))
+
     @torch.no_grad()
     def update(self, outputs: Tensor, targets: Tensor) -> None:
         """Move a learned σ² toward this batch's error: a plain average over the first hundred updates, exponential after."""
@@ -155,11 +165,20 @@ class DiscretizedLogisticLikelihood(nn.Module):
         return unit_interval(images)
 
     def forward(self, outputs: Tensor) -> distributions.Distribution:
+        return distributions.Independent(self.pixels(outputs), 3, validate_args=False)
+
+    def pixels(self, outputs: Tensor) -> distributions.MixtureSameFamily:
         logits, means, log_scales = rearrange(outputs, "b (p c k) h w -> p b c h w k", p=3, k=self.outputs_per_channel // 3)
         logistics = Discretized((means + 1) / 2, log_scales.clamp(min=self.MINIMUM_LOG_SCALE).exp() / 2)
         shares = distributions.Categorical(logits=logits, validate_args=False)
-        mixture = distributions.MixtureSameFamily(shares, logistics, validate_args=False)
-        return distributions.Independent(mixture, 3, validate_args=False)
+        return distributions.MixtureSameFamily(shares, logistics, validate_args=False)
+
+    def sample(self, outputs: Tensor, uniforms: Tensor) -> Tensor:
+        """The lowest grey level whose CDF reaches the uniform number, by bisection."""
+        pixels, level = self.pixels(outputs), torch.zeros_like(uniforms)
+        for half in (128, 64, 32, 16, 8, 4, 2, 1):
+            level = level + half * above(uniforms, pixels.cdf((level + half - 1) / 255))
+        return level / 255
 
     def update(self, outputs: Tensor, targets: Tensor) -> None:
         """Nothing is estimated."""
@@ -193,11 +212,14 @@ class Discretized(distributions.Distribution):
         """Of the logistic clipped to [0, 1], which is that of the grey levels to less than half a level."""
         return self.spread * (F.softplus(self.loc / self.spread) - F.softplus((self.loc - 1) / self.spread))
 
-    def sample(self, sample_shape: tuple[int, ...] = ()) -> Tensor:  # type: ignore[override]
-        with torch.no_grad():
-            uniform = torch.rand((*sample_shape, *self.batch_shape), dtype=self.loc.dtype, device=self.loc.device)
-            value = self.loc + self.spread * torch.logit(uniform, eps=1e-6)
-            return (value.clamp(0, 1) * 255).round() / 255
+    def cdf(self, value: Tensor) -> Tensor:
+        """Of a grey level: the probability of it and of those below."""
+        return torch.where(value > 1 - HALF_GREY_LEVEL, 1.0, torch.sigmoid((value + HALF_GREY_LEVEL - self.loc) / self.spread))
+
+
+def above(first: Tensor, second: Tensor) -> Tensor:
+    """1 where the first is above the second, else 0; both in [0, 1]. What is not a number stays so."""
+    return (first - second).ceil().clamp(min=0)
 
 
 LikelihoodConfig = Bernoulli | Gaussian | DiscretizedLogistic

@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from stage2_prior.layers import Backbone
 
 WORD = 0xFFFFFFFF  # the low 32 bits of an int64
-CONTEXT_STREAM, COMPONENT_STREAM, CHOICE_STREAM = 1000, 1001, 1002  # of the noise; level l of the latents uses stream l
+# Streams of the noise, beside those of the latents: level l uses stream l. Choices use two.
+CONTEXT_STREAM, COMPONENT_STREAM, CHOICE_STREAM, PIXEL_STREAM = 1000, 1001, 1002, 1004
 
 
 def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int]) -> tuple[Tensor, ...]:

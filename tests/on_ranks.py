@@ -109,7 +109,7 @@ def sampled(fabric: Fabric) -> dict[str, Tensor]:
     """What encoding, sampling and evaluation make of models of fixed weights."""
     model, learned = autoencoder(bottlenecks.Gaussian(channels=2)), prior("pixelcnn")
     quantized = autoencoder(FIXED)
-    quantized.latents = [(CODES.shape, CODES.vocabulary)]
+    quantized.latents, quantized.image_shape = [(CODES.shape, CODES.vocabulary)], (1, 4, 4)
     fabric.to_device(model).eval(), fabric.to_device(learned).eval(), fabric.to_device(quantized).eval()
     found = encoded(fabric, model, images(1100), "encoding")
     found["images"] = generate(quantized, learned, 50, seed=3, device=fabric.device, batch_size=7, pixels="sample").images

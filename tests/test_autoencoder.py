@@ -64,8 +64,8 @@ def test_contract(network, bottleneck, likelihood, shape):
         assert not codes or ((posterior["codes"] >= 0).all() and (posterior["codes"] < vocabulary).all())
     levels = model.sample(posteriors)
     assert model.decode(levels).log_prob(model.likelihood.scale(images)).shape == (5,)
-    for pixels in ("mean", "sample"):
-        rendered = model.render(levels, pixels)
+    for uniforms in (None, torch.rand(images.shape)):
+        rendered = model.render(levels, uniforms)
         assert rendered.shape == images.shape and rendered.dtype == torch.uint8
     spread = (model.sample(posteriors)[0] - levels[0]).abs().max()
     assert (spread > 0) == (model.bottleneck.has_density and not codes)
@@ -154,31 +154,35 @@ def test_images_against_outputs_broadcast(likelihood):
 
 
 def discretized(components: int = 3, spread: float = 1.5, count: int = 4):
-    """The likelihood of `count` 2×3 images of two channels, at random outputs; some of its logistics are very narrow."""
+    """The likelihood, and outputs for `count` 2×3 images of two channels, at random; some of its logistics are very narrow."""
     likelihood = likelihoods.DiscretizedLogistic(components).build()
     outputs = spread * torch.randn(count, 2 * 3 * components, 2, 3, dtype=torch.float64)
     outputs[:, -2 * components :] -= 3
-    return likelihood(outputs)
+    return likelihood, outputs
 
 
 @pytest.mark.parametrize("spread", [0.3, 1.5, 8.0])
 def test_the_probabilities_of_the_256_levels_sum_to_one(spread):
     torch.manual_seed(0)
     levels = torch.arange(256, dtype=torch.float64).div(255).view(-1, 1, 1, 1, 1)
-    pixels = discretized(spread=spread).base_dist
+    likelihood, outputs = discretized(spread=spread)
+    pixels = likelihood(outputs).base_dist
     probabilities = pixels.log_prob(levels).exp()
     assert torch.allclose(probabilities.sum(0), torch.ones(1, dtype=torch.float64), rtol=1e-12)
+    assert torch.allclose(probabilities.cumsum(0), pixels.cdf(levels), rtol=1e-9)
     # The mean that is rendered is the mean of these probabilities, to less than half a grey level.
     assert ((probabilities * levels).sum(0) - pixels.mean).abs().max() < 0.5 / 255
 
 
 def test_a_discretized_logistic_is_sampled_as_its_probabilities_say():
     torch.manual_seed(0)
-    pixels = discretized(count=1).base_dist
+    likelihood, outputs = discretized(count=1)
+    pixels = likelihood(outputs).base_dist
     levels = torch.arange(256, dtype=torch.float64).div(255)
     count = 20_000
     expected = pixels.log_prob(levels.view(-1, 1, 1, 1, 1)).exp().flatten(1) * count
-    samples = (pixels.sample((count,)).flatten(1) * 255).round().long()
+    samples = likelihood.sample(outputs.expand(count, -1, -1, -1), torch.rand(count, 2, 2, 3, dtype=torch.float64))
+    samples = (samples.flatten(1) * 255).round().long()
     for pixel in range(samples.shape[1]):
         observed = torch.bincount(samples[:, pixel], minlength=256).double()
         often = expected[:, pixel] > 5
@@ -194,6 +198,35 @@ def test_a_narrow_discretized_logistic_is_certain_and_has_gradients():
     assert right > 2 * math.log(0.97) and wrong < -100 and wrong.isfinite()  # the floor on the scale leaves 3 % beside a level
     wrong.sum().backward()
     assert outputs.grad.isfinite().all() and outputs.grad[:, 1].abs().min() > 0
+
+
+@pytest.mark.parametrize("likelihood", LIKELIHOODS)
+def test_draws_are_the_inverse_of_the_cdf(likelihood):
+    """At evenly spread uniform numbers: in order, with the mean and the standard deviation of p(x|z); in place, whatever the
+    rest of the batch."""
+    torch.manual_seed(0)
+    count, model = 2000, build(likelihood=likelihood).likelihood
+    # A standard deviation of a logistic of some grey levels, so that few draws leave [0, 1].
+    outputs = 0.3 * torch.randn(1, model.outputs_per_channel, 2, 3, dtype=torch.float64)
+    if likelihood == "discretized-logistic":
+        outputs[:, -3:] -= 4
+    p, outputs = model(outputs).base_dist, outputs.expand(count, -1, -1, -1)
+    uniforms = ((torch.arange(count, dtype=torch.float64) + 0.5) / count).view(-1, 1, 1, 1).expand(-1, 1, 2, 3)
+    drawn = model.sample(outputs, uniforms)
+    assert drawn.dtype == outputs.dtype and (drawn.diff(dim=0) >= 0).all()
+    assert torch.allclose(drawn.mean(0), p.mean[0], atol=2e-3)
+    assert torch.equal(model.sample(outputs[7:9], uniforms[7:9].flip(0)), drawn[7:9].flip(0))
+    if likelihood != "discretized-logistic":
+        assert torch.allclose(drawn.std(0), p.stddev[0], rtol=1e-2)
+
+
+@pytest.mark.parametrize("likelihood", LIKELIHOODS)
+def test_what_is_not_a_number_is_not_drawn_as_one(likelihood):
+    model = build(likelihood=likelihood).likelihood
+    outputs = torch.randn(2, model.outputs_per_channel, 4, 4)
+    outputs[1, :, 2, 2] = torch.nan
+    drawn = model.sample(outputs, torch.rand(2, 1, 4, 4))
+    assert drawn[1, :, 2, 2].isnan().all() and drawn.isnan().sum() == 1
 
 
 def test_what_a_likelihood_is_of_given_images():

@@ -131,6 +131,17 @@ def test_own_captions_are_read_and_wrong_ones_named(tmp_path):
     assert torch.is_tensor(splits.train.images)
 
 
+def test_the_noise_of_pixels_is_a_samples_own():
+    def noise(seed, *indices):
+        return generate.pixel_noise("sample", seed, torch.tensor(indices), (3, 8, 6))
+
+    three = noise(0, 5, 300, 2)
+    assert three.shape == (3, 3, 8, 6) and len(three.unique()) == three.numel()
+    assert torch.equal(noise(0, 2, 5), three[[2, 0]]) and torch.equal(noise(0, 300), three[[1]])
+    assert not torch.isin(noise(256, 0), noise(0, 256)).any()
+    assert generate.pixel_noise("mean", 0, torch.arange(3), (3, 8, 6)) is None
+
+
 def test_samples_that_are_not_numbers_are_counted_and_named(runs, tmp_path, monkeypatch, capsys):
     sample = StandardNormal.sample
 

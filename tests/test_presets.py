@@ -76,8 +76,13 @@ def test_samples_do_not_depend_on_the_batch_size(tmp_path, monkeypatch):
             )
             rows.append(np.load("s.npz")["arr_0"].astype(int))
         assert np.abs(rows[0] - rows[1]).max() <= 1
-    generate.main(["mnist5k", "--count", "7", "--pixels", "sample", "--out", "s.npz", "--device", "cpu"])
-    assert np.abs(np.load("s.npz")["arr_0"] - rows[0]).max() > 1
+    drawn = []
+    for batch in ("7", "3"):  # other batch-mates, and another place in the batch
+        generate.main(
+            ["mnist5k", "--count", "7", "--batch-size", batch, "--pixels", "sample", "--out", "s.npz", "--device", "cpu"]
+        )
+        drawn.append(np.load("s.npz")["arr_0"].astype(int))
+    assert np.abs(drawn[0] - drawn[1]).max() <= 1 and np.abs(drawn[0] - rows[0]).max() > 1
 
 
 def test_a_batch_that_does_not_fit_is_halved(tmp_path, monkeypatch, capsys):
