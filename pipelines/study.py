@@ -34,7 +34,7 @@ from pipelines.run import CHECKPOINTS, CLASSIFIERS, Run, encoded, latent_dataset
 from pipelines.train_all import DEFAULT_PRESET, train_all
 from stage1_vae.autoencoder import Autoencoder, AutoencoderConfig
 from stage1_vae.bottlenecks import Deterministic, Gaussian, gaussian_rate
-from stage1_vae.bounds import draws, elbo, grouped, importance_weighted_bound
+from stage1_vae.bounds import draws, elbo, grouped, importance_weighted_bound, log_likelihoods
 from stage1_vae.likelihoods import Bernoulli
 from stage1_vae.networks import FullyConnected
 from stage2_prior.heads import gaussian_log_prob
@@ -71,24 +71,6 @@ class Trained:
         autoencoder = run.load_autoencoder()
         specs = run.specs(autoencoder)
         return cls(run, run.data(), autoencoder, run.prior("standard", specs), run.prior("learned", specs))
-
-    def draws(self, image: Tensor, count: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-        """For one image C H W: log p(x|z), log q(z|x), both L, and z, L C h w, for `count` draws of z ~ q(z|x)."""
-        torch.manual_seed(seed)
-        (posterior,) = self.autoencoder.encode(self.on_device(image[None]))
-        mean, std = posterior["mean"], posterior["std"]
-        z = mean + std * torch.randn(count, *mean.shape[1:], device=mean.device)
-        log_q = gaussian_log_prob(z, mean, std.log()).flatten(1).sum(1)
-        return self.log_likelihood(image, z), log_q, z
-
-    def log_likelihood(self, image: Tensor, z: Tensor) -> Tensor:
-        """log p(x|z) of one image C H W under each of L latents."""
-        target = self.autoencoder.likelihood.scale(self.on_device(image[None]))
-        parts = [self.autoencoder.decode([chunk]).log_prob(target.expand(len(chunk), -1, -1, -1)) for chunk in z.split(CHUNK)]
-        return torch.cat(parts)
-
-    def log_prior(self, prior: Prior, z: Tensor) -> Tensor:
-        return torch.cat([prior.log_prob([chunk]) for chunk in z.split(CHUNK)])
 
     def on_device(self, tensor: Tensor) -> Tensor:
         return self.run.fabric.to_device(tensor)
@@ -226,17 +208,21 @@ def evidence(trained: Trained) -> Findings:
     total = TOTAL // 10
     counts = [scale * 10**power for power in range(5) for scale in (1, 3) if scale * 10**power <= total]
     image = trained.typical()
-    log_likelihood, log_q, z = trained.draws(image, total)
+    pixels = trained.on_device(image[None])
+    priors = {"N(0, I)": trained.standard, "the learned prior": trained.learned}
+    torch.manual_seed(0)
+    made = draws(trained.autoencoder, pixels, total, {name: prior.log_prob for name, prior in priors.items()})
+    log_likelihood = made.log_likelihood[:, 0]
     curves: dict[str, list[float]] = {}
     best = -math.inf
     shares = {}
-    for name, prior in (("N(0, I)", trained.standard), ("the learned prior", trained.learned)):
-        weights = log_likelihood + trained.log_prior(prior, z) - log_q
+    for name, prior in priors.items():
+        weights = made.log_weights(name)[:, 0]
         chunks = torch.arange(total, device=weights.device).split(CHUNK)
         with Progress(f"draws from {name}", total, "draws") as progress:
             explained = []
             for indices in chunks:
-                explained.append(trained.log_likelihood(image, prior.sample(indices, seed=0)[0]))
+                explained.append(log_likelihoods(trained.autoencoder, pixels, prior.sample(indices, seed=0))[:, 0])
                 progress.update(len(indices))
         naive = torch.cat(explained)
         curves[f"naive Monte Carlo, z from {name}"] = [float(importance_weighted_bound(naive[:count])) for count in counts]

@@ -75,20 +75,13 @@ def draws(
     return Draws(whole.pop("log_likelihood"), whole.pop("log_posterior"), whole)
 
 
-def log_weights(
-    autoencoder: Autoencoder, images: Tensor, samples: int, log_prior: LogPrior, contexts: Tensor | None = None
-) -> Tensor:
-    """log p(x|z) + log p(z) - log q(z|x) for `samples` draws of z ~ q(z|x) an image; L B, in nats. Raises as `draws`."""
-    return draws(autoencoder, images, samples, {"prior": log_prior}, contexts).log_weights("prior")
-
-
 def elbo(weights: Tensor) -> Tensor:
-    """The evidence lower bound from `log_weights`: the average of the logarithms, B (Kingma and Welling 2014)."""
+    """The evidence lower bound from `Draws.log_weights`: the average of the logarithms, B (Kingma and Welling 2014)."""
     return weights.mean(0)
 
 
 def importance_weighted_bound(weights: Tensor) -> Tensor:
-    """The bound of Burda et al. 2016 from `log_weights`: the logarithm of the average, B. Tight as L grows."""
+    """The bound of Burda et al. 2016 from `Draws.log_weights`: the logarithm of the average, B. Tight as L grows."""
     return weights.logsumexp(0) - math.log(len(weights))
 
 

@@ -17,7 +17,6 @@ from stage1_vae.bounds import (
     grouped,
     importance_weighted_bound,
     log_likelihoods,
-    log_weights,
 )
 from stage1_vae.hierarchy import Hierarchical
 from stage1_vae.networks import Convolutional, FullyConnected
@@ -238,6 +237,10 @@ def test_what_a_likelihood_is_of_given_images():
     logits = torch.randn(3, 1, 28, 28)
     expected = -nn.functional.binary_cross_entropy_with_logits(logits, binary / 255, reduction="none").flatten(1).sum(1)
     assert torch.allclose(likelihood(logits).log_prob(likelihood.scale(binary)), expected, rtol=1e-5)
+
+
+def log_weights(model, images, samples, log_prior):
+    return draws(model, images, samples, {"prior": log_prior}).log_weights("prior")
 
 
 class LinearGaussian(nn.Module):
