@@ -296,6 +296,24 @@ def test_the_fitted_gaussian_has_the_moments_of_the_aggregate_posterior():
     assert torch.allclose(prior.factors[0] @ prior.factors[0].T, torch.cov(draws.T), atol=0.06)
 
 
+@pytest.mark.parametrize(("images", "least", "most"), [(30, 5, 5), (70, 2, 3), (300, 0, 1)])
+def test_the_mixture_is_fitted_to_a_bounded_number_of_draws(images, least, most, monkeypatch):
+    """200 here; of as many images as there are, and of no image more draws than of another, but for one."""
+    monkeypatch.setattr("stage2_prior.prior.MIXTURE_POINTS", 200)
+    taken = []
+
+    class Recorded(LatentDataset):
+        def __getitem__(self, indices):
+            taken.append(torch.bincount(indices, minlength=len(self)))
+            return super().__getitem__(indices)
+
+    spec = LatentSpec((1, 1, 2))
+    CONTINUOUS_BASELINES["mixture"]([spec]).estimate(Recorded(random_latents(images, spec).levels))
+    (counts,) = taken
+    assert counts.sum() == min(200, 5 * images) and (counts.min(), counts.max()) == (least, most)
+    assert images < 200 or counts[:200].min() == 0  # not the first ones: data may be sorted
+
+
 @pytest.mark.parametrize("full", [True, False])
 def test_a_mixture_is_sharpened_to_a_power_of_its_density(full, monkeypatch):
     """A wide and a narrow component: shares of samples against p^(1/T) integrated on a grid; T = 0 is its mode."""
