@@ -2,7 +2,7 @@
 
 B batch, D width, K codes, T prefix length, h×w latent grid.
 
-A condition embeds its context once, into a `map` (B D 1 1 or B D h w, added at every position) and a `prefix` (B T D, tokens
+A condition embeds its context once, into a `map` (B D h w, added at every position) and a `prefix` (B T D, tokens
 before the first position); backbones know nothing else. In training it forgets some contexts, so that the same network
 also learns the density without one, which guidance needs (Ho and Salimans 2022, "Classifier-free diffusion guidance").
 """

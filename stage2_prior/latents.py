@@ -42,10 +42,6 @@ class LatentSpec:
         return self.shape[-2], self.shape[-1]
 
     @property
-    def positions(self) -> int:
-        return math.prod(self.grid)
-
-    @property
     def dimensions(self) -> int:
         return math.prod(self.shape)
 

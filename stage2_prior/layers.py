@@ -37,12 +37,12 @@ class Backbone(Protocol):
         """
 
 
-def gate(features: Tensor, dim: int = 1) -> Tensor:
+def gate(features: Tensor) -> Tensor:
     """tanh(a) · σ(b) over the two halves a, b of the channels (van den Oord et al. 2016b, equation 2).
 
     tanh(a) is written as 2σ(2a) - 1: on CPUs the sigmoid is several times as fast as tanh.
     """
-    a, b = features.chunk(2, dim=dim)
+    a, b = features.chunk(2, dim=1)
     return (2 * torch.sigmoid(2 * a) - 1) * torch.sigmoid(b)
 
 

@@ -3,8 +3,8 @@
 B batch, P positions, C latent channels, K categories, D width, h×w latent grid.
 
 The noise of sample i under seed s is a function of (s, i, position) alone, by the counter-based generator Philox
-(Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"), so a sample is the same at any batch size, at any
-place in a batch, in any number of processes and on any device.
+(Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"): exactly the same at any batch size, at any place in a
+batch, in any number of processes and on any device. The sample drawn with it is the same up to the rounding of the network.
 """
 
 from __future__ import annotations

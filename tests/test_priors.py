@@ -93,7 +93,7 @@ def test_every_factor_depends_on_nothing_later(backbone, head):
     prior = random_prior(spec, backbone, head)
     (latent,), _ = random_latents(1, spec)[torch.arange(1)]
     influence = sensitivity(prior, latent[0])
-    positions = torch.arange(spec.positions)
+    positions = torch.arange(math.prod(spec.grid))
     later = positions[None, :] > positions[:, None]
     assert (influence[later] == 0).all()
     for i, j in torch.nonzero(~later).tolist():
@@ -147,8 +147,8 @@ def test_the_cached_sampler_draws_what_whole_forward_passes_would(backbone, head
         (sample,) = prior.sample(indices, 3, **known)
         values = prior.head.values(sample)
         features = prior.backbone(prior.head.embed(values).movedim(-1, 1), prior.position).movedim(1, -1)
-        noise = uniforms(3, indices, torch.arange(spec.positions), prior.head.uniforms(Sampling()))
-        for position in range(spec.positions):
+        noise = uniforms(3, indices, torch.arange(math.prod(spec.grid)), prior.head.uniforms(Sampling()))
+        for position in range(math.prod(spec.grid)):
             r, c = divmod(position, grid[1])
             if not (completing and mask[r, c]):
                 again = prior.head.draw(features[:, r, c], noise[:, position], Sampling())
