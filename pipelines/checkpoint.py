@@ -13,12 +13,14 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
+from filelock import FileLock, Timeout
 from torch import Tensor, nn
 
 from pipelines import ranks
@@ -243,6 +245,32 @@ def cached(path: Path, key: str, make: Callable[[], dict[str, Tensor]]) -> dict[
     tensors = make()
     ranks.on_first(lambda: write_tensors(path, tensors, {"key": key}))
     return tensors
+
+
+@contextmanager
+def alone(path: Path, there: Callable[[], bool]) -> Iterator[None]:
+    """Of several runs that need what lies at `path`, the first to get here makes it; the others wait until it has.
+
+    there: whether it is made already, so that nobody has to wait. Called by all processes of a run together. The lock lies
+    beside it; a killed process holds none.
+    """
+    lock = FileLock(path.with_suffix(".lock"))
+
+    def acquire() -> None:
+        if there():
+            return
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            say(f"waiting for another process, which makes the same {path}")
+            lock.acquire()
+
+    ranks.on_first(acquire)
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def shards(path: Path, count: int) -> list[Path]:

@@ -15,7 +15,6 @@ from typing import Any
 from urllib.error import URLError
 
 import torch
-from filelock import FileLock, Timeout
 from lightning_fabric import Fabric
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -85,11 +84,11 @@ class FeatureSpace:
             "reference": {"images": len(train), "digest": hashlib.sha256(content_of(train.images)).hexdigest()[:16]},
         }
         key = f"{self.description['digest']}-{self.description['reference']['digest']}"
-        made = checkpoint.cached(
-            cache / f"features-{key}.safetensors",
-            key,
-            lambda: {"features": self.features(train.images, "features of the training images").float()},
-        )
+        path = cache / f"features-{key}.safetensors"
+        with checkpoint.alone(path, path.is_file):
+            made = checkpoint.cached(
+                path, key, lambda: {"features": self.features(train.images, "features of the training images").float()}
+            )
         reference = made["features"].double()
         if model.trace is not None:
             self.scale = float((model.trace / reference.var(0).sum()).sqrt())
@@ -183,23 +182,8 @@ def trained_classifier(
         assert part is not None
         key.update(content_of(part))
     folder = cache / key.hexdigest()[:16]
-    lock = FileLock(folder.with_suffix(".lock"))
-
-    def alone() -> None:
-        if (folder / f"step-{config.classifier.steps:07d}").is_dir():
-            return
-        cache.mkdir(parents=True, exist_ok=True)
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            say(f"waiting for another process, which trains the same classifier, {folder}")
-            lock.acquire()
-
-    ranks.on_first(alone)
-    try:
+    with checkpoint.alone(folder, (folder / f"step-{config.classifier.steps:07d}").is_dir):
         fit(fabric, model, Labelled(splits.train), Labelled(splits.validation), config.classifier, seed, folder, "classifier")
-    finally:
-        lock.release()
     accuracy = evaluate(fabric, model, Labelled(splits.test), BATCH, 0)["accuracy"]
     say(f"classifier: accuracy {100 * accuracy:.1f} % on {len(splits.test)} test images")
     return model.eval(), {"extractor": "classifier", "accuracy": accuracy}
@@ -232,6 +216,7 @@ INCEPTION_WEIGHTS = "https://github.com/toshas/torch-fidelity/releases/download/
 
 def inception(weights: Path | None) -> tuple[Inception, dict[str, Any]]:
     """The network with weights from a file, or downloaded. Raises UserError where they are not to be had."""
+    source = weights or INCEPTION_WEIGHTS
     get_it = f"download {INCEPTION_WEIGHTS} (91 MB) on a machine with a network and name the file with --metrics.weights PATH"
     try:
         if weights is None:
@@ -247,11 +232,11 @@ def inception(weights: Path | None) -> tuple[Inception, dict[str, Any]]:
     except (FileNotFoundError, IsADirectoryError) as error:
         raise UserError(f"there is no file {weights}; {get_it}") from error
     except (UnpicklingError, EOFError) as error:
-        raise UserError(f"{weights} is no file of weights; {get_it}") from error
+        raise UserError(f"{source} is no file of weights; {get_it}") from error
     except URLError as error:
         raise UserError(f"the inception weights could not be downloaded ({error.reason}); {get_it}") from error
     except (RuntimeError, TypeError, AttributeError) as error:
-        raise UserError(f"{weights} does not hold the weights of this network; {get_it}") from error
+        raise UserError(f"{source} does not hold the weights of this network; {get_it}") from error
 
 
 def feature_space(fabric: Fabric, config: MetricsConfig, splits: Splits, cache: Path) -> FeatureSpace:

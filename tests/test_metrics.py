@@ -245,6 +245,13 @@ def test_weights_that_are_not_to_be_had(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="could not be downloaded .no network.; download https://"):
         inception(None)
 
+    def another_file(*_, **__):
+        raise RuntimeError('invalid hash value (expected "6726825d", got "0")')
+
+    monkeypatch.setattr(torch.hub, "download_url_to_file", another_file)
+    with pytest.raises(UserError, match="^https://.*6726825d.pth does not hold the weights of this network"):
+        inception(None)
+
 
 class Reader(nn.Module):
     """Is sure of label 1 in bright images, of label 0 in dark ones."""
@@ -264,6 +271,21 @@ def test_the_share_kept_is_the_surest_of_each_label():
     assert kept_best(fabric, Reader(), images, labels, 0.5).tolist() == [0, 1, 2, 5]
     assert kept_best(fabric, Reader(), images, labels, 1.0).tolist() == list(range(8))
     assert kept_best(fabric, Reader(), images, labels, 0.1).tolist() == [0, 5]
+
+
+def test_a_second_run_waits_for_the_features_that_another_is_making(tmp_path, capsys):
+    first, made = space(tmp_path, 100), []
+    (path,) = tmp_path.glob("features-*.safetensors")
+    path.unlink()  # as if the other were still at it
+    with FileLock(path.with_suffix(".lock")):
+        second = Thread(target=lambda: made.append(space(tmp_path, 100)))
+        second.start()
+        while "waiting for another process" not in capsys.readouterr().out:
+            assert second.is_alive()
+            time.sleep(0.01)
+        assert not path.exists() and not made
+    second.join()
+    assert path.exists() and torch.equal(made[0].reference, first.reference)
 
 
 def test_a_second_run_waits_for_the_classifier_that_another_is_training(tmp_path, capsys):
