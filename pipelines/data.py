@@ -106,6 +106,10 @@ class Splits:
     label_names: list[str]  # empty when there are no labels
 
     @property
+    def sizes(self) -> dict[str, int]:
+        return {"train": len(self.train), "validation": len(self.validation), "test": len(self.test)}
+
+    @property
     def image_shape(self) -> tuple[int, int, int]:
         _, channels, height, width = self.train.images.shape
         return channels, height, width
@@ -275,8 +279,12 @@ class Shards(OwnImages):
         except ImportError as error:
             raise UserError("shards need the library `webdataset`: pip install 'two-stage-latent-prior[webdataset]'") from error
         cache = FileCache(str(self.cache), url_to_name=cache_name, validator=None)
+        try:
+            urls = expand_urls(pattern)
+        except (ValueError, AssertionError) as error:  # of braces, or of a variable that is not set
+            raise UserError(f"{pattern!r} names no shards ({error}): write it like 'data/train-{{000..099}}.tar'") from error
         paths = []
-        for url in expand_urls(pattern):
+        for url in urls:
             try:
                 paths.append(cache.get_file(url) if REMOTE.match(url) else url.removeprefix("file://").removeprefix("file:"))
             except (OSError, ValueError) as error:
@@ -296,11 +304,16 @@ def cache_name(url: str) -> str:
 
 
 def labels_of(parts: list[list[Member]]) -> tuple[list[Tensor | None], list[str]]:
-    """For each part, the number of each sample's label; and the names by number. None and no names unless all have one."""
+    """For each part, the number of each sample's label; and the names by number. None and no names unless all have one.
+
+    Nor are there any where all have the same, which says nothing.
+    """
     if not all("cls" in member.said for members in parts for member in members):
         return [None for _ in parts], []
     texts = [[member.said["cls"].decode(errors="replace").strip() for member in members] for members in parts]
     known = {text for part in texts for text in part}
+    if len(known) < 2:
+        return [None for _ in parts], []
     names = sorted(known, key=lambda text: (0, int(text), "") if text.isdecimal() else (1, 0, text))
     number = {name: index for index, name in enumerate(names)}
     return [torch.tensor([number[text] for text in part]) for part in texts], names
@@ -354,11 +367,14 @@ def readable(sets: list[ImageSet], where: str, skip: bool, in_memory: float, rep
     if count:
         names = [images.files.name(index) for images, found in zip(stored, known) for index in sorted(found)]
         listed = some(names) + (f" (all of them, with the reasons: {report})" if report is not None else "")
-        if not skip or any(len(images) - len(found) < FEWEST_IMAGES for images, found in zip(sets, known)):
-            raise UserError(
-                f"{count} of {total} images under {where} cannot be read: {listed}. Mend or remove them, or train on the"
-                " readable rest with --data.skip-unreadable."
+        too_few = any(len(images) - len(found) < FEWEST_IMAGES for images, found in zip(sets, known))
+        if too_few or not skip:
+            remedy = (
+                f"At least {FEWEST_IMAGES} that can are needed: mend them, or add others."
+                if too_few
+                else "Mend or remove them, or train on the readable rest with --data.skip-unreadable."
             )
+            raise UserError(f"{count} of {total} images under {where} cannot be read: {listed}. {remedy}")
         say(f"warning: {count} of {total} images under {where} cannot be read and are left out: {listed}")
     kept = []
     for part, tensor, found in zip(sets, pixels, known):

@@ -42,6 +42,7 @@ ENCODING_BATCH = 500
 Part = Literal["autoencoder", "prior"]
 SHARD_BYTES = 2**28  # of latents in one file
 UNREADABLE = "unreadable.json"
+FACTS = "stage1/facts.json"
 WHEREABOUTS = (
     "data.root:",
     "data.cache:",
@@ -81,8 +82,10 @@ class Run:
                     f"{folder} holds a run of another config ({'; '.join(changed)}). Give this one another name with --run,"
                     f" or delete {folder}."
                 )
-        elif folder.exists() and not (folder.is_dir() and {path.name for path in folder.iterdir()} <= {UNREADABLE}):
-            raise UserError(f"{folder} is not empty and holds no run; give another name with --run")
+        elif folder.exists():
+            early = [path, folder / UNREADABLE]  # what is written first; a kill may leave part of it
+            if not (folder.is_dir() and {*folder.iterdir()} <= {*early, *map(checkpoint.beside, early)}):
+                raise UserError(f"{folder} is not empty and holds no run; give another name with --run")
         fabric = devices(device, config.precision)
         for part in (config.stage1, config.stage2, config.refine, config.metrics.classifier):
             if part is not None:
@@ -121,20 +124,38 @@ class Run:
                 path.unlink(missing_ok=True)
                 lock.release()
 
+    @property
+    def classifiers(self) -> Path:
+        """The folder of the classifiers and features that all runs beside this one share, if they are of one data set."""
+        return self.folder.parent / CLASSIFIERS
+
     def data(self) -> Splits:
-        """The data set; what in it cannot be read is named in RUN/unreadable.json."""
+        """The data set; what in it cannot be read is named in RUN/unreadable.json.
+
+        Raises UserError when the run is trained on other splits: drawn anew, the test split would hold images of the training.
+        """
         with self.fabric.rank_zero_first(local=True):  # which may download it, or read it whole
-            return self.config.data.load(self.folder / UNREADABLE)
+            splits = self.config.data.load(self.folder / UNREADABLE)
+        trained = (self.folder / FACTS).is_file() and any((self.folder / "stage1").glob("step-*"))
+        before = self.facts().get("images", splits.sizes) if trained else splits.sizes
+        if before != splits.sizes:
+            listed = [" + ".join(map(str, sizes.values())) for sizes in (before, splits.sizes)]
+            raise UserError(
+                f"{self.folder} is trained on other images: {listed[0]} of them ({', '.join(before)}), now there are {listed[1]}."
+                " Split anew, images that it was trained on would be test images. Bring the same images back, or train another"
+                " run on these: train_all with another --run."
+            )
+        return splits
 
     def write_facts(self, splits: Splits) -> None:
         """Put down the config, and what the data set told stage 1, so that nothing else needs the data set to load a model."""
         checkpoint.write_json(self.folder / "config.json", to_dict(self.config))
-        facts = {"image_shape": splits.image_shape, "label_names": splits.label_names}
-        checkpoint.write_json(self.folder / "stage1" / "facts.json", facts)
+        facts = {"image_shape": splits.image_shape, "label_names": splits.label_names, "images": splits.sizes}
+        checkpoint.write_json(self.folder / FACTS, facts)
 
     def facts(self) -> dict:
-        """What `write_facts` put down: image_shape and label_names."""
-        path = self.folder / "stage1" / "facts.json"
+        """What `write_facts` put down: image_shape, label_names, and images, the number of them in each split."""
+        path = self.folder / FACTS
         if not path.is_file():
             raise UserError(f"{self.folder} is unfinished: stage 1 has not been trained. Run its train_all command again.")
         facts = checkpoint.read_json(path)
@@ -204,7 +225,7 @@ class Run:
             rows = range(start, min(start + starts.step, len(images)))
             label = f"encoding {part}" + (f", {rows.start} to {rows.stop} of {len(images)}" if len(paths) > 1 else "")
             checkpoint.cached(shard, key, lambda: encoded(self.fabric, autoencoder, images, label, rows))  # noqa: B023
-        return latent_dataset([checkpoint.read_tensors(shard) for shard in paths], self.contexts(images))
+        return latent_dataset([checkpoint.read_tensors(shard) for shard in paths], self.contexts(images, part))
 
     def latents(self, part: str) -> LatentDataset:
         """What `encode` put down, without contexts."""
@@ -275,15 +296,25 @@ class Run:
         """What the learned prior is told."""
         return self.config.prior.top.condition
 
-    def contexts(self, images: ImageSet) -> Tensor | None:
-        """What a conditional prior is told of each image: its label, or its caption's tokens."""
+    def contexts(self, images: ImageSet, part: str = "train") -> Tensor | None:
+        """What a conditional prior is told of each image of a split: its label, or its caption's tokens.
+
+        Raises UserError when the tokenizer, which is fitted to the training split alone, is missing and this is another one.
+        """
         if not isinstance(self.condition, Caption):
             return images.labels
         path = self.folder / "tokenizer.json"
         captions = captions_of(images, self.facts()["label_names"])
         vocabulary = self.condition.vocabulary
-        # The training images come first.
-        ranks.on_first(lambda: None if path.is_file() else CaptionTokenizer.train(captions, vocabulary, path))
+
+        def fitted() -> None:
+            if path.is_file():
+                return
+            if part != "train":
+                raise UserError(f"there is no {path}. Run the train_all command of this run again, to have it made as it was.")
+            CaptionTokenizer.train(captions, vocabulary, path)
+
+        ranks.on_first(fitted)
         return CaptionTokenizer(path).tokens(captions, self.condition.length)
 
     def text(self, caption: str) -> Tensor:

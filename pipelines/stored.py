@@ -272,8 +272,10 @@ class Stored:
             index, reason = min(unreadable.items())
             more = f" and {len(unreadable) - 1} more of these {len(rows)}" if len(unreadable) > 1 else ""
             raise UserError(
-                f"{self.files.name(index)}{more} cannot be read ({reason}). Mend or remove it and run the same command again, or"
-                " have all images read once first and the unreadable ones left out: --data.skip-unreadable."
+                f"{self.files.name(index)}{more} cannot be read ({reason}). Mend it and run the same command again;"
+                " or leave it out: remove it, or have all images read once first and the unreadable ones skipped with"
+                " --data.skip-unreadable. A run that has a checkpoint goes on with the same images only: leaving one out takes"
+                " another --run."
             )
         return ahead.images
 
@@ -300,5 +302,5 @@ class Stored:
 
 
 def content_of(images: Tensor | Stored) -> bytes:
-    """For a checksum: the images' bytes, or of those on disk what names them."""
-    return images.digest().encode() if isinstance(images, Stored) else images.numpy().tobytes()
+    """For a checksum: the images' bytes, or of those on disk what names them and the shape in which they are read."""
+    return f"{images.digest()} {tuple(images.shape)}".encode() if isinstance(images, Stored) else images.numpy().tobytes()

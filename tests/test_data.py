@@ -20,7 +20,7 @@ from pipelines.console import UserError
 from pipelines.data import Binarized, EmbeddedDigits, Folder, ImageSet, Shards, Splits, TorchvisionSet, cache_name, split
 from pipelines.fit import FitConfig, fit
 from pipelines.run import Run
-from pipelines.stored import Stored, Unreadable, images_under, read_image
+from pipelines.stored import Stored, Unreadable, content_of, images_under, read_image
 from stage1_vae.autoencoder import AutoencoderConfig
 from stage1_vae.networks import FullyConnected
 
@@ -96,6 +96,11 @@ def test_unreadable_images_are_named_and_left_out_only_on_request(tmp_path, caps
     splits = Folder(tmp_path, size=8, skip_unreadable=True).load()
     assert sum(map(len, (splits.train, splits.validation, splits.test))) == 20
     assert "cut.png" in capsys.readouterr().out
+    for index in range(11):
+        (tmp_path / f"{index}.png").write_bytes(b"")
+    for skip in (False, True):
+        with pytest.raises(UserError, match="13 of 22 images.* At least 10 that can are needed: mend them, or add others.$"):
+            Folder(tmp_path, size=8, skip_unreadable=skip).load()
 
 
 def encoded(image: Image.Image, kind: str, **options) -> bytes:
@@ -262,6 +267,41 @@ def test_a_run_that_was_refused_goes_on_with_permission(tmp_path):
         Run.create(run, replace(allowed, data=replace(allowed.data, size=9)), "cpu")
 
 
+def test_a_run_that_was_killed_while_its_config_was_written_goes_on(tmp_path):
+    for name in ("config.json", "unreadable.json"):
+        checkpoint.beside(tmp_path / "run" / name).parent.mkdir(exist_ok=True)
+        checkpoint.beside(tmp_path / "run" / name).write_text("{")
+    Run.create(tmp_path / "run", preset("mnist5k"), "cpu")
+    (tmp_path / "run" / "x.partial").touch()
+    with pytest.raises(UserError, match="holds no run"):
+        Run.create(tmp_path / "run", preset("mnist5k"), "cpu")
+
+
+def test_a_trained_run_goes_on_with_the_same_number_of_images_only(tmp_path):
+    folder = tmp_path / "images"
+    fill(folder, 40)
+    run = Run.create(tmp_path / "run", replace(preset("folder"), data=Folder(folder, size=8)), "cpu")
+    run.write_facts(run.data())
+    (folder / "7.png").unlink()
+    run.write_facts(run.data())  # nothing is trained yet: the splits may be drawn anew
+    checkpoint.save(run.folder / "stage1", {"step": 1}, {}, {})
+    assert len(run.data().test) == 4
+    (folder / "8.png").write_bytes(b"")
+    run.config = replace(run.config, data=replace(run.config.data, skip_unreadable=True))
+    with pytest.raises(UserError, match=r"33 \+ 2 \+ 4 of them .*, now there are 32 \+ 2 \+ 4\..* --run"):
+        run.data()
+    fill(folder, 45)
+    with pytest.raises(UserError, match="now there are"):
+        Run.open(str(run.folder), "cpu").data()
+
+
+def test_images_on_disk_are_named_by_their_shape_too(tmp_path):
+    fill(tmp_path, 12)
+    shapes = [{"size": 8}, {"size": 9}, {"size": 8, "channels": 1}]
+    named = [content_of(Folder(tmp_path, in_memory=0, **shape).load().train.images) for shape in [*shapes, shapes[0]]]
+    assert len(set(named[:3])) == 3 and named[3] == named[0]
+
+
 def test_animated_images_are_said(tmp_path, capsys):
     fill(tmp_path, 10)
     for name in ("x.gif", "y.gif"):
@@ -401,6 +441,8 @@ def test_samples_without_labels_or_captions(tmp_path):
     for sample in (lambda index: {"json": {"n": index}}, lambda index: {"txt": "c", "cls": "1"} if index else {"json": b"["}):
         splits = written(sample)
         assert splits.train.captions is None and splits.train.labels is None and splits.label_names == []
+    splits = written(lambda index: {"cls": "one and the same"})
+    assert splits.train.labels is None and splits.label_names == []
     splits = written(lambda index: {"cls": str(8 + index % 3), "mask.png": encoded(noise((3, 3)), "PNG")})
     assert splits.label_names == ["8", "9", "10"] and splits.train.images.shape == (17, 3, 8, 8)
 
@@ -432,6 +474,8 @@ def test_a_shard_cut_off_anywhere_is_refused(shards, tmp_path):
         ("text.tar", "text.tar cannot be read as a tar file"),
         ("packed.tar.gz", "without compression"),
         ("empty.tar", "holds 0 images"),
+        ("part-{000..", "'part-{000..' names no shards .Unbalanced braces"),
+        ("${NOWHERE}/part.tar", "names no shards .*NOWHERE.*write it like 'data/train-{000..099}.tar'"),
         ("pipe:false", "the shard pipe:false cannot be copied"),
         ("gopher://x/y.tar", "the shard gopher://x/y.tar cannot be copied"),
     ],

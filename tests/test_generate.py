@@ -111,6 +111,19 @@ def test_a_damaged_tokenizer_is_named(runs, tmp_path):
     path.write_bytes(content)
 
 
+def test_a_tokenizer_is_fitted_to_the_training_split_alone(runs):
+    run, splits = Run.open(runs["fashion-dalle"], "cpu"), small_splits((1, 28, 28), 4)
+    path = run.folder / "tokenizer.json"
+    content = path.read_bytes()
+    path.unlink()
+    for part in ("validation", "test"):
+        with pytest.raises(UserError, match="there is no .*tokenizer.json.* train_all"):
+            run.encode(run.load_autoencoder(), getattr(splits, part), part)
+        assert not path.exists()
+    run.encode(run.load_autoencoder(), splits.train, "train")
+    assert path.read_bytes() == content
+
+
 def test_own_captions_are_read_and_wrong_ones_named(tmp_path):
     from pipelines.data import Folder
 
