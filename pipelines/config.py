@@ -234,6 +234,8 @@ def to_dict(config: RunConfig) -> dict[str, Any]:
 
 def from_dict(values: dict[str, Any]) -> RunConfig:
     """Raises ValueError where the values are not a RunConfig's."""
+    if not isinstance(values, dict):
+        raise ValueError("it holds no config")
     try:
         return converter().structure(values, RunConfig)
     except cattrs.BaseValidationError as error:

@@ -23,6 +23,8 @@ def first_process() -> bool:
 
 
 SPEAKING_SECONDS = 5.0
+DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS)
+PATH = (errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG)
 
 
 class UserError(ValueError):
@@ -68,20 +70,17 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 
 def run_command(main: Callable[[], None]) -> None:
-    """Run an entry point; a user's mistake or a full disk is one sentence and exit code 2, a signal 128 + it."""
+    """Run an entry point; a user's mistake, a full disk or a bad path is one sentence and exit code 2, a signal 128 + it."""
     try:
         main()
     except UserError as error:
         sys.exit(fail(str(error)))
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS):
+        if error.errno not in DISK + PATH:
             raise
-        sys.exit(
-            fail(
-                f"{error.strerror}: {error.filename or 'while writing'}. Nothing that was finished is lost; make room or"
-                " permission and run the same command again."
-            )
-        )
+        remedy = "make room or permission and run the same command again" if error.errno in DISK else "give another path"
+        where = error.filename2 or error.filename or "while writing"  # of a renaming, where to
+        sys.exit(fail(f"{error.strerror}: {where}. Nothing that was finished is lost; {remedy}."))
     except Stopped as stopped:
         last_words(f"\n{stopped}")
         sys.exit(128 + stopped.signal)

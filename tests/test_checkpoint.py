@@ -179,6 +179,20 @@ def test_a_full_or_read_only_folder_ends_in_a_sentence(capsys, number):
     assert ended.value.code == 2 and f"{os.strerror(number)}: RUN/latents" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("path", "named"),
+    [("folder.npz", "folder.npz"), ("file/x.npz", "file"), ("file/deeper/x.npz", "file/deeper"), ("x" * 300, "." + "x" * 300)],
+)
+def test_an_output_path_that_cannot_be_ends_in_a_sentence(tmp_path, capsys, path, named):
+    (tmp_path / "file").touch()
+    (tmp_path / "folder.npz").mkdir()
+    with pytest.raises(SystemExit) as ended:
+        run_command(lambda: checkpoint.write_file(tmp_path / path, b"x"))
+    said = capsys.readouterr().err
+    assert ended.value.code == 2 and str(tmp_path / named) in said and "give another path" in said
+    assert sorted(found.name for found in tmp_path.iterdir()) == ["file", "folder.npz"]
+
+
 def test_json_that_is_none_is_named(tmp_path):
     (tmp_path / "facts.json").write_text('{"image_shape": [1, 28')
     with pytest.raises(UserError, match="facts.json cannot be read .*train_all again"):

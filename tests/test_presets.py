@@ -139,6 +139,12 @@ def test_a_config_comes_back_from_its_file(name):
     assert from_dict(json.loads(json.dumps(to_dict(config)))) == config
 
 
+@pytest.mark.parametrize("values", [[], 5, None, "x", {}, {"data": 5}])
+def test_what_is_no_config_is_refused(values):
+    with pytest.raises(ValueError):
+        from_dict(values)
+
+
 @pytest.mark.parametrize(("backbone", "head"), LEARNED)
 def test_a_config_names_the_kinds_of_its_prior(backbone, head):
     config = dataclasses.replace(preset("mnist"), prior=AutoregressiveConfig(BACKBONES[backbone], HEADS[head]))
