@@ -51,7 +51,7 @@ from pipelines.report import (
     table,
     title,
 )
-from pipelines.run import CLASSIFIERS, Run
+from pipelines.run import Run
 from stage1_vae.autoencoder import Autoencoder
 from stage1_vae.bottlenecks import perplexity
 from stage2_prior.autoregressive import LearnedPrior
@@ -77,7 +77,7 @@ def compare(run: Run, splits: Splits, seed: int = 0) -> tuple[dict[str, Any], Se
     beginning = time.perf_counter()
     autoencoder = run.load_autoencoder()
     specs = run.specs(autoencoder)
-    space = feature_space(run.fabric, run.config.metrics, splits, run.folder.parent / CLASSIFIERS)
+    space = feature_space(run.fabric, run.config.metrics, splits, run.classifiers)
     count = min(run.config.metrics.images, len(splits.test))
     chosen = torch.randperm(len(splits.test), generator=torch.Generator().manual_seed(seed))[:count]
     latents = run.encode(autoencoder, splits.test, "test")
@@ -256,7 +256,7 @@ def latent_nll(run: Run, prior: Prior, latents: LatentDataset, chosen: Tensor, s
 
 
 def classifier(run: Run, splits: Splits, seed: int) -> Classifier:
-    return trained_classifier(run.fabric, run.config.metrics, splits, run.folder.parent / CLASSIFIERS, seed)[0]
+    return trained_classifier(run.fabric, run.config.metrics, splits, run.classifiers, seed)[0]
 
 
 def rejection(run: Run, splits: Splits, judge: Judge, images: Tensor, features: Tensor, labels: Tensor) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from pipelines.completion import held_latents, known_pixels, picture_to_complete
 from pipelines.config import Pixels
 from pipelines.console import UserError, first_process, nearest, run_command, say
 from pipelines.metrics import kept_best, trained_classifier
-from pipelines.run import CLASSIFIERS, PRIORS, Run
+from pipelines.run import PRIORS, Run
 from stage1_vae.autoencoder import Autoencoder, quantized
 from stage2_prior.autoregressive import LearnedPrior
 from stage2_prior.completion import complete
@@ -256,7 +256,7 @@ def main(arguments: list[str] | None = None) -> None:
     images = samples.images
     if asked.keep_best < 1:
         assert contexts is not None
-        classifier, _ = trained_classifier(run.fabric, run.config.metrics, run.data(), run.folder.parent / CLASSIFIERS, seed=1)
+        classifier, _ = trained_classifier(run.fabric, run.config.metrics, run.data(), run.classifiers, seed=1)
         images = images[kept_best(run.fabric, classifier, images, contexts.cpu(), asked.keep_best)][: asked.count]
     write_images(asked.out, images)
     say(f"{asked.count} images from the {asked.prior} prior of {run.folder}: {asked.out}")

@@ -36,7 +36,6 @@ from stage2_prior.latents import Joined, LatentDataset, LatentSpec
 from stage2_prior.prior import CODE_BASELINES, CONTINUOUS_BASELINES, AggregatePosterior, Prior, baselines
 
 CHECKPOINTS = Path("checkpoints")
-CLASSIFIERS = ".classifiers"  # beside the runs: shared by all runs on one data set
 PRIORS = list({**CONTINUOUS_BASELINES, **CODE_BASELINES}) + ["learned", "posterior"]
 ENCODING_BATCH = 500
 Part = Literal["autoencoder", "prior"]
@@ -126,8 +125,8 @@ class Run:
 
     @property
     def classifiers(self) -> Path:
-        """The folder of the classifiers and features that all runs beside this one share, if they are of one data set."""
-        return self.folder.parent / CLASSIFIERS
+        """The folder, beside the runs, of the classifiers and features that all runs on one data set share."""
+        return self.folder.parent / ".classifiers"
 
     def data(self) -> Splits:
         """The data set; what in it cannot be read is named in RUN/unreadable.json.

@@ -30,7 +30,7 @@ from pipelines.fit import FitConfig, evaluate, fit
 from pipelines.likelihood import mutual_information
 from pipelines.metrics import feature_space
 from pipelines.report import Figure, png, pyplot
-from pipelines.run import CHECKPOINTS, CLASSIFIERS, Run, encoded, latent_dataset
+from pipelines.run import CHECKPOINTS, Run, encoded, latent_dataset
 from pipelines.train_all import DEFAULT_PRESET, train_all
 from stage1_vae.autoencoder import Autoencoder, AutoencoderConfig
 from stage1_vae.bottlenecks import Deterministic, Gaussian, gaussian_rate
@@ -269,7 +269,7 @@ def mean_or_sample(trained: Trained) -> Findings:
     point = config.build(splits.image_shape)
     folder = run.folder / "studies" / "point-posterior"
     fit(run.fabric, point, splits.train, splits.validation, run.config.stage1, run.config.seed, folder, "point posterior")
-    space = feature_space(run.fabric, run.config.metrics, splits, run.folder.parent / CLASSIFIERS)
+    space = feature_space(run.fabric, run.config.metrics, splits, run.classifiers)
     images = trained.held_out(200)
     with torch.inference_mode():
         (posterior,) = trained.autoencoder.encode(trained.on_device(images))
