@@ -130,7 +130,7 @@ def plain(config: RunConfig, steps: int) -> RunConfig:
     # By fd(standard) on mnist5k, one seed each: 16 numbers were better than 10 after 500 steps and no different after 2,000;
     # of 10 numbers, β = 3 was worse than 1 and β = 0.5 far worse.
     bottleneck = bottlenecks.Gaussian(channels=1)
-    network = Convolutional(dimensions=16)
+    network = Convolutional(positions=16)
     return replace(
         config,
         stage1=replace(config.stage1, steps=steps),

@@ -443,15 +443,15 @@ class Swept:
     """nor is it more, of these images alone: the rate less the empirical I(x; z)"""
 
 
-def swept_network(trained: Trained, layers: int, width: int, dimensions: int) -> Swept:
+def swept_network(trained: Trained, layers: int, width: int, positions: int) -> Swept:
     """A fully connected VAE with an encoder of this size, trained on the run's images (grey levels as probabilities)."""
     run, splits = trained.run, trained.splits
-    decoder = AutoencoderConfig(FullyConnected(2, 256, dimensions), Gaussian(channels=1), Bernoulli())
+    decoder = AutoencoderConfig(FullyConnected(2, 256, positions), Gaussian(channels=1), Bernoulli())
     torch.manual_seed(0)
     model = decoder.build(splits.image_shape)
-    model.encoder, _ = FullyConnected(layers, width, dimensions).encoder(splits.image_shape)
-    folder = run.folder / "studies" / f"fully-connected-{layers}x{width}-{dimensions}"
-    label = f"encoder of {layers} × {width}, {dimensions} latent numbers"
+    model.encoder, _ = FullyConnected(layers, width, positions).encoder(splits.image_shape)
+    folder = run.folder / "studies" / f"fully-connected-{layers}x{width}-{positions}"
+    label = f"encoder of {layers} × {width}, {positions} latent numbers"
     fit(run.fabric, model, splits.train, splits.validation, SWEEP_FIT, run.config.seed, folder, label)
     terms = evaluate(run.fabric, model, splits.test, CHUNK, 0)
     model.eval()

@@ -3,7 +3,8 @@
 B batch, C colour channels, H×W pixels, F feature maps, h×w latent grid.
 
 A network config builds a pair: an encoder from C H W images to F h w features, and a decoder from the bottleneck's
-channels on h×w to feature maps on H×W.
+channels on h×w to feature maps on H×W. A flat latent is a grid of one row, of so many positions, reached by a linear layer; it
+has as many numbers as positions times the bottleneck's channels.
 """
 
 import math
@@ -27,18 +28,21 @@ class Convolutional:
     """Residual convolutional encoder and decoder, after VQ-VAE (van den Oord et al. 2017, section 4.1)."""
 
     width: int = 64
-    """feature maps on the latent grid; half as many on the finest grid"""
+    """feature maps on the latent grid; half as many on every grid between it and the images"""
     blocks: int = 2
     """residual blocks on the latent grid, in the encoder and in the decoder; 2 in the paper"""
     downsample: int = 4
     """image size over latent grid size, a power of two: 4 makes 28×28 images 7×7 latents"""
-    dimensions: int | None = None
-    """numbers in a flat latent, arranged as a grid of one row, by one linear layer each way; None keeps the grid"""
+    positions: int | None = None
+    """positions of a flat latent, a grid of one row; None keeps the grid of the convolutions"""
+    features: int = 2
+    """features at a position of the flat latent, which the bottleneck makes its channels of: a Gaussian takes two for each, for
+    a mean and a standard deviation"""
 
     def grid(self, image_shape: tuple[int, int, int]) -> tuple[int, int]:
         """The latent grid of images C H W. Raises ValueError when the size cannot be divided."""
         height, width = self.downsampled(image_shape)
-        return (height, width) if self.dimensions is None else (1, self.dimensions)
+        return (height, width) if self.positions is None else (1, self.positions)
 
     def downsampled(self, image_shape: tuple[int, int, int]) -> tuple[int, int]:
         """The grid that the convolutions end on."""
@@ -65,16 +69,16 @@ class Convolutional:
             channels = width
         layers += [nn.Conv2d(channels, channels, 3, padding=1)]
         layers += [ResidualBlock(channels) for _ in range(self.blocks)] + [nn.ReLU()]
-        if self.dimensions is None:
+        if self.positions is None:
             return nn.Sequential(*layers), channels
         flat = channels * math.prod(self.downsampled(image_shape))
-        return nn.Sequential(*layers, nn.Flatten(), *to_flat(flat, self.dimensions)), FLAT_FEATURES
+        return nn.Sequential(*layers, nn.Flatten(), *to_flat(flat, self.positions, self.features)), self.features
 
     def decoder(self, latent_channels: int, image_shape: tuple[int, int, int], outputs: int) -> nn.Module:
         layers: list[nn.Module] = []
-        if self.dimensions is not None:
+        if self.positions is not None:
             height, width = self.downsampled(image_shape)
-            layers += [nn.Flatten(), nn.Linear(latent_channels * self.dimensions, self.width * height * width)]
+            layers += [nn.Flatten(), nn.Linear(latent_channels * self.positions, self.width * height * width)]
             layers += [nn.Unflatten(1, (self.width, height, width))]
             latent_channels = self.width
         layers += [nn.Conv2d(latent_channels, self.width, 3, padding=1)]
@@ -111,20 +115,23 @@ class FullyConnected:
     """hidden layers in the encoder and in the decoder"""
     width: int = 500
     """units in a hidden layer"""
-    dimensions: int = 2
-    """numbers in the flat latent, arranged as a grid of one row"""
+    positions: int = 2
+    """positions of the flat latent, a grid of one row"""
+    features: int = 2
+    """features at a position of the flat latent, which the bottleneck makes its channels of: a Gaussian takes two for each, for
+    a mean and a standard deviation"""
 
     def grid(self, image_shape: tuple[int, int, int]) -> tuple[int, int]:
-        return 1, self.dimensions
+        return 1, self.positions
 
     def encoder(self, image_shape: tuple[int, int, int]) -> tuple[nn.Module, int]:
         sizes = [math.prod(image_shape)] + [self.width] * self.layers
-        layers = [nn.Flatten(), *hidden_layers(sizes), *to_flat(sizes[-1], self.dimensions)]
-        return nn.Sequential(*layers), FLAT_FEATURES
+        layers = [nn.Flatten(), *hidden_layers(sizes), *to_flat(sizes[-1], self.positions, self.features)]
+        return nn.Sequential(*layers), self.features
 
     def decoder(self, latent_channels: int, image_shape: tuple[int, int, int], outputs: int) -> nn.Module:
         _, height, width = image_shape
-        sizes = [latent_channels * self.dimensions] + [self.width] * self.layers
+        sizes = [latent_channels * self.positions] + [self.width] * self.layers
         return nn.Sequential(
             nn.Flatten(),
             *hidden_layers(sizes),
@@ -145,9 +152,10 @@ class ConvolutionalFlat:
     hidden: int = 450
     """units of the fully connected layer; 450 in the paper"""
     positions: int = 8
-    """positions of the flat latent, arranged as a grid of one row; with 4 latent channels, the paper's 32 numbers"""
+    """positions of the flat latent, a grid of one row; 8 of 4 latent channels each are the paper's 32 numbers"""
     features: int = 8
-    """features at a position, for the bottleneck to make its latent channels of: two for each, at least"""
+    """features at a position of the flat latent, which the bottleneck makes its channels of: a Gaussian takes two for each, for
+    a mean and a standard deviation"""
 
     def grid(self, image_shape: tuple[int, int, int]) -> tuple[int, int]:
         """Raises ValueError when the images' size cannot be divided by 4."""
@@ -185,13 +193,9 @@ class ConvolutionalFlat:
         return [ResidualBlock(channels, nn.ELU, kernel=3) for _ in range(self.blocks)] + [nn.ELU()]
 
 
-FLAT_FEATURES = 2
-"""for each number of a flat latent: enough for a mean and a standard deviation"""
-
-
-def to_flat(units: int, positions: int, features: int = FLAT_FEATURES) -> list[nn.Module]:
+def to_flat(units: int, positions: int, features: int) -> list[nn.Module]:
     """So many units to the features of a flat latent."""
-    return [nn.Linear(units, features * positions), Rearrange("b (f d) -> b f 1 d", f=features)]
+    return [nn.Linear(units, features * positions), Rearrange("b (f p) -> b f 1 p", f=features)]
 
 
 def hidden_layers(sizes: list[int]) -> list[nn.Module]:

@@ -19,7 +19,7 @@ from stage1_vae.bounds import (
     log_likelihoods,
 )
 from stage1_vae.hierarchy import Hierarchical
-from stage1_vae.networks import Convolutional, FullyConnected
+from stage1_vae.networks import Convolutional, ConvolutionalFlat, FullyConnected
 from tests.parts import BOTTLENECKS, LIKELIHOODS, NETWORKS
 
 SHAPES = [(1, 28, 28), (3, 16, 24)]
@@ -413,8 +413,24 @@ def test_the_latent_grid_is_a_setting():
     for downsample, grid in ((2, (14, 14)), (4, (7, 7))):
         model = AutoencoderConfig(Convolutional(width=8, downsample=downsample)).build((1, 28, 28))
         assert model.latents == [((4, *grid), None)]
-    flat = AutoencoderConfig(FullyConnected(dimensions=5), bottlenecks.Gaussian(channels=1)).build((1, 28, 28))
-    assert flat.latents == [((1, 1, 5), None)]
+
+
+@pytest.mark.parametrize("kind", [Convolutional, FullyConnected, ConvolutionalFlat])
+def test_a_flat_latent_has_positions_and_features(kind):
+    network = kind(width=8, positions=5, features=6)
+    model = AutoencoderConfig(network, bottlenecks.Gaussian(channels=3)).build((1, 28, 28))
+    assert model.latents == [((3, 1, 5), None)]
+    images = random_images(40)
+    features = model.features(images)
+    assert features.shape == (40, 6, 1, 5)
+    # No two say the same, so mean and standard deviation of every channel are free.
+    assert torch.linalg.matrix_rank(features[:, :, 0, 0].double(), rtol=1e-5) == 6
+    assert model.decode(model.sample(model.encode(images))).mean.shape == images.shape
+
+
+def test_feature_maps_are_halved_on_the_grids_between_images_and_latents():
+    for downsample, widths in ((2, [8]), (4, [4, 8]), (8, [4, 4, 8])):
+        assert Convolutional(width=8, downsample=downsample).widths() == widths
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from pipelines.compare import compare
 from pipelines.config import PRESETS, RunConfig, from_dict, preset, to_dict
 from pipelines.console import UserError
 from pipelines.data import Folder
-from pipelines.run import CHECKPOINTS, PRIORS, Run
+from pipelines.run import CHECKPOINTS, PRIORS, Run, read_config
 from pipelines.train_all import Options, parse, train_all
 from stage1_vae import bottlenecks
 from stage2_prior.autoregressive import AutoregressiveConfig, AutoregressivePrior
@@ -143,6 +143,17 @@ def test_a_config_comes_back_from_its_file(name):
 def test_what_is_no_config_is_refused(values):
     with pytest.raises(ValueError):
         from_dict(values)
+
+
+def test_a_config_of_an_earlier_version_is_read(tmp_path):
+    """Which had other names for some settings, and not yet others."""
+    for name in ("mnist5k", "mnist5k-plain", "mnist-2d"):
+        values = to_dict(preset(name))
+        network = values["autoencoder"]["network"]
+        network["dimensions"] = network.pop("positions")
+        del network["features"]
+        (tmp_path / "config.json").write_text(json.dumps(values))
+        assert read_config(tmp_path / "config.json") == preset(name)
 
 
 @pytest.mark.parametrize(("backbone", "head"), LEARNED)
