@@ -1,16 +1,4 @@
-"""A run: one folder under checkpoints/ with its config, its two trained stages, its latents and its comparison.
-
-RUN/config.json            the RunConfig
-    unreadable.json        the images that cannot be read, where there are any
-    stage1/step-N/         the autoencoder
-    latents/*.safetensors  encoded posteriors: mean and std of every image; of many images in several files
-    stage2/step-N/         the learned prior
-    refined/step-N/        both, trained on together, where the config asks for it: then these are the weights to use
-    tokenizer.json         of captions, for a prior that is told them
-    baselines/*.safetensors  the fitted Gaussian and the mixture
-    compare/               picture and figures
-    track/                 curves and pictures of the training, where they are asked for
-"""
+"""A run: one folder under checkpoints/, with its config and all that is made of it; checkpoints/README.md lists its content."""
 
 import json
 from collections.abc import Iterator

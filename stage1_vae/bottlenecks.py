@@ -283,7 +283,8 @@ class FiniteScalarBottleneck(nn.Module):
         self.use = CodeUse(self.vocabulary)
 
     def rounded(self, features: Tensor) -> tuple[Tensor, Tensor]:
-        """Levels 0 … L-1 of every channel, straight through, and the codes (Mentzer et al. 2023, appendix A.1)."""
+        """Levels 0 … L-1 of every channel, straight through, and the codes (Mentzer et al. 2023, appendix A.1, but with 1 + 1e-3
+        and atanh, which put a feature of 0 exactly on level L // 2, where the authors have 1 - 1e-3 and tan)."""
         half = (self.levels - 1) * (1 + 1e-3) / 2
         offset = torch.where(self.levels % 2 == 0, 0.5, 0.0)
         bounded = torch.tanh(full_precision(self.project(features)) + torch.atanh(offset / half)) * half - offset

@@ -145,3 +145,12 @@ def test_mixed_precision_does_not_round_the_distances():
     exact = nearest(vectors, codebook)
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(nearest(vectors, codebook), exact)
+
+
+@pytest.mark.parametrize("levels", [2, 3, 5, 8])
+def test_every_finite_scalar_level_is_reached_and_zero_is_the_middle_one(levels):
+    model = FiniteScalar((levels,)).build(1)
+    model.project = torch.nn.Identity()
+    _, codes = model.rounded(torch.linspace(-9, 9, 101).view(-1, 1, 1, 1))
+    assert codes.unique().tolist() == list(range(levels))
+    assert model.rounded(torch.zeros(1, 1, 1, 1))[0] == pytest.approx(levels // 2, abs=1e-6)

@@ -2,7 +2,9 @@
 
 import dataclasses
 import json
+import re
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -22,6 +24,7 @@ from stage2_prior.autoregressive import AutoregressiveConfig, AutoregressivePrio
 from stage2_prior.prior import CODE_BASELINES, CONTINUOUS_BASELINES
 from tests.parts import BACKBONES, HEADS, LEARNED, shrunk, small_splits
 
+LISTING = Path(__file__).parent.parent / "checkpoints" / "README.md"
 IMAGES = {name: (1, 28, 28) for name in PRESETS} | {"cifar10": (3, 32, 32), "cifar10-vqvae2": (3, 32, 32), "folder": (3, 64, 64)}
 
 
@@ -52,6 +55,8 @@ def test_end_to_end(name, tmp_path, monkeypatch, capsys):
     assert "not a generator" in metrics["priors"]["posterior"]["note"]
     assert "gap_closed" in metrics and metrics["images"] == 120
     assert (run.folder / "compare" / "samples.png").stat().st_size > 1000
+    made = {path.name for path in run.folder.iterdir()}
+    assert made <= set(re.findall(r"^(?:RUN/|    )([\w.]+)", LISTING.read_text(), re.MULTILINE))
     capsys.readouterr()
 
     train(name, run.config, monkeypatch)
