@@ -12,7 +12,6 @@ Medians over repeats that alternate between what is compared: the ratios hold on
 
 import io
 import itertools
-import json
 import math
 import os
 import resource
@@ -31,7 +30,7 @@ from lightning_fabric import Fabric
 from PIL import Image
 from torch import Tensor
 
-from pipelines.checkpoint import write_file
+from pipelines.checkpoint import write_json
 from pipelines.config import RunConfig, preset
 from pipelines.console import Progress, UserError, nearest, run_command, say
 from pipelines.data import EmbeddedDigits, Folder, ImageSet, Shards, Splits
@@ -638,7 +637,7 @@ def main(arguments: list[str] | None = None) -> None:
     rows = asked.rows()
     say(asked.table(rows))
     if asked.json is not None:
-        write_file(asked.json, (json.dumps(rows, indent=2) + "\n").encode())
+        write_json(asked.json, rows)
 
 
 if __name__ == "__main__":

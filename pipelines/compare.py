@@ -139,7 +139,7 @@ def compare(run: Run, splits: Splits, seed: int = 0) -> tuple[dict[str, Any], Se
     (folder / "metrics.json").unlink(missing_ok=True)  # with it, a comparison is finished
     picture(folder / "samples.png", {name: images[:SHOWN] for name, images in rows.items()}, metrics)
     shown = pictures(run, splits, metrics, rows, flat, nearest_training, codes, specs)
-    if len(specs) == 1 and not codes:
+    if len(specs) == 1 and not codes and count > 1:
         shown.insert(2, interpolations(run, autoencoder, latents, chosen))
     tables = []
     if autoencoder.bottleneck.has_density:
@@ -193,13 +193,9 @@ def pictures(
     for name in rows:
         if name not in ("standard", "learned", "reconstruction"):
             made.append(images_picture(titles[name], f"{SHOWN} images.", rows[name][:SHOWN]))
-    made.append(
-        chart_picture(
-            "Where each prior puts z",
-            "Grey: latents of real images, q(z), on its first two principal components. Blue: draws from the prior.",
-            projections(flat, titles),
-        )
-    )
+    if min(flat["posterior"].shape) > 1:
+        caption = "Grey: latents of real images, q(z), on its first two principal components. Blue: draws from the prior."
+        made.append(chart_picture("Where each prior puts z", caption, projections(flat, titles)))
     if codes:
         made.append(chart_picture("Use of the codes", "Over the whole test split.", histogram(codes, specs)))
     if "rejection" in metrics:
@@ -220,8 +216,8 @@ def embedded(run: Run, autoencoder: Autoencoder, levels: list[Tensor]) -> Tensor
 
 @torch.inference_mode()
 def interpolations(run: Run, autoencoder: Autoencoder, latents: LatentDataset, chosen: Tensor) -> Picture:
-    """Straight lines in z between the posteriors' means of pairs of held-out images."""
-    pairs = 3
+    """Straight lines in z between the posteriors' means of pairs of held-out images, of which there are two or more."""
+    pairs = min(3, len(chosen) // 2)
     posteriors = run.fabric.to_device(latents.posteriors(chosen[: 2 * pairs]))
     (z,) = autoencoder.mean(posteriors)
     share = torch.linspace(0, 1, SHOWN, device=z.device)[None, :, None, None, None]

@@ -156,8 +156,12 @@ def learning_rate(config: FitConfig, step: int) -> float:
     return config.learning_rate * warmup * 0.5 * (1 + math.cos(math.pi * step / config.steps))
 
 
-def check_shares(config: FitConfig) -> None:
-    """Raises UserError when a batch does not divide into equal microbatches in each process."""
+def check_config(config: FitConfig, fewest_steps: int = 1) -> None:
+    """Raises UserError when a setting is out of range, or a batch does not divide into equal parts in each process."""
+    for name, least in (("steps", fewest_steps), ("batch_size", 1), ("checkpoint_steps", 1)):
+        value = getattr(config, name)
+        if value < least:
+            raise UserError(f"{name.replace('_', '-')} is a number from {least} up, not {value}")
     shares = config.microbatches * ranks.count()
     if config.microbatches < 1 or config.batch_size % shares:
         raise UserError(
@@ -307,7 +311,7 @@ class Training:
         self.on_nan, self.tracker = on_nan, tracker or Tracker()
         self.fabric, self.model, self.train, self.held_out = fabric, model, train, held_out
         self.config, self.seed, self.folder, self.label = config, seed, folder, label
-        check_shares(config)
+        check_config(config)
         self.draw_anew(rewinds=0)
         if config.compile and can_compile(fabric):
             model.compile()

@@ -155,8 +155,10 @@ class Arguments:
             raise UserError(f"--batch-size is a number of images from 1 up, not {self.batch_size}")
         if self.particles < 1:
             raise UserError(f"--particles is a number from 1 up, not {self.particles}")
-        if self.complete is not None and (self.how != AS_FITTED or self.keep_best < 1):
-            raise UserError("--complete draws from the density as fitted: without temperature, top-k, top-p, guidance, keep-best")
+        if self.complete is not None and (self.how != AS_FITTED or self.keep_best < 1 or self.dtype != "float32"):
+            raise UserError(
+                "--complete draws from the density as fitted: without temperature, top-k, top-p, guidance, keep-best or dtype"
+            )
         if not 0 < self.keep_best <= 1:
             raise UserError(f"--keep-best is a share above 0 and at most 1, not {self.keep_best}")
         if self.out.suffix not in (".png", ".npz"):

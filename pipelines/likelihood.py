@@ -2,7 +2,7 @@
 
     distortion           -E_q[log p(x|z)]
     rate                 E_q[log q(z|x) - log p(z)]; for codes -log p(codes)
-    ELBO                 distortion + rate, a bound on -log p(x) (Kingma and Welling 2014)
+    -ELBO                distortion + rate, a bound on -log p(x) (Kingma and Welling 2014)
     importance-weighted  a tighter bound, from the average of K weights (Burda et al. 2016)
     naive                -log 1/K Σ p(x|z) with z ~ p(z)
 
@@ -98,7 +98,7 @@ def likelihood(
     }
     if "standard" in fitted:
         for name, values in result["priors"].items():
-            for kind, count in (("elbo", 1), ("importance_weighted", samples)) if name != "standard" else ():
+            for kind, count in (("negative_elbo", 1), ("importance_weighted", samples)) if name != "standard" else ():
                 gain = columns[f"{name}/bound/{count}"] - columns[f"standard/bound/{count}"]
                 values[kind]["below_standard"] = estimate(gain)
     if discrete:
@@ -129,7 +129,7 @@ def entry(columns: dict[str, Tensor], prior: str, dimensions: int | None) -> dic
     samples = max(bounds)
     found: dict[str, Any] = {
         "rate": estimate(columns[f"{prior}/rate"]),
-        "elbo": estimate(-bounds[1], dimensions),
+        "negative_elbo": estimate(-bounds[1], dimensions),
         "importance_weighted": estimate(-bounds[samples], dimensions),
         "by_samples": {str(count): -float(bounds[count].mean()) for count in sorted(bounds)},
         "effective_samples": float(columns[f"{prior}/effective"].median()),
@@ -297,7 +297,7 @@ def cells_of(result: dict[str, Any], prior: str) -> list[str]:
     best = values["importance_weighted"]
     cells = {
         "rate": f"{values['rate']['nats']:.2f}",
-        "-ELBO": in_nats(values["elbo"]),
+        "-ELBO": in_nats(values["negative_elbo"]),
         f"K = {result['samples']}": in_nats(best),
         "naive": in_nats(values["naive"]) if "naive" in values else "",
     }
@@ -339,7 +339,7 @@ def notes_of(result: dict[str, Any]) -> list[str]:
         lines.append(
             f"rate: {standard['nats']:.2f} under {title('standard', result)},"
             f" {learned['nats']:.2f} under the learned prior. The difference,"
-            f" {in_nats(priors['learned']['elbo']['below_standard'])} nats, is what stage 2 buys: the ELBO gains as much."
+            f" {in_nats(priors['learned']['negative_elbo']['below_standard'])} nats, is what stage 2 buys; the ELBO gains it."
         )
     if "latents" in result and "standard" in priors:
         latents = result["latents"]

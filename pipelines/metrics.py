@@ -9,6 +9,7 @@ network of published figures. The reference is the training split.
 
 import hashlib
 import io
+import math
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -258,7 +259,7 @@ def feature_space(fabric: Fabric, config: MetricsConfig, splits: Splits, cache: 
 
 @torch.inference_mode()
 def kept_best(fabric: Fabric, classifier: Classifier, images: Tensor, labels: Tensor, share: float) -> Tensor:
-    """Which images to keep, in order: of each label, the share in which the classifier is surest to read that label.
+    """Which images to keep, in order: of each label, the share, rounded up, in which the classifier is surest to read it.
 
     Rejection sampling as in VQ-VAE-2 (Razavi et al. 2019, section 3.4). images uint8 N C H W, labels N; returns indices.
     """
@@ -266,5 +267,5 @@ def kept_best(fabric: Fabric, classifier: Classifier, images: Tensor, labels: Te
     kept = []
     for label in labels.unique():
         members = torch.nonzero(labels == label).squeeze(1)
-        kept.append(members[surety[members].topk(max(1, round(share * len(members)))).indices])
+        kept.append(members[surety[members].topk(math.ceil(share * len(members) - 1e-9)).indices])
     return torch.cat(kept).sort().values

@@ -151,7 +151,7 @@ def write_csv(path: Path, runs: dict[str, dict[str, Any]]) -> None:
     """One row a prior of each run, from their metrics; the same numbers as metrics.json."""
     buffer = io.StringIO()
     errors = {f"{figure}_plus_minus": figure for figure in FIGURES}
-    bounds = ["rate", "elbo", "importance_weighted"]
+    bounds = ["rate", "negative_elbo", "importance_weighted"]
     columns = ["run", "z", *(column for pair in zip(FIGURES, errors) for column in pair)]
     columns += ["copying_z", "distance_to_training", "nll", *bounds, "images", "reference_images", "seed", "extractor"]
     writer = csv.DictWriter(buffer, columns, extrasaction="ignore")

@@ -16,7 +16,7 @@ from pipelines.captions import CaptionTokenizer, captions_of
 from pipelines.config import RunConfig, differences, from_dict, to_dict
 from pipelines.console import Progress, UserError, nearest
 from pipelines.data import ImageSet, Splits
-from pipelines.fit import Precision, check_shares, fabric_for, in_order, seed_of
+from pipelines.fit import Precision, check_config, fabric_for, in_order, seed_of
 from stage1_vae.autoencoder import Autoencoder
 from stage2_prior.autoregressive import LearnedPrior
 from stage2_prior.conditions import Caption, ClassLabel, ConditionConfig, Unconditional
@@ -77,7 +77,9 @@ class Run:
         fabric = devices(device, config.precision)
         for part in (config.stage1, config.stage2, config.refine, config.metrics.classifier):
             if part is not None:
-                check_shares(part)
+                check_config(part, fewest_steps=0 if part is config.stage2 else 1)
+        if config.metrics.images < 1:
+            raise UserError(f"metrics.images is a number from 1 up, not {config.metrics.images}")
         return cls(folder, config, fabric)
 
     @classmethod
@@ -155,9 +157,11 @@ class Run:
         """Raises UserError when the network cannot take such images."""
         torch.manual_seed(seed_of(self.config.seed, 1))
         try:
-            return self.config.autoencoder.build(image_shape)
+            autoencoder = self.config.autoencoder.build(image_shape)
+            self.specs(autoencoder)
         except ValueError as error:
             raise UserError(str(error)) from error
+        return autoencoder
 
     def load_autoencoder(self) -> Autoencoder:
         """Raises UserError when stage 1 is not finished, nor refined where the config asks for it."""

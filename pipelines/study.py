@@ -380,11 +380,12 @@ def aggregate_posterior(trained: Trained) -> Findings:
         f" {few.most:.2f} nats of a rate of {few.rate:.1f}, with {BY_DIMENSIONS[-1]} between {many.least:.2f} and"
         f" {many.most:.2f} of {many.rate:.1f} (from below by the best of the fitted densities, from above by the empirical I of"
         f" these images alone); -ELBO {'falls' if many.loss < few.loss else 'rises'} from {few.loss:.1f} to {many.loss:.1f}. So"
-        f" q(z) is {'certainly farther from' if many.least > few.most else 'not provably nearer to'} N(0, I).",
+        f" q(z) is {nearness(few, many)} N(0, I).",
         f"A larger encoder? At {SWEEP[BY_ENCODER[0]][2]} latent numbers the KL lies between {small.least:.2f} and"
         f" {small.most:.2f} nats with an encoder of {BY_ENCODER[0]} units, between {large.least:.2f} and {large.most:.2f} with"
         f" {BY_ENCODER[-1]}; -ELBO {'falls' if large.loss < small.loss else 'rises'} from {small.loss:.1f} to {large.loss:.1f}."
-        f" What q(z) certainly misses N(0, I) by {'grows' if large.least > small.least else 'shrinks'}, and is not gone.",
+        f" What q(z) certainly misses N(0, I) by {'grows' if large.least > small.least else 'shrinks'}"
+        f"{', and is not gone' if large.least > 0 else ''}.",
     ]
     numbers = {
         "rate": rates,
@@ -441,6 +442,13 @@ class Swept:
     """KL(q(z) ‖ N(0, I)) is no less: a fitted density saves as much on held-out latents"""
     most: float
     """nor is it more, of these images alone: the rate less the empirical I(x; z)"""
+
+
+def nearness(few: Swept, many: Swept) -> str:
+    """What the bounds on two KLs say of the second network's q(z), beside the first's."""
+    if many.least > few.most:
+        return "certainly farther from"
+    return "certainly nearer to" if many.most < few.least else "not provably nearer to"
 
 
 def swept_network(trained: Trained, layers: int, width: int, positions: int) -> Swept:
@@ -545,7 +553,7 @@ class Arguments:
 
 def main(arguments: list[str] | None = None) -> None:
     asked = tyro.cli(Arguments, prog="python -m pipelines.study", args=arguments)
-    if asked.run == DEFAULT_PRESET:
+    if asked.run == DEFAULT_PRESET and not (CHECKPOINTS / DEFAULT_PRESET / "config.json").is_file():
         train_all(Run.create(CHECKPOINTS / DEFAULT_PRESET, preset(DEFAULT_PRESET), asked.device))
     run = Run.open(asked.run, asked.device)
     found = STUDIES[asked.study](Trained.of(run))

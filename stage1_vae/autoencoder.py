@@ -15,6 +15,7 @@ from torch import Tensor, distributions, nn
 
 from stage1_vae import bottlenecks, likelihoods
 from stage1_vae.bottlenecks import (
+    Bottleneck,
     Deterministic,
     FiniteScalar,
     Gaussian,
@@ -24,7 +25,7 @@ from stage1_vae.bottlenecks import (
     full_precision,
 )
 from stage1_vae.hierarchy import Hierarchical
-from stage1_vae.likelihoods import LikelihoodConfig
+from stage1_vae.likelihoods import Likelihood, LikelihoodConfig
 from stage1_vae.networks import Convolutional, NetworkConfig
 
 BottleneckConfig = Deterministic | Gaussian | VectorQuantized | FiniteScalar | GumbelSoftmax | Hierarchical
@@ -49,8 +50,8 @@ class Autoencoder(nn.Module):
         self.image_shape = image_shape
         grid = config.network.grid(image_shape)
         self.encoder, features = config.network.encoder(image_shape)
-        self.bottleneck = config.bottleneck.build(features)
-        self.likelihood = config.likelihood.build()
+        self.bottleneck: Bottleneck = config.bottleneck.build(features)
+        self.likelihood: Likelihood = config.likelihood.build()
         self.decoder = config.network.decoder(
             self.bottleneck.latent_channels, image_shape, image_shape[0] * self.likelihood.outputs_per_channel
         )

@@ -26,6 +26,7 @@ and compares only with densities in the same scale; or neither. Bits per dimensi
 
 
 class Likelihood(Protocol):
+    name: str  # as a sentence names it
     outputs_per_channel: int  # decoder feature maps for each colour channel
 
     def scale(self, images: Tensor) -> Tensor: ...

@@ -86,6 +86,8 @@ class GaussianMixture:
     def build(self, spec: LatentSpec, width: int) -> "GaussianMixtureHead":
         if spec.vocabulary is not None:
             raise ValueError("a mixture of Gaussians is a head for continuous latents, not for codes")
+        if self.components < 1:
+            raise ValueError(f"a mixture has a number of components from 1 up, not {self.components}")
         return GaussianMixtureHead(spec.channels, width, self.components)
 
 

@@ -105,7 +105,7 @@ class CausalAttention(nn.Module):
 
     def __init__(self, width: int, heads: int):
         super().__init__()
-        if width % heads:
+        if heads < 1 or width % heads:
             raise ValueError(f"a width of {width} does not divide into {heads} heads")
         self.heads = heads
         self.qkv = nn.Linear(width, 3 * width, bias=False)

@@ -29,15 +29,15 @@ def test_what_stage_2_buys_is_the_difference_of_the_rates_on_the_same_draws(run)
     priors = result["priors"]
     assert set(priors) == {"standard", "gaussian", "mixture", "learned"}
     for name, values in priors.items():
-        assert values["elbo"]["nats"] == pytest.approx(result["distortion"]["nats"] + values["rate"]["nats"], rel=1e-6)
+        assert values["negative_elbo"]["nats"] == pytest.approx(result["distortion"]["nats"] + values["rate"]["nats"], rel=1e-6)
         if name != "standard":
             difference = priors["standard"]["rate"]["nats"] - values["rate"]["nats"]
-            assert values["elbo"]["below_standard"]["nats"] == pytest.approx(difference, abs=1e-3)
+            assert values["negative_elbo"]["below_standard"]["nats"] == pytest.approx(difference, abs=1e-3)
         bounds = list(values["by_samples"].values())
         assert list(values["by_samples"]) == ["1", "10", "12"] and bounds == sorted(bounds, reverse=True)
-        assert bounds[0] == values["elbo"]["nats"] and bounds[-1] == values["importance_weighted"]["nats"]
+        assert bounds[0] == values["negative_elbo"]["nats"] and bounds[-1] == values["importance_weighted"]["nats"]
         assert 1 <= values["effective_samples"] <= 12 and 1 <= values["naive"]["effective_samples"] <= 50.001
-        assert values["elbo"]["error"] > 0
+        assert values["negative_elbo"]["error"] > 0
     latents = result["latents"]
     assert 0 <= latents["mutual_information"]["nats"] <= latents["log_n"] + 1e-3
     assert priors["standard"]["rate"]["nats"] >= latents["mutual_information"]["nats"] - 1  # KL(q(z) ‖ N(0, I)) ≥ 0
@@ -128,7 +128,7 @@ def test_the_command(run, tmp_path, capsys):
     likelihood.main([str(run.folder), *arguments, "--json", str(file)])
     written, shown = json.loads(file.read_text()), capsys.readouterr().out
     assert set(written["priors"]) == {"learned", "posterior"}
-    assert f"{written['priors']['learned']['elbo']['nats']:.2f}" in shown and "K = 3" in shown and "10 images" in shown
+    assert f"{written['priors']['learned']['negative_elbo']['nats']:.2f}" in shown and "K = 3" in shown and "10 images" in shown
 
 
 @pytest.mark.parametrize(

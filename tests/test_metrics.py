@@ -271,6 +271,8 @@ def test_the_share_kept_is_the_surest_of_each_label():
     assert kept_best(fabric, Reader(), images, labels, 0.5).tolist() == [0, 1, 2, 5]
     assert kept_best(fabric, Reader(), images, labels, 1.0).tolist() == list(range(8))
     assert kept_best(fabric, Reader(), images, labels, 0.1).tolist() == [0, 5]
+    for share in (0.3, 0.4, 0.6):
+        assert len(kept_best(fabric, Reader(), images, torch.tensor([0, 0, 0, 1, 1, 1, 1, 1]), share)) >= share * len(images)
 
 
 def test_a_second_run_waits_for_the_features_that_another_is_making(tmp_path, capsys):

@@ -62,7 +62,7 @@ def test_json_csv_and_page_say_the_same(compared):
             assert f"<td>{values['fd']:.2f} ± {values['plus_minus']['fd']:.2f}</td>" in page
             assert rows[prior]["nll"] == "" or float(rows[prior]["nll"]) == values["nll"]
         for prior, values in metrics["likelihood"]["priors"].items():
-            assert float(rows[prior]["elbo"]) == values["elbo"]["nats"]
+            assert float(rows[prior]["negative_elbo"]) == values["negative_elbo"]["nats"]
             assert f"<td>{values['rate']['nats']:.2f}</td>" in page
         assert rows["learned"]["extractor"] == metrics["features"]["digest"] and metrics["features"]["digest"] in page
 

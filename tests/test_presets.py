@@ -227,6 +227,35 @@ def test_the_rows_of_the_comparison_use_the_same_images(tmp_path, monkeypatch):
     assert other["priors"]["learned"]["fd"] != first["priors"]["learned"]["fd"] and other["seed"] == 1
 
 
+@pytest.mark.parametrize("images", [1, 3])
+@pytest.mark.usefixtures("small_data")
+def test_very_few_held_out_images_are_compared(run, images):
+    splits = run.data()
+    few = dataclasses.replace(splits, test=splits.test.subset(torch.arange(images)))
+    metrics, _ = compare(run, few)
+    assert metrics["images"] == images and "fd" in metrics["withheld"]
+
+
+OUT_OF_RANGE = [
+    "--stage1.steps 0",
+    "--stage1.batch-size 0",
+    "--stage2.checkpoint-steps 0",
+    "--metrics.classifier.steps 0",
+    "--metrics.images 0",
+    "--autoencoder.bottleneck.channels 0",
+    "--prior.head.components 0",
+]
+
+
+@pytest.mark.parametrize("override", OUT_OF_RANGE)
+def test_a_setting_out_of_range_is_refused_before_anything_is_written(tmp_path, monkeypatch, override):
+    name, config, _ = parse(["mnist5k", "--run", str(tmp_path / "r"), *override.split()])
+    monkeypatch.setattr(type(config.data), "load", lambda self, report=None: small_splits((1, 28, 28), 4))
+    with pytest.raises(UserError, match="0"):
+        train_all(Run.create(Path(name), config, "cpu"))
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_folder_read_from_disk_ends_in_the_figures_of_one_in_memory(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     splits, folder = small_splits((1, 28, 28), 3), tmp_path / "images"
