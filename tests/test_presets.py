@@ -25,6 +25,7 @@ from stage2_prior.prior import CODE_BASELINES, CONTINUOUS_BASELINES
 from tests.parts import BACKBONES, HEADS, LEARNED, shrunk, small_splits
 
 LISTING = Path(__file__).parent.parent / "checkpoints" / "README.md"
+README = Path(__file__).parents[1] / "README.md"
 IMAGES = {name: (1, 28, 28) for name in PRESETS} | {"cifar10": (3, 32, 32), "cifar10-vqvae2": (3, 32, 32), "folder": (3, 64, 64)}
 
 
@@ -234,6 +235,15 @@ def test_very_few_held_out_images_are_compared(run, images):
     few = dataclasses.replace(splits, test=splits.test.subset(torch.arange(images)))
     metrics, _ = compare(run, few)
     assert metrics["images"] == images and "fd" in metrics["withheld"]
+
+
+def test_the_example_of_the_readme_runs(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("checkpoints").symlink_to(run.folder.parent)
+    (example,) = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+    exec(example, found := {})
+    assert found["images"].shape == (16, 1, 28, 28) and found["images"].dtype == torch.uint8
+    assert found["nats"].isfinite().all() and found["nats"].shape == (16,)
 
 
 OUT_OF_RANGE = [
