@@ -30,7 +30,6 @@ Part = Literal["autoencoder", "prior"]
 SHARD_BYTES = 2**28  # of latents in one file
 UNREADABLE = "unreadable.json"
 FACTS = "stage1/facts.json"
-RENAMED = {"dimensions": "positions"}  # settings, by the names that configs of earlier versions have for them
 WHEREABOUTS = (
     "data.root:",
     "data.cache:",
@@ -335,12 +334,8 @@ class Run:
 
 def read_config(path: Path) -> RunConfig:
     """What is not in the file, because a later version added it, has its default. Raises UserError for another file."""
-
-    def renamed(values: dict) -> dict:
-        return {RENAMED.get(name, name): value for name, value in values.items()}
-
     try:
-        return from_dict(json.loads(path.read_text(), object_hook=renamed))
+        return from_dict(json.loads(path.read_text()))
     except ValueError as error:
         raise UserError(f"{path} cannot be read ({error}); delete {path.parent}, or mend the file") from error
 

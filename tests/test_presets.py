@@ -151,13 +151,10 @@ def test_what_is_no_config_is_refused(values):
         from_dict(values)
 
 
-def test_a_config_of_an_earlier_version_is_read(tmp_path):
-    """Which had other names for some settings, and not yet others."""
+def test_a_config_of_a_version_without_some_setting_is_read(tmp_path):
     for name in ("mnist5k", "mnist5k-plain", "mnist-2d"):
         values = to_dict(preset(name))
-        network = values["autoencoder"]["network"]
-        network["dimensions"] = network.pop("positions")
-        del network["features"]
+        del values["autoencoder"]["network"]["features"]
         (tmp_path / "config.json").write_text(json.dumps(values))
         assert read_config(tmp_path / "config.json") == preset(name)
 
