@@ -61,8 +61,9 @@ def cell(values: dict[str, Any], figure: str) -> str:
         return "–"
     if figure == "nll":
         return f"{value:.1f}"
-    # As many decimals as show two digits of the error, and three of the figure.
-    shown = max(2, 2 - math.floor(math.log10(abs(value)))) if figure == "kid" and value else 2
+    # As many decimals as show three digits of the figure or of its error, whichever is larger.
+    size = max(abs(value), half or 0)
+    shown = max(2, 2 - math.floor(math.log10(size))) if figure == "kid" and size else 2
     return f"{value:.{shown}f}" + ("" if half is None else f" ± {half:.{shown}f}")
 
 
@@ -119,11 +120,11 @@ def notes(metrics: dict[str, Any]) -> list[str]:
 
 def table(metrics: dict[str, Any]) -> str:
     """The comparison for the terminal."""
-    widths = [max(16, len(heading) + 2) for heading in HEADINGS.values()]
-    lines = [" " * 26 + "".join(f"{heading:>{width}}" for heading, width in zip(HEADINGS.values(), widths))]
-    for name, row in figures(metrics).items():
-        cells = "".join(f"{cell(row, figure):>{width}}" for figure, width in zip(HEADINGS, widths))
-        lines.append(f"{title(name, metrics):26}{cells}")
+    rows = {"": list(HEADINGS.values())}
+    rows |= {title(name, metrics): [cell(row, figure) for figure in HEADINGS] for name, row in figures(metrics).items()}
+    first = max(map(len, rows))
+    widths = [2 + max(map(len, column)) for column in zip(*rows.values())]
+    lines = [name.ljust(first) + "".join(text.rjust(width) for text, width in zip(row, widths)) for name, row in rows.items()]
     return "\n".join(lines + notes(metrics))
 
 
