@@ -118,6 +118,14 @@ VQVAE2 = replace(
     stage2=replace(STAGE2, steps=3000, checkpoint_steps=500),
 )
 
+CIFAR10_VQVAE2 = replace(
+    CIFAR10,
+    stage1=replace(CIFAR10.stage1, steps=4000),
+    stage2=replace(STAGE2, steps=4000, checkpoint_steps=500),
+    autoencoder=replace(VQVAE2.autoencoder, network=Convolutional(width=96, downsample=2)),
+    prior=VQVAE2.prior,
+)
+
 FASHION = replace(MNIST, data=TorchvisionSet("FashionMNIST"), stage2=replace(STAGE2, steps=5000))
 
 
@@ -196,17 +204,12 @@ PRESETS: dict[str, tuple[str, RunConfig]] = {
         "VQ-VAE-2 on Fashion-MNIST: codes on a 7×7 and a 14×14 grid",
         replace(VQVAE2, data=TorchvisionSet("FashionMNIST")),
     ),
-    "cifar10-vqvae2": (
-        "VQ-VAE-2 on CIFAR-10: codes on an 8×8 and a 16×16 grid",
-        replace(
-            CIFAR10,
-            stage1=replace(CIFAR10.stage1, steps=4000),
-            stage2=replace(STAGE2, steps=4000, checkpoint_steps=500),
-            autoencoder=replace(VQVAE2.autoencoder, network=Convolutional(width=96, downsample=2)),
-            prior=VQVAE2.prior,
-        ),
-    ),
+    "cifar10-vqvae2": ("VQ-VAE-2 on CIFAR-10: codes on an 8×8 and a 16×16 grid", CIFAR10_VQVAE2),
     "folder": ("your own images: --data.root PATH", replace(CIFAR10, data=Folder())),
+    "folder-vqvae2": (
+        "VQ-VAE-2 of your own images with labels: --data.root PATH, whose subfolders are the labels",
+        replace(CIFAR10_VQVAE2, data=Folder()),
+    ),
     "webdataset": ("your own images in tar files: --data.urls PATTERN", replace(CIFAR10, data=Shards())),
 }
 

@@ -26,7 +26,12 @@ from tests.parts import BACKBONES, HEADS, LEARNED, shrunk, small_splits
 
 LISTING = Path(__file__).parent.parent / "checkpoints" / "README.md"
 README = Path(__file__).parents[1] / "README.md"
-IMAGES = {name: (1, 28, 28) for name in PRESETS} | {"cifar10": (3, 32, 32), "cifar10-vqvae2": (3, 32, 32), "folder": (3, 64, 64)}
+IMAGES = {name: (1, 28, 28) for name in PRESETS} | {
+    "cifar10": (3, 32, 32),
+    "cifar10-vqvae2": (3, 32, 32),
+    "folder": (3, 64, 64),
+    "folder-vqvae2": (3, 64, 64),
+}
 
 
 def train(name: str, config: RunConfig, monkeypatch, classes: int = 4) -> Run:
