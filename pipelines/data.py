@@ -214,7 +214,7 @@ class Folder(OwnImages):
     def load(self, report: Path | None = None) -> Splits:
         """report: file to name the unreadable images in."""
         if self.root is None:
-            raise UserError("the preset folder needs your folder of images: --data.root PATH")
+            raise UserError("this preset needs your folder of images: --data.root PATH")
         if not self.root.is_dir():
             raise UserError(f"there is no folder {self.root}: give your folder of images with --data.root PATH")
         self.check()

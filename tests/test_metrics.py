@@ -4,7 +4,10 @@ import io
 import pickle
 import shutil
 import time
+from collections.abc import Callable
+from pathlib import Path
 from threading import Thread
+from typing import Any
 
 import pytest
 import torch
@@ -275,36 +278,39 @@ def test_the_share_kept_is_the_surest_of_each_label():
         assert len(kept_best(fabric, Reader(), images, torch.tensor([0, 0, 0, 1, 1, 1, 1, 1]), share)) >= share * len(images)
 
 
-def test_a_second_run_waits_for_the_features_that_another_is_making(tmp_path, capsys):
-    first, made = space(tmp_path, 100), []
-    (path,) = tmp_path.glob("features-*.safetensors")
-    path.unlink()  # as if the other were still at it
-    with FileLock(path.with_suffix(".lock")):
-        second = Thread(target=lambda: made.append(space(tmp_path, 100)))
+def made_by_a_second_run(make: Callable[[], Any], path: Path, lock: Path, capsys) -> Any:
+    """What it makes once another lets go of the lock; until then it says that it waits, and nothing is at the path."""
+    made: list[Any] = []
+    with FileLock(lock):
+        second = Thread(target=lambda: made.append(make()))
         second.start()
         while "waiting for another process" not in capsys.readouterr().out:
             assert second.is_alive()
             time.sleep(0.01)
         assert not path.exists() and not made
     second.join()
-    assert path.exists() and torch.equal(made[0].reference, first.reference)
+    assert path.exists()
+    return made[0]
+
+
+def test_a_second_run_waits_for_the_features_that_another_is_making(tmp_path, capsys):
+    first = space(tmp_path, 100)
+    (path,) = tmp_path.glob("features-*.safetensors")
+    path.unlink()  # as if the other were still at it
+    second = made_by_a_second_run(lambda: space(tmp_path, 100), path, path.with_suffix(".lock"), capsys)
+    assert torch.equal(second.reference, first.reference)
 
 
 def test_a_second_run_waits_for_the_classifier_that_another_is_training(tmp_path, capsys):
     splits, config = small_splits((1, 8, 8), 2, count=80), shrunk(preset("mnist5k")).metrics
-    fabric = fabric_for("cpu", "float32")
-    first, described = metrics.trained_classifier(fabric, config, splits, tmp_path, seed=0)
+
+    def trained():
+        return metrics.trained_classifier(fabric_for("cpu", "float32"), config, splits, tmp_path, seed=0)
+
+    first, described = trained()
     (folder,) = (path for path in tmp_path.iterdir() if path.is_dir())
     last = sorted(folder.iterdir())[-1]
     shutil.rmtree(last)  # as if the other were still at it
-    made = []
-    with FileLock(folder.with_suffix(".lock")):
-        second = Thread(target=lambda: made.append(metrics.trained_classifier(fabric, config, splits, tmp_path, seed=0)))
-        second.start()
-        while "waiting for another process" not in capsys.readouterr().out:
-            assert second.is_alive()
-            time.sleep(0.01)
-        assert not last.exists() and not made
-    second.join()
-    assert last.exists() and made[0][1] == described
-    assert all(torch.equal(a, b) for a, b in zip(first.state_dict().values(), made[0][0].state_dict().values()))
+    second, described_again = made_by_a_second_run(trained, last, folder.with_suffix(".lock"), capsys)
+    assert described_again == described
+    assert all(torch.equal(a, b) for a, b in zip(first.state_dict().values(), second.state_dict().values()))
