@@ -132,7 +132,7 @@ def gaussian_rate(mean: Tensor, log_std: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class VectorQuantized:
-    """The nearest of K code vectors (VQ-VAE, van den Oord et al. 2017), the codebook kept by exponential moving averages."""
+    """One of K code vectors (VQ-VAE, van den Oord et al. 2017), the codebook kept by exponential moving averages."""
 
     codes: int = 512
     """K, the size of the codebook; 512 in the paper"""
@@ -140,6 +140,11 @@ class VectorQuantized:
     """numbers in a code vector; 64 in the paper"""
     commitment: float = 0.25
     """weight of the commitment loss, a sum over positions and channels; β in the paper's equation 3"""
+    rate_weight: float = 2.0
+    """squared distance that a nat of a code's -log frequency is worth where a code is chosen (entropy-constrained vector
+    quantization, Chou et al. 1989), so that what looks alike gets one code; 0 chooses the nearest, as the paper does"""
+    rate_steps: int = 1000
+    """steps in which that price rises from 0, so that the codebook spreads out first"""
     decay: float = 0.99
     """decay a step of the codebook's moving averages; γ in the paper's appendix A.1"""
     revival: float = 0.05
@@ -161,6 +166,8 @@ class VectorQuantizedBottleneck(nn.Module):
         super().__init__()
         if config.codes < 2:
             raise ValueError(f"a codebook holds at least 2 codes, not {config.codes}")
+        if config.rate_weight < 0 or config.rate_steps < 0:
+            raise ValueError(f"the rate's weight and steps are at least 0, not {config.rate_weight} and {config.rate_steps}")
         self.config = config
         self.vocabulary, self.latent_channels = config.codes, config.channels
         # The normalization keeps the encoder from shrinking its outputs until all fall to a few codes (Łańcucki et al. 2020).
@@ -175,7 +182,8 @@ class VectorQuantizedBottleneck(nn.Module):
         vectors = rearrange(encoded.detach(), "b c h w -> (b h w) c")
         if self.training and not self.counts.any():
             self.replace(torch.ones_like(self.counts, dtype=torch.bool), vectors)
-        codes = nearest(vectors, self.codebook)
+        risen = min(1.0, step / self.config.rate_steps) if self.training and self.config.rate_steps else 1.0
+        codes = self.choose(vectors, risen)
         quantized = rearrange(self.codebook[codes], "(b h w) c -> b c h w", b=len(encoded), h=encoded.shape[2])
         if self.training:
             self.update(vectors, codes)
@@ -183,6 +191,20 @@ class VectorQuantizedBottleneck(nn.Module):
         # Straight through: the decoder's gradient passes to the encoder as if there were no quantization.
         embedded = encoded + (quantized - encoded).detach()
         return embedded[None], self.config.commitment * commitment, self.use(codes)
+
+    def choose(self, vectors: Tensor, risen: float = 1.0) -> Tensor:
+        """The code of least squared distance plus rate_weight · min(-log frequency, log K), never in mixed precision; … C to ….
+
+        risen: share of the weight that counts.
+        """
+        # ‖v-e‖² = ‖v‖² - 2 v·e + ‖e‖², of which the first does not matter.
+        cost = self.codebook.square().sum(1)
+        if self.config.rate_weight:
+            # A code used less than evenly costs no more than an even one, or what is rare would die out.
+            frequencies = self.counts / self.counts.sum().clamp(min=1e-9)
+            cost = cost - risen * self.config.rate_weight * frequencies.clamp(min=1 / self.vocabulary).log()
+        with torch.autocast(vectors.device.type, enabled=False):
+            return torch.addmm(cost, vectors.flatten(0, -2), self.codebook.T, alpha=-2).argmin(1).view(vectors.shape[:-1])
 
     @torch.no_grad()
     def update(self, vectors: Tensor, codes: Tensor) -> None:
@@ -215,7 +237,7 @@ class VectorQuantizedBottleneck(nn.Module):
 
     def posterior(self, features: Tensor) -> list[Posterior]:
         encoded = full_precision(self.project(features))
-        return [{"codes": nearest(encoded.movedim(1, -1), self.codebook)}]
+        return [{"codes": self.choose(encoded.movedim(1, -1))}]
 
     def latents(self, grid: tuple[int, int]) -> Levels:
         return [(grid, self.vocabulary)]
@@ -223,14 +245,6 @@ class VectorQuantizedBottleneck(nn.Module):
     def embed(self, levels: list[Tensor]) -> Tensor:
         (codes,) = levels
         return self.codebook[codes].movedim(-1, 1)
-
-
-def nearest(vectors: Tensor, codebook: Tensor) -> Tensor:
-    """The index of the nearest code vector in Euclidean distance, never in mixed precision; … C to …."""
-    with torch.autocast(vectors.device.type, enabled=False):
-        # ‖v-e‖² = ‖v‖² - 2 v·e + ‖e‖², of which the first does not matter.
-        distance = torch.addmm(codebook.square().sum(1), vectors.flatten(0, -2), codebook.T, alpha=-2)
-    return distance.argmin(1).view(vectors.shape[:-1])
 
 
 def perplexity(counts: Tensor) -> Tensor:

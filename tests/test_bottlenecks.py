@@ -1,9 +1,11 @@
 """Discrete bottlenecks: the codebook learns, revives and is exact; straight-through gradients; FSQ's codes."""
 
+import math
+
 import pytest
 import torch
 
-from stage1_vae.bottlenecks import CodeUse, FiniteScalar, GumbelSoftmax, VectorQuantized, nearest
+from stage1_vae.bottlenecks import CodeUse, FiniteScalar, GumbelSoftmax, VectorQuantized
 
 
 def clusters(count: int, codes: int, channels: int, seed: int = 0) -> torch.Tensor:
@@ -14,17 +16,47 @@ def clusters(count: int, codes: int, channels: int, seed: int = 0) -> torch.Tens
     return (centres[which] + 0.1 * torch.randn(count, channels, generator=generator))[:, :, None, None]
 
 
-def quantizer(**values):
+def quantizer(rate_weight=0.0, rate_steps=0, **values):
     torch.manual_seed(0)
-    made = VectorQuantized(**values).build(values["channels"])
+    made = VectorQuantized(rate_weight=rate_weight, rate_steps=rate_steps, **values).build(values["channels"])
     made.project = torch.nn.Identity()  # quantize the features themselves
     made.project.weight = torch.zeros(1)
     return made
 
 
-def test_nearest_is_the_euclidean_nearest():
-    vectors, codebook = torch.randn(2, 3, 5, 4), torch.randn(9, 4)
-    assert torch.equal(nearest(vectors, codebook), torch.cdist(vectors.view(-1, 4), codebook).argmin(1).view(2, 3, 5))
+@pytest.mark.parametrize("rate", [0.0, 2.0])
+def test_the_code_chosen_costs_least_in_distance_and_rate(rate):
+    model = quantizer(codes=9, channels=4, rate_weight=rate)
+    vectors = torch.randn(2, 3, 5, 4)
+    model.codebook.normal_()
+    model.counts.copy_(torch.rand(9).square())
+    distance = torch.cdist(vectors.view(-1, 4), model.codebook).square()
+    rates = -torch.distributions.Categorical(probs=model.counts).log_prob(torch.arange(9))
+    cost = distance + rate * rates.clamp(max=math.log(9))
+    assert torch.equal(model.choose(vectors), cost.argmin(1).view(2, 3, 5))
+    assert not torch.equal(cost.argmin(1), distance.argmin(1)) or rate == 0
+
+
+def test_the_price_of_a_nat_rises_from_nothing():
+    codes = []
+    for step, rate in ((0, 3.0), (100, 3.0), (0, 0.0)):
+        model = quantizer(codes=9, channels=4, rate_weight=rate, rate_steps=100).train()
+        model.codebook.normal_(generator=torch.Generator().manual_seed(1))
+        model.counts.copy_(torch.arange(1, 10))
+        codes.append(model(torch.randn(50, 4, 2, 2, generator=torch.Generator().manual_seed(2)), step)[0])
+    assert torch.equal(codes[0], codes[2]) and not torch.equal(codes[1], codes[2])
+
+
+def test_a_rate_saves_nats():
+    """Features of which half are noise around one centre: it gets fewer codes where choosing one has a price."""
+    entropy = {}
+    for rate in (0.0, 1.0):
+        model = quantizer(codes=16, channels=3, decay=0.9, rate_weight=rate).train()
+        for step in range(200):
+            features = torch.cat([clusters(80, 8, 3, seed=step), 0.5 * torch.randn(80, 3, 1, 1) + 30])
+            terms = model(features, step)[2]
+        entropy[rate] = float(terms["perplexity"].log())
+    assert entropy[1.0] < entropy[0.0] - 0.3
 
 
 def test_the_codebook_finds_the_clusters():
@@ -85,9 +117,10 @@ def test_gradients_pass_straight_through():
     assert torch.allclose(pull, 2 * 0.5 * (features - embedded[0]), atol=1e-5)
 
 
-def test_a_codebook_of_one_is_refused():
-    with pytest.raises(ValueError, match="at least 2"):
-        VectorQuantized(codes=1).build(3)
+@pytest.mark.parametrize("values", [{"codes": 1}, {"rate_weight": -1.0}, {"rate_steps": -1}])
+def test_a_codebook_that_makes_no_sense_is_refused(values):
+    with pytest.raises(ValueError, match="at least"):
+        VectorQuantized(**values).build(3)
 
 
 @pytest.mark.parametrize("levels", [(2, 3), (8, 5, 5), (4, 4, 4)])
@@ -140,11 +173,12 @@ def test_a_cold_relaxation_is_one_code():
 def test_mixed_precision_does_not_round_the_distances():
     """Codes so near to each other that bfloat16 confuses them."""
     torch.manual_seed(0)
-    codebook = 1 + 0.01 * torch.randn(50, 8)
+    model = quantizer(codes=50, channels=8)
+    model.codebook.copy_(1 + 0.01 * torch.randn(50, 8))
     vectors = 1 + 0.01 * torch.randn(400, 8)
-    exact = nearest(vectors, codebook)
+    exact = model.choose(vectors)
     with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(nearest(vectors, codebook), exact)
+        assert torch.equal(model.choose(vectors), exact)
 
 
 @pytest.mark.parametrize("levels", [2, 3, 5, 8])
