@@ -101,9 +101,12 @@ MNIST_BINARY = RunConfig(
     metrics=MetricsConfig(pixels="sample"),
 )
 
+# On MNIST, 2,500 steps of stage 2 reached 115 nats of the codes a digit with a rate weight of 0, 88 with 1, 79 with 2 and 76 with
+# 4 (by earlier forms of the rule), and reconstructions had a mean squared error of 0.0021, 0.0022, 0.0023 and 0.0024.
 VQVAE = replace(
     MNIST,
-    autoencoder=AutoencoderConfig(Convolutional(), bottlenecks.VectorQuantized()),
+    stage1=replace(STAGE1, steps=8000),
+    autoencoder=AutoencoderConfig(Convolutional(), bottlenecks.VectorQuantized(rate_weight=6.0)),
     prior=AutoregressiveConfig(PixelCNNConfig(), Categorical(), ClassLabel()),
 )
 
@@ -181,7 +184,7 @@ PRESETS: dict[str, tuple[str, RunConfig]] = {
         "VQ-VAE on the 5,000 digits that need no download",
         replace(
             MNIST5K,
-            autoencoder=AutoencoderConfig(Convolutional(), bottlenecks.VectorQuantized(codes=256)),
+            autoencoder=AutoencoderConfig(Convolutional(), bottlenecks.VectorQuantized(codes=256, rate_weight=6.0)),
             prior=AutoregressiveConfig(PixelCNNConfig(dropout=0.1), Categorical(), ClassLabel()),
         ),
     ),
@@ -198,7 +201,9 @@ PRESETS: dict[str, tuple[str, RunConfig]] = {
     "mnist-vqvae": ("VQ-VAE on MNIST: 512 codes, a class-conditional prior", VQVAE),
     "fashion-vqvae": (
         "VQ-VAE on Fashion-MNIST: 512 codes, a class-conditional prior",
-        replace(VQVAE, data=TorchvisionSet("FashionMNIST"), stage2=replace(STAGE2, steps=5000)),
+        replace(
+            VQVAE, data=TorchvisionSet("FashionMNIST"), stage1=replace(STAGE1, steps=6000), stage2=replace(STAGE2, steps=5000)
+        ),
     ),
     "fashion-vqvae2": (
         "VQ-VAE-2 on Fashion-MNIST: codes on a 7×7 and a 14×14 grid",
