@@ -115,7 +115,7 @@ TOP = AutoregressiveConfig(PixelSNAILConfig(), Categorical(), ClassLabel())
 CODES = AutoregressiveConfig(PixelCNNConfig(), Categorical(), ClassLabel())
 VQVAE2 = replace(
     MNIST,
-    autoencoder=AutoencoderConfig(Convolutional(downsample=2), Hierarchical()),
+    autoencoder=AutoencoderConfig(Convolutional(downsample=2), Hierarchical(bottlenecks.VectorQuantized(rate_weight=2.0))),
     prior=CascadeConfig(TOP, CODES),
     stage1=replace(STAGE1, steps=3000),
     stage2=replace(STAGE2, steps=3000, checkpoint_steps=500),

@@ -140,9 +140,9 @@ class VectorQuantized:
     """numbers in a code vector; 64 in the paper"""
     commitment: float = 0.25
     """weight of the commitment loss, a sum over positions and channels; β in the paper's equation 3"""
-    rate_weight: float = 2.0
+    rate_weight: float = 0.0
     """squared distance that a nat of a code's -log frequency is worth where a code is chosen (entropy-constrained vector
-    quantization, Chou et al. 1989), so that what looks alike gets one code; 0 chooses the nearest, as the paper does"""
+    quantization, Chou et al. 1989), so that what looks alike gets one code; 0, the nearest code, is the paper's"""
     rate_steps: int = 1000
     """steps in which that price rises from 0, so that the codebook spreads out first"""
     decay: float = 0.99
@@ -199,10 +199,9 @@ class VectorQuantizedBottleneck(nn.Module):
         """
         # ‖v-e‖² = ‖v‖² - 2 v·e + ‖e‖², of which the first does not matter.
         cost = self.codebook.square().sum(1)
-        if self.config.rate_weight:
-            # A code used less than evenly costs no more than an even one, or what is rare would die out.
-            frequencies = self.counts / self.counts.sum().clamp(min=1e-9)
-            cost = cost - risen * self.config.rate_weight * frequencies.clamp(min=1 / self.vocabulary).log()
+        # A code used less than evenly costs no more than an even one, or what is rare would die out.
+        frequencies = (self.counts / self.counts.sum().clamp(min=1e-9)).clamp(min=1 / self.vocabulary)
+        cost = cost - risen * self.config.rate_weight * frequencies.log()
         with torch.autocast(vectors.device.type, enabled=False):
             return torch.addmm(cost, vectors.flatten(0, -2), self.codebook.T, alpha=-2).argmin(1).view(vectors.shape[:-1])
 

@@ -33,7 +33,7 @@ from tests.parts import BACKBONES, random_latents, shrunk, small_splits
 
 STEPS = 50
 CONFIG = FitConfig(steps=STEPS, batch_size=8, learning_rate=3e-3, warmup_steps=5, checkpoint_steps=10, gradient_clip=10.0)
-FIXED = bottlenecks.VectorQuantized(codes=6, channels=3, revival=0.0)
+FIXED = bottlenecks.VectorQuantized(codes=6, channels=3, revival=0.0, rate_weight=2.0)
 WITHOUT_DRAWS = {
     "deterministic": bottlenecks.Deterministic(channels=2),
     "finite-scalar": bottlenecks.FiniteScalar(levels=(3, 4)),
@@ -42,7 +42,7 @@ WITHOUT_DRAWS = {
 }
 WITH_DRAWS = {
     "gaussian": bottlenecks.Gaussian(channels=2),
-    "vector-quantized, revived": bottlenecks.VectorQuantized(codes=12, channels=3, revival=0.5),
+    "vector-quantized, revived": bottlenecks.VectorQuantized(codes=12, channels=3, revival=0.5, rate_weight=2.0),
     "gumbel-softmax": bottlenecks.GumbelSoftmax(codes=7, channels=3),
 }
 CODES = LatentSpec((2, 2), vocabulary=5)

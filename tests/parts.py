@@ -33,10 +33,10 @@ LEARNED = [(backbone, head) for backbone in BACKBONES for head in HEADS]
 BOTTLENECKS = {
     "deterministic": bottlenecks.Deterministic(channels=3),
     "gaussian": bottlenecks.Gaussian(channels=3, samples=2),
-    "vector-quantized": bottlenecks.VectorQuantized(codes=7, channels=3),
+    "vector-quantized": bottlenecks.VectorQuantized(codes=7, channels=3, rate_weight=2.0),
     "finite-scalar": bottlenecks.FiniteScalar(levels=(3, 4)),
     "gumbel-softmax": bottlenecks.GumbelSoftmax(codes=7, channels=3),
-    "hierarchical": Hierarchical(bottlenecks.VectorQuantized(codes=5, channels=3), blocks=1),
+    "hierarchical": Hierarchical(bottlenecks.VectorQuantized(codes=5, channels=3, rate_weight=2.0), blocks=1),
     "hierarchical-3": Hierarchical(bottlenecks.VectorQuantized(codes=5, channels=3), levels=3, blocks=1),
 }
 LIKELIHOODS = {
