@@ -8,9 +8,12 @@ It is the only place that samples, by inverse CDF from a fixed number of uniform
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -49,8 +52,12 @@ class Head(nn.Module, ABC):
         """How many uniform numbers U one draw takes."""
 
     @abstractmethod
-    def draw(self, features: Tensor, uniforms: Tensor, how: Sampling, untold: Tensor | None = None) -> Tensor:
-        """The values of one position; features B D, uniforms B U.
+    def noise(self, uniforms: Tensor, how: Sampling) -> Sequence[Any]:
+        """What `draw` takes at each of P positions, made of uniforms, B P U, for all positions at once."""
+
+    @abstractmethod
+    def draw(self, features: Tensor, noise: Any, how: Sampling, untold: Tensor | None = None) -> Tensor:
+        """The values of one position; features B D, noise as `noise` has it for the position.
 
         untold: under guidance, the features of a backbone that was told no context, B D.
         """
@@ -136,7 +143,15 @@ class GaussianMixtureHead(Head):
     def uniforms(self, how: Sampling) -> int:
         return 1 + self.channels if not how.guidance else 1 + CANDIDATES * (1 + self.channels)
 
-    def draw(self, features: Tensor, uniforms: Tensor, how: Sampling, untold: Tensor | None = None) -> Tensor:
+    def noise(self, uniforms: Tensor, how: Sampling) -> Sequence[Any]:
+        """Of M candidates (one, but under guidance) uniform numbers for the component, B M, and normal ones, B M C; and one for
+        the choice among them, B 1, or B 0 where there is none."""
+        choice, candidates = uniforms.tensor_split((1 if how.guidance else 0,), dim=-1)
+        candidates = rearrange(candidates, "b p (m u) -> p b m u", u=1 + self.channels)
+        normals = torch.special.ndtri(candidates[..., 1:]).to(self.shift.dtype)
+        return list(zip(candidates[..., 0].contiguous(), normals, choice.transpose(0, 1)))
+
+    def draw(self, features: Tensor, noise: Any, how: Sampling, untold: Tensor | None = None) -> Tensor:
         """See `tempered` for what the temperature does.
 
         Guided, p(z|context)^(1+w) / p(z)^w need not be a density that can be drawn from. So CANDIDATES are drawn from
@@ -145,19 +160,19 @@ class GaussianMixtureHead(Head):
         logits, components = self.raw(features)
         if how.temperature != 1:
             logits = tempered(logits.log_softmax(-1), floored(components[..., self.channels :]), how.temperature)
+        uniforms, normals, choice = noise
+        candidates = self.draw_many(logits, components, uniforms, normals, how.temperature)
         if untold is None:
-            return self.draw_many(logits, components, uniforms[:, None], how.temperature).squeeze(1)
-        candidates = self.draw_many(logits, components, uniforms[:, 1:].unflatten(1, (-1, 1 + self.channels)), how.temperature)
+            return candidates.squeeze(1)
         advantage = self.log_prob(features[:, None], candidates) - self.log_prob(untold[:, None], candidates)
-        chosen = choose(how.guidance * advantage, uniforms[:, 0])
+        chosen = choose(how.guidance * advantage, choice[:, 0])
         return candidates[torch.arange(len(chosen), device=chosen.device), chosen]
 
-    def draw_many(self, logits: Tensor, components: Tensor, uniforms: Tensor, temperature: float) -> Tensor:
-        """M draws from each mixture, B M C; uniforms B M 1+C."""
-        chosen = choose_many(logits, uniforms[..., 0])[..., None].expand(-1, -1, 2 * self.channels)
+    def draw_many(self, logits: Tensor, components: Tensor, uniforms: Tensor, normals: Tensor, temperature: float) -> Tensor:
+        """M draws from each mixture, B M C; uniforms B M, normals B M C."""
+        chosen = choose_many(logits, uniforms)[..., None].expand(-1, -1, 2 * self.channels)
         mean, raw_log_std = components.gather(1, chosen).chunk(2, dim=-1)
-        noise = torch.special.ndtri(uniforms[..., 1:]).to(mean.dtype)
-        return torch.addcmul(mean, raw_log_std.exp().add_(math.exp(MINIMUM_LOG_STD)), noise, value=math.sqrt(temperature))
+        return torch.addcmul(mean, raw_log_std.exp().add_(math.exp(MINIMUM_LOG_STD)), normals, value=math.sqrt(temperature))
 
 
 def tempered(log_weights: Tensor, log_std: Tensor, temperature: float) -> Tensor:
@@ -213,12 +228,16 @@ class CategoricalHead(Head):
     def uniforms(self, how: Sampling) -> int:
         return 1
 
-    def draw(self, features: Tensor, uniforms: Tensor, how: Sampling, untold: Tensor | None = None) -> Tensor:
+    def noise(self, uniforms: Tensor, how: Sampling) -> Sequence[Any]:
+        """A uniform number for the code, B."""
+        return uniforms.squeeze(2).T.contiguous().unbind(0)
+
+    def draw(self, features: Tensor, noise: Tensor, how: Sampling, untold: Tensor | None = None) -> Tensor:
         logits = self.logits(features)
         if untold is not None:
             without = self.logits(untold).log_softmax(-1)
             logits = without + (1 + how.guidance) * (logits.log_softmax(-1) - without)
-        return choose(truncated(logits, how), uniforms[:, 0])
+        return choose(truncated(logits, how), noise)
 
 
 def truncated(logits: Tensor, how: Sampling) -> Tensor:

@@ -21,11 +21,13 @@ the arithmetic of one `forward`. What it keeps lies position by position, w B D,
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from einops import rearrange
 from torch import Tensor, nn
 
+from stage2_prior.fused import fused_steps
 from stage2_prior.layers import HorizontalConv, VerticalConv, gate, shift_down, shift_right
 
 
@@ -46,27 +48,18 @@ class PixelCNNConfig:
         return PixelCNN(self)
 
 
-@dataclass
-class LayerState:
-    """What one gated layer keeps between steps, laid out once and written in place, and its weights as matrices.
+class StepWeights(NamedTuple):
+    """The weights of a gated layer as matrices, of all layers with an axis before.
 
-    The gate is tanh(a)·σ(b) = 2st - t with s = σ(2a) and t = σ(b): with the 2 folded into the weights that make a, one
-    sigmoid over both halves gives s and t; the sign is folded into the output weights.
+    The gate is tanh(a)·σ(b) = 2st - t with s = σ(2a) and t = σ(b): here the 2 is folded into the weights that make a, and the
+    sign into the output weights.
     """
 
-    rows: list[Tensor]  # inputs of the vertical stack in this row and the m-1 above, a ring with zeros around: w+2p B D each
-    shifted: list[list[Tensor]]  # views of `rows` as its kernel's k columns see them: w·B D each
-    above: Tensor  # the vertical convolution of this row: w·B 2D
-    seen: Tensor  # what the vertical stack gives this row of the horizontal stack: w·B 2D
-    gates: list[tuple[Tensor, Tensor, Tensor]]  # views of `seen` a column: B 2D, and its halves s and t, B D each
-    gated: Tensor  # B D
-    recent: Tensor  # inputs of the horizontal stack at this column and the m-1 left of it, a ring: B m·D
-    inputs: list[Tensor]  # views of `recent`: B D each
-    vertical: list[list[Tensor]]  # m rows, this one first, of k columns: D 2D each
+    vertical: Tensor  # the kernel's m rows, the last of which is this one, of k columns: m k·D 2D
     vertical_bias: Tensor  # 2D
-    across: Tensor  # 2D 2D
+    across: Tensor  # from the vertical stack to the horizontal: 2D 2D
     across_bias: Tensor  # 2D
-    horizontal: list[Tensor]  # for each place of this column in the ring: m·D 2D
+    horizontal: Tensor  # the kernel's m columns, the last of which is this one: m·D 2D
     output: Tensor  # D D
 
 
@@ -75,6 +68,7 @@ class GatedLayer(nn.Module):
         super().__init__()
         if kernel % 2 == 0 or kernel < 3:
             raise ValueError(f"a PixelCNN kernel is odd and at least 3, not {kernel}")
+        self.kernel = (kernel + 1) // 2, kernel
         self.vertical = VerticalConv(width, 2 * width, kernel)
         self.horizontal = HorizontalConv(width, 2 * width, kernel)
         self.vertical_to_horizontal = nn.Conv2d(2 * width, 2 * width, 1)
@@ -86,101 +80,92 @@ class GatedLayer(nn.Module):
         seen_above = self.vertical_to_horizontal(above)
         return v + gate(above), h + self.output(self.dropout(gate(self.horizontal(h) + seen_above)))
 
-    def begin(self, batch: int, width: int) -> LayerState:
-        """The state before the first row of a grid of `width` columns."""
+    def step_weights(self) -> StepWeights:
         vertical, across, horizontal = self.vertical.conv, self.vertical_to_horizontal, self.horizontal.conv
-        d, m, k = horizontal.in_channels, *vertical.kernel_size
-        new = self.output.weight.new_zeros
-        rows = [new(width + k - 1, batch, d) for _ in range(m)]
-        seen, recent = new(width * batch, 2 * d), new(batch, m * d)
-        twice = torch.cat([new(d) + 2, new(d) + 1])
-        # Contiguous, or every product would first copy its weights.
-        vertical_weights = (rearrange(vertical.weight, "o d m k -> m k d o") * twice).flip(0).contiguous()
-        return LayerState(
-            rows=rows,
-            shifted=[[row[j : j + width].flatten(0, 1) for j in range(k)] for row in rows],
-            above=new(width * batch, 2 * d),
-            seen=seen,
-            gates=[(column, column[:, :d], column[:, d:]) for column in seen.split(batch)],
-            gated=new(batch, d),
-            recent=recent,
-            inputs=list(recent.split(d, dim=1)),
-            vertical=[list(row) for row in vertical_weights],
+        ones = self.output.weight.new_ones(self.output.in_channels)
+        twice = torch.cat([2 * ones, ones])
+        return StepWeights(
+            vertical=rearrange(vertical.weight, "o d m k -> m (k d) o") * twice,
             vertical_bias=vertical.bias * twice,  # type: ignore[operator]
             across=rearrange(across.weight, "o i 1 1 -> i o") * twice / twice[:, None],
             across_bias=(across.bias + horizontal.bias) * twice,  # type: ignore[operator]
-            horizontal=[
-                (rearrange(horizontal.weight, "o d 1 m -> m d o") * twice).roll(place + 1, 0).flatten(0, 1) for place in range(m)
-            ],
+            horizontal=rearrange(horizontal.weight, "o d 1 m -> (m d) o") * twice,
             output=-rearrange(self.output.weight, "o i 1 1 -> i o"),
         )
 
-    def step_row(self, v: Tensor, row: int, state: LayerState) -> Tensor:
-        """The vertical stack for the next row, w B D to w B D; puts down what it gives to the horizontal stack."""
-        m, margin = len(state.rows), (len(state.vertical[0]) - 1) // 2
-        state.recent.zero_()
-        state.rows[row % m][margin : margin + len(v)] = v
-        above = state.above.copy_(state.vertical_bias)
-        for up, weights in enumerate(state.vertical):
-            for inputs, weight in zip(state.shifted[(row - up) % m], weights):
-                above.addmm_(inputs, weight)
-        torch.addmm(state.across_bias, above, state.across, out=state.seen)
-        s, t = above.sigmoid_().unflatten(0, v.shape[:2]).chunk(2, dim=-1)
-        return torch.addcmul(v, s, t, value=2).sub_(t)
 
-    def step(self, column: int, state: LayerState, out: Tensor) -> None:
-        """The horizontal stack at one position, from its place in the ring to `out`, B D."""
-        both, s, t = state.gates[column]
-        place = column % len(state.inputs)
-        both.addmm_(state.recent, state.horizontal[place]).sigmoid_()
-        torch.addcmul(t, s, t, value=-2, out=state.gated)
-        torch.addmm(state.inputs[place], state.gated, state.output, out=out)
-
-
-@dataclass
 class Stacks:
-    """Everything that a sequence of gated layers keeps between steps."""
+    """A sequence of L gated layers, position by position: everything that they keep between steps.
 
-    map: list[Tensor]  # for each row, w B D or w 1 D
-    row: Tensor  # the inputs of this row, filled from left to right: w B D
-    columns: list[Tensor]  # views of `row`: B D each
-    here: list[Tensor]  # the map at the columns of this row: B D or 1 D each
-    layers: list[LayerState]
-    features: Tensor  # the result of the last step: B D
+    map: B D h w or 1 D h w, or with axes of 1.
+    """
 
-    def places(self, column: int) -> list[Tensor]:
-        """Where the horizontal stack's input to each layer belongs at a column, and where its result: B D each."""
-        place = column % len(self.layers[0].inputs)
-        return [*(layer.inputs[place] for layer in self.layers), self.features]
+    def __init__(self, layers: list[GatedLayer], batch: int, grid: tuple[int, int], map: Tensor | None):
+        new, (m, k), d, (_, width) = layers[0].output.weight.new_zeros, layers[0].kernel, layers[0].output.in_channels, grid
+        self.weights = StepWeights(*(torch.stack(kind) for kind in zip(*(layer.step_weights() for layer in layers))))
+        self.row = new(width, batch, d)  # the inputs of this row, filled from left to right
+        map = new(1, d, *grid) if map is None else map.to(self.row.dtype).expand(-1, -1, *grid)
+        self.map = list(rearrange(map, "b d h w -> h w b d").contiguous())  # for each row, w B D or w 1 D
+        self.here: list[Tensor] = []  # the map at the columns of this row: B D or 1 D each
+        # Inputs of the vertical stack's layers in this row and the m-1 above, a ring, with zeros left and right of the grid.
+        self.rows = new(len(layers), m, width + k - 1, batch, d)
+        # What the vertical stack gives this row, and inputs of the horizontal stack's layers in this row, with zeros left of the
+        # grid; a layer's outputs are the next one's inputs, so there is one more of these.
+        self.seen = new(len(layers), width, batch, 2 * d)
+        self.inputs = new(len(layers) + 1, batch, m - 1 + width, d)
+        # Views, made once: of each column, and of the columns that its kernel reaches.
+        self.columns, self.places = list(self.row), list(self.inputs[:, :, m - 1 :].unbind(2))
+        self.reached = self.inputs.flatten(2).unfold(2, m * d, d).unbind(2)
+        self.margin = k // 2
+        self.fused = fused_steps(self)
+        if self.fused is None:
+            self.above, self.gated = new(width * batch, 2 * d), new(batch, d)
+            # The kernel's rows in the order of the ring, for each place of this row in it.
+            self.vertical = [self.weights.vertical.roll(place + 1, 1).flatten(1, 2) for place in range(m)]
 
+    def enter(self, previous: Tensor | None, position: int) -> int:
+        """Takes the input at position - 1 in; at the start of a row, runs the vertical stack for it. Returns the column."""
+        r, c = divmod(position, len(self.columns))
+        if previous is not None:
+            self.columns[c - 1].copy_(previous)
+        if c == 0:
+            place = r % self.rows.shape[1]
+            # self.row holds the row above: zeros before the first.
+            torch.add(self.row, self.map[r], out=self.within(self.rows[0, place]))
+            (self.step_row if self.fused is None else self.fused.row)(place)
+            self.here = list(self.map[r])
+        return c
 
-def begin_stacks(layers: list[GatedLayer], batch: int, grid: tuple[int, int], map: Tensor | None) -> Stacks:
-    """The state before position 0 of a grid of h rows and w columns; map B D h w or 1 D h w, or with axes of 1."""
-    new, d = layers[0].output.weight.new_zeros, layers[0].output.in_channels
-    row = new(grid[1], batch, d)
-    map = new(1, d, *grid) if map is None else map.to(row.dtype).expand(-1, -1, *grid)
-    return Stacks(
-        map=list(rearrange(map, "b d h w -> h w b d").contiguous()),
-        row=row,
-        columns=list(row),
-        here=[],
-        layers=[layer.begin(batch, grid[1]) for layer in layers],
-        features=new(batch, d),
-    )
+    def within(self, row: Tensor) -> Tensor:
+        """A row of the ring without its zeros, w B D."""
+        return row[self.margin : self.margin + len(self.row)]
 
+    def step_row(self, place: int) -> None:
+        """The vertical stack for a row, whose input is at its place in the ring."""
+        (width, batch, _), k = self.row.shape, 2 * self.margin + 1
+        for layer, rows in enumerate(self.rows):
+            patches = rearrange(rows.unfold(1, k, 1), "m w b d k -> (w b) (m k d)")
+            above = torch.addmm(self.weights.vertical_bias[layer], patches, self.vertical[place][layer], out=self.above)
+            seen = self.seen[layer].flatten(0, 1)
+            torch.addmm(self.weights.across_bias[layer], above, self.weights.across[layer], out=seen)
+            if layer + 1 < len(self.rows):
+                s, t = above.sigmoid_().view(width, batch, -1).chunk(2, dim=-1)
+                next_row = self.within(self.rows[layer + 1, place])
+                torch.addcmul(self.within(rows[place]), s, t, value=2, out=next_row).sub_(t)
 
-def enter(layers: list[GatedLayer], previous: Tensor | None, position: int, state: Stacks) -> int:
-    """Takes the input at position - 1 in; at the start of a row, runs the vertical stack for it. Returns the column."""
-    r, c = divmod(position, len(state.columns))
-    if previous is not None:
-        state.columns[c - 1].copy_(previous)
-    if c == 0:
-        # state.row holds the row above: zeros before the first.
-        v = state.row + state.map[r]
-        for layer, layer_state in zip(layers, state.layers):
-            v = layer.step_row(v, r, layer_state)
-        state.here = list(state.map[r])
-    return c
+    def step(self, column: int, first: int = 0, last: int | None = None) -> Tensor:
+        """The horizontal stack at one position, from the inputs of layer `first` to those of layer `last`, the result: B D."""
+        last = len(self.rows) if last is None else last
+        places = self.places[column]
+        if self.fused is not None:
+            self.fused.step(column, first, last)
+            return places[last]
+        for layer in range(first, last):
+            both = self.seen[layer, column]
+            s, t = both.addmm_(self.reached[column][layer], self.weights.horizontal[layer]).sigmoid_().chunk(2, dim=1)
+            torch.addcmul(t, s, t, value=-2, out=self.gated)
+            torch.addmm(places[layer], self.gated, self.weights.output[layer], out=places[layer + 1])
+        return places[last]
 
 
 def pooled(map: Tensor | None, prefix: Tensor | None) -> Tensor | None:
@@ -214,18 +199,15 @@ class PixelCNN(nn.Module):
 
     @torch.no_grad()
     def begin(self, batch: int, grid: tuple[int, int], map: Tensor | None = None, prefix: Tensor | None = None) -> Stacks:
-        return begin_stacks(self.layers, batch, grid, pooled(map, prefix))
+        return Stacks(self.layers, batch, grid, pooled(map, prefix))
 
     @torch.no_grad()
     def step(self, previous: Tensor | None, position: int, state: Stacks) -> Tensor:
         """Position `position` of `forward`, B D, overwritten by the next step."""
-        column = enter(self.layers, previous, position, state)
-        first, *outs = state.places(column)
+        column = state.enter(previous, position)
         if column == 0:
-            first.copy_(state.here[0])
+            state.places[0][0].copy_(state.here[0])
         else:
             # The horizontal stack sees the input to the left in this row.
-            torch.add(state.columns[column - 1], state.here[column], out=first)
-        for layer, layer_state, out in zip(self.layers, state.layers, outs):
-            layer.step(column, layer_state, out)
-        return state.features
+            torch.add(state.columns[column - 1], state.here[column], out=state.places[column][0])
+        return state.step(column)

@@ -24,7 +24,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from stage2_prior.layers import CausalAttention, shift_down, shift_raster
-from stage2_prior.pixelcnn import GatedLayer, Stacks, begin_stacks, enter
+from stage2_prior.pixelcnn import GatedLayer, Stacks
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ class PixelSNAIL(nn.Module):
 
     @torch.no_grad()
     def begin(self, batch: int, grid: tuple[int, int], map: Tensor | None = None, prefix: Tensor | None = None) -> State:
-        stacks = begin_stacks(self.layers, batch, grid, map)
+        stacks = Stacks(self.layers, batch, grid, map)
         length = 0 if prefix is None else prefix.shape[1]
         caches = [block.attention.begin(batch, length + grid[0] * grid[1]) for block in self.blocks]
         if prefix is not None:
@@ -115,12 +115,10 @@ class PixelSNAIL(nn.Module):
     def step(self, previous: Tensor | None, position: int, state: State) -> Tensor:
         """Position `position` of `forward`, B D, overwritten by the next step."""
         stacks = state.stacks
-        column = enter(self.layers, previous, position, stacks)
-        first, *outs = stacks.places(column)
-        torch.add(stacks.columns[column - 1], stacks.here[column], out=first)
-        steps = zip(stacks.layers, outs)
+        column = stacks.enter(previous, position)
+        features = torch.add(stacks.columns[column - 1], stacks.here[column], out=stacks.places[column][0])
+        layer = 0
         for block, cache in zip(self.blocks, state.caches):
-            for layer, (layer_state, out) in zip(block.layers, steps):
-                layer.step(column, layer_state, out)
-            out += block.attention.step(block.norm(out), state.prefix_length + position, cache)
-        return stacks.features
+            features = stacks.step(column, layer, layer := layer + len(block.layers))
+            features += block.attention.step(block.norm(features), state.prefix_length + position, cache)
+        return features

@@ -145,7 +145,7 @@ def sample_grid(
     height, width = grid
     batch, copies = len(indices), 2 if how.guidance else 1
     positions = torch.arange(height * width, device=indices.device)
-    noise = uniforms(seed, indices, positions, head.uniforms(how), stream).unbind(1)
+    noise = head.noise(uniforms(seed, indices, positions, head.uniforms(how), stream), how)
     held = [False] * (height * width) if mask is None else mask.flatten().tolist()
     state = backbone.begin(copies * batch, grid, map, prefix)
     dtype = next(head.parameters()).dtype  # the backbone may be rounder; a density never is
@@ -157,8 +157,9 @@ def sample_grid(
             assert given is not None
             value = given[:, position // width, position % width]
         else:
-            told, *untold = features.to(dtype).split(batch)
-            value = head.draw(told, noise[position], how, *untold)
+            features = features.to(dtype)
+            told, untold = features.split(batch) if how.guidance else (features, None)
+            value = head.draw(told, noise[position], how, untold)
         drawn.append(value)
         previous = head.embed(value)
         if copies > 1:

@@ -2,11 +2,16 @@
 
 import copy
 import dataclasses
+import shutil
 
 import pytest
 import torch
 
+from stage2_prior import fused
+from stage2_prior.fused import library
 from stage2_prior.layers import CausalAttention, attend
+from stage2_prior.pixelcnn import PixelCNNConfig, Stacks
+from stage2_prior.pixelsnail import PixelSNAILConfig
 from tests.parts import BACKBONES, jacobian, randomized
 
 GRIDS = [(4, 4), (3, 5), (1, 6), (5, 2)]
@@ -100,6 +105,48 @@ def compared(backbone, inputs, **known) -> tuple[float, float]:
         previous = inputs[:, :, r, c]
     difference = torch.stack(rows, 1).unflatten(1, grid) - whole
     return float(difference.abs().max()), float(whole.abs().max())
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("batch", [1, 6, 37])
+@pytest.mark.parametrize("grid", [(4, 5), (1, 6), (3, 1)])
+@pytest.mark.parametrize(
+    "config",
+    [
+        PixelCNNConfig(width=16, layers=3, kernel=5),
+        PixelCNNConfig(width=48, layers=2, kernel=3),
+        PixelSNAILConfig(width=32, blocks=2, layers=2, heads=2),
+    ],
+)
+def test_compiled_steps_equal_forward_and_the_steps_without_them(config, grid, batch, threads, monkeypatch):
+    """Widths that do and do not fill the tiles of steps.c, batches likewise, in float32."""
+    backbone = randomized(config.build().eval(), scale=0.15)
+    inputs, map, _ = example(backbone, grid, batch)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        assert library() is None or Stacks(backbone.layers, batch, grid, map).fused is not None
+        difference, largest = compared(backbone, inputs, map=map)
+        assert difference <= 1e-5 * largest
+        monkeypatch.setattr(fused, "library", lambda: None)
+        assert Stacks(backbone.layers, batch, grid, map).fused is None
+        difference, largest = compared(backbone, inputs, map=map)
+        assert difference <= 1e-5 * largest
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.skipif(shutil.which("gcc") is None, reason="no compiler at installation, none of its work here")
+def test_an_installation_with_a_compiler_has_the_compiled_steps():
+    assert library() is not None
+
+
+def test_the_compiled_gate_is_exact_at_both_ends():
+    """Inputs far beyond where tanh and the sigmoid are flat, in every layer."""
+    backbone = randomized(PixelCNNConfig(width=16, layers=2).build().eval(), scale=5.0)
+    inputs, map, _ = example(backbone, (3, 4))
+    difference, largest = compared(backbone, 30 * inputs, map=map)
+    assert difference <= 1e-5 * largest
 
 
 @pytest.mark.parametrize("name", BACKBONES)

@@ -11,7 +11,7 @@ from stage2_prior.autoregressive import AutoregressiveConfig
 from stage2_prior.heads import GaussianMixture, truncated
 from stage2_prior.latents import LatentDataset, LatentSpec, draw
 from stage2_prior.prior import CODE_BASELINES, CONTINUOUS_BASELINES, AggregatePosterior, GaussianMixturePrior
-from stage2_prior.sampling import CannotSample, Sampling, uniforms
+from stage2_prior.sampling import AS_FITTED, CannotSample, Sampling, uniforms
 from tests.parts import BACKBONES, HEADS, LEARNED, random_latents, random_prior, spec_for
 
 TINY = {"two-positions": LatentSpec((1, 1, 2)), "two-rows": LatentSpec((1, 2, 1)), "two-channels": LatentSpec((2, 1, 1))}
@@ -147,11 +147,12 @@ def test_the_cached_sampler_draws_what_whole_forward_passes_would(backbone, head
         (sample,) = prior.sample(indices, 3, **known)
         values = prior.head.values(sample)
         features = prior.backbone(prior.head.embed(values).movedim(-1, 1), prior.position).movedim(1, -1)
-        noise = uniforms(3, indices, torch.arange(math.prod(spec.grid)), prior.head.uniforms(Sampling()))
+        positions = torch.arange(math.prod(spec.grid))
+        noise = prior.head.noise(uniforms(3, indices, positions, prior.head.uniforms(AS_FITTED)), AS_FITTED)
         for position in range(math.prod(spec.grid)):
             r, c = divmod(position, grid[1])
             if not (completing and mask[r, c]):
-                again = prior.head.draw(features[:, r, c], noise[:, position], Sampling())
+                again = prior.head.draw(features[:, r, c], noise[position], AS_FITTED)
                 assert torch.allclose(again.float(), values[:, r, c].float(), rtol=1e-4, atol=1e-5)
 
 

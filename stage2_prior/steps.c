@@ -1,0 +1,177 @@
+/* One row of the vertical stack and one position of the horizontal stack of a gated PixelCNN, through all its layers, in
+   float32: the same arithmetic as Stacks in pixelcnn.py, of which it is the fast form on CPUs. There, four small operations a
+   layer and position cost more in being called than in being computed.
+
+   B batch, D width, L layers, w columns of the grid, a kernel of k columns and m = (k+1)/2 rows or columns of its causal half.
+   Arrays are stored row after row; D is a multiple of LANES. */
+
+#include <stddef.h>
+#ifdef _OPENMP
+#include <omp.h>
+#define THREAD omp_get_thread_num()
+#else
+#define THREAD 0
+#endif
+
+/* A tile of sums fits into the registers: 32 of 512 bits, or 16 of 256. */
+#ifdef __AVX512F__
+enum { LANES = 16, ROWS = 4, VECTORS = 4 };
+#else
+enum { LANES = 16, ROWS = 4, VECTORS = 1 };
+#endif
+enum { BLOCK = 32 }; /* rows whose sums, with the weights of a tile, stay in the first-level cache */
+#define INLINE static inline __attribute__((always_inline))
+
+typedef ptrdiff_t size;
+typedef float vector __attribute__((vector_size(LANES * sizeof(float)), aligned(sizeof(float)), may_alias));
+
+/* sums += x · weights for `rows` rows and `vectors` · LANES columns, summed up in registers. */
+INLINE void tile(float *sums, size sums_row, const float *x, size x_row, const float *weights, size weights_row, size inner,
+                 const int rows, const int vectors) {
+    vector sum[ROWS][VECTORS];
+    for (int r = 0; r < rows; r++)
+        for (int v = 0; v < vectors; v++) sum[r][v] = *(const vector *)(sums + r * sums_row + v * LANES);
+    for (size i = 0; i < inner; i++)
+        for (int v = 0; v < vectors; v++) {
+            vector weight = *(const vector *)(weights + i * weights_row + v * LANES);
+            for (int r = 0; r < rows; r++) sum[r][v] += x[r * x_row + i] * weight;
+        }
+    for (int r = 0; r < rows; r++)
+        for (int v = 0; v < vectors; v++) *(vector *)(sums + r * sums_row + v * LANES) = sum[r][v];
+}
+
+INLINE void tiles(float *sums, size sums_row, const float *x, size x_row, const float *weights, size weights_row, size batch,
+                  size inner, const int vectors) {
+    size row = 0;
+    for (; row + ROWS <= batch; row += ROWS)
+        tile(sums + row * sums_row, sums_row, x + row * x_row, x_row, weights, weights_row, inner, ROWS, vectors);
+    for (; row < batch; row++)
+        tile(sums + row * sums_row, sums_row, x + row * x_row, x_row, weights, weights_row, inner, 1, vectors);
+}
+
+/* sums += x · weights: batch × columns, batch × inner, inner × columns. */
+static void add_product(float *sums, size sums_row, const float *x, size x_row, const float *weights, size batch, size inner,
+                        size columns) {
+    size column = 0;
+    for (; column + VECTORS * LANES <= columns; column += VECTORS * LANES)
+        tiles(sums + column, sums_row, x, x_row, weights + column, columns, batch, inner, VECTORS);
+    for (; column < columns; column += LANES)
+        tiles(sums + column, sums_row, x, x_row, weights + column, columns, batch, inner, 1);
+}
+
+/* tanh to the precision of float, as a ratio of two polynomials: a minimax fit that Eigen, XLA and others use. */
+INLINE float tanh_ratio(float x) {
+    const float largest = 7.90531110763549805f;
+    x = x > largest ? largest : x;
+    x = x < -largest ? -largest : x;
+    float y = x * x;
+    float p = -2.76076847742355e-16f;
+    p = p * y + 2.00018790482477e-13f;
+    p = p * y - 8.60467152213735e-11f;
+    p = p * y + 5.12229709037114e-08f;
+    p = p * y + 1.48572235717979e-05f;
+    p = p * y + 6.37261928875436e-04f;
+    p = p * y + 4.89352455891786e-03f;
+    float q = 1.19825839466702e-06f;
+    q = q * y + 1.18534705686654e-04f;
+    q = q * y + 2.26843463243900e-03f;
+    q = q * y + 4.89352518554385e-03f;
+    return x * p / q;
+}
+
+/* out = residual + sign · tanh(a) · sigmoid(b), where `both` holds 2a and b side by side; residual may be 0. */
+INLINE void gate(float *restrict out, size out_row, const float *restrict residual, size residual_row,
+                 const float *restrict both, size rows, size width, const float sign) {
+    for (size row = 0; row < rows; row++)
+        for (size i = 0; i < width; i++) {
+            float tanh_a = tanh_ratio(0.5f * both[row * 2 * width + i]);
+            float sigmoid_b = 0.5f + 0.5f * tanh_ratio(0.5f * both[row * 2 * width + width + i]);
+            out[row * out_row + i] = sign * tanh_a * sigmoid_b + (residual ? residual[row * residual_row + i] : 0);
+        }
+}
+
+INLINE void copy(float *restrict out, const float *restrict from, size count) {
+    for (size i = 0; i < count; i++) out[i] = from[i];
+}
+
+INLINE void fill(float *out, const float *bias, size rows, size columns) {
+    for (size row = 0; row < rows; row++) copy(out + row * columns, bias, columns);
+}
+
+/* The vertical stack for a row, whose input is at `place` of the ring of m rows.
+
+   rows, L m (w+k-1) B D, with zeros left and right of the grid; seen, L w B 2D, is what the horizontal stack is given;
+   vertical, L m k·D 2D, the last of the m for this row; scratch, BLOCK 2D for each thread. */
+void gated_row(size place, size layers, size batch, size width, size columns, size m, size k, float *rows, float *seen,
+               const float *vertical, const float *vertical_bias, const float *across, const float *across_bias, float *scratch,
+               size threads) {
+    const size row_size = (columns + k - 1) * batch * width, total = columns * batch, margin = k / 2 * batch * width;
+#pragma omp parallel num_threads((int)threads) if (threads > 1)
+    for (size layer = 0; layer < layers; layer++) {
+        float *ring = rows + layer * m * row_size, *next = ring + m * row_size + place * row_size + margin;
+        const float *here = ring + place * row_size + margin;
+#pragma omp for
+        for (size start = 0; start < total; start += BLOCK) {
+            const size count = start + BLOCK < total ? BLOCK : total - start;
+            float *above = scratch + THREAD * BLOCK * 2 * width, *out = seen + (layer * total + start) * 2 * width;
+            fill(above, vertical_bias + layer * 2 * width, count, 2 * width);
+            for (size i = 0; i < m; i++)
+                for (size j = 0; j < k; j++)
+                    add_product(above, 2 * width, ring + (place + 1 + i) % m * row_size + (start + j * batch) * width, width,
+                                vertical + ((layer * m + i) * k + j) * width * 2 * width, count, width, 2 * width);
+            fill(out, across_bias + layer * 2 * width, count, 2 * width);
+            add_product(out, 2 * width, above, 2 * width, across + layer * 4 * width * width, count, 2 * width, 2 * width);
+            if (layer + 1 < layers) gate(next + start * width, width, here + start * width, width, above, count, width, 1);
+        }
+    }
+}
+
+/* Layers first … last-1 of the horizontal stack at one position, for some rows of a batch; arguments as below. */
+static void steps_of_rows(size first, size last, size rows, size width, size m, float *seen, size seen_layer, float *inputs,
+                          size inputs_layer, size inputs_row, const float *horizontal, const float *output, float *gated) {
+    for (size layer = first; layer < last; layer++) {
+        float *both = seen + layer * seen_layer, *x = inputs + layer * inputs_layer;
+        const float *here = x + (m - 1) * width;
+        float *next = x + inputs_layer + (m - 1) * width;
+        add_product(both, 2 * width, x, inputs_row, horizontal + layer * m * width * 2 * width, rows, m * width, 2 * width);
+        gate(gated, width, 0, 0, both, rows, width, -1);
+        for (size row = 0; row < rows; row++) copy(next + row * inputs_row, here + row * inputs_row, width);
+        add_product(next, inputs_row, gated, width, output + layer * width * width, rows, width, width);
+    }
+}
+
+/* The same for a batch, in as many parts as there are threads.
+
+   Of the first of all layers, at this column: seen, B 2D, which is overwritten; inputs, B m·D, those of the columns that the
+   kernel reaches, of which the last is this one. A layer's lie seen_layer and inputs_layer numbers after those of the one before.
+   horizontal, L m·D 2D; output, L D D; scratch, B D. */
+void gated_steps(size first, size last, size batch, size width, size m, float *seen, size seen_layer, float *inputs,
+                 size inputs_layer, size inputs_row, const float *horizontal, const float *output, float *scratch, size threads) {
+    size rows = (batch + threads - 1) / threads;
+    rows = (rows + ROWS - 1) / ROWS * ROWS; /* whole tiles */
+#pragma omp parallel for num_threads((int)threads) if (threads > 1)
+    for (size row = 0; row < batch; row += rows)
+        steps_of_rows(first, last, row + rows < batch ? rows : batch - row, width, m, seen + row * 2 * width, seen_layer,
+                      inputs + row * inputs_row, inputs_layer, inputs_row, horizontal, output, scratch + row * width);
+}
+
+/* Whether this processor has what the one had that this was compiled on: an installation may be shared by several machines. */
+int runs_here(void) {
+    int runs = 1;
+#if defined(__x86_64__) || defined(__i386__)
+    __builtin_cpu_init();
+#ifdef __FMA__
+    runs = runs && __builtin_cpu_supports("fma");
+#endif
+#ifdef __AVX2__
+    runs = runs && __builtin_cpu_supports("avx2");
+#endif
+#ifdef __AVX512F__
+    runs = runs && __builtin_cpu_supports("avx512f");
+#endif
+#ifdef __AVX512VL__
+    runs = runs && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw");
+#endif
+#endif
+    return runs;
+}
