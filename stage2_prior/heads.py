@@ -75,7 +75,7 @@ def gaussian_log_prob(value: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
 
 def floored(raw_log_std: Tensor) -> Tensor:
     """A log standard deviation above MINIMUM_LOG_STD that keeps its gradient: of e^raw + e^minimum."""
-    return torch.logaddexp(raw_log_std, raw_log_std.new_tensor(MINIMUM_LOG_STD))
+    return torch.logaddexp(raw_log_std, raw_log_std.new_full((), MINIMUM_LOG_STD))
 
 
 @dataclass(frozen=True)

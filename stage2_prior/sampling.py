@@ -10,8 +10,11 @@ batch, in any number of processes and on any device. The sample drawn with it is
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -142,11 +145,31 @@ def sample_grid(
         Under guidance both hold 2B rows: B told the context, then the same told nothing.
     given, mask: known values, and where to hold them, h w (True is held).
     """
-    height, width = grid
-    batch, copies = len(indices), 2 if how.guidance else 1
-    positions = torch.arange(height * width, device=indices.device)
-    noise = head.noise(uniforms(seed, indices, positions, head.uniforms(how), stream), how)
-    held = [False] * (height * width) if mask is None else mask.flatten().tolist()
+    positions = torch.arange(grid[0] * grid[1], device=indices.device)
+    uniform = uniforms(seed, indices, positions, head.uniforms(how), stream)
+    held = (False,) * len(positions) if mask is None else tuple(mask.flatten().tolist())
+    draw = partial(draw_grid, backbone, head, grid, how, held)
+    if indices.device.type != "cuda" or len(held) > MOST_POSITIONS:
+        return draw(uniform, map, prefix, given)
+    kind = (head, grid, how, held)
+    return replayed.setdefault(backbone, Replayed())(kind, [backbone, head], draw, [uniform, map, prefix, given])
+
+
+@torch.no_grad()
+def draw_grid(
+    backbone: Backbone,
+    head: Head,
+    grid: tuple[int, int],
+    how: Sampling,
+    held: tuple[bool, ...],
+    uniform: Tensor,
+    map: Tensor | None,
+    prefix: Tensor | None,
+    given: Tensor | None,
+) -> Tensor:
+    """The loop of `sample_grid`; uniform B P U. Nothing in it waits for a value, so that a GPU can replay it."""
+    batch, copies = len(uniform), 2 if how.guidance else 1
+    noise = head.noise(uniform, how)
     state = backbone.begin(copies * batch, grid, map, prefix)
     dtype = next(head.parameters()).dtype  # the backbone may be rounder; a density never is
     previous: Tensor | None = None
@@ -155,7 +178,7 @@ def sample_grid(
         features = backbone.step(previous, position, state)
         if held_here:
             assert given is not None
-            value = given[:, position // width, position % width]
+            value = given[:, position // grid[1], position % grid[1]]
         else:
             features = features.to(dtype)
             told, untold = features.split(batch) if how.guidance else (features, None)
@@ -165,3 +188,48 @@ def sample_grid(
         if copies > 1:
             previous = previous.repeat(copies, 1)
     return torch.stack(drawn, dim=1).unflatten(1, grid)
+
+
+Graph = tuple[torch.cuda.CUDAGraph, list[Tensor | None], Tensor]  # with the tensors it reads, and the one it writes
+MOST_POSITIONS = 1024  # of a grid; for more, a graph takes long to make and much memory
+
+
+class Replayed:
+    """Calls of a function of tensors on a GPU. The second of a kind in a row is captured as a CUDA graph, later ones replay it.
+
+    A grid is drawn by thousands of small kernels, each of which takes longer to launch than to run; a graph launches them all
+    at once. The weights are read anew in each replay.
+    """
+
+    def __init__(self) -> None:
+        self.kind: Hashable = None
+        self.graph: Graph | None = None
+
+    def __call__(
+        self, kind: Hashable, modules: list[Any], function: Callable[..., Tensor], inputs: list[Tensor | None]
+    ) -> Tensor:
+        """kind: what else the result depends on, beside the modules' weights and the inputs."""
+        places = [tensor.data_ptr() for module in modules for tensor in (*module.parameters(), *module.buffers())]
+        shapes = [None if x is None else (x.shape, x.dtype) for x in inputs]
+        kind = (kind, tuple(places), tuple(shapes), torch.is_inference_mode_enabled())
+        if kind != self.kind:
+            self.kind, self.graph = kind, None
+            return function(*inputs)
+        if self.graph is None:
+            self.graph = self.captured(function, inputs)
+        graph, kept, result = self.graph
+        for place, value in zip(kept, inputs):
+            if place is not None and value is not None:
+                place.copy_(value)
+        graph.replay()
+        return result.clone()
+
+    @staticmethod
+    def captured(function: Callable[..., Tensor], inputs: list[Tensor | None]) -> Graph:
+        graph, kept = torch.cuda.CUDAGraph(), [None if x is None else x.clone() for x in inputs]
+        with torch.cuda.graph(graph):
+            result = function(*kept)
+        return graph, kept, result
+
+
+replayed: WeakKeyDictionary[Backbone, Replayed] = WeakKeyDictionary()  # the last graph of each backbone, gone with it

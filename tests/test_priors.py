@@ -87,6 +87,9 @@ def test_a_sample_is_the_same_in_any_batch(name):
     assert len({tuple(sample.flatten().tolist()) for sample in together}) == 6
 
 
+ROUNDING = 1e-13  # products may round differently in another row of a batch
+
+
 @pytest.mark.parametrize(("backbone", "head"), LEARNED)
 def test_every_factor_depends_on_nothing_later(backbone, head):
     spec = spec_for(head, (3, 3))
@@ -95,11 +98,11 @@ def test_every_factor_depends_on_nothing_later(backbone, head):
     influence = sensitivity(prior, latent[0])
     positions = torch.arange(math.prod(spec.grid))
     later = positions[None, :] > positions[:, None]
-    assert (influence[later] == 0).all()
+    assert (influence[later] == 0).all() if head == "mixture" else (influence[later] < ROUNDING).all()
     for i, j in torch.nonzero(~later).tolist():
         (r, c), (r2, c2), reach = divmod(i, 3), divmod(j, 3), prior.backbone.reach
         seen = i == j or reach is None or (c - c2 <= reach + 1 if r == r2 else r - r2 <= reach + 1 and abs(c - c2) <= reach)
-        assert (influence[i, j] > 0) == seen
+        assert (influence[i, j] > ROUNDING) == seen
 
 
 def sensitivity(prior, latent) -> torch.Tensor:

@@ -1,0 +1,124 @@
+"""The loop of sampling as a CUDA graph replays it, on a stand-in for graphs that runs anywhere.
+
+A graph is a list of kernels with the places that they read and write. The stand-in records every operation with its tensors, and
+replays it into the same tensors; what a capture would not survive, because it waits for a value, is refused.
+"""
+
+from functools import partial
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten
+
+from stage2_prior import fused
+from stage2_prior.sampling import AS_FITTED, Replayed, Sampling, draw_grid, uniforms
+from tests.parts import LEARNED, random_latents, random_prior, spec_for
+
+WAITS = ("_local_scalar_dense", "nonzero", "lift_fresh", "equal.default", "masked_select", "is_nonzero")
+
+
+class Graph(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        assert not any(name in str(function) for name in WAITS), f"{function} waits for a value"
+        kwargs = kwargs or {}
+        result = function(*args, **kwargs)
+        self.calls.append((function, args, kwargs, result))
+        return result
+
+    @torch.no_grad()
+    def replay(self):
+        for function, args, kwargs, result in self.calls:
+            for place, value in zip(tree_flatten(result)[0], tree_flatten(function(*args, **kwargs))[0]):
+                if isinstance(place, torch.Tensor) and place.data_ptr() != value.data_ptr():
+                    place.copy_(value)
+
+
+@pytest.fixture(autouse=True)
+def graphs(monkeypatch):
+    """Stand-ins for CUDA's graphs, and steps as a GPU takes them; the list of all graphs made."""
+    made = []
+
+    def new():
+        made.append(Graph())
+        return made[-1]
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", new)
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph: graph)
+    monkeypatch.setattr(fused, "library", lambda: None)
+    return made
+
+
+def setting(backbone, head, how, completing, batch=4):
+    """The loop, and its inputs under a seed."""
+    spec = spec_for(head, (3, 4))
+    prior = random_prior(spec, backbone, head, scale=0.15).float()
+    mask = torch.zeros(12, dtype=torch.bool)
+    mask[[0, 5]] = completing
+    draw = partial(draw_grid, prior.backbone, prior.head, spec.grid, how, tuple(mask.tolist()))
+    copies = 2 if how.guidance else 1
+    (given,), _ = random_latents(batch, spec)[torch.arange(batch)]
+
+    def inputs(seed):
+        generator = torch.Generator().manual_seed(seed)
+        uniform = uniforms(seed, torch.arange(batch), torch.arange(12), prior.head.uniforms(how))
+        map = torch.randn(copies * batch, 6, 3, 4, generator=generator)
+        prefix = torch.randn(copies * batch, 2, 6, generator=generator)
+        return [uniform, map, prefix, prior.head.values(given.float() if head == "mixture" else given) if completing else None]
+
+    return prior, draw, inputs
+
+
+def same(a, b):
+    return torch.allclose(a.float(), b.float(), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("completing", [False, True])
+@pytest.mark.parametrize(("backbone", "head"), LEARNED)
+@pytest.mark.parametrize("guidance", [0.0, 1.5])
+def test_a_replayed_loop_draws_what_the_loop_does(backbone, head, guidance, completing, graphs):
+    how = Sampling(temperature=0.9, guidance=guidance)
+    prior, draw, inputs = setting(backbone, head, how, completing)
+    replayed = Replayed()
+    modules = [prior.backbone, prior.head]
+    for seed in range(4):
+        assert same(replayed("kind", modules, draw, inputs(seed)), draw(*inputs(seed)))
+    with torch.no_grad():  # a graph reads the weights where they are
+        for parameter in prior.parameters():
+            parameter.mul_(0.7)
+    assert same(replayed("kind", modules, draw, inputs(0)), draw(*inputs(0)))
+    assert len(graphs) == 1
+
+
+def test_codes_with_top_k_and_top_p_are_replayed():
+    prior, draw, inputs = setting("pixelcnn", "categorical", Sampling(top_k=3, top_p=0.9), False)
+    replayed = Replayed()
+    for seed in range(3):
+        assert same(replayed("kind", [prior.backbone, prior.head], draw, inputs(seed)), draw(*inputs(seed)))
+
+
+def test_another_kind_of_call_is_not_replayed(graphs):
+    """Another batch, other settings or weights in another place run as they are, and leave no graph behind that is wrong."""
+    replayed = Replayed()
+    prior, draw, inputs = setting("pixelcnn", "mixture", AS_FITTED, False)
+    modules = [prior.backbone, prior.head]
+    for seed in range(2):
+        replayed("kind", modules, draw, inputs(seed))
+    assert len(graphs) == 1
+    _, smaller, few = setting("pixelcnn", "mixture", AS_FITTED, False, batch=2)
+    assert same(replayed("kind", modules, smaller, few(0)), smaller(*few(0)))
+    assert same(replayed("other", modules, draw, inputs(5)), draw(*inputs(5)))
+    elsewhere, draw, inputs = setting("pixelcnn", "mixture", AS_FITTED, False)
+    assert same(replayed("other", [elsewhere.backbone, elsewhere.head], draw, inputs(6)), draw(*inputs(6)))
+    assert len(graphs) == 1
+
+
+def test_a_returned_sample_is_not_overwritten_by_the_next():
+    prior, draw, inputs = setting("pixelcnn", "mixture", AS_FITTED, False)
+    replayed = Replayed()
+    first, second, third = (replayed("kind", [prior.backbone, prior.head], draw, inputs(seed)) for seed in range(3))
+    assert same(second, draw(*inputs(1))) and same(third, draw(*inputs(2)))
