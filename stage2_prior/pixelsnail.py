@@ -24,7 +24,8 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from stage2_prior.layers import CausalAttention, shift_down, shift_raster
-from stage2_prior.pixelcnn import GatedLayer, Stacks
+from stage2_prior.pixelcnn import GatedLayer
+from stage2_prior.steps import Stacks
 
 
 @dataclass(frozen=True)

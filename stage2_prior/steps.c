@@ -1,5 +1,5 @@
 /* One row of the vertical stack and one position of the horizontal stack of a gated PixelCNN, through all its layers, in
-   float32: the same arithmetic as Stacks in pixelcnn.py, of which it is the fast form on CPUs. There, four small operations a
+   float32: the same arithmetic as Stacks in steps.py, of which it is the fast form on CPUs. There, four small operations a
    layer and position cost more in being called than in being computed.
 
    B batch, D width, L layers, w columns of the grid, a kernel of k columns and m = (k+1)/2 rows or columns of its causal half.

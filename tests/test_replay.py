@@ -11,7 +11,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
-from stage2_prior import fused
+from stage2_prior import steps
 from stage2_prior.sampling import AS_FITTED, Replayed, Sampling, draw_grid, uniforms
 from tests.parts import LEARNED, random_latents, random_prior, spec_for
 
@@ -49,7 +49,7 @@ def graphs(monkeypatch):
 
     monkeypatch.setattr(torch.cuda, "CUDAGraph", new)
     monkeypatch.setattr(torch.cuda, "graph", lambda graph: graph)
-    monkeypatch.setattr(fused, "library", lambda: None)
+    monkeypatch.setattr(steps, "library", lambda: None)
     return made
 
 

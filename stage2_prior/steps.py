@@ -1,0 +1,175 @@
+"""Gated layers position by position: the vertical stack a row at a time, the horizontal stack a position at a time.
+
+B batch, D width, L layers, h×w grid, k kernel size, m = (k+1)/2 the kernel's causal half.
+
+What is kept lies so that everything is a matrix product. On CPUs these are small, and calling torch's operations costs more than
+computing them; so where the installation found a C compiler, steps.c takes a row or a position through all layers at once.
+"""
+
+import ctypes
+from functools import cache
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from stage2_prior.pixelcnn import GatedLayer
+
+
+class StepWeights(NamedTuple):
+    """The weights of a gated layer as matrices, of all layers with an axis before.
+
+    The gate is tanh(a)·σ(b) = 2st - t with s = σ(2a) and t = σ(b): here the 2 is folded into the weights that make a, and the
+    sign into the output weights.
+    """
+
+    vertical: Tensor  # the kernel's m rows, the last of which is this one, of k columns: m k·D 2D
+    vertical_bias: Tensor  # 2D
+    across: Tensor  # from the vertical stack to the horizontal: 2D 2D
+    across_bias: Tensor  # 2D
+    horizontal: Tensor  # the kernel's m columns, the last of which is this one: m·D 2D
+    output: Tensor  # D D
+
+
+class Stacks:
+    """A sequence of L gated layers, position by position: everything that they keep between steps.
+
+    map: B D h w or 1 D h w, or with axes of 1.
+    """
+
+    def __init__(self, layers: "list[GatedLayer]", batch: int, grid: tuple[int, int], map: Tensor | None):
+        new, (m, k), d, (_, width) = layers[0].output.weight.new_zeros, layers[0].kernel, layers[0].output.in_channels, grid
+        self.weights = StepWeights(*(torch.stack(kind) for kind in zip(*(layer.step_weights() for layer in layers))))
+        self.row = new(width, batch, d)  # the inputs of this row, filled from left to right
+        map = new(1, d, *grid) if map is None else map.to(self.row.dtype).expand(-1, -1, *grid)
+        self.map = list(rearrange(map, "b d h w -> h w b d").contiguous())  # for each row, w B D or w 1 D
+        self.here: list[Tensor] = []  # the map at the columns of this row: B D or 1 D each
+        # Inputs of the vertical stack's layers in this row and the m-1 above, a ring, with zeros left and right of the grid.
+        self.rows = new(len(layers), m, width + k - 1, batch, d)
+        # What the vertical stack gives this row, and inputs of the horizontal stack's layers in this row, with zeros left of the
+        # grid; a layer's outputs are the next one's inputs, so there is one more of these.
+        self.seen = new(len(layers), width, batch, 2 * d)
+        self.inputs = new(len(layers) + 1, batch, m - 1 + width, d)
+        # Views, made once: of each column, and of the columns that its kernel reaches.
+        self.columns, self.places = list(self.row), list(self.inputs[:, :, m - 1 :].unbind(2))
+        self.reached = self.inputs.flatten(2).unfold(2, m * d, d).unbind(2)
+        self.margin = k // 2
+        self.compiled = compiled_steps(self)
+        if self.compiled is None:
+            self.above, self.gated = new(width * batch, 2 * d), new(batch, d)
+            # The kernel's rows in the order of the ring, for each place of this row in it.
+            self.vertical = [self.weights.vertical.roll(place + 1, 1).flatten(1, 2) for place in range(m)]
+
+    def enter(self, previous: Tensor | None, position: int) -> int:
+        """Takes the input at position - 1 in; at the start of a row, runs the vertical stack for it. Returns the column."""
+        r, c = divmod(position, len(self.columns))
+        if previous is not None:
+            self.columns[c - 1].copy_(previous)
+        if c == 0:
+            place = r % self.rows.shape[1]
+            # self.row holds the row above: zeros before the first.
+            torch.add(self.row, self.map[r], out=self.within(self.rows[0, place]))
+            (self.step_row if self.compiled is None else self.compiled.row)(place)
+            self.here = list(self.map[r])
+        return c
+
+    def within(self, row: Tensor) -> Tensor:
+        """A row of the ring without its zeros, w B D."""
+        return row[self.margin : self.margin + len(self.row)]
+
+    def step_row(self, place: int) -> None:
+        """The vertical stack for a row, whose input is at its place in the ring."""
+        (width, batch, _), k = self.row.shape, 2 * self.margin + 1
+        for layer, rows in enumerate(self.rows):
+            patches = rearrange(rows.unfold(1, k, 1), "m w b d k -> (w b) (m k d)")
+            above = torch.addmm(self.weights.vertical_bias[layer], patches, self.vertical[place][layer], out=self.above)
+            seen = self.seen[layer].flatten(0, 1)
+            torch.addmm(self.weights.across_bias[layer], above, self.weights.across[layer], out=seen)
+            if layer + 1 < len(self.rows):
+                s, t = above.sigmoid_().view(width, batch, -1).chunk(2, dim=-1)
+                next_row = self.within(self.rows[layer + 1, place])
+                torch.addcmul(self.within(rows[place]), s, t, value=2, out=next_row).sub_(t)
+
+    def step(self, column: int, first: int = 0, last: int | None = None) -> Tensor:
+        """The horizontal stack at one position, from the inputs of layer `first` to those of layer `last`, the result: B D."""
+        last = len(self.rows) if last is None else last
+        places = self.places[column]
+        if self.compiled is not None:
+            self.compiled.step(column, first, last)
+            return places[last]
+        for layer in range(first, last):
+            both = self.seen[layer, column]
+            s, t = both.addmm_(self.reached[column][layer], self.weights.horizontal[layer]).sigmoid_().chunk(2, dim=1)
+            torch.addcmul(t, s, t, value=-2, out=self.gated)
+            torch.addmm(places[layer], self.gated, self.weights.output[layer], out=places[layer + 1])
+        return places[last]
+
+
+# In C
+
+LANES, BLOCK = 16, 32  # of steps.c: the width is a multiple of LANES
+ROWS_A_THREAD = 8  # of a batch; for fewer, another thread costs more than it saves
+
+
+@cache
+def library() -> ctypes.CDLL | None:
+    """steps.c as it was compiled at installation; None where it was not, or was for another processor."""
+    spec = find_spec("stage2_prior.compiled_steps")
+    if spec is None or spec.origin is None:
+        return None
+    compiled = ctypes.CDLL(spec.origin)
+    if not compiled.runs_here():
+        return None
+    number: Any = ctypes.c_ssize_t
+    address: Any = ctypes.c_void_p
+    compiled.gated_row.argtypes = [number] * 7 + [address] * 7 + [number]
+    compiled.gated_steps.argtypes = [number] * 5 + [address, number, address, number, number] + [address] * 3 + [number]
+    compiled.gated_row.restype = compiled.gated_steps.restype = None
+    return compiled
+
+
+def compiled_steps(stacks: Stacks) -> "CompiledSteps | None":
+    """None where torch's operations have to do it: there is no library, or it is not made for this device, dtype or width."""
+    compiled, inputs = library(), stacks.inputs
+    if compiled is None or inputs.device.type != "cpu" or inputs.dtype != torch.float32 or inputs.shape[-1] % LANES:
+        return None
+    return CompiledSteps(stacks, compiled)
+
+
+class CompiledSteps:
+    """`row` and `step` of Stacks, on the same tensors."""
+
+    def __init__(self, stacks: Stacks, compiled: ctypes.CDLL):
+        self.gated_row, self.gated_steps = compiled.gated_row, compiled.gated_steps
+        (layers, m, _, batch, width), columns = stacks.rows.shape, len(stacks.row)
+        self.threads = torch.get_num_threads()
+        # Made here, or what another dtype or layout was converted to would be gone when it is used.
+        self.kept = [weights.contiguous() for weights in stacks.weights]
+        vertical, vertical_bias, across, across_bias, horizontal, output = map(address, self.kept)
+        self.scratch = stacks.rows.new_empty(max(self.threads * BLOCK * 2, batch) * width)
+        sizes = layers, batch, width, columns, m, 2 * stacks.margin + 1
+        rows, seen, inputs, scratch = map(address, (stacks.rows, stacks.seen, stacks.inputs, self.scratch))
+        self.of_row = *sizes, rows, seen, vertical, vertical_bias, across, across_bias, scratch, self.threads
+        self.sizes, self.weights = (batch, width, m), (horizontal, output, scratch, min(self.threads, -(-batch // ROWS_A_THREAD)))
+        self.seen, self.inputs = seen, inputs
+        self.seen_layer, seen_column = stacks.seen.stride()[:2]
+        self.inputs_layer, self.inputs_row, inputs_column = stacks.inputs.stride()[:3]
+        self.seen_bytes, self.inputs_bytes = (stacks.seen.element_size() * stride for stride in (seen_column, inputs_column))
+
+    def row(self, place: int) -> None:
+        """Stacks.step_row."""
+        self.gated_row(place, *self.of_row)
+
+    def step(self, column: int, first: int, last: int) -> None:
+        """Stacks.step."""
+        seen, inputs = self.seen + column * self.seen_bytes, self.inputs + column * self.inputs_bytes
+        self.gated_steps(
+            first, last, *self.sizes, seen, self.seen_layer, inputs, self.inputs_layer, self.inputs_row, *self.weights
+        )
+
+
+def address(tensor: Tensor) -> int:
+    return tensor.data_ptr()
