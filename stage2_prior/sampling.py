@@ -10,6 +10,7 @@ batch, in any number of processes and on any device. The sample drawn with it is
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from functools import partial
@@ -204,6 +205,7 @@ class Replayed:
     def __init__(self) -> None:
         self.kind: Hashable = None
         self.graph: Graph | None = None
+        self.refused = False  # a capture failed: not tried again
 
     def __call__(
         self, kind: Hashable, modules: list[Any], function: Callable[..., Tensor], inputs: list[Tensor | None]
@@ -215,8 +217,16 @@ class Replayed:
         if kind != self.kind:
             self.kind, self.graph = kind, None
             return function(*inputs)
+        if self.graph is None and not self.refused:
+            try:
+                self.graph = self.captured(function, inputs)
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError as error:
+                warnings.warn(f"sampling goes on without a CUDA graph: {error}", stacklevel=2)
+                self.refused = True
         if self.graph is None:
-            self.graph = self.captured(function, inputs)
+            return function(*inputs)
         graph, kept, result = self.graph
         for place, value in zip(kept, inputs):
             if place is not None and value is not None:
@@ -227,7 +237,7 @@ class Replayed:
     @staticmethod
     def captured(function: Callable[..., Tensor], inputs: list[Tensor | None]) -> Graph:
         graph, kept = torch.cuda.CUDAGraph(), [None if x is None else x.clone() for x in inputs]
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # other threads may use the GPU meanwhile
             result = function(*kept)
         return graph, kept, result
 

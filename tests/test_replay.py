@@ -48,7 +48,7 @@ def graphs(monkeypatch):
         return made[-1]
 
     monkeypatch.setattr(torch.cuda, "CUDAGraph", new)
-    monkeypatch.setattr(torch.cuda, "graph", lambda graph: graph)
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph, capture_error_mode: graph)
     monkeypatch.setattr(steps, "library", lambda: None)
     return made
 
@@ -122,3 +122,18 @@ def test_a_returned_sample_is_not_overwritten_by_the_next():
     replayed = Replayed()
     first, second, third = (replayed("kind", [prior.backbone, prior.head], draw, inputs(seed)) for seed in range(3))
     assert same(second, draw(*inputs(1))) and same(third, draw(*inputs(2)))
+
+
+def test_a_device_that_cannot_capture_draws_all_the_same(monkeypatch):
+    prior, draw, inputs = setting("pixelcnn", "mixture", AS_FITTED, False)
+    replayed, tries = Replayed(), []
+
+    def fails():
+        tries.append(1)
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", fails)
+    with pytest.warns(UserWarning, match="without a CUDA graph: operation not permitted"):
+        for seed in range(4):
+            assert same(replayed("kind", [prior.backbone, prior.head], draw, inputs(seed)), draw(*inputs(seed)))
+    assert len(tries) == 1
