@@ -117,14 +117,14 @@ VQVAE2 = replace(
     MNIST,
     autoencoder=AutoencoderConfig(Convolutional(downsample=2), Hierarchical(bottlenecks.VectorQuantized(rate_weight=2.0))),
     prior=CascadeConfig(TOP, CODES),
-    stage1=replace(STAGE1, steps=3000, compile=True),
-    stage2=replace(STAGE2, steps=5000, checkpoint_steps=500, compile=True),
+    stage1=replace(STAGE1, steps=3000),
+    stage2=replace(STAGE2, steps=3000, checkpoint_steps=500),
 )
 
 CIFAR10_VQVAE2 = replace(
     CIFAR10,
-    stage1=replace(CIFAR10.stage1, steps=4000, compile=True),
-    stage2=replace(VQVAE2.stage2, steps=4000),
+    stage1=replace(CIFAR10.stage1, steps=4000),
+    stage2=replace(STAGE2, steps=4000, checkpoint_steps=500),
     autoencoder=replace(VQVAE2.autoencoder, network=Convolutional(width=96, downsample=2)),
     prior=VQVAE2.prior,
 )
