@@ -155,6 +155,8 @@ void gated_steps(size first, size last, size batch, size width, size m, float *s
                       inputs + row * inputs_row, inputs_layer, inputs_row, horizontal, output, scratch + row * width);
 }
 
+const int lanes = LANES, block = BLOCK; /* for the callers */
+
 /* Whether this processor has what the one had that this was compiled on: an installation may be shared by several machines. */
 int runs_here(void) {
     int runs = 1;

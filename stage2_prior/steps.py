@@ -110,7 +110,6 @@ class Stacks:
 
 # In C
 
-LANES, BLOCK = 16, 32  # of steps.c: the width is a multiple of LANES
 ROWS_A_THREAD = 8  # of a batch; for fewer, another thread costs more than it saves
 
 
@@ -134,7 +133,9 @@ def library() -> ctypes.CDLL | None:
 def compiled_steps(stacks: Stacks) -> "CompiledSteps | None":
     """None where torch's operations have to do it: there is no library, or it is not made for this device, dtype or width."""
     compiled, inputs = library(), stacks.inputs
-    if compiled is None or inputs.device.type != "cpu" or inputs.dtype != torch.float32 or inputs.shape[-1] % LANES:
+    if compiled is None or inputs.device.type != "cpu" or inputs.dtype != torch.float32:
+        return None
+    if inputs.shape[-1] % ctypes.c_int.in_dll(compiled, "lanes").value:
         return None
     return CompiledSteps(stacks, compiled)
 
@@ -143,13 +144,15 @@ class CompiledSteps:
     """`row` and `step` of Stacks, on the same tensors."""
 
     def __init__(self, stacks: Stacks, compiled: ctypes.CDLL):
+        address = Tensor.data_ptr
         self.gated_row, self.gated_steps = compiled.gated_row, compiled.gated_steps
         (layers, m, _, batch, width), columns = stacks.rows.shape, len(stacks.row)
         self.threads = torch.get_num_threads()
         # Made here, or what another dtype or layout was converted to would be gone when it is used.
         self.kept = [weights.contiguous() for weights in stacks.weights]
         vertical, vertical_bias, across, across_bias, horizontal, output = map(address, self.kept)
-        self.scratch = stacks.rows.new_empty(max(self.threads * BLOCK * 2, batch) * width)
+        block = ctypes.c_int.in_dll(compiled, "block").value
+        self.scratch = stacks.rows.new_empty(max(self.threads * block * 2, batch) * width)
         sizes = layers, batch, width, columns, m, 2 * stacks.margin + 1
         rows, seen, inputs, scratch = map(address, (stacks.rows, stacks.seen, stacks.inputs, self.scratch))
         self.of_row = *sizes, rows, seen, vertical, vertical_bias, across, across_bias, scratch, self.threads
@@ -169,7 +172,3 @@ class CompiledSteps:
         self.gated_steps(
             first, last, *self.sizes, seen, self.seen_layer, inputs, self.inputs_layer, self.inputs_row, *self.weights
         )
-
-
-def address(tensor: Tensor) -> int:
-    return tensor.data_ptr()
