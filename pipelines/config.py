@@ -205,7 +205,6 @@ PRESETS: dict[str, tuple[str, RunConfig]] = {
             VQVAE, data=TorchvisionSet("FashionMNIST"), stage1=replace(STAGE1, steps=6000), stage2=replace(STAGE2, steps=5000)
         ),
     ),
-    "mnist-vqvae2": ("VQ-VAE-2 on MNIST: codes on a 7×7 and a 14×14 grid", VQVAE2),
     "fashion-vqvae2": (
         "VQ-VAE-2 on Fashion-MNIST: codes on a 7×7 and a 14×14 grid",
         replace(VQVAE2, data=TorchvisionSet("FashionMNIST")),
