@@ -110,7 +110,7 @@ class Stacks:
 
 # In C
 
-ROWS_A_THREAD = 8  # of a batch; for fewer, another thread costs more than it saves
+ROWS_A_THREAD = 16  # of a batch; for fewer, another thread costs more than it saves
 
 
 @cache
