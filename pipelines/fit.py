@@ -172,9 +172,6 @@ def check_config(config: FitConfig, fewest_steps: int = 1) -> None:
 
 def can_compile(fabric: Fabric) -> bool:
     """Whether torch.compile works here; says so where it does not, for want of a compiler, say."""
-    # What it cannot compile it says of every function, and then runs as it is.
-    torch._logging.set_logs(all=logging.ERROR)
-    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     probe = nn.Linear(1, 1, device=fabric.device)
     probe.compile()
     try:

@@ -52,7 +52,6 @@ class GatedLayer(nn.Module):
         super().__init__()
         if kernel % 2 == 0 or kernel < 3:
             raise ValueError(f"a PixelCNN kernel is odd and at least 3, not {kernel}")
-        self.kernel = (kernel + 1) // 2, kernel
         self.vertical = VerticalConv(width, 2 * width, kernel)
         self.horizontal = HorizontalConv(width, 2 * width, kernel)
         self.vertical_to_horizontal = nn.Conv2d(2 * width, 2 * width, 1)

@@ -80,13 +80,13 @@ INLINE float tanh_ratio(float x) {
 }
 
 /* out = residual + sign · tanh(a) · sigmoid(b), where `both` holds 2a and b side by side; residual may be 0. */
-INLINE void gate(float *restrict out, size out_row, const float *restrict residual, size residual_row,
-                 const float *restrict both, size rows, size width, const float sign) {
+INLINE void gate(float *restrict out, const float *restrict residual, const float *restrict both, size rows, size width,
+                 const float sign) {
     for (size row = 0; row < rows; row++)
         for (size i = 0; i < width; i++) {
             float tanh_a = tanh_ratio(0.5f * both[row * 2 * width + i]);
             float sigmoid_b = 0.5f + 0.5f * tanh_ratio(0.5f * both[row * 2 * width + width + i]);
-            out[row * out_row + i] = sign * tanh_a * sigmoid_b + (residual ? residual[row * residual_row + i] : 0);
+            out[row * width + i] = sign * tanh_a * sigmoid_b + (residual ? residual[row * width + i] : 0);
         }
 }
 
@@ -121,7 +121,7 @@ void gated_row(size place, size layers, size batch, size width, size columns, si
                                 vertical + ((layer * m + i) * k + j) * width * 2 * width, count, width, 2 * width);
             fill(out, across_bias + layer * 2 * width, count, 2 * width);
             add_product(out, 2 * width, above, 2 * width, across + layer * 4 * width * width, count, 2 * width, 2 * width);
-            if (layer + 1 < layers) gate(next + start * width, width, here + start * width, width, above, count, width, 1);
+            if (layer + 1 < layers) gate(next + start * width, here + start * width, above, count, width, 1);
         }
     }
 }
@@ -134,7 +134,7 @@ static void steps_of_rows(size first, size last, size rows, size width, size m, 
         const float *here = x + (m - 1) * width;
         float *next = x + inputs_layer + (m - 1) * width;
         add_product(both, 2 * width, x, inputs_row, horizontal + layer * m * width * 2 * width, rows, m * width, 2 * width);
-        gate(gated, width, 0, 0, both, rows, width, -1);
+        gate(gated, 0, both, rows, width, -1);
         for (size row = 0; row < rows; row++) copy(next + row * inputs_row, here + row * inputs_row, width);
         add_product(next, inputs_row, gated, width, output + layer * width * width, rows, width, width);
     }

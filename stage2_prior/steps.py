@@ -41,14 +41,16 @@ class Stacks:
     """
 
     def __init__(self, layers: "list[GatedLayer]", batch: int, grid: tuple[int, int], map: Tensor | None):
-        new, (m, k), d, (_, width) = layers[0].output.weight.new_zeros, layers[0].kernel, layers[0].output.in_channels, grid
-        self.weights = StepWeights(*(torch.stack(kind) for kind in zip(*(layer.step_weights() for layer in layers))))
+        conv, (_, width) = layers[0].vertical.conv, grid
+        new, d, (m, self.kernel) = conv.weight.new_zeros, conv.in_channels, conv.kernel_size
+        weights = zip(*(layer.step_weights() for layer in layers))
+        self.weights = StepWeights(*(torch.stack(kind).contiguous() for kind in weights))  # steps.c reads them as they lie
         self.row = new(width, batch, d)  # the inputs of this row, filled from left to right
         map = new(1, d, *grid) if map is None else map.to(self.row.dtype).expand(-1, -1, *grid)
         self.map = list(rearrange(map, "b d h w -> h w b d").contiguous())  # for each row, w B D or w 1 D
         self.here: list[Tensor] = []  # the map at the columns of this row: B D or 1 D each
         # Inputs of the vertical stack's layers in this row and the m-1 above, a ring, with zeros left and right of the grid.
-        self.rows = new(len(layers), m, width + k - 1, batch, d)
+        self.rows = new(len(layers), m, width + self.kernel - 1, batch, d)
         # What the vertical stack gives this row, and inputs of the horizontal stack's layers in this row, with zeros left of the
         # grid; a layer's outputs are the next one's inputs, so there is one more of these.
         self.seen = new(len(layers), width, batch, 2 * d)
@@ -56,7 +58,6 @@ class Stacks:
         # Views, made once: of each column, and of the columns that its kernel reaches.
         self.columns, self.places = list(self.row), list(self.inputs[:, :, m - 1 :].unbind(2))
         self.reached = self.inputs.flatten(2).unfold(2, m * d, d).unbind(2)
-        self.margin = k // 2
         self.compiled = compiled_steps(self)
         if self.compiled is None:
             self.above, self.gated = new(width * batch, 2 * d), new(batch, d)
@@ -78,13 +79,14 @@ class Stacks:
 
     def within(self, row: Tensor) -> Tensor:
         """A row of the ring without its zeros, w B D."""
-        return row[self.margin : self.margin + len(self.row)]
+        margin = self.kernel // 2
+        return row[margin : margin + len(self.row)]
 
     def step_row(self, place: int) -> None:
         """The vertical stack for a row, whose input is at its place in the ring."""
-        (width, batch, _), k = self.row.shape, 2 * self.margin + 1
+        width, batch, _ = self.row.shape
         for layer, rows in enumerate(self.rows):
-            patches = rearrange(rows.unfold(1, k, 1), "m w b d k -> (w b) (m k d)")
+            patches = rearrange(rows.unfold(1, self.kernel, 1), "m w b d k -> (w b) (m k d)")
             above = torch.addmm(self.weights.vertical_bias[layer], patches, self.vertical[place][layer], out=self.above)
             seen = self.seen[layer].flatten(0, 1)
             torch.addmm(self.weights.across_bias[layer], above, self.weights.across[layer], out=seen)
@@ -147,16 +149,13 @@ class CompiledSteps:
         address = Tensor.data_ptr
         self.gated_row, self.gated_steps = compiled.gated_row, compiled.gated_steps
         (layers, m, _, batch, width), columns = stacks.rows.shape, len(stacks.row)
-        self.threads = torch.get_num_threads()
-        # Made here, or what another dtype or layout was converted to would be gone when it is used.
-        self.kept = [weights.contiguous() for weights in stacks.weights]
-        vertical, vertical_bias, across, across_bias, horizontal, output = map(address, self.kept)
-        block = ctypes.c_int.in_dll(compiled, "block").value
-        self.scratch = stacks.rows.new_empty(max(self.threads * block * 2, batch) * width)
-        sizes = layers, batch, width, columns, m, 2 * stacks.margin + 1
+        threads, block = torch.get_num_threads(), ctypes.c_int.in_dll(compiled, "block").value
+        self.scratch = stacks.rows.new_empty(max(threads * block * 2, batch) * width)
+        vertical, vertical_bias, across, across_bias, horizontal, output = map(address, stacks.weights)
+        sizes = layers, batch, width, columns, m, stacks.kernel
         rows, seen, inputs, scratch = map(address, (stacks.rows, stacks.seen, stacks.inputs, self.scratch))
-        self.of_row = *sizes, rows, seen, vertical, vertical_bias, across, across_bias, scratch, self.threads
-        self.sizes, self.weights = (batch, width, m), (horizontal, output, scratch, min(self.threads, -(-batch // ROWS_A_THREAD)))
+        self.of_row = *sizes, rows, seen, vertical, vertical_bias, across, across_bias, scratch, threads
+        self.sizes, self.weights = (batch, width, m), (horizontal, output, scratch, min(threads, -(-batch // ROWS_A_THREAD)))
         self.seen, self.inputs = seen, inputs
         self.seen_layer, seen_column = stacks.seen.stride()[:2]
         self.inputs_layer, self.inputs_row, inputs_column = stacks.inputs.stride()[:3]
