@@ -12,7 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
 from stage2_prior import steps
-from stage2_prior.sampling import AS_FITTED, Replayed, Sampling, draw_grid, uniforms
+from stage2_prior.replay import Replayed
+from stage2_prior.sampling import AS_FITTED, Sampling, draw_grid, uniforms
 from tests.parts import LEARNED, random_latents, random_prior, spec_for
 
 WAITS = ("_local_scalar_dense", "nonzero", "lift_fresh", "equal.default", "masked_select", "is_nonzero")
