@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol, SupportsFloat
 
 import torch
+import torch._functorch.config
 from lightning_fabric import Fabric
 from lightning_fabric.strategies import DDPStrategy, ModelParallelStrategy, Strategy
 from torch import Tensor, nn
@@ -314,6 +315,8 @@ class Training:
         check_config(config)
         self.draw_anew(rewinds=0)
         if config.compile and can_compile(fabric):
+            # As without: gradients of what is computed in full precision are not rounded (pytorch issue 153044).
+            torch._functorch.config.backward_pass_autocast = "off"
             model.compile()
         self.wrapped = fabric.setup_module(model)
         self.optimizer = torch.optim.AdamW(

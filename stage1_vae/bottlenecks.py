@@ -180,8 +180,8 @@ class VectorQuantizedBottleneck(nn.Module):
     def forward(self, features: Tensor, step: int) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         encoded = full_precision(self.project(features))
         vectors = rearrange(encoded.detach(), "b c h w -> (b h w) c")
-        if self.training and not self.counts.any():
-            self.replace(torch.ones_like(self.counts, dtype=torch.bool), vectors)
+        if self.training:
+            self.begin(vectors)
         risen = min(1.0, step / self.config.rate_steps) if self.training and self.config.rate_steps else 1.0
         codes = self.choose(vectors, risen)
         quantized = rearrange(self.codebook[codes], "(b h w) c -> b c h w", b=len(encoded), h=encoded.shape[2])
@@ -205,6 +205,13 @@ class VectorQuantizedBottleneck(nn.Module):
         with torch.autocast(vectors.device.type, enabled=False):
             return torch.addmm(cost, vectors.flatten(0, -2), self.codebook.T, alpha=-2).argmin(1).view(vectors.shape[:-1])
 
+    @torch.compiler.disable  # what happens depends on values
+    def begin(self, vectors: Tensor) -> None:
+        """Set the codebook up from the first batch."""
+        if not self.counts.any():
+            self.replace(torch.ones_like(self.counts, dtype=torch.bool), vectors)
+
+    @torch.compiler.disable
     @torch.no_grad()
     def update(self, vectors: Tensor, codes: Tensor) -> None:
         """Move the averages and the codebook (van den Oord et al. 2017, equations 6 to 8); revive what nobody chooses."""
@@ -263,7 +270,8 @@ class CodeUse(nn.Module):
     def forward(self, codes: Tensor) -> dict[str, Tensor]:
         """Takes note of a training batch's codes; returns perplexity, and usage: the share above a hundredth of an even use."""
         if self.training:
-            self.counts.lerp_(total(torch.bincount(codes.flatten(), minlength=len(self.counts)).to(self.counts)), 0.01)
+            now = total(torch.bincount(codes.flatten(), minlength=len(self.counts)).to(self.counts))
+            self.counts += 0.01 * (now - self.counts)
         often = self.counts > 0.01 * self.counts.sum() / len(self.counts)
         return {"perplexity": perplexity(self.counts), "usage": often.to(self.counts.dtype).mean()}
 

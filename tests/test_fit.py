@@ -294,3 +294,28 @@ def test_compiling_changes_nothing_but_speed_and_is_left_out_where_it_does_not_w
     assert not works or "warning" not in said
     for a, b in ((plain.model(), chosen.model()), (plain.training(), chosen.training())):
         assert a.keys() == b.keys() and all(torch.allclose(a[name], b[name]) for name in a)
+
+
+class Precise(nn.Module):
+    """Computes in full precision, whatever it is called under, as a density is."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(1)
+        self.layer = nn.Linear(3, 3)
+
+    def forward(self, x, step=0):
+        with torch.autocast("cpu", enabled=False):
+            return {"loss": self.layer(x.float()).square().mean()}
+
+
+def test_compiled_gradients_are_not_rounded_where_the_model_is_not(tmp_path, monkeypatch):
+    compile = nn.Module.compile
+    monkeypatch.setattr(nn.Module, "compile", lambda model: compile(model, backend="aot_eager"))
+    first = dataclasses.replace(CONFIG, steps=1)
+    moments = []
+    for config in (first, dataclasses.replace(first, compile=True)):
+        fabric = Fabric(accelerator="cpu", precision="bf16-mixed")
+        chosen = fit(fabric, Precise(), Points(30), Points(10), config, 0, tmp_path / str(config.compile), "test")
+        moments.append(chosen.training()["optimizer.0.exp_avg"])  # a multiple of the first gradient
+    torch.testing.assert_close(moments[0], moments[1], rtol=1e-5, atol=0)
