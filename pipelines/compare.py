@@ -120,8 +120,9 @@ def compare(run: Run, splits: Splits, seed: int = 0) -> tuple[dict[str, Any], Se
     elif told is not None and splits.test.labels is not None:
         labels = splits.test.labels[chosen]
         reader = space.model if isinstance(space.model, Classifier) else classifier(run, splits, seed=0)
-        read = logits_of(run.fabric, reader, rows["learned"]).argmax(1)
-        metrics["priors"]["learned"]["label_read"] = float((read == labels).float().mean())
+        for name, row in (("real", metrics), ("reconstruction", metrics), ("learned", metrics["priors"])):
+            read = logits_of(run.fabric, reader, rows[name]).argmax(1)
+            row[name]["label_read"] = float((read == labels).float().mean())
         metrics |= rejection(run, splits, judge, rows["learned"], features["learned"], labels)
     codes = [posterior["codes"] for posterior in latents.sample() if "codes" in posterior]
     if codes:

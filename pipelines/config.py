@@ -115,16 +115,16 @@ TOP = AutoregressiveConfig(PixelSNAILConfig(), Categorical(), ClassLabel())
 CODES = AutoregressiveConfig(PixelCNNConfig(), Categorical(), ClassLabel())
 VQVAE2 = replace(
     MNIST,
-    autoencoder=AutoencoderConfig(Convolutional(downsample=2), Hierarchical(bottlenecks.VectorQuantized(rate_weight=2.0))),
+    autoencoder=AutoencoderConfig(Convolutional(downsample=2), Hierarchical(bottlenecks.VectorQuantized(rate_weight=6.0))),
     prior=CascadeConfig(TOP, CODES),
-    stage1=replace(STAGE1, steps=3000),
-    stage2=replace(STAGE2, steps=3000, checkpoint_steps=500),
+    stage1=replace(STAGE1, steps=3000, compile=True),
+    stage2=replace(STAGE2, steps=6000, checkpoint_steps=500, compile=True),
 )
 
 CIFAR10_VQVAE2 = replace(
     CIFAR10,
-    stage1=replace(CIFAR10.stage1, steps=4000),
-    stage2=replace(STAGE2, steps=4000, checkpoint_steps=500),
+    stage1=replace(CIFAR10.stage1, steps=4000, compile=True),
+    stage2=replace(VQVAE2.stage2, steps=8000),
     autoencoder=replace(VQVAE2.autoencoder, network=Convolutional(width=96, downsample=2)),
     prior=VQVAE2.prior,
 )
@@ -205,6 +205,7 @@ PRESETS: dict[str, tuple[str, RunConfig]] = {
             VQVAE, data=TorchvisionSet("FashionMNIST"), stage1=replace(STAGE1, steps=6000), stage2=replace(STAGE2, steps=5000)
         ),
     ),
+    "mnist-vqvae2": ("VQ-VAE-2 on MNIST: codes on a 7×7 and a 14×14 grid", VQVAE2),
     "fashion-vqvae2": (
         "VQ-VAE-2 on Fashion-MNIST: codes on a 7×7 and a 14×14 grid",
         replace(VQVAE2, data=TorchvisionSet("FashionMNIST")),

@@ -107,9 +107,15 @@ def notes(metrics: dict[str, Any]) -> list[str]:
             f"codes on the {height}×{width} grid: {level['used']} of {level['codes']} used over the test images,"
             f" perplexity {level['perplexity']:.0f}."
         )
-    if "label_read" in metrics["priors"]["learned"]:
-        share = metrics["priors"]["learned"]["label_read"]
-        lines.append(f"labels: the classifier reads the label asked for off {100 * share:.1f} % of the learned prior's samples.")
+    if "label_read" in metrics["reconstruction"]:
+        learned, reconstruction, real = (
+            f"{100 * row['label_read']:.1f} %"
+            for row in (metrics["priors"]["learned"], metrics["reconstruction"], metrics["real"])
+        )
+        lines.append(
+            f"labels: the classifier reads the one asked for off {learned} of the learned prior's samples, and the true one off"
+            f" {reconstruction} of reconstructions and {real} of real images."
+        )
     if metrics["gap_closed"] is not None:
         start = title("standard", metrics)
         lines.append(f"gap closed: {metrics['gap_closed']:.3f} of the way from {start} to the decoder's own reconstructions.")

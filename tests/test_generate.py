@@ -95,7 +95,8 @@ def test_completion_of_a_picture(runs, name, tmp_path, capsys):
 def test_the_comparison_of_a_conditional_prior_of_codes(runs):
     for name in ("mnist-vqvae", "fashion-vqvae2", "fashion-dalle"):
         metrics = json.loads(open(f"{runs[name]}/compare/metrics.json").read())
-        assert 0 <= metrics["priors"]["learned"]["label_read"] <= 1
+        for row in (metrics["priors"]["learned"], metrics["reconstruction"], metrics["real"]):
+            assert 0 <= row["label_read"] <= 1
         assert all(1 <= level["perplexity"] <= level["codes"] for level in metrics["codes"])
         shares = [row["kept"] for row in metrics["rejection"]]
         assert shares == sorted(shares, reverse=True) and len({row["images"] for row in metrics["rejection"]}) == 1
