@@ -28,6 +28,8 @@ import torch._functorch.config
 from lightning_fabric import Fabric
 from lightning_fabric.strategies import DDPStrategy, ModelParallelStrategy, Strategy
 from torch import Tensor, nn
+from torch._dynamo.exc import TorchDynamoException
+from torch._inductor.runtime.cache_dir_utils import cache_dir
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 
@@ -178,9 +180,13 @@ def can_compile(fabric: Fabric) -> bool:
     try:
         probe(torch.ones(1, 1, device=fabric.device))
     except RuntimeError as error:
-        say(f"warning: torch.compile does not work here ({' '.join(str(error).split()[:20])}); going on without")
+        say(f"warning: torch.compile does not work here ({shortened(error)}); going on without")
         return False
     return True
+
+
+def shortened(error: Exception) -> str:
+    return " ".join(str(error).split()[:20])
 
 
 class Order:
@@ -380,7 +386,12 @@ class Training:
         buffers = [buffer.clone() for buffer in self.model.buffers()]  # a forward pass may move them, as a codebook's averages
         self.optimizer.zero_grad()
         own = self.own(step)
-        found = [self.backward(part, after, step) for part, after in zip(own, [*own[1:], None])]
+        try:
+            found = [self.backward(part, after, step) for part, after in zip(own, [*own[1:], None])]
+        except TorchDynamoException as error:
+            self.put_back(buffers)
+            self.stop_compiling(error)
+            return self.step(step)
         norm = self.fabric.clip_gradients(
             self.wrapped, self.wrapped_optimizer, max_norm=self.config.gradient_clip, error_if_nonfinite=False
         )
@@ -389,11 +400,23 @@ class Training:
             self.wrapped_optimizer.step()
             self.average.update(step)
         else:
-            with torch.no_grad():
-                for buffer, before in zip(self.model.buffers(), buffers):
-                    buffer.copy_(before)
+            self.put_back(buffers)
             self.not_a_number(step, terms)
         return terms
+
+    @torch.no_grad()
+    def put_back(self, buffers: list[Tensor]) -> None:
+        for buffer, before in zip(self.model.buffers(), buffers):
+            buffer.copy_(before)
+
+    def stop_compiling(self, error: Exception) -> None:
+        """Go on without, as where a kill has left half a file in the compiler's cache. Raises UserError where processes would
+        then wait for each other."""
+        what = f"torch.compile failed ({shortened(error)}); if it does again, delete its cache, {cache_dir()}"
+        if ranks.count() > 1:
+            raise UserError(f"{self.label}: {what}, or turn compile off") from error
+        say(f"warning: {self.label}: {what}; going on without")
+        self.model._compiled_call_impl = None
 
     def backward(self, part: Tensor, after: Tensor | None, step: int) -> dict[str, Tensor]:
         """Add the gradients of a microbatch; after the last one (None comes after it), those of all processes."""
