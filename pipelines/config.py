@@ -124,7 +124,7 @@ VQVAE2 = replace(
 CIFAR10_VQVAE2 = replace(
     CIFAR10,
     stage1=replace(CIFAR10.stage1, steps=4000, compile=True),
-    stage2=replace(VQVAE2.stage2, steps=8000),
+    stage2=replace(VQVAE2.stage2, steps=4000),
     autoencoder=replace(VQVAE2.autoencoder, network=Convolutional(width=96, downsample=2)),
     prior=VQVAE2.prior,
 )
