@@ -175,6 +175,7 @@ def check_config(config: FitConfig, fewest_steps: int = 1) -> None:
 
 def can_compile(fabric: Fabric) -> bool:
     """Whether torch.compile works here; says so where it does not, for want of a compiler, say."""
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # on a CPU it misses a GPU
     probe = nn.Linear(1, 1, device=fabric.device)
     probe.compile()
     try:
