@@ -271,7 +271,7 @@ class CodeUse(nn.Module):
         """Takes note of a training batch's codes; returns perplexity, and usage: the share above a hundredth of an even use."""
         if self.training:
             now = total(torch.bincount(codes.flatten(), minlength=len(self.counts)).to(self.counts))
-            self.counts += 0.01 * (now - self.counts)
+            self.counts += 0.01 * (now - self.counts)  # torch.compile does not trace lerp_ by a number
         often = self.counts > 0.01 * self.counts.sum() / len(self.counts)
         return {"perplexity": perplexity(self.counts), "usage": often.to(self.counts.dtype).mean()}
 
