@@ -460,11 +460,10 @@ class BenchmarkSampling:
             return prior.backbone(inputs, prior.position.to(dtype)).movedim(1, -1).to(prior.position.dtype)
 
         def few_full_passes() -> None:
-            noise = prior.head.noise(
-                uniforms(0, indices, torch.arange(tried, device=device), prior.head.uniforms(AS_FITTED)), AS_FITTED
-            )
+            noise = uniforms(0, indices, torch.arange(tried, device=device), prior.head.uniforms(AS_FITTED))
+            state: Any = prior.head.begin(noise, AS_FITTED)
             for position in range(tried):
-                prior.head.draw(features(prior).flatten(1, 2)[:, position], noise[position], AS_FITTED)
+                prior.head.draw(features(prior).flatten(1, 2)[:, position], position, state)
 
         parts: dict[str, Callable[[], object]] = {
             "forward": lambda: prior.head(features(prior), prior.head.values(latent)),

@@ -10,15 +10,16 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from stage2_prior.compiled import CompiledDraw, compiled_draw
 from stage2_prior.latents import LatentSpec, Posterior
-from stage2_prior.sampling import Sampling, choose, choose_many
+from stage2_prior.sampling import AS_FITTED, Sampling, choose, choose_many
 
 LOG_SQRT_2PI = 0.5 * math.log(2 * math.pi)
 CANDIDATES = 32  # drawn at each position to choose one from under guidance
@@ -52,12 +53,12 @@ class Head(nn.Module, ABC):
         """How many uniform numbers U one draw takes."""
 
     @abstractmethod
-    def noise(self, uniforms: Tensor, how: Sampling) -> Sequence[Any]:
-        """What `draw` takes at each of P positions, made of uniforms, B P U, for all positions at once."""
+    def begin(self, uniforms: Tensor, how: Sampling) -> Any:
+        """What `draw` takes of P positions, made of uniforms, B P U, for all of them at once."""
 
     @abstractmethod
-    def draw(self, features: Tensor, noise: Any, how: Sampling, untold: Tensor | None = None) -> Tensor:
-        """The values of one position; features B D, noise as `noise` has it for the position.
+    def draw(self, features: Tensor, position: int, state: Any, untold: Tensor | None = None) -> Tensor:
+        """The values of one position, of the P that `begin` made the state for; features B D.
 
         untold: under guidance, the features of a backbone that was told no context, B D.
         """
@@ -96,6 +97,16 @@ class GaussianMixture:
         if self.components < 1:
             raise ValueError(f"a mixture has a number of components from 1 up, not {self.components}")
         return GaussianMixtureHead(spec.channels, width, self.components)
+
+
+class MixtureDraws(NamedTuple):
+    """What a mixture's draws take: of M candidates (one, but under guidance), and one choice among them where there is one."""
+
+    how: Sampling
+    uniforms: Sequence[Tensor]  # for the component, B M at each position
+    normals: Sequence[Tensor]  # B M C at each position
+    choice: Sequence[Tensor]  # B 1 at each position, B 0 where there is none
+    compiled: CompiledDraw | None
 
 
 class GaussianMixtureHead(Head):
@@ -143,29 +154,30 @@ class GaussianMixtureHead(Head):
     def uniforms(self, how: Sampling) -> int:
         return 1 + self.channels if not how.guidance else 1 + CANDIDATES * (1 + self.channels)
 
-    def noise(self, uniforms: Tensor, how: Sampling) -> Sequence[Any]:
-        """Of M candidates (one, but under guidance) uniform numbers for the component, B M, and normal ones, B M C; and one for
-        the choice among them, B 1, or B 0 where there is none."""
+    def begin(self, uniforms: Tensor, how: Sampling) -> "MixtureDraws":
         choice, candidates = uniforms.tensor_split((1 if how.guidance else 0,), dim=-1)
         candidates = rearrange(candidates, "b p (m u) -> p b m u", u=1 + self.channels)
-        normals = torch.special.ndtri(candidates[..., 1:]).to(self.shift.dtype)
-        return list(zip(candidates[..., 0].contiguous(), normals, choice.transpose(0, 1)))
+        normals = torch.special.ndtri(candidates[..., 1:]).to(self.shift.dtype).contiguous()
+        compiled = compiled_draw(self.hidden, self.output, self.components, len(uniforms)) if how == AS_FITTED else None
+        return MixtureDraws(how, candidates[..., 0].contiguous().unbind(), normals.unbind(), choice.unbind(1), compiled)
 
-    def draw(self, features: Tensor, noise: Any, how: Sampling, untold: Tensor | None = None) -> Tensor:
+    def draw(self, features: Tensor, position: int, state: "MixtureDraws", untold: Tensor | None = None) -> Tensor:
         """See `tempered` for what the temperature does.
 
         Guided, p(z|context)^(1+w) / p(z)^w need not be a density that can be drawn from. So CANDIDATES are drawn from
         p(z|context), and one of them with weights (p(z|context) / p(z))^w: exact as their number grows.
         """
+        how, uniforms, normals = state.how, state.uniforms[position], state.normals[position]
+        if state.compiled is not None:
+            return state.compiled.of_mixture(features, uniforms, normals, math.exp(MINIMUM_LOG_STD))
         logits, components = self.raw(features)
         if how.temperature != 1:
             logits = tempered(logits.log_softmax(-1), floored(components[..., self.channels :]), how.temperature)
-        uniforms, normals, choice = noise
         candidates = self.draw_many(logits, components, uniforms, normals, how.temperature)
         if untold is None:
             return candidates.squeeze(1)
         advantage = self.log_prob(features[:, None], candidates) - self.log_prob(untold[:, None], candidates)
-        chosen = choose(how.guidance * advantage, choice[:, 0])
+        chosen = choose(how.guidance * advantage, state.choice[position][:, 0])
         return candidates[torch.arange(len(chosen), device=chosen.device), chosen]
 
     def draw_many(self, logits: Tensor, components: Tensor, uniforms: Tensor, normals: Tensor, temperature: float) -> Tensor:
@@ -202,6 +214,12 @@ class Categorical:
         return CategoricalHead(spec.vocabulary, width)
 
 
+class CodeDraws(NamedTuple):
+    how: Sampling
+    uniforms: Sequence[Tensor]  # for the code, B at each position
+    compiled: CompiledDraw | None
+
+
 class CategoricalHead(Head):
     def __init__(self, vocabulary: int, width: int):
         super().__init__()
@@ -228,16 +246,19 @@ class CategoricalHead(Head):
     def uniforms(self, how: Sampling) -> int:
         return 1
 
-    def noise(self, uniforms: Tensor, how: Sampling) -> Sequence[Any]:
-        """A uniform number for the code, B."""
-        return uniforms.squeeze(2).T.contiguous().unbind(0)
+    def begin(self, uniforms: Tensor, how: Sampling) -> "CodeDraws":
+        compiled = compiled_draw(self.hidden, self.output, self.output.out_features, len(uniforms)) if how == AS_FITTED else None
+        return CodeDraws(how, uniforms.squeeze(2).T.contiguous().unbind(), compiled)
 
-    def draw(self, features: Tensor, noise: Tensor, how: Sampling, untold: Tensor | None = None) -> Tensor:
+    def draw(self, features: Tensor, position: int, state: "CodeDraws", untold: Tensor | None = None) -> Tensor:
+        how, uniforms = state.how, state.uniforms[position]
+        if state.compiled is not None:
+            return state.compiled.code(features, uniforms)
         logits = self.logits(features)
         if untold is not None:
             without = self.logits(untold).log_softmax(-1)
             logits = without + (1 + how.guidance) * (logits.log_softmax(-1) - without)
-        return choose(truncated(logits, how), noise)
+        return choose(truncated(logits, how), uniforms)
 
 
 def truncated(logits: Tensor, how: Sampling) -> Tensor:

@@ -169,20 +169,19 @@ def draw_grid(
 ) -> Tensor:
     """The loop of `sample_grid`; uniform B P U. Nothing in it waits for a value, so that a GPU can replay it."""
     batch, copies = len(uniform), 2 if how.guidance else 1
-    noise = head.noise(uniform, how)
-    state = backbone.begin(copies * batch, grid, map, prefix)
+    backbone_state, head_state = backbone.begin(copies * batch, grid, map, prefix), head.begin(uniform, how)
     dtype = next(head.parameters()).dtype  # the backbone may be rounder; a density never is
     previous: Tensor | None = None
     drawn = []
     for position, held_here in enumerate(held):
-        features = backbone.step(previous, position, state)
+        features = backbone.step(previous, position, backbone_state)
         if held_here:
             assert given is not None
             value = given[:, position // grid[1], position % grid[1]]
         else:
             features = features.to(dtype)
             told, untold = features.split(batch) if how.guidance else (features, None)
-            value = head.draw(told, noise[position], how, untold)
+            value = head.draw(told, position, head_state, untold)
         drawn.append(value)
         previous = head.embed(value)
         if copies > 1:

@@ -1,11 +1,14 @@
-/* One row of the vertical stack and one position of the horizontal stack of a gated PixelCNN, through all its layers, in
-   float32: the same arithmetic as Stacks in steps.py, of which it is the fast form on CPUs. There, four small operations a
-   layer and position cost more in being called than in being computed.
+/* One row of the vertical stack and one position of the horizontal stack of a gated PixelCNN, through all its layers, and the
+   draw of a head at a position, in float32: the same arithmetic as Stacks in steps.py and the heads in heads.py, of which it is
+   the fast form on CPUs. There, small operations at every position cost more in being called than in being computed.
 
-   B batch, D width, L layers, w columns of the grid, a kernel of k columns and m = (k+1)/2 rows or columns of its causal half.
+   B batch, D width, L layers, w columns of the grid, a kernel of k columns and m = (k+1)/2 rows or columns of its causal half,
+   K codes or mixture components, C latent channels.
    Arrays are stored row after row; D is a multiple of LANES. */
 
+#include <math.h>
 #include <stddef.h>
+#include <stdint.h>
 #ifdef _OPENMP
 #include <omp.h>
 #define THREAD omp_get_thread_num()
@@ -153,6 +156,63 @@ void gated_steps(size first, size last, size batch, size width, size m, float *s
     for (size row = 0; row < batch; row += rows)
         steps_of_rows(first, last, row + rows < batch ? rows : batch - row, width, m, seen + row * 2 * width, seen_layer,
                       inputs + row * inputs_row, inputs_layer, inputs_row, horizontal, output, scratch + row * width);
+}
+
+/* exp of what is not above 0, to the precision of float: 2^n · e^r with |r| ≤ log(2) / 2, e^r a polynomial of Cephes. */
+INLINE float exponential(float x) {
+    x = x > -87.0f ? x : -87.0f;
+    int32_t n = (int32_t)(x * 1.44269504088896341f - 0.5f);
+    float r = x - (float)n * 0.693359375f + (float)n * 2.12194440e-4f;
+    float p = 1.9875691500e-4f;
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    union {
+        int32_t bits;
+        float number;
+    } power = {(n + 127) << 23};
+    return (p * r * r + r + 1) * power.number;
+}
+
+/* The index of a category by inverse CDF: of K logits, which are overwritten, with a uniform number. */
+static size chosen(float *logits, size count, float uniform) {
+    float largest = logits[0], total = 0;
+    for (size k = 1; k < count; k++) largest = logits[k] > largest ? logits[k] : largest;
+    for (size k = 0; k < count; k++) logits[k] = exponential(logits[k] - largest);
+    for (size k = 0; k < count; k++) logits[k] = total += logits[k];
+    size k = 0;
+    while (k + 1 < count && !(logits[k] >= uniform * total)) k++;
+    return k;
+}
+
+/* A draw of a head for a batch: output(SiLU(hidden(x))), whose first K columns are logits, then the choice of one of them.
+
+   codes, B: which; or, where that is 0, values, B C: from that one of K diagonal Gaussians, whose means and log standard
+   deviations, C each, follow the logits. hidden, D D; output, D columns, a multiple of LANES; scratch, B D+columns. */
+void draw(size batch, size width, size count, size columns, size channels, const float *x, size x_row, const float *hidden,
+          const float *hidden_bias, const float *output, const float *output_bias, const float *uniforms, const float *normals,
+          float least_std, float *values, int64_t *codes, float *scratch, size threads) {
+    size rows = (batch + threads - 1) / threads;
+    rows = (rows + ROWS - 1) / ROWS * ROWS; /* whole tiles */
+#pragma omp parallel for num_threads((int)threads) if (threads > 1)
+    for (size start = 0; start < batch; start += rows) {
+        const size own = start + rows < batch ? rows : batch - start;
+        float *inner = scratch + start * (width + columns), *raw = inner + own * width;
+        fill(inner, hidden_bias, own, width);
+        add_product(inner, width, x + start * x_row, x_row, hidden, own, width, width);
+        for (size i = 0; i < own * width; i++) inner[i] *= 0.5f + 0.5f * tanh_ratio(0.5f * inner[i]);
+        fill(raw, output_bias, own, columns);
+        add_product(raw, columns, inner, width, output, own, width, columns);
+        for (size row = start; row < start + own; row++, raw += columns) {
+            const size k = chosen(raw, count, uniforms[row]);
+            if (codes) codes[row] = k;
+            const float *mean = raw + count + k * 2 * channels, *log_std = mean + channels;
+            for (size c = 0; c < channels; c++)
+                values[row * channels + c] = mean[c] + (expf(log_std[c]) + least_std) * normals[row * channels + c];
+        }
+    }
 }
 
 const int lanes = LANES, block = BLOCK; /* for the callers */

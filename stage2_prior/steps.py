@@ -3,17 +3,16 @@
 B batch, D width, L layers, h×w grid, k kernel size, m = (k+1)/2 the kernel's causal half.
 
 What is kept lies so that everything is a matrix product. On CPUs these are small, and calling torch's operations costs more than
-computing them; so where the installation found a C compiler, steps.c takes a row or a position through all layers at once.
+computing them; so where the installation found a C compiler, compiled.py takes a row or a position through all layers at once.
 """
 
-import ctypes
-from functools import cache
-from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from einops import rearrange
 from torch import Tensor
+
+from stage2_prior.compiled import compiled_steps
 
 if TYPE_CHECKING:
     from stage2_prior.pixelcnn import GatedLayer
@@ -108,66 +107,3 @@ class Stacks:
             torch.addcmul(t, s, t, value=-2, out=self.gated)
             torch.addmm(places[layer], self.gated, self.weights.output[layer], out=places[layer + 1])
         return places[last]
-
-
-# In C
-
-ROWS_A_THREAD = 16  # of a batch; for fewer, another thread costs more than it saves
-
-
-@cache
-def library() -> ctypes.CDLL | None:
-    """steps.c as it was compiled at installation; None where it was not, or was for another processor."""
-    spec = find_spec("stage2_prior.compiled_steps")
-    if spec is None or spec.origin is None:
-        return None
-    compiled = ctypes.CDLL(spec.origin)
-    if not compiled.runs_here():
-        return None
-    number: Any = ctypes.c_ssize_t
-    address: Any = ctypes.c_void_p
-    compiled.gated_row.argtypes = [number] * 7 + [address] * 7 + [number]
-    compiled.gated_steps.argtypes = [number] * 5 + [address, number, address, number, number] + [address] * 3 + [number]
-    compiled.gated_row.restype = compiled.gated_steps.restype = None
-    return compiled
-
-
-def compiled_steps(stacks: Stacks) -> "CompiledSteps | None":
-    """None where torch's operations have to do it: there is no library, or it is not made for this device, dtype or width."""
-    compiled, inputs = library(), stacks.inputs
-    if compiled is None or inputs.device.type != "cpu" or inputs.dtype != torch.float32:
-        return None
-    if inputs.shape[-1] % ctypes.c_int.in_dll(compiled, "lanes").value:
-        return None
-    return CompiledSteps(stacks, compiled)
-
-
-class CompiledSteps:
-    """`row` and `step` of Stacks, on the same tensors."""
-
-    def __init__(self, stacks: Stacks, compiled: ctypes.CDLL):
-        address = Tensor.data_ptr
-        self.gated_row, self.gated_steps = compiled.gated_row, compiled.gated_steps
-        (layers, m, _, batch, width), columns = stacks.rows.shape, len(stacks.row)
-        threads, block = torch.get_num_threads(), ctypes.c_int.in_dll(compiled, "block").value
-        self.scratch = stacks.rows.new_empty(max(threads * block * 2, batch) * width)
-        vertical, vertical_bias, across, across_bias, horizontal, output = map(address, stacks.weights)
-        sizes = layers, batch, width, columns, m, stacks.kernel
-        rows, seen, inputs, scratch = map(address, (stacks.rows, stacks.seen, stacks.inputs, self.scratch))
-        self.of_row = *sizes, rows, seen, vertical, vertical_bias, across, across_bias, scratch, threads
-        self.sizes, self.weights = (batch, width, m), (horizontal, output, scratch, min(threads, -(-batch // ROWS_A_THREAD)))
-        self.seen, self.inputs = seen, inputs
-        self.seen_layer, seen_column = stacks.seen.stride()[:2]
-        self.inputs_layer, self.inputs_row, inputs_column = stacks.inputs.stride()[:3]
-        self.seen_bytes, self.inputs_bytes = (stacks.seen.element_size() * stride for stride in (seen_column, inputs_column))
-
-    def row(self, place: int) -> None:
-        """Stacks.step_row."""
-        self.gated_row(place, *self.of_row)
-
-    def step(self, column: int, first: int, last: int) -> None:
-        """Stacks.step."""
-        seen, inputs = self.seen + column * self.seen_bytes, self.inputs + column * self.inputs_bytes
-        self.gated_steps(
-            first, last, *self.sizes, seen, self.seen_layer, inputs, self.inputs_layer, self.inputs_row, *self.weights
-        )

@@ -148,11 +148,11 @@ def test_the_cached_sampler_draws_what_whole_forward_passes_would(backbone, head
         values = prior.head.values(sample)
         features = prior.backbone(prior.head.embed(values).movedim(-1, 1), prior.position).movedim(1, -1)
         positions = torch.arange(math.prod(spec.grid))
-        noise = prior.head.noise(uniforms(3, indices, positions, prior.head.uniforms(AS_FITTED)), AS_FITTED)
+        state = prior.head.begin(uniforms(3, indices, positions, prior.head.uniforms(AS_FITTED)), AS_FITTED)
         for position in range(math.prod(spec.grid)):
             r, c = divmod(position, grid[1])
             if not (completing and mask[r, c]):
-                again = prior.head.draw(features[:, r, c], noise[position], AS_FITTED)
+                again = prior.head.draw(features[:, r, c], position, state)
                 assert torch.allclose(again.float(), values[:, r, c].float(), rtol=1e-4, atol=1e-5)
 
 

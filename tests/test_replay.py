@@ -11,7 +11,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
-from stage2_prior import steps
+from stage2_prior import compiled
 from stage2_prior.replay import Replayed
 from stage2_prior.sampling import AS_FITTED, Sampling, draw_grid, uniforms
 from tests.parts import LEARNED, random_latents, random_prior, spec_for
@@ -50,7 +50,7 @@ def graphs(monkeypatch):
 
     monkeypatch.setattr(torch.cuda, "CUDAGraph", new)
     monkeypatch.setattr(torch.cuda, "graph", lambda graph, capture_error_mode: graph)
-    monkeypatch.setattr(steps, "library", lambda: None)
+    monkeypatch.setattr(compiled, "library", lambda: None)
     return made
 
 

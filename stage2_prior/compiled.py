@@ -1,0 +1,147 @@
+"""The small operations of a position in C, steps.c, where the installation found a compiler; None everywhere else.
+
+B batch, D width, K codes or mixture components, C latent channels.
+"""
+
+import ctypes
+import warnings
+from functools import cache
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+if TYPE_CHECKING:
+    from stage2_prior.steps import Stacks
+
+ROWS_A_THREAD = 16  # of a batch; for fewer, another thread costs more than it saves
+
+
+@cache
+def library() -> ctypes.CDLL | None:
+    """steps.c as it was compiled at installation; None where it was not, or was for another processor."""
+    spec = find_spec("stage2_prior.compiled_steps")
+    if spec is None or spec.origin is None:
+        return None
+    compiled = ctypes.CDLL(spec.origin)
+    if not hasattr(compiled, "draw"):
+        warnings.warn("steps.c is newer than what was installed, so sampling is slower: pip install -e . again", stacklevel=2)
+        return None
+    if not compiled.runs_here():
+        return None
+    number: Any = ctypes.c_ssize_t
+    address: Any = ctypes.c_void_p
+    compiled.gated_row.argtypes = [number] * 7 + [address] * 7 + [number]
+    compiled.gated_steps.argtypes = [number] * 5 + [address, number, address, number, number] + [address] * 3 + [number]
+    compiled.draw.argtypes = [number] * 5 + [address, number] + [address] * 6 + [ctypes.c_float] + [address] * 3 + [number]
+    compiled.gated_row.restype = compiled.gated_steps.restype = compiled.draw.restype = None
+    return compiled
+
+
+def library_for(tensor: Tensor, width: int) -> ctypes.CDLL | None:
+    """None where torch's operations have to do it: there is no library, or it is not made for this device, dtype or width."""
+    compiled = library()
+    if compiled is None or tensor.device.type != "cpu" or tensor.dtype != torch.float32 or width % lanes(compiled):
+        return None
+    return compiled
+
+
+def lanes(compiled: ctypes.CDLL) -> int:
+    return ctypes.c_int.in_dll(compiled, "lanes").value
+
+
+def threads_for(batch: int) -> int:
+    return min(torch.get_num_threads(), -(-batch // ROWS_A_THREAD))
+
+
+def compiled_steps(stacks: "Stacks") -> "CompiledSteps | None":
+    compiled = library_for(stacks.inputs, stacks.inputs.shape[-1])
+    return None if compiled is None else CompiledSteps(stacks, compiled)
+
+
+class CompiledSteps:
+    """`row` and `step` of Stacks, on the same tensors."""
+
+    def __init__(self, stacks: "Stacks", compiled: ctypes.CDLL):
+        self.gated_row, self.gated_steps = compiled.gated_row, compiled.gated_steps
+        (layers, m, _, batch, width), columns = stacks.rows.shape, len(stacks.row)
+        threads, block = torch.get_num_threads(), ctypes.c_int.in_dll(compiled, "block").value
+        self.scratch = stacks.rows.new_empty(max(threads * block * 2, batch) * width)
+        vertical, vertical_bias, across, across_bias, horizontal, output = map(address, stacks.weights)
+        sizes = layers, batch, width, columns, m, stacks.kernel
+        rows, seen, inputs, scratch = map(address, (stacks.rows, stacks.seen, stacks.inputs, self.scratch))
+        self.of_row = *sizes, rows, seen, vertical, vertical_bias, across, across_bias, scratch, threads
+        self.sizes, self.weights = (batch, width, m), (horizontal, output, scratch, threads_for(batch))
+        self.seen, self.inputs = seen, inputs
+        self.seen_layer, seen_column = stacks.seen.stride()[:2]
+        self.inputs_layer, self.inputs_row, inputs_column = stacks.inputs.stride()[:3]
+        self.seen_bytes, self.inputs_bytes = (stacks.seen.element_size() * stride for stride in (seen_column, inputs_column))
+
+    def row(self, place: int) -> None:
+        """Stacks.step_row."""
+        self.gated_row(place, *self.of_row)
+
+    def step(self, column: int, first: int, last: int) -> None:
+        """Stacks.step."""
+        seen, inputs = self.seen + column * self.seen_bytes, self.inputs + column * self.inputs_bytes
+        self.gated_steps(
+            first, last, *self.sizes, seen, self.seen_layer, inputs, self.inputs_layer, self.inputs_row, *self.weights
+        )
+
+
+def compiled_draw(hidden: nn.Linear, output: nn.Linear, count: int, batch: int) -> "CompiledDraw | None":
+    """For a head of two linear layers with a SiLU between, the first `count` of whose outputs are logits."""
+    compiled = library_for(hidden.weight, hidden.in_features)
+    return None if compiled is None else CompiledDraw(hidden, output, count, batch, compiled)
+
+
+class CompiledDraw:
+    """Draws a code, or from a mixture of diagonal Gaussians, with a head's weights as they are now."""
+
+    def __init__(self, hidden: nn.Linear, output: nn.Linear, count: int, batch: int, compiled: ctypes.CDLL):
+        padding = -output.out_features % lanes(compiled)
+        width, columns = hidden.in_features, output.out_features + padding
+        # Rows are a layer's inputs; the outputs are padded to whole tiles.
+        first = hidden.weight.T.contiguous(), hidden.bias.detach()
+        second = F.pad(output.weight, (0, 0, 0, padding)).T.contiguous(), F.pad(output.bias, (0, padding))
+        self.weights = *first, *second
+        self.scratch, self.draw = hidden.weight.new_empty(batch, width + columns), compiled.draw
+        self.sizes = batch, width, count, columns
+        self.weights_at, self.rest = tuple(map(address, self.weights)), (address(self.scratch), threads_for(batch))
+
+    def code(self, features: Tensor, uniform: Tensor) -> Tensor:
+        """features B D, uniform B; returns B."""
+        codes = uniform.new_empty(len(uniform), dtype=torch.int64)
+        self.call(0, features, uniform, None, 0.0, None, codes)
+        return codes
+
+    def of_mixture(self, features: Tensor, uniform: Tensor, normals: Tensor, least_std: float) -> Tensor:
+        """features B D, uniform B 1, normals B 1 C; returns B C. After K logits come the mean and log std of each component.
+
+        least_std: what is added to every standard deviation.
+        """
+        values = normals.new_empty(len(normals), normals.shape[-1])
+        self.call(values.shape[1], features, uniform, normals, least_std, values, None)
+        return values
+
+    def call(
+        self,
+        channels: int,
+        features: Tensor,
+        uniform: Tensor,
+        normals: Tensor | None,
+        least_std: float,
+        values: Tensor | None,
+        codes: Tensor | None,
+    ) -> None:
+        if features.stride(1) != 1:
+            features = features.contiguous()
+        assert uniform.is_contiguous() and (normals is None or normals.is_contiguous())
+        at_features, at_noise = (features.data_ptr(), features.stride(0)), (uniform.data_ptr(), address(normals), least_std)
+        self.draw(*self.sizes, channels, *at_features, *self.weights_at, *at_noise, address(values), address(codes), *self.rest)
+
+
+def address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
