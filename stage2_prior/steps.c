@@ -158,9 +158,8 @@ void gated_steps(size first, size last, size batch, size width, size m, float *s
                       inputs + row * inputs_row, inputs_layer, inputs_row, horizontal, output, scratch + row * width);
 }
 
-/* exp of what is not above 0, to the precision of float: 2^n · e^r with |r| ≤ log(2) / 2, e^r a polynomial of Cephes. */
+/* exp of what lies between -87 and 0, to the precision of float: 2^n · e^r with |r| ≤ log(2) / 2, e^r a polynomial of Cephes. */
 INLINE float exponential(float x) {
-    x = x > -87.0f ? x : -87.0f;
     int32_t n = (int32_t)(x * 1.44269504088896341f - 0.5f);
     float r = x - (float)n * 0.693359375f + (float)n * 2.12194440e-4f;
     float p = 1.9875691500e-4f;
@@ -178,13 +177,19 @@ INLINE float exponential(float x) {
 
 /* The index of a category by inverse CDF: of K logits, which are overwritten, with a uniform number. */
 static size chosen(float *logits, size count, float uniform) {
-    float largest = logits[0], total = 0;
-    for (size k = 1; k < count; k++) largest = logits[k] > largest ? logits[k] : largest;
-    for (size k = 0; k < count; k++) logits[k] = exponential(logits[k] - largest);
-    for (size k = 0; k < count; k++) logits[k] = total += logits[k];
+    float most[LANES], largest = logits[0], total = 0;
+    for (size lane = 0; lane < LANES; lane++) most[lane] = largest;
     size k = 0;
-    while (k + 1 < count && !(logits[k] >= uniform * total)) k++;
-    return k;
+    for (; k + LANES <= count; k += LANES)
+        for (size lane = 0; lane < LANES; lane++) most[lane] = logits[k + lane] > most[lane] ? logits[k + lane] : most[lane];
+    for (; k < count; k++) largest = logits[k] > largest ? logits[k] : largest;
+    for (size lane = 0; lane < LANES; lane++) largest = most[lane] > largest ? most[lane] : largest;
+    for (k = 0; k < count; k++) logits[k] = logits[k] - largest > -87 ? logits[k] - largest : -87;
+    for (k = 0; k < count; k++) logits[k] = exponential(logits[k]);
+    for (k = 0; k < count; k++) logits[k] = total += logits[k];
+    int32_t below = 0;
+    for (k = 0; k + 1 < count; k++) below += !(logits[k] >= uniform * total);
+    return below;
 }
 
 /* A draw of a head for a batch: output(SiLU(hidden(x))), whose first K columns are logits, then the choice of one of them.
