@@ -13,7 +13,7 @@ The finer encoder sees the quantized coarser level. The coarser bottleneck may i
 the doubled coarse level that the finer encoder sees is also what the decoder sees; the paper has a network for each.
 """
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -28,8 +28,6 @@ class Hierarchical:
 
     codes: VectorQuantized = field(default_factory=VectorQuantized)
     """the codebook of every level"""
-    coarse_rate_weight: float | None = None
-    """rate_weight of every level but the finest, None for that of `codes`: the cheaper their codes, the more they say"""
     levels: int = 2
     """number of grids; 2 or 3 in the paper"""
     blocks: int = 2
@@ -38,9 +36,7 @@ class Hierarchical:
     def build(self, features: int) -> "HierarchicalBottleneck":
         if self.levels < 2:
             raise ValueError(f"a hierarchy has at least 2 levels, not {self.levels}")
-        weight = self.codes.rate_weight if self.coarse_rate_weight is None else self.coarse_rate_weight
-        coarse = replace(self.codes, rate_weight=weight)
-        return HierarchicalBottleneck([coarse] * (self.levels - 1) + [self.codes], self.blocks, features)
+        return HierarchicalBottleneck(self, features, self.levels)
 
 
 class HierarchicalBottleneck(nn.Module):
@@ -48,23 +44,21 @@ class HierarchicalBottleneck(nn.Module):
     latent_channels: int
     coarser: "HierarchicalBottleneck | VectorQuantizedBottleneck"
 
-    def __init__(self, codebooks: list[VectorQuantized], blocks: int, features: int):
-        """codebooks: of the levels, coarse to fine, two or more."""
+    def __init__(self, config: Hierarchical, features: int, levels: int):
         super().__init__()
-        *coarser, finest = codebooks
         self.down = nn.Sequential(
             nn.Conv2d(features, features, 4, stride=2, padding=1),
-            *(ResidualBlock(features) for _ in range(blocks)),
+            *(ResidualBlock(features) for _ in range(config.blocks)),
             nn.ReLU(),
         )
-        self.coarser = coarser[0].build(features) if len(coarser) == 1 else HierarchicalBottleneck(coarser, blocks, features)
+        self.coarser = config.codes.build(features) if levels == 2 else HierarchicalBottleneck(config, features, levels - 1)
         self.up = nn.Sequential(
             nn.Conv2d(self.coarser.latent_channels, features, 3, padding=1),
-            *(ResidualBlock(features) for _ in range(blocks)),
+            *(ResidualBlock(features) for _ in range(config.blocks)),
             nn.ReLU(),
             nn.ConvTranspose2d(features, features, 4, stride=2, padding=1),
         )
-        self.finest = finest.build(2 * features)
+        self.finest = config.codes.build(2 * features)
         self.latent_channels = features + self.finest.latent_channels
 
     def latents(self, grid: tuple[int, int]) -> Levels:

@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from stage1_vae.bottlenecks import CodeUse, FiniteScalar, GumbelSoftmax, VectorQuantized
-from stage1_vae.hierarchy import Hierarchical
 
 
 def clusters(count: int, codes: int, channels: int, seed: int = 0) -> torch.Tensor:
@@ -36,13 +35,6 @@ def test_the_code_chosen_costs_least_in_distance_and_rate(rate):
     cost = distance + rate * rates.clamp(max=math.log(9))
     assert torch.equal(model.choose(vectors), cost.argmin(1).view(2, 3, 5))
     assert not torch.equal(cost.argmin(1), distance.argmin(1)) or rate == 0
-
-
-@pytest.mark.parametrize(("coarse", "expected"), [(None, [2.0, 2.0, 2.0]), (0.5, [0.5, 0.5, 2.0])])
-def test_coarse_codes_may_have_a_price_of_their_own(coarse, expected):
-    finest = Hierarchical(VectorQuantized(codes=5, channels=3, rate_weight=2.0), coarse, levels=3).build(8)
-    levels = [finest.coarser.coarser, finest.coarser.finest, finest.finest]
-    assert [level.config.rate_weight for level in levels] == expected
 
 
 def test_the_price_of_a_nat_rises_from_nothing():
