@@ -154,14 +154,14 @@ class GaussianMixtureHead(Head):
     def uniforms(self, how: Sampling) -> int:
         return 1 + self.channels if not how.guidance else 1 + CANDIDATES * (1 + self.channels)
 
-    def begin(self, uniforms: Tensor, how: Sampling) -> "MixtureDraws":
+    def begin(self, uniforms: Tensor, how: Sampling) -> MixtureDraws:
         choice, candidates = uniforms.tensor_split((1 if how.guidance else 0,), dim=-1)
         candidates = rearrange(candidates, "b p (m u) -> p b m u", u=1 + self.channels)
         normals = torch.special.ndtri(candidates[..., 1:]).to(self.shift.dtype).contiguous()
         compiled = compiled_draw(self.hidden, self.output, self.components, len(uniforms)) if how == AS_FITTED else None
         return MixtureDraws(how, candidates[..., 0].contiguous().unbind(), normals.unbind(), choice.unbind(1), compiled)
 
-    def draw(self, features: Tensor, position: int, state: "MixtureDraws", untold: Tensor | None = None) -> Tensor:
+    def draw(self, features: Tensor, position: int, state: MixtureDraws, untold: Tensor | None = None) -> Tensor:
         """See `tempered` for what the temperature does.
 
         Guided, p(z|context)^(1+w) / p(z)^w need not be a density that can be drawn from. So CANDIDATES are drawn from
@@ -246,11 +246,11 @@ class CategoricalHead(Head):
     def uniforms(self, how: Sampling) -> int:
         return 1
 
-    def begin(self, uniforms: Tensor, how: Sampling) -> "CodeDraws":
+    def begin(self, uniforms: Tensor, how: Sampling) -> CodeDraws:
         compiled = compiled_draw(self.hidden, self.output, self.output.out_features, len(uniforms)) if how == AS_FITTED else None
         return CodeDraws(how, uniforms.squeeze(2).T.contiguous().unbind(), compiled)
 
-    def draw(self, features: Tensor, position: int, state: "CodeDraws", untold: Tensor | None = None) -> Tensor:
+    def draw(self, features: Tensor, position: int, state: CodeDraws, untold: Tensor | None = None) -> Tensor:
         how, uniforms = state.how, state.uniforms[position]
         if state.compiled is not None:
             return state.compiled.code(features, uniforms)

@@ -82,13 +82,15 @@ INLINE float tanh_ratio(float x) {
     return x * p / q;
 }
 
+INLINE float sigmoid(float x) { return 0.5f + 0.5f * tanh_ratio(0.5f * x); }
+
 /* out = residual + sign · tanh(a) · sigmoid(b), where `both` holds 2a and b side by side; residual may be 0. */
 INLINE void gate(float *restrict out, const float *restrict residual, const float *restrict both, size rows, size width,
                  const float sign) {
     for (size row = 0; row < rows; row++)
         for (size i = 0; i < width; i++) {
             float tanh_a = tanh_ratio(0.5f * both[row * 2 * width + i]);
-            float sigmoid_b = 0.5f + 0.5f * tanh_ratio(0.5f * both[row * 2 * width + width + i]);
+            float sigmoid_b = sigmoid(both[row * 2 * width + width + i]);
             out[row * width + i] = sign * tanh_a * sigmoid_b + (residual ? residual[row * width + i] : 0);
         }
 }
@@ -129,6 +131,11 @@ void gated_row(size place, size layers, size batch, size width, size columns, si
     }
 }
 
+/* A thread's share of a batch, in whole tiles. */
+INLINE size rows_a_thread(size batch, size threads) {
+    return ((batch + threads - 1) / threads + ROWS - 1) / ROWS * ROWS;
+}
+
 /* Layers first … last-1 of the horizontal stack at one position, for some rows of a batch; arguments as below. */
 static void steps_of_rows(size first, size last, size rows, size width, size m, float *seen, size seen_layer, float *inputs,
                           size inputs_layer, size inputs_row, const float *horizontal, const float *output, float *gated) {
@@ -150,8 +157,7 @@ static void steps_of_rows(size first, size last, size rows, size width, size m, 
    horizontal, L m·D 2D; output, L D D; scratch, B D. */
 void gated_steps(size first, size last, size batch, size width, size m, float *seen, size seen_layer, float *inputs,
                  size inputs_layer, size inputs_row, const float *horizontal, const float *output, float *scratch, size threads) {
-    size rows = (batch + threads - 1) / threads;
-    rows = (rows + ROWS - 1) / ROWS * ROWS; /* whole tiles */
+    const size rows = rows_a_thread(batch, threads);
 #pragma omp parallel for num_threads((int)threads) if (threads > 1)
     for (size row = 0; row < batch; row += rows)
         steps_of_rows(first, last, row + rows < batch ? rows : batch - row, width, m, seen + row * 2 * width, seen_layer,
@@ -199,15 +205,14 @@ static size chosen(float *logits, size count, float uniform) {
 void draw(size batch, size width, size count, size columns, size channels, const float *x, size x_row, const float *hidden,
           const float *hidden_bias, const float *output, const float *output_bias, const float *uniforms, const float *normals,
           float least_std, float *values, int64_t *codes, float *scratch, size threads) {
-    size rows = (batch + threads - 1) / threads;
-    rows = (rows + ROWS - 1) / ROWS * ROWS; /* whole tiles */
+    const size rows = rows_a_thread(batch, threads);
 #pragma omp parallel for num_threads((int)threads) if (threads > 1)
     for (size start = 0; start < batch; start += rows) {
         const size own = start + rows < batch ? rows : batch - start;
         float *inner = scratch + start * (width + columns), *raw = inner + own * width;
         fill(inner, hidden_bias, own, width);
         add_product(inner, width, x + start * x_row, x_row, hidden, own, width, width);
-        for (size i = 0; i < own * width; i++) inner[i] *= 0.5f + 0.5f * tanh_ratio(0.5f * inner[i]);
+        for (size i = 0; i < own * width; i++) inner[i] *= sigmoid(inner[i]);
         fill(raw, output_bias, own, columns);
         add_product(raw, columns, inner, width, output, own, width, columns);
         for (size row = start; row < start + own; row++, raw += columns) {
