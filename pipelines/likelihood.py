@@ -173,7 +173,7 @@ class Measurement:
             return {name: values[:total] for name, values in columns.items()}
         blind = self.drawn_from_priors()
         saved = time.monotonic()
-        at_once = max(1, DRAWS_AT_ONCE // self.samples)
+        at_once = max(1, min(BATCH, DRAWS_AT_ONCE // self.samples))
 
         def measured(rows: Tensor) -> dict[str, Tensor]:
             torch.manual_seed(seed_of(self.seed, int(rows[0])))

@@ -261,7 +261,7 @@ def feature_space(fabric: Fabric, config: MetricsConfig, splits: Splits, cache: 
 def kept_best(fabric: Fabric, classifier: Classifier, images: Tensor, labels: Tensor, share: float) -> Tensor:
     """Which images to keep, in order: of each label, the share, rounded up, in which the classifier is surest to read it.
 
-    Rejection sampling as in VQ-VAE-2 (Razavi et al. 2019, section 3.4). images uint8 N C H W, labels N; returns indices.
+    Rejection sampling as in VQ-VAE-2 (Razavi et al. 2019, section 3.3). images uint8 N C H W, labels N; returns indices.
     """
     surety = logits_of(fabric, classifier, images).log_softmax(-1).gather(1, labels[:, None]).squeeze(1)
     kept = []

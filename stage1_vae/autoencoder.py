@@ -26,7 +26,7 @@ from stage1_vae.bottlenecks import (
 )
 from stage1_vae.hierarchy import Hierarchical
 from stage1_vae.likelihoods import Likelihood, LikelihoodConfig
-from stage1_vae.networks import Convolutional, NetworkConfig
+from stage1_vae.networks import Convolutional, Network, NetworkConfig
 
 BottleneckConfig = Deterministic | Gaussian | VectorQuantized | FiniteScalar | GumbelSoftmax | Hierarchical
 
@@ -48,11 +48,12 @@ class Autoencoder(nn.Module):
     def __init__(self, image_shape: tuple[int, int, int], config: AutoencoderConfig):
         super().__init__()
         self.image_shape = image_shape
-        grid = config.network.grid(image_shape)
-        self.encoder, features = config.network.encoder(image_shape)
+        network: Network = config.network
+        grid = network.grid(image_shape)
+        self.encoder, features = network.encoder(image_shape)
         self.bottleneck: Bottleneck = config.bottleneck.build(features)
         self.likelihood: Likelihood = config.likelihood.build()
-        self.decoder = config.network.decoder(
+        self.decoder = network.decoder(
             self.bottleneck.latent_channels, image_shape, image_shape[0] * self.likelihood.outputs_per_channel
         )
         self.latents = self.bottleneck.latents(grid)

@@ -46,6 +46,33 @@ def full_precision(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
+class Continuous(nn.Module):
+    """What bottlenecks of one level of numbers share."""
+
+    latent_channels: int
+
+    def embed(self, levels: list[Tensor]) -> Tensor:
+        (latent,) = levels
+        return latent
+
+    def latents(self, grid: tuple[int, int]) -> Levels:
+        return [((self.latent_channels, *grid), None)]
+
+
+class Codes(nn.Module):
+    """What bottlenecks of one level of codes share."""
+
+    vocabulary: int
+    codebook: Tensor
+
+    def latents(self, grid: tuple[int, int]) -> Levels:
+        return [(grid, self.vocabulary)]
+
+    def embed(self, levels: list[Tensor]) -> Tensor:
+        (codes,) = levels
+        return self.codebook[codes].movedim(-1, 1)
+
+
 @dataclass(frozen=True)
 class Deterministic:
     """A plain autoencoder: q(z|x) is a point, so there is no rate and no ELBO."""
@@ -57,7 +84,7 @@ class Deterministic:
         return DeterministicBottleneck(self, features)
 
 
-class DeterministicBottleneck(nn.Module):
+class DeterministicBottleneck(Continuous):
     has_density = False
 
     def __init__(self, config: Deterministic, features: int):
@@ -72,13 +99,6 @@ class DeterministicBottleneck(nn.Module):
     def posterior(self, features: Tensor) -> list[Posterior]:
         mean = full_precision(self.project(features))
         return [{"mean": mean, "std": torch.zeros_like(mean)}]
-
-    def embed(self, levels: list[Tensor]) -> Tensor:
-        (latent,) = levels
-        return latent
-
-    def latents(self, grid: tuple[int, int]) -> Levels:
-        return [((self.latent_channels, *grid), None)]
 
 
 @dataclass(frozen=True)
@@ -96,7 +116,7 @@ class Gaussian:
         return GaussianBottleneck(self, features)
 
 
-class GaussianBottleneck(nn.Module):
+class GaussianBottleneck(Continuous):
     has_density = True
 
     def __init__(self, config: Gaussian, features: int):
@@ -116,13 +136,6 @@ class GaussianBottleneck(nn.Module):
     def posterior(self, features: Tensor) -> list[Posterior]:
         mean, log_std = full_precision(self.project(features)).chunk(2, dim=1)
         return [{"mean": mean, "std": log_std.exp()}]
-
-    def embed(self, levels: list[Tensor]) -> Tensor:
-        (latent,) = levels
-        return latent
-
-    def latents(self, grid: tuple[int, int]) -> Levels:
-        return [((self.latent_channels, *grid), None)]
 
 
 def gaussian_rate(mean: Tensor, log_std: Tensor) -> Tensor:
@@ -154,7 +167,7 @@ class VectorQuantized:
         return VectorQuantizedBottleneck(self, features)
 
 
-class VectorQuantizedBottleneck(nn.Module):
+class VectorQuantizedBottleneck(Codes):
     """Own code: the library vector-quantize-pytorch took several times as long for the same step."""
 
     has_density = True
@@ -245,13 +258,6 @@ class VectorQuantizedBottleneck(nn.Module):
         encoded = full_precision(self.project(features))
         return [{"codes": self.choose(encoded.movedim(1, -1))}]
 
-    def latents(self, grid: tuple[int, int]) -> Levels:
-        return [(grid, self.vocabulary)]
-
-    def embed(self, levels: list[Tensor]) -> Tensor:
-        (codes,) = levels
-        return self.codebook[codes].movedim(-1, 1)
-
 
 def perplexity(counts: Tensor) -> Tensor:
     """e^entropy of how often each code is used: the number of codes that would be as varied, evenly used."""
@@ -287,7 +293,7 @@ class FiniteScalar:
         return FiniteScalarBottleneck(self, features)
 
 
-class FiniteScalarBottleneck(nn.Module):
+class FiniteScalarBottleneck(Codes):
     has_density = True
     levels: Tensor
     strides: Tensor
@@ -324,9 +330,6 @@ class FiniteScalarBottleneck(nn.Module):
     def posterior(self, features: Tensor) -> list[Posterior]:
         return [{"codes": self.rounded(features)[1]}]
 
-    def latents(self, grid: tuple[int, int]) -> Levels:
-        return [(grid, self.vocabulary)]
-
     def embed(self, levels: list[Tensor]) -> Tensor:
         (codes,) = levels
         return self.centred((codes[:, None] // self.strides % self.levels).to(self.project.weight.dtype))
@@ -354,11 +357,13 @@ class GumbelSoftmax:
         return GumbelSoftmaxBottleneck(self, features)
 
 
-class GumbelSoftmaxBottleneck(nn.Module):
+class GumbelSoftmaxBottleneck(Codes):
     has_density = True
 
     def __init__(self, config: GumbelSoftmax, features: int):
         super().__init__()
+        if config.anneal_steps < 0:
+            raise ValueError(f"the temperature falls in a number of steps from 0 up, not in {config.anneal_steps}")
         self.config = config
         self.vocabulary, self.latent_channels = config.codes, config.channels
         self.project = nn.Conv2d(features, config.codes, 1)
@@ -367,7 +372,8 @@ class GumbelSoftmaxBottleneck(nn.Module):
 
     def schedule(self, step: int) -> tuple[float, float]:
         """Temperature and weight of the rate at a step."""
-        risen = 0.5 * (1 - math.cos(math.pi * min(1.0, step / self.config.anneal_steps)))
+        share = min(1.0, step / self.config.anneal_steps) if self.config.anneal_steps else 1.0
+        risen = 0.5 * (1 - math.cos(math.pi * share))
         return 1 + risen * (self.config.final_temperature - 1), risen * self.config.beta
 
     def forward(self, features: Tensor, step: int) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
@@ -375,19 +381,10 @@ class GumbelSoftmaxBottleneck(nn.Module):
         temperature, weight = self.schedule(step) if self.training else (1.0, self.config.beta)
         log_q = logits.log_softmax(-1)
         rate = (log_q.exp() * (log_q + math.log(self.vocabulary))).flatten(1).sum(1)
-        codes = logits.argmax(-1)
-        if self.training:
-            embedded = nn.functional.gumbel_softmax(logits, temperature) @ self.codebook
-        else:  # as in generation: the likeliest code
-            embedded = self.codebook[codes]
-        return embedded.movedim(-1, 1)[None], weight * rate, {"rate": rate, **self.use(codes)}
+        # Held out, whole codes drawn from q: with β = 1 the loss is then a bound, which the relaxation's is not.
+        drawn = nn.functional.gumbel_softmax(logits, temperature, hard=not self.training)
+        embedded = (drawn @ self.codebook).movedim(-1, 1)
+        return embedded[None], weight * rate, {"rate": rate, **self.use(logits.argmax(-1))}
 
     def posterior(self, features: Tensor) -> list[Posterior]:
         return [{"codes": self.project(features).argmax(1)}]
-
-    def latents(self, grid: tuple[int, int]) -> Levels:
-        return [(grid, self.vocabulary)]
-
-    def embed(self, levels: list[Tensor]) -> Tensor:
-        (codes,) = levels
-        return self.codebook[codes].movedim(-1, 1)

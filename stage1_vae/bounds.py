@@ -15,7 +15,7 @@ from stage1_vae.autoencoder import Autoencoder
 LogPrior = Callable[[list[Tensor], Tensor | None], Tensor]
 """Latents, one for each level, N …, and what is known of each (a label, a caption) or None, to log p(z), N nats."""
 
-DECODED_AT_ONCE = 128  # latents; memory is bounded by them, however many images and samples there are
+DECODED_AT_ONCE = 128  # latents; the memory of decoding is bounded by them, however many samples there are
 
 
 @dataclass(frozen=True)

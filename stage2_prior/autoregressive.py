@@ -41,6 +41,8 @@ class AutoregressiveConfig:
 
     def build(self, specs: list[LatentSpec], classes: int = 0) -> "AutoregressivePrior":
         """classes: number of labels of the data set, 0 for none. Raises ValueError where the parts do not fit."""
+        if len(specs) > 1:
+            raise ValueError(f"{len(specs)} levels of latents need a prior for each: a CascadeConfig")
         return AutoregressivePrior(specs, self, classes)
 
 
@@ -165,13 +167,16 @@ class CascadeConfig:
     """every level below the top"""
 
     def build(self, specs: list[LatentSpec], classes: int = 0) -> "Cascade":
+        """Raises ValueError where the parts do not fit."""
+        if len(specs) > 1 and self.top.condition != self.bottom.condition:
+            raise ValueError(f"all levels are told the same: not {self.top.condition} on top and {self.bottom.condition} below")
         return Cascade([self.top, *[self.bottom] * (len(specs) - 1)], specs, classes)
 
 
 class Cascade(Prior):
     def __init__(self, configs: list[AutoregressiveConfig], specs: list[LatentSpec], classes: int):
         super().__init__()
-        priors = [config.build(specs[: level + 1], classes) for level, config in enumerate(configs)]
+        priors = [AutoregressivePrior(specs[: level + 1], config, classes) for level, config in enumerate(configs)]
         self.levels: list[AutoregressivePrior] = nn.ModuleList(priors)  # type: ignore[assignment]
 
     def estimate(self, dataset: LatentDataset) -> None:

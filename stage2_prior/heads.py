@@ -165,7 +165,7 @@ class GaussianMixtureHead(Head):
         """See `tempered` for what the temperature does.
 
         Guided, p(z|context)^(1+w) / p(z)^w need not be a density that can be drawn from. So CANDIDATES are drawn from
-        p(z|context), and one of them with weights (p(z|context) / p(z))^w: exact as their number grows.
+        p(z|context)^(1/T), and one of them with weights (p(z|context) / p(z))^(w/T): exact as their number grows.
         """
         how, uniforms, normals = state.how, state.uniforms[position], state.normals[position]
         if state.compiled is not None:
@@ -177,7 +177,7 @@ class GaussianMixtureHead(Head):
         if untold is None:
             return candidates.squeeze(1)
         advantage = self.log_prob(features[:, None], candidates) - self.log_prob(untold[:, None], candidates)
-        chosen = choose(how.guidance * advantage, state.choice[position][:, 0])
+        chosen = choose(how.guidance / how.temperature * advantage, state.choice[position][:, 0])
         return candidates[torch.arange(len(chosen), device=chosen.device), chosen]
 
     def draw_many(self, logits: Tensor, components: Tensor, uniforms: Tensor, normals: Tensor, temperature: float) -> Tensor:

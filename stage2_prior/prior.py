@@ -20,7 +20,6 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from stage2_prior.heads import LOG_SQRT_2PI, tempered, truncated
 from stage2_prior.latents import LatentDataset, LatentSpec, draw
@@ -180,9 +179,10 @@ class IndependentCodes(Prior):
         """Count, with one more of every code so that none is impossible."""
         if self.fitted:
             for table, posterior in zip(self.tables(), dataset.sample()):
+                cells = torch.arange(0, table.numel(), table.shape[-1], device=table.device).view(table.shape[:-1])
                 counts = torch.ones_like(table)
                 for codes in posterior["codes"].long().split(1000):
-                    counts += F.one_hot(codes, table.shape[-1]).sum(0)
+                    counts += torch.bincount((cells + codes).flatten(), minlength=table.numel()).view_as(table)
                 table.copy_((counts / counts.sum(-1, keepdim=True)).log())
 
     def log_prob(self, levels: list[Tensor], contexts: Tensor | None = None) -> Tensor:

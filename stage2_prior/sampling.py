@@ -120,6 +120,8 @@ class Sampling:
             raise CannotSample("top-k and top-p choose among codes; these latents are continuous")
         if not contexts and self.guidance:
             raise CannotSample("this prior takes no context, so there is nothing to guide it toward")
+        if not codes and self.guidance and self.temperature == 0:
+            raise CannotSample("guidance chooses among draws of continuous latents, which at a temperature of 0 are all the same")
 
 
 AS_FITTED = Sampling()

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from scipy import stats
 
 from stage1_vae.bottlenecks import CodeUse, FiniteScalar, GumbelSoftmax, VectorQuantized
 
@@ -121,6 +122,8 @@ def test_gradients_pass_straight_through():
 def test_a_codebook_that_makes_no_sense_is_refused(values):
     with pytest.raises(ValueError, match="at least"):
         VectorQuantized(**values).build(3)
+    with pytest.raises(ValueError, match="from 0 up"):
+        GumbelSoftmax(anneal_steps=-1).build(3)
 
 
 @pytest.mark.parametrize("levels", [(2, 3), (8, 5, 5), (4, 4, 4)])
@@ -161,6 +164,25 @@ def test_the_relaxation_anneals_and_its_rate_is_the_divergence_from_uniform():
     _, penalty, terms = model.train()(features, 50)
     assert torch.allclose(terms["rate"], divergence, atol=1e-4)
     assert torch.allclose(penalty, 1.5 * divergence, atol=1e-4)
+
+
+def test_held_out_codes_are_drawn_from_their_distribution():
+    """So that distortion and rate are of one q, and their sum a bound."""
+    torch.manual_seed(0)
+    count = 50_000
+    model = GumbelSoftmax(codes=4, channels=2).build(3).eval()
+    features = 3 * torch.randn(1, 3, 1, 1)
+    with torch.no_grad():
+        embedded, _, _ = model(features.expand(count, -1, -1, -1), 0)
+        expected = model.project(features).flatten().double().softmax(0) * count
+        distances = torch.cdist(embedded[0].flatten(1), model.codebook)
+    assert distances.amin(1).max() < 1e-5
+    observed = torch.bincount(distances.argmin(1), minlength=4)
+    assert stats.chisquare(observed.numpy(), expected.numpy()).pvalue > 1e-4
+
+
+def test_a_relaxation_without_annealing_is_cold_at_once():
+    assert GumbelSoftmax(anneal_steps=0, beta=3.0).build(4).schedule(0) == pytest.approx((0.0625, 3.0))
 
 
 def test_a_cold_relaxation_is_one_code():

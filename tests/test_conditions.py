@@ -8,7 +8,7 @@ from scipy import stats
 
 from stage2_prior.autoregressive import AutoregressiveConfig, CascadeConfig
 from stage2_prior.conditions import Caption, ClassLabel, CoarserLevel
-from stage2_prior.heads import Categorical
+from stage2_prior.heads import Categorical, GaussianMixture
 from stage2_prior.latents import LatentDataset, LatentSpec
 from stage2_prior.sampling import CannotSample, Sampling
 from tests.parts import BACKBONES, HEADS, LEARNED, random_latents, randomized, spec_for
@@ -69,19 +69,22 @@ def test_guidance_of_codes_is_the_normalized_product():
     assert stats.chisquare(observed.numpy(), expected.numpy()).pvalue > FALSE_ALARM
 
 
-def test_the_bias_of_guided_continuous_draws_falls_with_the_candidates(monkeypatch):
+# Of one component a power is exact; the weights of the last make a product that is a density.
+@pytest.mark.parametrize(("components", "temperature", "scale", "weights"), [(3, 1.0, 0.3, 0), (1, 0.5, 0.5, 5)])
+def test_the_bias_of_guided_continuous_draws_falls_with_the_candidates(monkeypatch, components, temperature, scale, weights):
     """One position of one channel: the total variation from the exact product on a grid falls as candidates are added."""
-    torch.manual_seed(0)
-    prior = conditional("pixelcnn", "mixture", LatentSpec((1, 1, 1)))
+    config = AutoregressiveConfig(BACKBONES["pixelcnn"], GaussianMixture(components), ClassLabel())
+    prior = randomized(config.build([LatentSpec((1, 1, 1))], classes=3).double().eval(), scale, weights)
     count, w, edges = 40_000, 2.0, torch.linspace(-12, 12, 241, dtype=torch.float64)
     middles = (edges[1:] + edges[:-1]) / 2
     with torch.no_grad():
         told, untold = (prior.log_prob([middles.view(-1, 1, 1, 1)], torch.full((240,), label)) for label in (1, 3))
-        exact = ((1 + w) * told - w * untold).softmax(0)
+        exact = (((1 + w) * told - w * untold) / temperature).softmax(0)
         distance = {}
         for candidates in (1, 4, 64):
             monkeypatch.setattr("stage2_prior.heads.CANDIDATES", candidates)
-            (z,) = prior.sample(torch.arange(count), 0, Sampling(guidance=w), contexts=torch.ones(count, dtype=torch.int64))
+            how = Sampling(temperature, guidance=w)
+            (z,) = prior.sample(torch.arange(count), 0, how, contexts=torch.ones(count, dtype=torch.int64))
             share = torch.histogram(z.flatten().double(), edges).hist / count
             distance[candidates] = float((share - exact).abs().sum() / 2)
     sampling_error = float((2 * exact * (1 - exact) / (math.pi * count)).sqrt().sum() / 2)
@@ -97,6 +100,8 @@ def test_what_has_no_context_cannot_be_guided():
     captioned = AutoregressiveConfig(BACKBONES["transformer"], HEADS["mixture"], Caption(length=3)).build([LatentSpec((2, 2, 2))])
     with pytest.raises(CannotSample, match="told nothing"):
         captioned.eval().sample(torch.arange(2), 0, Sampling(guidance=1.0))
+    with pytest.raises(CannotSample, match="all the same"):
+        conditional("pixelcnn", "mixture", LatentSpec((2, 2, 2))).sample(torch.arange(2), 0, Sampling(0.0, guidance=1.0))
     with pytest.raises(CannotSample, match="guidance is 0 or more"):
         Sampling(guidance=-1)
 
@@ -117,6 +122,14 @@ SPECS = [LatentSpec((2, 2), vocabulary=3), LatentSpec((2, 4), vocabulary=4)]
 def cascade(backbone: str = "pixelcnn", scale: float = 0.4, specs=SPECS):
     config = AutoregressiveConfig(BACKBONES[backbone], Categorical(), ClassLabel())
     return randomized(CascadeConfig(config, config).build(specs, classes=2).double().eval(), scale)
+
+
+def test_levels_and_their_priors_fit():
+    level = AutoregressiveConfig(BACKBONES["pixelcnn"], Categorical())
+    with pytest.raises(ValueError, match="a prior for each"):
+        level.build(SPECS)
+    with pytest.raises(ValueError, match="told the same"):
+        CascadeConfig(AutoregressiveConfig(BACKBONES["pixelcnn"], Categorical(), ClassLabel()), level).build(SPECS, classes=2)
 
 
 @pytest.mark.parametrize("backbone", BACKBONES)
