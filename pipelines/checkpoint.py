@@ -76,7 +76,7 @@ def read_json(path: Path) -> Any:
     """Raises UserError when that is not what the file holds."""
     try:
         return json.loads(path.read_text())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} cannot be read ({error}); delete it and run train_all again, to have it made again") from error
 
 
@@ -178,15 +178,18 @@ def check(folder: Path) -> Checkpoint:
             if hashlib.sha256((folder / name).read_bytes()).hexdigest() != checksums[name]:
                 raise UserError(f"{folder / name} is truncated or altered: its checksum does not fit")
         found = Checkpoint(folder, json.loads((folder / "config.json").read_text()))
-        if not isinstance(found.step, int) or not isinstance(found.loss, float):
+        counts = (found.step, found.record.get("rewinds", 0))
+        if any(not isinstance(count, int) or count < 0 for count in counts) or not isinstance(found.loss, float):
+            raise ValueError("not a checkpoint's record")
+        if not isinstance(found.record.get("history", []), list):
             raise ValueError("not a checkpoint's record")
         return found
     except FileNotFoundError as error:
         raise UserError(f"{error.filename} is missing") from error
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         if isinstance(error, UserError):
             raise
-        raise UserError(f"{folder / CHECKSUMS} is unreadable") from error
+        raise UserError(f"{folder / CHECKSUMS}, or the record beside it, is unreadable") from error
 
 
 def usable(folder: Path) -> list[Checkpoint]:

@@ -131,6 +131,7 @@ def compare(run: Run, splits: Splits, seed: int = 0) -> tuple[dict[str, Any], Se
     metrics["images"] = count
     metrics["images_of"] = {"reference": len(splits.train), "real": "test split", "reconstruction": "test split"}
     metrics["seed"] = seed
+    metrics["weights"] = run.weights()
     metrics["features"] = space.description
     metrics["intervals"] = intervals(space.model.dimensions)
     metrics["withheld"] = judge.withheld
@@ -331,7 +332,12 @@ def main(arguments: list[str] | None = None) -> None:
     asked = tyro.cli(Arguments, prog="python -m pipelines.compare", args=arguments, console_outputs=first_process())
     if not asked.runs:
         raise UserError("name a run to compare: python -m pipelines.compare RUN [RUN …]")
+    if asked.out.suffix not in (".html", ".htm"):
+        raise UserError(f"--out is the file of a page, such as comparison.html, not {asked.out}")
     runs = [Run.open(name, asked.device) for name in asked.runs]
+    names = [run.folder.name for run in runs]
+    if len({*names}) < len(names):
+        raise UserError(f"runs on one page have names of their own, not {', '.join(names)}: rename a folder, or leave one out")
     changed = {name: value for name, value in vars(asked.metrics).items() if value is not None}
     for run in runs:
         run.config = replace(run.config, metrics=replace(run.config.metrics, **changed))

@@ -6,13 +6,12 @@ what it could only learn from hidden pixels is drawn again.
 
 from pathlib import Path
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
 from pipelines.console import UserError, nearest, say
-from pipelines.stored import read_image
+from pipelines.stored import Unreadable, read_image
 from stage1_vae.autoencoder import Autoencoder
 
 SIDES = {"top-half": (0, True), "bottom-half": (0, False), "left-half": (1, True), "right-half": (1, False)}
@@ -45,11 +44,11 @@ def known_pixels(keep: str, image_shape: tuple[int, int, int]) -> Tensor:
     if not Path(keep).is_file():
         raise UserError(f"--keep is a half or the file of a mask picture; there is no {keep!r}{nearest(keep, SIDES)}")
     try:
-        with Image.open(keep) as mask:
-            white = mask.convert("L").resize((width, height), Image.Resampling.NEAREST)
-    except (OSError, ValueError, Image.DecompressionBombError) as error:
+        # As the picture is, so that a mask of the picture's own size lies where it was drawn.
+        grey, _ = read_image(keep, max(height, width), 1, Image.Resampling.NEAREST)
+    except Unreadable as error:
         raise UserError(f"the mask {keep} cannot be read as a picture ({error})") from error
-    return torch.from_numpy(np.asarray(white) > 127)
+    return torch.from_numpy(grey > 127)[0, :height, :width]
 
 
 @torch.inference_mode()

@@ -3,7 +3,7 @@
 A preset fixes the kinds of parts; the command line overrides values. The union types of the configs are the registry.
 """
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -224,6 +224,19 @@ def preset(name: str) -> RunConfig:
     if name not in PRESETS:
         raise UserError(f"there is no preset {name!r}{nearest(name, PRESETS)}")
     return PRESETS[name][1]
+
+
+SIZES = {"width", "channels", "codes", "hidden", "positions", "features", "layers", "heads", "components", "vocabulary", "length"}
+
+
+def check_sizes(config: Any, name: str = "") -> None:
+    """Raises UserError where a part is to have no, or fewer than no, feature maps, layers and the like."""
+    for entry in fields(config):
+        value, here = getattr(config, entry.name), f"{name}.{entry.name.replace('_', '-')}".removeprefix(".")
+        if is_dataclass(value):
+            check_sizes(value, here)
+        elif entry.name in SIZES and value is not None and value < 1:
+            raise UserError(f"--{here} is a number from 1 up, not {value}")
 
 
 def converter() -> cattrs.Converter:

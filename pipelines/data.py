@@ -152,7 +152,11 @@ class TorchvisionSet:
         kind = getattr(datasets, self.name)
         try:
             return kind(self.root, train=train, download=False)
-        except RuntimeError:  # torchvision's "Dataset not found or corrupted"
+        except ValueError as error:  # of a file that was cut off as it was unpacked
+            raise UserError(f"the files of {self.name} under {self.root}/ are damaged ({error}); delete them") from error
+        except RuntimeError as error:  # torchvision's "Dataset not found or corrupted", or numbers that are too few
+            if "not found" not in str(error):
+                raise UserError(f"the files of {self.name} under {self.root}/ are damaged ({error}); delete them") from error
             say(f"downloading {self.name} to {self.root}/")
         try:
             return kind(self.root, train=train, download=True)
@@ -356,7 +360,7 @@ def readable(sets: list[ImageSet], where: str, skip: bool, in_memory: float, rep
             animated += [images.files.name(index) for index in moving]
         if animated:
             say(f"{len(animated)} images are animated; of each, the first frame is used: {some(animated)}")
-        if report is not None and (any(known) or not fits):
+        if report is not None and (any(known) or not fits or report.exists()):
             rows = [
                 {"part": number, "index": index, "file": images.files.name(index), "reason": found[index]}
                 for number, (images, found) in enumerate(zip(stored, known))

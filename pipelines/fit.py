@@ -161,10 +161,21 @@ def learning_rate(config: FitConfig, step: int) -> float:
 
 def check_config(config: FitConfig, fewest_steps: int = 1) -> None:
     """Raises UserError when a setting is out of range, or a batch does not divide into equal parts in each process."""
-    for name, least in (("steps", fewest_steps), ("batch_size", 1), ("checkpoint_steps", 1)):
+    for name, least in (
+        ("steps", fewest_steps),
+        ("batch_size", 1),
+        ("checkpoint_steps", 1),
+        ("weight_decay", 0),
+        ("warmup_steps", 0),
+    ):
         value = getattr(config, name)
-        if value < least:
+        if not value >= least:
             raise UserError(f"{name.replace('_', '-')} is a number from {least} up, not {value}")
+    for name in ("learning_rate", "gradient_clip"):
+        if not getattr(config, name) > 0:
+            raise UserError(f"{name.replace('_', '-')} is a number above 0, not {getattr(config, name)}")
+    if not 0 <= config.average_decay < 1:
+        raise UserError(f"average-decay lies from 0 up and below 1, not at {config.average_decay}")
     shares = config.microbatches * ranks.count()
     if config.microbatches < 1 or config.batch_size % shares:
         raise UserError(
@@ -457,13 +468,15 @@ class Training:
         where = f"the last good checkpoint is {last.folder}" if last else "no checkpoint was written before"
         if self.on_nan != "rewind" or last is None:
             raise UserError(
-                f"{error}; {where}. A lower learning rate may help; --on-nan skip leaves such steps out, --on-nan rewind goes"
-                " back and on with other draws."
+                f"{error}; {where}. A lower learning rate, under another --run, may help; --on-nan skip leaves such steps out,"
+                " --on-nan rewind goes back and on with other draws."
             ) from error
         rewinds = self.rewinds + 1
         step = self.restore(last)
         if rewinds > self.rewinds + REWINDS:
-            raise UserError(f"{error}, after {REWINDS} rewinds to {last.folder}, too. A lower learning rate may help.") from error
+            raise UserError(
+                f"{error}, after {REWINDS} rewinds to {last.folder}, too. A lower learning rate, under another --run, may help."
+            ) from error
         self.draw_anew(rewinds)
         self.tracker.begin(step)
         say(f"warning: {error}; rewound to {last.folder}, and on with another data order and other noise")
@@ -479,9 +492,16 @@ class Training:
         """Measure the held-out loss and write a checkpoint."""
         size = len(self.own(step)[0])  # as many as a device holds at once
         with self.average.in_use():
-            held_out = evaluate(self.fabric, self.model, self.held_out, size, self.seed)
+            try:
+                held_out = evaluate(self.fabric, self.model, self.held_out, size, self.seed)
+            except TorchDynamoException as error:
+                self.stop_compiling(error)
+                held_out = evaluate(self.fabric, self.model, self.held_out, size, self.seed)
         if not math.isfinite(held_out["loss"]):
-            raise UserError(f"{self.label}, step {step}: the held-out loss is not a number. A lower learning rate may help.")
+            raise UserError(
+                f"{self.label}, step {step}: the held-out loss is not a number. A lower learning rate, under another"
+                " --run, may help."
+            )
         self.history.append({"step": step, "train": {k: float(v) for k, v in terms.items()}, "held_out": held_out})
         self.tracker.scalars(step, "held_out", held_out)
         if not isinstance(self.fabric.strategy, ModelParallelStrategy):  # sharded weights come together for a loss only
@@ -513,15 +533,21 @@ class Training:
         with self.average.in_use():
             last.load_into(self.model)
         checkpoint.fill(self.model, raw, last.folder / "training.safetensors")
-        parameters = list(self.model.parameters())
-        state: dict[int, dict[str, Tensor]] = {}
+        parameters = {str(index): parameter for index, parameter in enumerate(self.model.parameters())}
+        found: dict[str, dict[str, Tensor]] = {}
         for key, tensor in training.items():
             if key.startswith("optimizer."):
-                _, index, name = key.split(".", 2)
-                state.setdefault(int(index), {})[name] = (
-                    tensor if name == "step" else ranks.as_split(tensor, parameters[int(index)])
-                )
+                index, _, name = key.removeprefix("optimizer.").partition(".")
+                found.setdefault(index, {})[name] = tensor
+        state: dict[int, dict[str, Tensor]] = {}
+        for index, moments in found.items():
+            shape = parameters[index].shape if index in parameters else None
+            if {name: tensor.shape for name, tensor in moments.items()} != {"step": (), "exp_avg": shape, "exp_avg_sq": shape}:
+                raise UserError(f"{last.folder / 'training.safetensors'} is of another training: optimizer.{index} does not fit")
+            state[int(index)] = {
+                name: tensor if name == "step" else ranks.as_split(tensor, parameters[index]) for name, tensor in moments.items()
+            }
         self.optimizer.load_state_dict({"state": state, "param_groups": self.optimizer.state_dict()["param_groups"]})
-        self.history = list(last.record["history"])
+        self.history = list(last.record.get("history", []))
         self.draw_anew(last.record.get("rewinds", 0))
         return last.step

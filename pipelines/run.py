@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from pipelines import checkpoint, ranks
 from pipelines.captions import CaptionTokenizer, captions_of
-from pipelines.config import RunConfig, differences, from_dict, to_dict
+from pipelines.config import RunConfig, check_sizes, differences, from_dict, to_dict
 from pipelines.console import Progress, UserError, nearest
 from pipelines.data import ImageSet, Splits
 from pipelines.fit import Precision, check_config, fabric_for, in_order, seed_of
@@ -36,7 +36,11 @@ WHEREABOUTS = (
     "data.in_memory:",
     "data.skip_unreadable:",
     "metrics.weights:",
-)  # of the same images; a run goes on under others
+    "stage1.compile:",
+    "stage2.compile:",
+    "refine.compile:",
+    "metrics.classifier.compile:",
+)  # of the same images and the same training; a run goes on under others
 
 
 def devices(device: str = "auto", precision: Precision = "float32", sharded: bool = False) -> Fabric:
@@ -58,22 +62,17 @@ class Run:
     def create(cls, folder: Path, config: RunConfig, device: str = "auto") -> "Run":
         """A new run, or one to go on with; writes nothing yet.
 
-        Raises UserError when the folder holds a run of another config, or something else.
+        Raises UserError when the folder holds a run of another config, or something else, or the config makes no sense.
         """
         path = folder / "config.json"
         if path.exists():
-            changed = differences(to_dict(read_config(path)), to_dict(config))
-            changed = [change for change in changed if not change.startswith(WHEREABOUTS)]
-            if changed:
-                raise UserError(
-                    f"{folder} holds a run of another config ({'; '.join(changed)}). Give this one another name with --run,"
-                    f" or delete {folder}."
-                )
+            refuse_another(path, config)
         elif folder.exists():
             early = [path, folder / UNREADABLE]  # what is written first; a kill may leave part of it
             if not (folder.is_dir() and {*folder.iterdir()} <= {*early, *map(checkpoint.beside, early)}):
                 raise UserError(f"{folder} is not empty and holds no run; give another name with --run")
         fabric = devices(device, config.precision)
+        check_sizes(config)
         for part in (config.stage1, config.stage2, config.refine, config.metrics.classifier):
             if part is not None:
                 check_config(part, fewest_steps=0 if part is config.stage2 else 1)
@@ -89,6 +88,7 @@ class Run:
             known = sorted(path.parent.name for path in CHECKPOINTS.glob("*/config.json"))
             hint = nearest(name, known) if known else "; train one with python -m pipelines.train_all"
             raise UserError(f"there is no run {name!r}{hint}")
+        folder = folder if folder.name not in ("", "..") else folder.resolve()
         config = read_config(folder / "config.json")
         return cls(folder, config, devices(device, config.precision))
 
@@ -138,7 +138,10 @@ class Run:
 
     def write_facts(self, splits: Splits) -> None:
         """Put down the config, and what the data set told stage 1, so that nothing else needs the data set to load a model."""
-        checkpoint.write_json(self.folder / "config.json", to_dict(self.config))
+        path = self.folder / "config.json"
+        if path.exists():  # a process that began at the same time may have been first
+            refuse_another(path, self.config)
+        checkpoint.write_json(path, to_dict(self.config))
         facts = {"image_shape": splits.image_shape, "label_names": splits.label_names, "images": splits.sizes}
         checkpoint.write_json(self.folder / FACTS, facts)
 
@@ -191,6 +194,26 @@ class Run:
             done = f"is at step {checkpoints[-1].step} of {config.steps}" if checkpoints else "has not been trained"
             raise UserError(f"{self.folder} is unfinished: {stage} {done}. Run its train_all command again.")
         return checkpoint.best(checkpoints)
+
+    def weights(self) -> dict[str, str]:
+        """The digests of the weights to use, by the phase that trained them."""
+        stages = {self.stage(part) for part in (("autoencoder", "prior") if self.learned else ("autoencoder",))}
+        return {stage: self.finished(stage).digest() for stage in sorted(stages)}
+
+    def follow(self, stage: str, before: str) -> None:
+        """Put down after which weights of an earlier phase a phase is trained. Raises UserError where it was after others."""
+        path, now = self.folder / stage / "after.json", {before: self.finished(before).digest()}
+
+        def check() -> None:
+            if not (path.is_file() and any(path.parent.glob("step-*"))):
+                checkpoint.write_json(path, now)
+            elif checkpoint.read_json(path) != now:
+                raise UserError(
+                    f"{path.parent} was trained after another {before} than the one that is there now: delete {path.parent} too,"
+                    " to train it anew"
+                )
+
+        ranks.on_first(check)
 
     # Latents
 
@@ -327,16 +350,28 @@ class Run:
         names = self.facts()["label_names"]
         # Upper or lower case; of a name like "5 - five" either half will do.
         found = [i for i, known in enumerate(names) if name.lower() in (known.lower(), *known.lower().split(" - "))]
+        found = [i for i in found if names[i] == name] or found
         if not found:
             raise UserError(f"there is no label {name!r}{nearest(name, names)}")
         return torch.tensor(found[0])
+
+
+def refuse_another(path: Path, config: RunConfig) -> None:
+    """Raises UserError where a run's config.json is of another config."""
+    changed = differences(to_dict(read_config(path)), to_dict(config))
+    changed = [change for change in changed if not change.startswith(WHEREABOUTS)]
+    if changed:
+        raise UserError(
+            f"{path.parent} holds a run of another config ({'; '.join(changed)}). Give this one another name with --run,"
+            f" or delete {path.parent}."
+        )
 
 
 def read_config(path: Path) -> RunConfig:
     """What is not in the file, because a later version added it, has its default. Raises UserError for another file."""
     try:
         return from_dict(json.loads(path.read_text()))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} cannot be read ({error}); delete {path.parent}, or mend the file") from error
 
 

@@ -172,7 +172,9 @@ class Unreadable(ValueError):
     """A file holds no image that can be read; the message says why."""
 
 
-def read_image(file: str | BinaryIO, size: int, channels: int) -> tuple[np.ndarray, bool]:
+def read_image(
+    file: str | BinaryIO, size: int, channels: int, resampling: Image.Resampling = Image.Resampling.LANCZOS
+) -> tuple[np.ndarray, bool]:
     """One image as uint8 C H W: turned upright, its shorter side resized, its centre cropped; and whether it is animated.
 
     Of an animated image this is the first frame. Raises Unreadable.
@@ -181,7 +183,7 @@ def read_image(file: str | BinaryIO, size: int, channels: int) -> tuple[np.ndarr
         with Image.open(file, formats=FORMATS) as image:
             animated = image.format != "MPO" and getattr(image, "is_animated", False)  # an MPO is a photo with its preview
             upright = eight_bit(ImageOps.exif_transpose(image)).convert("L" if channels == 1 else "RGB")
-            square = ImageOps.fit(upright, (size, size), Image.Resampling.LANCZOS)
+            square = ImageOps.fit(upright, (size, size), resampling)
     except Exception as error:  # a decoder that is fed broken bytes raises nearly anything
         raise Unreadable(str(error).splitlines()[0] if str(error) else type(error).__name__) from error
     pixels = np.asarray(square)

@@ -3,6 +3,7 @@
 The same command again goes on where it was: finished parts are skipped, an interrupted one resumes from its checkpoint.
 """
 
+import os
 import sys
 import time
 from dataclasses import dataclass
@@ -99,6 +100,7 @@ def finish(
     train, validation = (run.encode(autoencoder, getattr(splits, part), part, "stage1") for part in ("train", "validation"))
     warn_of_unused_codes(train, run.specs(autoencoder))
     if run.learned:
+        run.follow("stage2", "stage1")
         prior.estimate(train)
         # From a sharded prior, no process could sample alone.
         tracker = tracking.stage("stage2", samples if prior_fabric is fabric else lambda model: {})
@@ -106,13 +108,14 @@ def finish(
     else:
         say("stage 2: none, stage2.steps is 0")
     if config.refine is not None:
+        run.follow("refined", "stage2")
         model = TwoStage(autoencoder, prior)
         tracker = tracking.stage("refined", both)
         fit(fabric, model, *images, config.refine, config.seed, folder / "refined", "refining both", on_nan, tracker)
         run.encode(autoencoder, splits.train, "train")
     path = run.folder / "compare" / "metrics.json"
-    if ranks.on_first(path.exists):
-        metrics = read_json(path)
+    metrics = read_json(path) if ranks.on_first(path.exists) else {}
+    if metrics and metrics.get("weights", run.weights()) == run.weights():
         say("compare: finished, skipped")
     else:
         metrics, _ = compare(run, splits)
@@ -162,7 +165,9 @@ def parse(arguments: list[str]) -> tuple[str, RunConfig, Options]:
 
 def main(arguments: list[str] | None = None) -> None:
     name, config, options = parse(sys.argv[1:] if arguments is None else arguments)
-    folder = Path(name) if len(Path(name).parts) > 1 else CHECKPOINTS / name
+    if Path(name).name in ("", ".."):
+        raise UserError(f"--run names a folder for the run, which {name!r} does not")
+    folder = Path(name) if "/" in name or os.sep in name else CHECKPOINTS / name
     train_all(Run.create(folder, config, options.device), options)
 
 

@@ -179,6 +179,8 @@ class VectorQuantizedBottleneck(Codes):
         super().__init__()
         if config.codes < 2:
             raise ValueError(f"a codebook holds at least 2 codes, not {config.codes}")
+        if not 0 <= config.decay < 1:
+            raise ValueError(f"a codebook's decay lies from 0 up and below 1, not at {config.decay}")
         if config.rate_weight < 0 or config.rate_steps < 0:
             raise ValueError(f"the rate's weight and steps are at least 0, not {config.rate_weight} and {config.rate_steps}")
         self.config = config
@@ -362,6 +364,8 @@ class GumbelSoftmaxBottleneck(Codes):
 
     def __init__(self, config: GumbelSoftmax, features: int):
         super().__init__()
+        if config.final_temperature <= 0:
+            raise ValueError(f"a temperature of the relaxation lies above 0, not at {config.final_temperature}")
         if config.anneal_steps < 0:
             raise ValueError(f"the temperature falls in a number of steps from 0 up, not in {config.anneal_steps}")
         self.config = config

@@ -127,7 +127,16 @@ def test_the_weights_of_another_model_are_refused(tmp_path, tensors, says):
 
 
 @pytest.mark.parametrize(
-    "record", ["[]", "{}", '{"step": "x", "held_out": {"loss": 1.0}}', '{"step": 1, "held_out": 3}', "nonsense"]
+    "record",
+    [
+        *("[]", "{}", "nonsense", "[" * 200_000),
+        '{"step": "x", "held_out": {"loss": 1.0}}',
+        '{"step": -3, "held_out": {"loss": 1.0}}',
+        '{"step": 1, "held_out": 3}',
+        '{"step": 1, "held_out": {"loss": 1.0}, "history": 3}',
+        '{"step": 1, "held_out": {"loss": 1.0}, "rewinds": "x"}',
+    ],
+    ids=lambda record: record[:60],
 )
 def test_a_record_that_is_none_is_refused(tmp_path, record):
     sealed(tmp_path / "step-0000001", {"model.safetensors": b"", "training.safetensors": b"", "config.json": record.encode()})

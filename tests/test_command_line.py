@@ -58,6 +58,12 @@ def test_compares_again_and_generates(trained):
 BAD = [
     (["train_all", "mnits"], "mnist"),
     (["train_all", "folder"], "--data.root"),
+    (["train_all", "--run", ""], "--run names a folder"),
+    (["train_all", "--stage1.learning-rate", "-1"], "learning-rate is a number above 0"),
+    (["train_all", "--metrics.classifier.gradient-clip", "0"], "gradient-clip is a number above 0"),
+    (["train_all", "--stage2.average-decay", "1"], "average-decay lies from 0 up and below 1"),
+    (["train_all", "--prior.backbone.width", "0"], "--prior.backbone.width is a number from 1 up"),
+    (["train_all", "mnist5k-vqvae", "--autoencoder.bottleneck.decay", "-1"], "decay lies from 0 up"),
     (["train_all", "folder", "--data.root", "nowhere"], "nowhere"),
     (["train_all", "folder", "--data.root", "empty"], "holds 0 images"),
     (["train_all", "--run", "odd", "--autoencoder.network.downsample", "8"], "divisible by 8"),
@@ -75,6 +81,8 @@ BAD = [
     (["generate", "mnist5k", "--out", "x.jpg"], ".png or .npz"),
     (["generate", "mnist5k", "--device", "tpu"], "there is no device"),
     (["compare", "nothing"], "there is no run"),
+    (["compare", "mnist5k", "--out", "x.json"], "the file of a page"),
+    (["compare", "mnist5k", "checkpoints/mnist5k"], "names of their own"),
 ]
 
 

@@ -84,6 +84,22 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, monkeypatch, saves)
     assert_equal(whole, resumed)
 
 
+@pytest.mark.parametrize("change", ["no moments", "another shape", "no number", "too many"])
+def test_the_optimizer_of_another_training_is_refused(tmp_path, change):
+    train(tmp_path, dataclasses.replace(CONFIG, steps=4))
+    last = checkpoint.usable(tmp_path)[-1]
+    training = last.training()
+    if change == "no moments":
+        del training["optimizer.0.exp_avg"]
+    elif change == "another shape":
+        training["optimizer.0.exp_avg"] = training["optimizer.0.exp_avg"][:1].clone()
+    else:
+        training[f"optimizer.{'x' if change == 'no number' else 99}.step"] = torch.tensor(1.0)
+    checkpoint.save(tmp_path, last.record, last.model(), training)
+    with pytest.raises(UserError, match="training.safetensors is of another training"):
+        train(tmp_path)
+
+
 def test_a_finished_training_is_only_loaded(tmp_path, capsys):
     first, chosen = train(tmp_path)
     files = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}

@@ -1,6 +1,7 @@
 """What can be asked of generate beyond a count: labels, guidance, text, rejection, completion."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ from PIL import Image
 
 from pipelines import generate
 from pipelines.compare import compare
+from pipelines.completion import known_pixels, picture_to_complete
 from pipelines.config import preset
 from pipelines.console import UserError
 from pipelines.metrics import FIGURES
@@ -54,7 +56,7 @@ def test_a_label_by_name_and_guidance(runs, tmp_path):
 def test_text(runs, tmp_path):
     one = drawn(runs["fashion-dalle"], "--text", "a pair of 2s", tmp_path=tmp_path)
     other = drawn(runs["fashion-dalle"], "--text", "a picture of a 3", "--guidance", "3", tmp_path=tmp_path)
-    assert one.shape == other.shape == (6, 28, 28, 1)
+    assert one.shape == other.shape == (6, 28, 28, 1) and (one != other).any()
     with pytest.raises(UserError, match="takes no text; it takes a --label"):
         drawn(runs["mnist-vqvae"], "--text", "a 2", tmp_path=tmp_path)
     with pytest.raises(UserError, match="takes no label; it takes a --text"):
@@ -90,6 +92,31 @@ def test_completion_of_a_picture(runs, name, tmp_path, capsys):
         drawn(runs[name], "--complete", str(tmp_path / "in.png"), "--keep", "top-haf", tmp_path=tmp_path)
     with pytest.raises(UserError, match="cannot be read as a picture"):
         drawn(runs[name], "--complete", str(tmp_path / "nothing.png"), tmp_path=tmp_path)
+
+
+def test_a_mask_lies_where_it_was_drawn_on_the_picture(tmp_path):
+    """The same file as picture and as mask, wide, so that both are cropped."""
+    pixels = np.zeros((30, 60, 3), dtype=np.uint8)
+    pixels[:, :20] = 255
+    Image.fromarray(pixels).save(tmp_path / "both.png")
+    picture = picture_to_complete(tmp_path / "both.png", (1, 30, 30))
+    known = known_pixels(str(tmp_path / "both.png"), (1, 30, 30))
+    assert torch.equal(known, picture[0] > 127) and known.sum() == 30 * 5
+
+
+def test_a_stage_1_trained_anew_is_not_mixed_with_an_older_stage_2(tmp_path, monkeypatch):
+    config = shrunk(preset("mnist-vqvae"))
+    monkeypatch.setattr(type(config.data), "load", lambda self, report=None: small_splits((1, 28, 28), 4))
+    run = Run.create(tmp_path / "run", config, "cpu")
+    train_all(run)
+    shutil.rmtree(tmp_path / "run" / "stage1")
+    monkeypatch.setattr(type(config.data), "load", lambda self, report=None: small_splits((1, 28, 28), 4, count=260))
+    with pytest.raises(UserError, match="stage2 was trained after another stage1.*delete"):
+        train_all(run)
+    before = (tmp_path / "run/compare/metrics.json").read_text()
+    shutil.rmtree(tmp_path / "run" / "stage2")
+    train_all(run)
+    assert (tmp_path / "run/compare/metrics.json").read_text() != before
 
 
 def test_the_comparison_of_a_conditional_prior_of_codes(runs):
