@@ -59,10 +59,10 @@ BAD = [
     (["train_all", "mnits"], "mnist"),
     (["train_all", "folder"], "--data.root"),
     (["train_all", "--run", ""], "--run names a folder"),
-    (["train_all", "--stage1.learning-rate", "-1"], "learning-rate is a number above 0"),
-    (["train_all", "--metrics.classifier.gradient-clip", "0"], "gradient-clip is a number above 0"),
-    (["train_all", "--stage2.average-decay", "1"], "average-decay lies from 0 up and below 1"),
-    (["train_all", "--prior.backbone.width", "0"], "--prior.backbone.width is a number from 1 up"),
+    (["train_all", "--run", "odd", "--stage1.learning-rate", "-1"], "learning-rate is a number above 0"),
+    (["train_all", "--run", "odd", "--metrics.classifier.gradient-clip", "0"], "gradient-clip is a number above 0"),
+    (["train_all", "--run", "odd", "--stage2.average-decay", "1"], "average-decay lies from 0 up and below 1"),
+    (["train_all", "--run", "odd", "--prior.backbone.width", "0"], "--prior.backbone.width is a number from 1 up"),
     (["train_all", "mnist5k-vqvae", "--autoencoder.bottleneck.decay", "-1"], "decay lies from 0 up"),
     (["train_all", "folder", "--data.root", "nowhere"], "nowhere"),
     (["train_all", "folder", "--data.root", "empty"], "holds 0 images"),
@@ -86,7 +86,7 @@ BAD = [
 ]
 
 
-@pytest.mark.parametrize(("arguments", "says"), BAD, ids=[" ".join(arguments)[:40] for arguments, _ in BAD])
+@pytest.mark.parametrize(("arguments", "says"), BAD, ids=[" ".join(arguments)[:70] for arguments, _ in BAD])
 def test_bad_input_is_one_sentence_and_exit_code_2(trained, arguments, says):
     folder, _ = trained
     (folder / "empty").mkdir(exist_ok=True)
