@@ -178,10 +178,9 @@ def check(folder: Path) -> Checkpoint:
             if hashlib.sha256((folder / name).read_bytes()).hexdigest() != checksums[name]:
                 raise UserError(f"{folder / name} is truncated or altered: its checksum does not fit")
         found = Checkpoint(folder, json.loads((folder / "config.json").read_text()))
-        counts = (found.step, found.record.get("rewinds", 0))
-        if any(not isinstance(count, int) or count < 0 for count in counts) or not isinstance(found.loss, float):
-            raise ValueError("not a checkpoint's record")
-        if not isinstance(found.record.get("history", []), list):
+        history, counts = found.record.get("history", []), (found.step, found.record.get("rewinds", 0))
+        counted = all(isinstance(count, int) and count >= 0 for count in counts)
+        if not (counted and isinstance(history, list) and isinstance(found.loss, float)):
             raise ValueError("not a checkpoint's record")
         return found
     except FileNotFoundError as error:

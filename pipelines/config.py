@@ -230,7 +230,7 @@ SIZES = {"width", "channels", "codes", "hidden", "positions", "features", "layer
 
 
 def check_sizes(config: Any, name: str = "") -> None:
-    """Raises UserError where a part is to have no, or fewer than no, feature maps, layers and the like."""
+    """Raises UserError where a number of feature maps, layers and the like is below 1, which only some parts check themselves."""
     for entry in fields(config):
         value, here = getattr(config, entry.name), f"{name}.{entry.name.replace('_', '-')}".removeprefix(".")
         if is_dataclass(value):

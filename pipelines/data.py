@@ -152,10 +152,8 @@ class TorchvisionSet:
         kind = getattr(datasets, self.name)
         try:
             return kind(self.root, train=train, download=False)
-        except ValueError as error:  # of a file that was cut off as it was unpacked
-            raise UserError(f"the files of {self.name} under {self.root}/ are damaged ({error}); delete them") from error
-        except RuntimeError as error:  # torchvision's "Dataset not found or corrupted", or numbers that are too few
-            if "not found" not in str(error):
+        except (RuntimeError, ValueError) as error:
+            if "not found" not in str(error):  # but a file that was cut off as it was unpacked
                 raise UserError(f"the files of {self.name} under {self.root}/ are damaged ({error}); delete them") from error
             say(f"downloading {self.name} to {self.root}/")
         try:

@@ -38,6 +38,7 @@ from pipelines.console import Progress, Signals, Stopped, UserError, say, under_
 
 Precision = Literal["auto", "float32", "bfloat16"]
 OnNan = Literal["stop", "skip", "rewind"]
+REMEDY = "A lower learning rate, under another --run, may help"
 REWINDS = 3  # from one checkpoint, before it is given up
 SAVE_SECONDS = 60.0  # without a checkpoint, then one is written between two held-out evaluations
 SAVE_SHARE = 0.02  # of the time at most goes into such checkpoints: large ones are written less often
@@ -468,15 +469,13 @@ class Training:
         where = f"the last good checkpoint is {last.folder}" if last else "no checkpoint was written before"
         if self.on_nan != "rewind" or last is None:
             raise UserError(
-                f"{error}; {where}. A lower learning rate, under another --run, may help; --on-nan skip leaves such steps out,"
-                " --on-nan rewind goes back and on with other draws."
+                f"{error}; {where}. {REMEDY}; --on-nan skip leaves such steps out, --on-nan rewind goes back and on with other"
+                " draws."
             ) from error
         rewinds = self.rewinds + 1
         step = self.restore(last)
         if rewinds > self.rewinds + REWINDS:
-            raise UserError(
-                f"{error}, after {REWINDS} rewinds to {last.folder}, too. A lower learning rate, under another --run, may help."
-            ) from error
+            raise UserError(f"{error}, after {REWINDS} rewinds to {last.folder}, too. {REMEDY}.") from error
         self.draw_anew(rewinds)
         self.tracker.begin(step)
         say(f"warning: {error}; rewound to {last.folder}, and on with another data order and other noise")
@@ -488,20 +487,21 @@ class Training:
         seed = seed_of(self.seed, 2, rewinds) if rewinds else self.seed
         self.order = Order(len(self.train), self.config.batch_size, seed)
 
+    def judged(self, size: int) -> dict[str, float]:
+        """The held-out terms, of batches of a size."""
+        try:
+            return evaluate(self.fabric, self.model, self.held_out, size, self.seed)
+        except TorchDynamoException as error:
+            self.stop_compiling(error)
+            return self.judged(size)
+
     def save(self, step: int, terms: dict[str, Tensor]) -> None:
         """Measure the held-out loss and write a checkpoint."""
         size = len(self.own(step)[0])  # as many as a device holds at once
         with self.average.in_use():
-            try:
-                held_out = evaluate(self.fabric, self.model, self.held_out, size, self.seed)
-            except TorchDynamoException as error:
-                self.stop_compiling(error)
-                held_out = evaluate(self.fabric, self.model, self.held_out, size, self.seed)
+            held_out = self.judged(size)
         if not math.isfinite(held_out["loss"]):
-            raise UserError(
-                f"{self.label}, step {step}: the held-out loss is not a number. A lower learning rate, under another"
-                " --run, may help."
-            )
+            raise UserError(f"{self.label}, step {step}: the held-out loss is not a number. {REMEDY}.")
         self.history.append({"step": step, "train": {k: float(v) for k, v in terms.items()}, "held_out": held_out})
         self.tracker.scalars(step, "held_out", held_out)
         if not isinstance(self.fabric.strategy, ModelParallelStrategy):  # sharded weights come together for a loss only

@@ -177,6 +177,8 @@ def read_image(
 ) -> tuple[np.ndarray, bool]:
     """One image as uint8 C H W: turned upright, its shorter side resized, its centre cropped; and whether it is animated.
 
+    resampling: how its pixels become those of the size; NEAREST for what is black or white.
+
     Of an animated image this is the first frame. Raises Unreadable.
     """
     try:

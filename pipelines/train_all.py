@@ -114,8 +114,8 @@ def finish(
         fit(fabric, model, *images, config.refine, config.seed, folder / "refined", "refining both", on_nan, tracker)
         run.encode(autoencoder, splits.train, "train")
     path = run.folder / "compare" / "metrics.json"
-    metrics = read_json(path) if ranks.on_first(path.exists) else {}
-    if metrics and metrics.get("weights", run.weights()) == run.weights():
+    metrics, weights = read_json(path) if ranks.on_first(path.exists) else {}, run.weights()
+    if metrics and metrics.get("weights", weights) == weights:  # of an earlier version there are none
         say("compare: finished, skipped")
     else:
         metrics, _ = compare(run, splits)

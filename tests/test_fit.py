@@ -288,18 +288,21 @@ def test_a_batch_divides_into_equal_microbatches(tmp_path, microbatches, says):
         train(tmp_path, dataclasses.replace(CONFIG, microbatches=microbatches))
 
 
-@pytest.mark.parametrize("fails", [None, nn.Linear, Noisy])
+@pytest.mark.parametrize("fails", [None, nn.Linear, Noisy, "held out"])
 def test_compiling_changes_nothing_but_speed_and_is_left_out_where_it_does_not_work(tmp_path, monkeypatch, capsys, fails):
-    """By a compiler that only traces; by one that is not there, which a probe finds; and by one that fails at the model alone."""
+    """By a compiler that only traces; by one that is not there, which a probe finds; by one that fails at the model alone; and by
+    one that fails where no gradient is wanted."""
     _, plain = train(tmp_path / "plain")
     compile, compiled = nn.Module.compile, []
 
     def broken(graph, inputs):
+        if fails == "held out" and torch.is_grad_enabled():
+            return graph
         raise RuntimeError("no C++ compiler found")
 
     def traced(model):
         compiled.append(type(model))
-        compile(model, backend=broken if type(model) is fails else "eager")
+        compile(model, backend=broken if type(model) is (Noisy if fails == "held out" else fails) else "eager")
 
     monkeypatch.setattr(nn.Module, "compile", traced)
     _, chosen = train(tmp_path / "compiled", dataclasses.replace(CONFIG, compile=True))
