@@ -197,8 +197,15 @@ class BenchmarkData:
     """auto, cpu, cuda or mps"""
 
     def rows(self) -> Rows:
-        if self.images < 1000:
-            raise UserError(f"--images is a number from 1000 up, not {self.images}")
+        for name, least in (("images", 1000), ("size", 1), ("steps", 0)):
+            if getattr(self, name) < least:
+                raise UserError(f"--{name} is a number from {least} up, not {getattr(self, name)}")
+        if self.folder is not None and not self.folder.is_dir():
+            raise UserError(f"--folder is a folder that is there, not {self.folder}")
+        try:
+            preset(self.preset).autoencoder.build((self.channels, self.size, self.size))
+        except ValueError as error:
+            raise UserError(str(error)) from error
         with tempfile.TemporaryDirectory(dir=self.folder) as made:
             count = min(self.images, room_for_files(Path(made), self.size))
             if count < self.images:
@@ -210,14 +217,18 @@ class BenchmarkData:
             say(f"{self.table([row])}\ndeleting the files, which takes a while")
         return [row]
 
+    @property
+    def channels(self) -> Literal[1, 3]:
+        return 1 if self.size == DIGITS else 3
+
     def measured(self, folder: Path) -> dict[str, Any]:
         config = preset(self.preset)
         fabric = devices(self.device, config.precision)
         started, cpu = time.perf_counter(), time.process_time()
-        channels: Literal[1, 3] = 1 if self.size == DIGITS else 3
+        tars = "::".join(map(str, sorted(folder.glob("*.tar"))))
         config_of: dict[str, Folder | Shards] = {
-            "folder": Folder(folder, size=self.size, channels=channels, in_memory=0),
-            "shards": Shards("::".join(map(str, sorted(folder.glob("*.tar")))), size=self.size, channels=channels, in_memory=0),
+            "folder": Folder(folder, size=self.size, channels=self.channels, in_memory=0),
+            "shards": Shards(tars, size=self.size, channels=self.channels, in_memory=0),
         }
         splits = config_of[self.source].load()
         order = Order(len(splits.train), config.stage1.batch_size, 0)
@@ -420,8 +431,8 @@ class BenchmarkSampling:
         grids = [grid_of(grid) for grid in self.grid]
         if len(grids) != len(self.batch) or min(self.batch, default=0) < 1:
             raise UserError(f"--batch needs one number from 1 up for each of the {len(grids)} grids")
-        if min(self.threads, default=0) < 1:
-            raise UserError("--threads are numbers from 1 up")
+        if min(self.threads, default=0) < 1 or min(self.growth, default=1) < 1:
+            raise UserError("--threads and --growth are numbers from 1 up")
         rows = []
         for threads in self.threads:
             torch.set_num_threads(threads)
@@ -592,6 +603,8 @@ class BenchmarkMetrics:
     """file to write the rows to"""
 
     def rows(self) -> Rows:
+        if self.features < 1:
+            raise UserError(f"--features is a number from 1 up, not {self.features}")
         if self.images <= max(self.features, FEWEST) or self.training <= self.features:
             raise UserError("--images and --training are above --features: a covariance needs more images than features")
         torch.manual_seed(0)

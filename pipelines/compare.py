@@ -22,7 +22,7 @@ from torch import Tensor
 from pipelines import checkpoint, ranks
 from pipelines.checkpoint import write_json
 from pipelines.config import ExtractorName, to_dict
-from pipelines.console import UserError, first_process, run_command, say
+from pipelines.console import UserError, check_seed, first_process, run_command, say
 from pipelines.data import Splits
 from pipelines.generate import generate, pixel_noise
 from pipelines.likelihood import as_table, likelihood, rate_maps
@@ -332,6 +332,7 @@ def main(arguments: list[str] | None = None) -> None:
     asked = tyro.cli(Arguments, prog="python -m pipelines.compare", args=arguments, console_outputs=first_process())
     if not asked.runs:
         raise UserError("name a run to compare: python -m pipelines.compare RUN [RUN …]")
+    check_seed(asked.seed)
     if asked.out.suffix not in (".html", ".htm"):
         raise UserError(f"--out is the file of a page, such as comparison.html, not {asked.out}")
     runs = [Run.open(name, asked.device) for name in asked.runs]

@@ -69,6 +69,12 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return f"{hint} There are: {', '.join(known)}"
 
 
+def check_seed(seed: int) -> None:
+    """Raises UserError for one that torch's generators do not take."""
+    if abs(seed) >= 2**62:
+        raise UserError(f"--seed is a number below 2**62, not {seed}")
+
+
 def run_command(main: Callable[[], None]) -> None:
     """Run an entry point; a user's mistake, a full disk or a bad path is one sentence and exit code 2, a signal 128 + it."""
     try:
@@ -85,7 +91,7 @@ def run_command(main: Callable[[], None]) -> None:
         last_words(f"\n{stopped}")
         sys.exit(128 + stopped.signal)
     except KeyboardInterrupt:
-        last_words("\ninterrupted; the same command goes on from the last checkpoint")
+        last_words("\ninterrupted; nothing that was finished is lost, and the same command does the rest")
         sys.exit(130)
 
 

@@ -46,5 +46,24 @@ def test_metrics(tmp_path):
     rows = json.loads((tmp_path / "b.json").read_text())
     assert [row["part"].split(",")[0] for row in rows] == ["fd", "kid", "nearest training image"]
     assert all(row["seconds"] > 0 and row["peak_bytes"] > 0 and row["resamples"] == 100 for row in rows)
-    with pytest.raises(UserError, match="a covariance needs more images than features"):
-        benchmark.main(["metrics", "--images", "64"])
+
+
+BAD = [
+    ("metrics --images 64", "a covariance needs more images than features"),
+    ("metrics --features 0", "--features is a number from 1 up"),
+    ("data --images 10", "--images is a number from 1000 up"),
+    ("data --size 0", "--size is a number from 1 up"),
+    ("data --size 30", "divisible by 4"),
+    ("data --steps -1", "--steps is a number from 0 up"),
+    ("data --folder nowhere", "--folder is a folder that is there"),
+    ("sampling --growth 0 2", "--threads and --growth are numbers from 1 up"),
+    ("sampling --grid 8", "a grid is HxW"),
+    ("sampling --grid 8x8 --batch 1 2", "--batch needs one number"),
+    ("training --repeats 0 --preset mnist5k", "--repeats is a number from 1 up"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "says"), BAD, ids=[arguments for arguments, _ in BAD])
+def test_bad_input_is_one_sentence(arguments, says):
+    with pytest.raises(UserError, match=says):
+        benchmark.main([*arguments.split(), "--device", "cpu"] if not arguments.startswith("metrics") else arguments.split())

@@ -81,6 +81,7 @@ BAD = [
     (["generate", "mnist5k", "--out", "x.jpg"], ".png or .npz"),
     (["generate", "mnist5k", "--device", "tpu"], "there is no device"),
     (["compare", "nothing"], "there is no run"),
+    (["compare", "mnist5k", "--seed", str(2**64)], "--seed is a number below"),
     (["compare", "mnist5k", "--out", "x.json"], "the file of a page"),
     (["compare", "mnist5k", "checkpoints/mnist5k"], "names of their own"),
 ]
