@@ -31,6 +31,18 @@ def test_the_label_reaches_every_position(backbone, head):
 
 
 @pytest.mark.parametrize(("backbone", "head"), LEARNED)
+def test_every_token_of_a_caption_reaches_every_position(backbone, head):
+    spec = spec_for(head, (3, 4))
+    prior = AutoregressiveConfig(BACKBONES[backbone], HEADS[head], Caption(length=3)).build([spec])
+    randomized(prior.double().eval(), 0.3)
+    levels, _ = random_latents(1, spec)[torch.arange(1)]
+    with torch.no_grad():
+        before = prior.log_prob_by_position(levels, torch.tensor([[5, 6, 7]]))
+        for changed in ([8, 6, 7], [5, 8, 7], [5, 6, 8], [5, 6, 0], [0, 0, 0]):
+            assert (prior.log_prob_by_position(levels, torch.tensor([changed])) != before).all()
+
+
+@pytest.mark.parametrize(("backbone", "head"), LEARNED)
 def test_labels_are_forgotten_in_training_only(backbone, head):
     prior = conditional(backbone, head, spec_for(head, (2, 3)))
     levels, _ = random_latents(400, prior.spec)[torch.arange(400)]
