@@ -1,6 +1,6 @@
 """The small operations of a position in C, steps.c, where the installation found a compiler; None everywhere else.
 
-B batch, D width, K codes or mixture components, C latent channels.
+B batch, D width, L layers, K codes or mixture components, C latent channels.
 """
 
 import ctypes
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 if TYPE_CHECKING:
-    from stage2_prior.steps import Stacks
+    from stage2_prior.steps import Blocks, Stacks
 
 ROWS_A_THREAD = 16  # of a batch; for fewer, another thread costs more than it saves
 
@@ -26,7 +26,7 @@ def library() -> ctypes.CDLL | None:
     if spec is None or spec.origin is None:
         return None
     compiled = ctypes.CDLL(spec.origin)
-    if not hasattr(compiled, "draw"):
+    if not hasattr(compiled, "attention_steps"):
         warnings.warn("steps.c is newer than what was installed, so sampling is slower: pip install -e . again", stacklevel=2)
         return None
     if not compiled.runs_here():
@@ -36,7 +36,9 @@ def library() -> ctypes.CDLL | None:
     compiled.gated_row.argtypes = [number] * 7 + [address] * 7 + [number]
     compiled.gated_steps.argtypes = [number] * 5 + [address, number, address, number, number] + [address] * 3 + [number]
     compiled.draw.argtypes = [number] * 5 + [address, number] + [address] * 6 + [ctypes.c_float] + [address] * 3 + [number]
-    compiled.gated_row.restype = compiled.gated_steps.restype = compiled.draw.restype = None
+    compiled.attention_steps.argtypes = [number] * 8 + [address, number] + [address] * 9 + [number]
+    for function in (compiled.gated_row, compiled.gated_steps, compiled.draw, compiled.attention_steps):
+        function.restype = None
     return compiled
 
 
@@ -89,6 +91,29 @@ class CompiledSteps:
         self.gated_steps(
             first, last, *self.sizes, seen, self.seen_layer, inputs, self.inputs_layer, self.inputs_row, *self.weights
         )
+
+
+def compiled_blocks(blocks: "Blocks") -> "CompiledBlocks | None":
+    compiled = library_for(blocks.keys, blocks.keys.shape[2])
+    return None if compiled is None else CompiledBlocks(blocks, compiled)
+
+
+class CompiledBlocks:
+    """`step` of Blocks, on the same tensors."""
+
+    def __init__(self, blocks: "Blocks", compiled: ctypes.CDLL):
+        self.attention_steps = compiled.attention_steps
+        (_, images_heads, d, room), (_, width, inner) = blocks.keys.shape, blocks.weights.expand.shape
+        batch, threads = images_heads * d // width, threads_for(images_heads * d // width)
+        self.scratch = blocks.keys.new_empty(batch * (4 * width + inner) + threads * room)
+        self.sizes = batch, width, blocks.heads, inner, room
+        kept = blocks.keys, blocks.values, *blocks.weights, self.scratch
+        self.rest = *map(address, kept), threads
+
+    def step(self, x: Tensor, position: int, first: int, last: int) -> None:
+        """Blocks.step."""
+        assert x.stride(1) == 1
+        self.attention_steps(first, last, *self.sizes, position, x.data_ptr(), x.stride(0), *self.rest)
 
 
 def compiled_draw(hidden: nn.Linear, output: nn.Linear, count: int, batch: int) -> "CompiledDraw | None":

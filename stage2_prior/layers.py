@@ -111,24 +111,13 @@ class CausalAttention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width, bias=False)
         self.output = nn.Linear(width, width, bias=False)
 
-    def forward(self, x: Tensor, cache: Tensor | None = None) -> Tensor:
-        """B N D to B N D; position i depends on positions 0 … i. Fills the first N places of the cache, if there is one."""
+    def forward(self, x: Tensor) -> Tensor:
+        """B N D to B N D; position i depends on positions 0 … i."""
         qkv = rearrange(self.qkv(x), "b n (three heads d) -> three b heads n d", three=3, heads=self.heads)
-        if cache is not None:
-            cache[:, :, : x.shape[1]].copy_(qkv[1:].flatten(1, 2))
         return self.output(rearrange(attend(*qkv), "b heads n d -> b n (heads d)"))
 
-    def begin(self, batch: int, positions: int) -> Tensor:
-        """The cache: room for the keys and values of this many positions, 2 B·heads N d."""
-        width = self.output.in_features
-        return self.output.weight.new_zeros(2, batch * self.heads, positions, width // self.heads)
-
-    def step(self, x: Tensor, position: int, cache: Tensor) -> Tensor:
-        """One position of `forward`, B D to B D. Its key and value go to the cache, of which only the filled part is read."""
-        batch, d = len(x), cache.shape[-1]
-        qkv = self.qkv(x).view(batch, 3, self.heads, d).transpose(0, 1).flatten(1, 2)  # 3 B·heads d
-        cache[:, :, position].copy_(qkv[1:])
-        keys, values = cache[:, :, : position + 1]
-        # Two products and a softmax: on CPUs faster than the fused kernel is for a single query.
-        scores = torch.bmm(qkv[0, :, None] * d**-0.5, keys.transpose(1, 2))
-        return self.output(torch.bmm(scores.softmax(-1), values).view(batch, -1))
+    def step_weights(self) -> tuple[Tensor, Tensor]:
+        """`qkv` and `output` of BlockWeights."""
+        new, width = self.output.weight.new_full, self.output.in_features
+        scale = torch.cat([new((width,), (width // self.heads) ** -0.5), new((2 * width,), 1)])
+        return self.qkv.weight.T * scale, self.output.weight.T

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from stage2_prior.layers import CausalAttention, shift_down, shift_raster
 from stage2_prior.pixelcnn import GatedLayer
-from stage2_prior.steps import Stacks
+from stage2_prior.steps import Blocks, BlockWeights, Stacks
 
 
 @dataclass(frozen=True)
@@ -70,6 +70,12 @@ class Block(nn.Module):
         attended = self.dropout(self.attention(self.norm(tokens)))[:, -height * width :]
         return v, h + rearrange(attended, "b (h w) d -> b d h w", h=height)
 
+    def step_weights(self) -> BlockWeights:
+        """What the steps of steps.py take of the attention."""
+        norm, width = torch.stack([self.norm.weight, self.norm.bias]), self.norm.weight.numel()
+        nothing = norm.new_zeros(width, 0)
+        return BlockWeights(norm, *self.attention.step_weights(), norm, nothing, nothing.T)
+
 
 @dataclass
 class State:
@@ -77,7 +83,7 @@ class State:
 
     stacks: Stacks
     prefix_length: int
-    caches: list[Tensor]  # for each block, keys and values of the prefix and the positions so far: 2 B·heads T+N d
+    attention: Blocks
 
 
 class PixelSNAIL(nn.Module):
@@ -106,11 +112,13 @@ class PixelSNAIL(nn.Module):
     def begin(self, batch: int, grid: tuple[int, int], map: Tensor | None = None, prefix: Tensor | None = None) -> State:
         stacks = Stacks(self.layers, batch, grid, map)
         length = 0 if prefix is None else prefix.shape[1]
-        caches = [block.attention.begin(batch, length + grid[0] * grid[1]) for block in self.blocks]
-        if prefix is not None:
-            for block, cache in zip(self.blocks, caches):
-                block.attention(block.norm(prefix.to(cache.dtype)), cache)
-        return State(stacks, length, caches)
+        weights, heads = [block.step_weights() for block in self.blocks], self.blocks[0].attention.heads
+        attention = Blocks(weights, heads, batch, length + grid[0] * grid[1])
+        for place in range(length):
+            assert prefix is not None
+            for block in range(len(self.blocks)):  # every block sees the prefix itself: of what comes out, nothing is used
+                attention.step(prefix[:, place].to(stacks.row.dtype, copy=True), place, block, block + 1)
+        return State(stacks, length, attention)
 
     @torch.no_grad()
     def step(self, previous: Tensor | None, position: int, state: State) -> Tensor:
@@ -119,7 +127,7 @@ class PixelSNAIL(nn.Module):
         column = stacks.enter(previous, position)
         features = torch.add(stacks.columns[column - 1], stacks.here[column], out=stacks.places[column][0])
         layer = 0
-        for block, cache in zip(self.blocks, state.caches):
+        for number, block in enumerate(self.blocks):
             features = stacks.step(column, layer, layer := layer + len(block.layers))
-            features += block.attention.step(block.norm(features), state.prefix_length + position, cache)
+            state.attention.step(features, state.prefix_length + position, number, number + 1)
         return features

@@ -1,9 +1,10 @@
-/* One row of the vertical stack and one position of the horizontal stack of a gated PixelCNN, through all its layers, and the
-   draw of a head at a position, in float32: the same arithmetic as Stacks in steps.py and the heads in heads.py, of which it is
-   the fast form on CPUs. There, small operations at every position cost more in being called than in being computed.
+/* One row of the vertical stack and one position of the horizontal stack of a gated PixelCNN, and one position of blocks of
+   attention, each through all layers, and the draw of a head at a position, in float32: the same arithmetic as Stacks and Blocks
+   in steps.py and the heads in heads.py, of which it is the fast form on CPUs. There, small operations at every position cost
+   more in being called than in being computed.
 
    B batch, D width, L layers, w columns of the grid, a kernel of k columns and m = (k+1)/2 rows or columns of its causal half,
-   K codes or mixture components, C latent channels.
+   d features of an attention head, N positions, K codes or mixture components, C latent channels.
    Arrays are stored row after row; D is a multiple of LANES. */
 
 #include <math.h>
@@ -60,6 +61,14 @@ static void add_product(float *sums, size sums_row, const float *x, size x_row, 
         tiles(sums + column, sums_row, x, x_row, weights + column, columns, batch, inner, VECTORS);
     for (; column < columns; column += LANES)
         tiles(sums + column, sums_row, x, x_row, weights + column, columns, batch, inner, 1);
+}
+
+/* sums += x · weights for one row. */
+INLINE void tiles_of_row(float *sums, const float *x, const float *weights, size weights_row, size inner, size columns) {
+    size column = 0;
+    for (; column + VECTORS * LANES <= columns; column += VECTORS * LANES)
+        tile(sums + column, 0, x, 0, weights + column, weights_row, inner, 1, VECTORS);
+    for (; column < columns; column += LANES) tile(sums + column, 0, x, 0, weights + column, weights_row, inner, 1, 1);
 }
 
 /* tanh to the precision of float, as a ratio of two polynomials: a minimax fit that Eigen, XLA and others use. */
@@ -181,9 +190,9 @@ INLINE float exponential(float x) {
     return (p * r * r + r + 1) * power.number;
 }
 
-/* The index of a category by inverse CDF: of K logits, which are overwritten, with a uniform number. */
-static size chosen(float *logits, size count, float uniform) {
-    float most[LANES], largest = logits[0], total = 0;
+/* Logits become e to the power of each less the largest. */
+static void exponentials(float *logits, size count) {
+    float most[LANES], largest = logits[0];
     for (size lane = 0; lane < LANES; lane++) most[lane] = largest;
     size k = 0;
     for (; k + LANES <= count; k += LANES)
@@ -192,9 +201,15 @@ static size chosen(float *logits, size count, float uniform) {
     for (size lane = 0; lane < LANES; lane++) largest = most[lane] > largest ? most[lane] : largest;
     for (k = 0; k < count; k++) logits[k] = logits[k] - largest > -87 ? logits[k] - largest : -87;
     for (k = 0; k < count; k++) logits[k] = exponential(logits[k]);
-    for (k = 0; k < count; k++) logits[k] = total += logits[k];
+}
+
+/* The index of a category by inverse CDF: of K logits, which are overwritten, with a uniform number. */
+static size chosen(float *logits, size count, float uniform) {
+    float total = 0;
+    exponentials(logits, count);
+    for (size k = 0; k < count; k++) logits[k] = total += logits[k];
     int32_t below = 0;
-    for (k = 0; k + 1 < count; k++) below += !(logits[k] >= uniform * total);
+    for (size k = 0; k + 1 < count; k++) below += !(logits[k] >= uniform * total);
     return below;
 }
 
@@ -223,6 +238,109 @@ void draw(size batch, size width, size count, size columns, size channels, const
                 values[row * channels + c] = mean[c] + (expf(log_std[c]) + least_std) * normals[row * channels + c];
         }
     }
+}
+
+/* erf to the precision of float, as a ratio of two polynomials: a minimax fit that Eigen and others use. */
+INLINE float erf_ratio(float x) {
+    x = x > 4 ? 4 : x;
+    x = x < -4 ? -4 : x;
+    float y = x * x;
+    float p = -2.72614225801306e-10f;
+    p = p * y + 2.77068142495902e-08f;
+    p = p * y - 2.10102402082508e-06f;
+    p = p * y - 5.69250639462346e-05f;
+    p = p * y - 7.34990630326855e-04f;
+    p = p * y - 2.95459980854025e-03f;
+    p = p * y - 1.60960333262415e-02f;
+    float q = -1.45660718464996e-05f;
+    q = q * y - 2.13374055278905e-04f;
+    q = q * y - 1.68282697438203e-03f;
+    q = q * y - 7.37332916720468e-03f;
+    q = q * y - 1.42647390514189e-02f;
+    return x * p / q;
+}
+
+INLINE float sum_of(vector terms) {
+    float sum = 0;
+    for (size lane = 0; lane < LANES; lane++) sum += terms[lane];
+    return sum;
+}
+
+/* Layer normalization of D numbers; weights, 2 D, are its scale and its shift. */
+static void normalize(float *out, const float *x, const float *weights, size width) {
+    vector sum = {0}, squares = {0};
+    for (size i = 0; i < width; i += LANES) sum += *(const vector *)(x + i);
+    const float mean = sum_of(sum) / width;
+    for (size i = 0; i < width; i += LANES) {
+        vector apart = *(const vector *)(x + i) - mean;
+        squares += apart * apart;
+    }
+    const float scale = 1 / sqrtf(sum_of(squares) / width + 1e-5f);
+    for (size i = 0; i < width; i++) out[i] = (x[i] - mean) * scale * weights[i] + weights[width + i];
+}
+
+/* Attention of one position of one image: takes its key and value in, and reads those so far.
+
+   qkv, 3D, its query, scaled, key and value; keys, heads d room; values, heads room d; out, D; scores, room. */
+static void attend(size heads, size d, size position, size room, const float *qkv, float *keys, float *values, float *out,
+                   float *scores) {
+    const size count = position + 1, whole = (count + LANES - 1) / LANES * LANES;
+    for (size head = 0; head < heads; head++, qkv += d, keys += d * room, values += d * room, out += d) {
+        const float *key = qkv + heads * d, *value = key + heads * d;
+        for (size i = 0; i < d; i++) keys[i * room + position] = key[i];
+        copy(values + position * d, value, d);
+        for (size p = 0; p < whole; p++) scores[p] = 0;
+        tiles_of_row(scores, qkv, keys, room, d, whole);
+        exponentials(scores, count);
+        vector sum = {0};
+        for (size p = count; p < whole; p++) scores[p] = 0;
+        for (size p = 0; p < whole; p += LANES) sum += *(const vector *)(scores + p);
+        const float share = 1 / sum_of(sum);
+        for (size i = 0; i < d; i++) out[i] = 0;
+        tiles_of_row(out, scores, values, d, count, d);
+        for (size i = 0; i < d; i++) out[i] *= share;
+    }
+}
+
+/* Blocks first … last-1 of attention, and of what follows it, at one position, for some rows of a batch; arguments as below. */
+static void blocks_of_rows(size first, size last, size rows, size batch, size width, size heads, size inner, size room,
+                           size position, float *x, size x_row, float *keys, float *values, const float *norm, const float *qkv,
+                           const float *output, const float *inner_norm, const float *expand, const float *contract,
+                           float *scratch) {
+    const size cache = room * width;
+    float *normed = scratch, *wide = normed + rows * width, *scores = wide + rows * (3 * width + inner);
+    for (size layer = first; layer < last; layer++) {
+        for (size row = 0; row < rows; row++) normalize(normed + row * width, x + row * x_row, norm + layer * 2 * width, width);
+        for (size i = 0; i < rows * 3 * width; i++) wide[i] = 0;
+        add_product(wide, 3 * width, normed, width, qkv + layer * 3 * width * width, rows, width, 3 * width);
+        for (size row = 0; row < rows; row++)
+            attend(heads, width / heads, position, room, wide + row * 3 * width, keys + (layer * batch + row) * cache,
+                   values + (layer * batch + row) * cache, normed + row * width, scores);
+        add_product(x, x_row, normed, width, output + layer * width * width, rows, width, width);
+        if (!inner) continue;
+        for (size row = 0; row < rows; row++)
+            normalize(normed + row * width, x + row * x_row, inner_norm + layer * 2 * width, width);
+        for (size i = 0; i < rows * inner; i++) wide[i] = 0;
+        add_product(wide, inner, normed, width, expand + layer * width * inner, rows, width, inner);
+        for (size i = 0; i < rows * inner; i++) wide[i] = 0.5f * wide[i] * (1 + erf_ratio(wide[i] * 0.70710678118654752f));
+        add_product(x, x_row, wide, inner, contract + layer * inner * width, rows, inner, width);
+    }
+}
+
+/* The same for a batch, in as many parts as there are threads.
+
+   x, B D, is overwritten; keys, L B heads d room, and values, L B heads room d, of `room` positions, a multiple of LANES. The
+   weights of all layers: norm, 2 D; qkv, D 3D; output, D D; and of the two layers with a GELU between that follow where `inner`,
+   their features, is not 0: inner_norm, 2 D; expand, D inner; contract, inner D. scratch, B 4D+inner, and room for each thread. */
+void attention_steps(size first, size last, size batch, size width, size heads, size inner, size room, size position, float *x,
+                     size x_row, float *keys, float *values, const float *norm, const float *qkv, const float *output,
+                     const float *inner_norm, const float *expand, const float *contract, float *scratch, size threads) {
+    const size rows = rows_a_thread(batch, threads);
+#pragma omp parallel for num_threads((int)threads) if (threads > 1)
+    for (size row = 0; row < batch; row += rows)
+        blocks_of_rows(first, last, row + rows < batch ? rows : batch - row, batch, width, heads, inner, room, position,
+                       x + row * x_row, x_row, keys + row * room * width, values + row * room * width, norm, qkv, output,
+                       inner_norm, expand, contract, scratch + row * (4 * width + inner) + row / rows * room);
 }
 
 const int lanes = LANES, block = BLOCK; /* for the callers */

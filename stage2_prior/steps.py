@@ -1,6 +1,7 @@
-"""Gated layers position by position: the vertical stack a row at a time, the horizontal stack a position at a time.
+"""Layers position by position: of gated layers, the vertical stack a row at a time and the horizontal stack a position at a time;
+of blocks of attention, a position against the keys and values of those before.
 
-B batch, D width, L layers, h×w grid, k kernel size, m = (k+1)/2 the kernel's causal half.
+B batch, D width, L layers, h×w grid, k kernel size, m = (k+1)/2 the kernel's causal half, d features of an attention head.
 
 What is kept lies so that everything is a matrix product. On CPUs these are small, and calling torch's operations costs more than
 computing them; so where the installation found a C compiler, compiled.py takes a row or a position through all layers at once.
@@ -11,11 +12,14 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from einops import rearrange
 from torch import Tensor
+from torch.nn import functional as F
 
-from stage2_prior.compiled import compiled_steps
+from stage2_prior.compiled import compiled_blocks, compiled_steps
 
 if TYPE_CHECKING:
     from stage2_prior.pixelcnn import GatedLayer
+
+WHOLE = 16  # room for keys and values comes in so many positions: whole vectors of steps.c
 
 
 class StepWeights(NamedTuple):
@@ -107,3 +111,51 @@ class Stacks:
             torch.addcmul(t, s, t, value=-2, out=self.gated)
             torch.addmm(places[layer], self.gated, self.weights.output[layer], out=places[layer + 1])
         return places[last]
+
+
+class BlockWeights(NamedTuple):
+    """The weights of a block of attention as matrices, of all blocks with an axis before.
+
+    x + output(attention(norm(x))) is followed by two layers with a GELU between, x + contract(GELU(expand(norm(x)))), of E
+    features between; E is 0 where nothing follows. Queries are scaled by their weights.
+    """
+
+    norm: Tensor  # scale and shift: 2 D
+    qkv: Tensor  # D 3D
+    output: Tensor  # D D
+    inner_norm: Tensor  # 2 D
+    expand: Tensor  # D E
+    contract: Tensor  # E D
+
+
+class Blocks:
+    """A sequence of L blocks of attention, position by position: the keys and values of N positions that they keep."""
+
+    def __init__(self, weights: list[BlockWeights], heads: int, batch: int, positions: int):
+        self.weights, self.heads = BlockWeights(*(torch.stack(kind).contiguous() for kind in zip(*weights))), heads
+        layers, _, width = self.weights.norm.shape
+        room, new = positions + -positions % WHOLE, self.weights.norm.new_zeros
+        self.keys, self.values = (
+            new(layers, batch * heads, width // heads, room),
+            new(layers, batch * heads, room, width // heads),
+        )
+        self.layers = list(zip(*self.weights, self.keys, self.values))
+        self.compiled = compiled_blocks(self)
+
+    def step(self, x: Tensor, position: int, first: int = 0, last: int | None = None) -> Tensor:
+        """Blocks first … last-1 at one position, B D, in place: takes its keys and values in, and reads those so far."""
+        last = len(self.layers) if last is None else last
+        if self.compiled is not None:
+            self.compiled.step(x, position, first, last)
+            return x
+        width = x.shape[1]
+        for norm, qkv, output, inner_norm, expand, contract, keys, values in self.layers[first:last]:
+            projected = F.layer_norm(x, (width,), *norm) @ qkv
+            query, key, value = rearrange(projected, "b (three heads d) -> three (b heads) d", three=3, heads=self.heads)
+            keys[:, :, position], values[:, position] = key, value
+            # Two products and a softmax: on CPUs faster than the fused kernel is for a single query.
+            scores = torch.bmm(query[:, None], keys[:, :, : position + 1]).softmax(-1)
+            x += torch.bmm(scores, values[:, : position + 1]).view(-1, width) @ output
+            if len(contract):
+                x += F.gelu(F.layer_norm(x, (width,), *inner_norm) @ expand) @ contract
+        return x

@@ -12,7 +12,7 @@ is not used.
 
 Where we deviate from GPT-2: linear layers have no biases; dropout only on what is added to the residual stream.
 
-To sample, `begin` runs the prefix through at once, and `step` one position, against the keys and values kept so far.
+To sample, `step` runs one position through, against the keys and values kept so far (steps.py); `begin` does so with the prefix.
 """
 
 from dataclasses import dataclass
@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from stage2_prior.layers import CausalAttention, shift_raster
+from stage2_prior.steps import Blocks, BlockWeights
 
 
 @dataclass(frozen=True)
@@ -52,19 +53,15 @@ class Block(nn.Module):
         self.contract = nn.Linear(4 * width, width, bias=False)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x: Tensor, cache: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         """B N D to B N D."""
-        x = x + self.dropout(self.attention(self.attention_norm(x), cache))
-        return x + self.dropout(self.mlp(x))
+        x = x + self.dropout(self.attention(self.attention_norm(x)))
+        return x + self.dropout(self.contract(F.gelu(self.expand(self.mlp_norm(x)))))
 
-    def mlp(self, x: Tensor) -> Tensor:
-        return self.contract(F.gelu(self.expand(self.mlp_norm(x))))
-
-    def step(self, x: Tensor, position: int, cache: Tensor) -> Tensor:
-        """One position of `forward`, B D to B D, in place."""
-        x += self.attention.step(self.attention_norm(x), position, cache)
-        x += self.mlp(x)
-        return x
+    def step_weights(self) -> BlockWeights:
+        """What the steps of steps.py take of this block."""
+        norm, inner_norm = (torch.stack([norm.weight, norm.bias]) for norm in (self.attention_norm, self.mlp_norm))
+        return BlockWeights(norm, *self.attention.step_weights(), inner_norm, self.expand.weight.T, self.contract.weight.T)
 
 
 @dataclass
@@ -74,7 +71,7 @@ class State:
     start: Tensor  # the input before the first: zeros, B D
     map: list[Tensor]  # for each position, B D or 1 D
     prefix_length: int
-    caches: list[Tensor]  # for each block, keys and values of the prefix and the positions so far: 2 B·heads T+N d
+    blocks: Blocks
 
 
 class Transformer(nn.Module):
@@ -111,18 +108,15 @@ class Transformer(nn.Module):
         start = self.norm.weight.new_zeros(batch, self.width)
         map = start.new_zeros(1, self.width, *grid) if map is None else map.to(start.dtype)
         length = 0 if prefix is None else prefix.shape[1]
-        caches = [block.attention.begin(batch, length + grid[0] * grid[1]) for block in self.blocks]
-        if prefix is not None:
-            x = prefix.to(start.dtype)
-            for block, cache in zip(self.blocks, caches):
-                x = block(x, cache)
-        return State(start, list(rearrange(map, "b d h w -> (h w) b d").contiguous()), length, caches)
+        weights = [block.step_weights() for block in self.blocks]
+        blocks = Blocks(weights, self.blocks[0].attention.heads, batch, length + grid[0] * grid[1])
+        for place in range(length):
+            assert prefix is not None
+            blocks.step(prefix[:, place].to(start.dtype, copy=True), place)
+        return State(start, list(rearrange(map, "b d h w -> (h w) b d").contiguous()), length, blocks)
 
     @torch.no_grad()
     def step(self, previous: Tensor | None, position: int, state: State) -> Tensor:
         """Position `position` of `forward`, B D."""
         before = state.start if previous is None else previous.to(state.start.dtype)
-        x = before + state.map[position]
-        for block, cache in zip(self.blocks, state.caches):
-            x = block.step(x, state.prefix_length + position, cache)
-        return self.norm(x)
+        return self.norm(state.blocks.step(before + state.map[position], state.prefix_length + position))

@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from stage2_prior import compiled, steps
-from stage2_prior.layers import CausalAttention, attend
+from stage2_prior.layers import attend
 from stage2_prior.pixelcnn import PixelCNNConfig
 from stage2_prior.pixelsnail import PixelSNAILConfig
+from stage2_prior.transformer import TransformerConfig
 from tests.parts import BACKBONES, jacobian, randomized
 
 GRIDS = [(4, 4), (3, 5), (1, 6), (5, 2)]
@@ -114,24 +115,33 @@ def compared(backbone, inputs, **known) -> tuple[float, float]:
         PixelCNNConfig(width=16, layers=3, kernel=5),
         PixelCNNConfig(width=48, layers=2, kernel=3),
         PixelSNAILConfig(width=32, blocks=2, layers=2, heads=2),
+        TransformerConfig(width=48, layers=3, heads=3),
+        TransformerConfig(width=80, layers=2, heads=1),
     ],
 )
 def test_compiled_steps_equal_forward_and_the_steps_without_them(config, grid, batch, threads, monkeypatch):
     """Widths that do and do not fill the tiles of steps.c, batches likewise, in float32."""
     backbone = randomized(config.build().eval(), scale=0.15)
-    inputs, map, _ = example(backbone, grid, batch)
+    inputs, map, prefix = example(backbone, grid, batch)
+    known = {"map": map, "prefix": prefix}
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        assert compiled.library() is None or steps.Stacks(backbone.layers, batch, grid, map).compiled is not None
-        difference, largest = compared(backbone, inputs, map=map)
+        assert compiled.library() is None or None not in compiled_parts(backbone.begin(batch, grid, **known))
+        difference, largest = compared(backbone, inputs, **known)
         assert difference <= 1e-5 * largest
         monkeypatch.setattr(compiled, "library", lambda: None)
-        assert steps.Stacks(backbone.layers, batch, grid, map).compiled is None
-        difference, largest = compared(backbone, inputs, map=map)
+        assert {*compiled_parts(backbone.begin(batch, grid, **known))} == {None}
+        difference, largest = compared(backbone, inputs, **known)
         assert difference <= 1e-5 * largest
     finally:
         torch.set_num_threads(before)
+
+
+def compiled_parts(state) -> list:
+    """What of a backbone's steps is in C, None for a part that is not."""
+    parts = [state, *vars(state).values()]
+    return [part.compiled for part in parts if isinstance(part, (steps.Stacks, steps.Blocks))]
 
 
 def test_the_compiled_gate_is_exact_at_both_ends():
@@ -190,13 +200,21 @@ def test_every_parameter_receives_a_gradient(name):
     assert without == []
 
 
-def test_attention_reads_only_what_has_been_written():
-    attention = randomized(CausalAttention(6, heads=2).double())
-    x = torch.randn(3, 5, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    cache = attention.begin(3, 5).fill_(torch.nan)
+@pytest.mark.parametrize(("width", "dtype", "tolerance"), [(6, torch.float64, 1e-12), (32, torch.float32, 1e-5)])
+def test_attention_reads_only_what_has_been_written(width, dtype, tolerance):
+    """In torch's operations, and in C where it is compiled."""
+    backbone = randomized(TransformerConfig(width=width, layers=2, heads=2).build(), scale=0.2).to(dtype)
+    inputs, map, _ = example(backbone, (4, 5))
+    state = backbone.begin(3, (4, 5), map)
+    state.blocks.keys.fill_(torch.nan)
+    state.blocks.values.fill_(torch.nan)
     with torch.no_grad():
-        steps = [attention(x[:, :2], cache), *(attention.step(x[:, i], i, cache)[:, None] for i in range(2, 5))]
-        assert torch.allclose(torch.cat(steps, 1), attention(x), rtol=1e-12, atol=1e-12)
+        whole = backbone(inputs, map)
+    previous = None
+    for position, (r, c) in enumerate(raster((4, 5))):
+        step = backbone.step(previous, position, state)
+        assert torch.allclose(step, whole[:, :, r, c], rtol=tolerance, atol=tolerance * float(whole.abs().max()))
+        previous = inputs[:, :, r, c]
 
 
 def test_attention_in_bfloat16_is_that_of_float32():
