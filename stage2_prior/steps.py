@@ -134,11 +134,8 @@ class Blocks:
     def __init__(self, weights: list[BlockWeights], heads: int, batch: int, positions: int):
         self.weights, self.heads = BlockWeights(*(torch.stack(kind).contiguous() for kind in zip(*weights))), heads
         layers, _, width = self.weights.norm.shape
-        room, new = positions + -positions % WHOLE, self.weights.norm.new_zeros
-        self.keys, self.values = (
-            new(layers, batch * heads, width // heads, room),
-            new(layers, batch * heads, room, width // heads),
-        )
+        d, room, new = width // heads, positions + -positions % WHOLE, self.weights.norm.new_zeros
+        self.keys, self.values = new(layers, batch * heads, d, room), new(layers, batch * heads, room, d)
         self.layers = list(zip(*self.weights, self.keys, self.values))
         self.compiled = compiled_blocks(self)
 

@@ -144,9 +144,10 @@ def compiled_parts(state) -> list:
     return [part.compiled for part in parts if isinstance(part, (steps.Stacks, steps.Blocks))]
 
 
-def test_the_compiled_gate_is_exact_at_both_ends():
-    """Inputs far beyond where tanh and the sigmoid are flat, in every layer."""
-    backbone = randomized(PixelCNNConfig(width=16, layers=2).build().eval(), scale=5.0)
+@pytest.mark.parametrize("config", [PixelCNNConfig(width=16, layers=2), TransformerConfig(width=32, layers=2, heads=2)])
+def test_compiled_steps_are_exact_at_both_ends(config):
+    """Inputs far beyond where tanh, the sigmoid and erf are flat, and where attention goes to one position, in every layer."""
+    backbone = randomized(config.build().eval(), scale=5.0)
     inputs, map, _ = example(backbone, (3, 4))
     difference, largest = compared(backbone, 30 * inputs, map=map)
     assert difference <= 1e-5 * largest
