@@ -37,7 +37,7 @@ COMMON = f"--run run --data.root data --metrics.images 80 --device cpu --tracker
 PRESETS = {
     "mnist": "",
     "mnist-binary": FIT.format("refine"),
-    "mnist-vqvae": "--autoencoder.bottleneck.codes 16",
+    "mnist-vqvae": "--autoencoder.bottleneck.codes 16 --stage1.no-compile --stage2.no-compile",
     "fashion-dalle": "--autoencoder.bottleneck.codes 16 --prior.condition.vocabulary 300",
 }
 AGAIN = 0.3  # chance that a run that was killed is killed once more
