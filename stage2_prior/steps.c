@@ -23,6 +23,7 @@ enum { LANES = 16, ROWS = 4, VECTORS = 4 };
 #else
 enum { LANES = 16, ROWS = 4, VECTORS = 1 };
 #endif
+enum { SUMS = 4 };
 enum { BLOCK = 32 }; /* rows whose sums, with the weights of a tile, stay in the first-level cache */
 #define INLINE static inline __attribute__((always_inline))
 
@@ -61,14 +62,6 @@ static void add_product(float *sums, size sums_row, const float *x, size x_row, 
         tiles(sums + column, sums_row, x, x_row, weights + column, columns, batch, inner, VECTORS);
     for (; column < columns; column += LANES)
         tiles(sums + column, sums_row, x, x_row, weights + column, columns, batch, inner, 1);
-}
-
-/* sums += x · weights for one row. */
-INLINE void tiles_of_row(float *sums, const float *x, const float *weights, size weights_row, size inner, size columns) {
-    size column = 0;
-    for (; column + VECTORS * LANES <= columns; column += VECTORS * LANES)
-        tile(sums + column, 0, x, 0, weights + column, weights_row, inner, 1, VECTORS);
-    for (; column < columns; column += LANES) tile(sums + column, 0, x, 0, weights + column, weights_row, inner, 1, 1);
 }
 
 /* tanh to the precision of float, as a ratio of two polynomials: a minimax fit that Eigen, XLA and others use. */
@@ -279,26 +272,36 @@ static void normalize(float *out, const float *x, const float *weights, size wid
     for (size i = 0; i < width; i++) out[i] = (x[i] - mean) * scale * weights[i] + weights[width + i];
 }
 
+/* The sum of `count` vectors, `stride` numbers apart, times a number each: several sums, for none to wait for the one before. */
+INLINE vector weighted(const float *shares, const float *vectors, size stride, size count) {
+    vector sums[SUMS] = {{0}};
+    size i = 0;
+    for (; i + SUMS <= count; i += SUMS)
+        for (size n = 0; n < SUMS; n++) sums[n] += shares[i + n] * *(const vector *)(vectors + (i + n) * stride);
+    for (; i < count; i++) sums[0] += shares[i] * *(const vector *)(vectors + i * stride);
+    for (size n = 1; n < SUMS; n++) sums[0] += sums[n];
+    return sums[0];
+}
+
 /* Attention of one position of one image: takes its key and value in, and reads those so far.
 
-   qkv, 3D, its query, scaled, key and value; keys, heads d room; values, heads room d; out, D; scores, room. */
+   qkv, 3D, its query, scaled, key and value; out, D; scores, room. keys, heads room/LANES d LANES: those of LANES positions lie
+   together, feature after feature; values, heads room d. */
 static void attend(size heads, size d, size position, size room, const float *qkv, float *keys, float *values, float *out,
                    float *scores) {
     const size count = position + 1, whole = (count + LANES - 1) / LANES * LANES;
     for (size head = 0; head < heads; head++, qkv += d, keys += d * room, values += d * room, out += d) {
         const float *key = qkv + heads * d, *value = key + heads * d;
-        for (size i = 0; i < d; i++) keys[i * room + position] = key[i];
+        float *place = keys + position / LANES * LANES * d + position % LANES;
+        for (size i = 0; i < d; i++) place[i * LANES] = key[i];
         copy(values + position * d, value, d);
-        for (size p = 0; p < whole; p++) scores[p] = 0;
-        tiles_of_row(scores, qkv, keys, room, d, whole);
+        for (size p = 0; p < whole; p += LANES) *(vector *)(scores + p) = weighted(qkv, keys + p * d, LANES, d);
         exponentials(scores, count);
-        vector sum = {0};
         for (size p = count; p < whole; p++) scores[p] = 0;
+        vector sum = {0};
         for (size p = 0; p < whole; p += LANES) sum += *(const vector *)(scores + p);
         const float share = 1 / sum_of(sum);
-        for (size i = 0; i < d; i++) out[i] = 0;
-        tiles_of_row(out, scores, values, d, count, d);
-        for (size i = 0; i < d; i++) out[i] *= share;
+        for (size i = 0; i < d; i += LANES) *(vector *)(out + i) = share * weighted(scores, values + i, d, count);
     }
 }
 
@@ -329,7 +332,7 @@ static void blocks_of_rows(size first, size last, size rows, size batch, size wi
 
 /* The same for a batch, in as many parts as there are threads.
 
-   x, B D, is overwritten; keys, L B heads d room, and values, L B heads room d, of `room` positions, a multiple of LANES. The
+   x, B D, is overwritten; keys and values, L B heads · d · room, as `attend` has them, of `room` positions, a multiple of LANES. The
    weights of all layers: norm, 2 D; qkv, D 3D; output, D D; and of the two layers with a GELU between that follow where `inner`,
    their features, is not 0: inner_norm, 2 D; expand, D inner; contract, inner D. scratch, B 4D+inner, and room for each thread. */
 void attention_steps(size first, size last, size batch, size width, size heads, size inner, size room, size position, float *x,
