@@ -99,7 +99,7 @@ def compiled_blocks(blocks: "Blocks") -> "CompiledBlocks | None":
 
 
 class CompiledBlocks:
-    """`step` of Blocks, on the same tensors."""
+    """`step` of Blocks, on the same tensors; the keys of a head lie in them in an order of its own."""
 
     def __init__(self, blocks: "Blocks", compiled: ctypes.CDLL):
         self.attention_steps = compiled.attention_steps
