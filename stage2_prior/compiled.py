@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from stage2_prior.steps import Blocks, Stacks
 
 ROWS_A_THREAD = 16  # of a batch; for fewer, another thread costs more than it saves
+BLOCK_ROWS_A_THREAD = 8  # of blocks of attention, which do more for a row
 
 
 @cache
@@ -54,8 +55,8 @@ def lanes(compiled: ctypes.CDLL) -> int:
     return ctypes.c_int.in_dll(compiled, "lanes").value
 
 
-def threads_for(batch: int) -> int:
-    return min(torch.get_num_threads(), -(-batch // ROWS_A_THREAD))
+def threads_for(batch: int, rows: int = ROWS_A_THREAD) -> int:
+    return min(torch.get_num_threads(), -(-batch // rows))
 
 
 def compiled_steps(stacks: "Stacks") -> "CompiledSteps | None":
@@ -104,7 +105,8 @@ class CompiledBlocks:
     def __init__(self, blocks: "Blocks", compiled: ctypes.CDLL):
         self.attention_steps = compiled.attention_steps
         (_, images_heads, d, room), (_, width, inner) = blocks.keys.shape, blocks.weights.expand.shape
-        batch, threads = images_heads * d // width, threads_for(images_heads * d // width)
+        batch = images_heads * d // width
+        threads = threads_for(batch, BLOCK_ROWS_A_THREAD)
         self.scratch = blocks.keys.new_empty(batch * (4 * width + inner) + threads * room)
         self.sizes = batch, width, blocks.heads, inner, room
         kept = blocks.keys, blocks.values, *blocks.weights, self.scratch
