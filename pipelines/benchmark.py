@@ -32,7 +32,7 @@ from torch import Tensor
 
 from pipelines.checkpoint import write_json
 from pipelines.config import RunConfig, preset
-from pipelines.console import Progress, UserError, nearest, run_command, say
+from pipelines.console import Progress, UserError, check_least, nearest, run_command, say
 from pipelines.data import EmbeddedDigits, Folder, ImageSet, Shards, Splits
 from pipelines.fit import FitConfig, Order, Source, Training
 from pipelines.generate import generate
@@ -197,9 +197,7 @@ class BenchmarkData:
     """auto, cpu, cuda or mps"""
 
     def rows(self) -> Rows:
-        for name, least in (("images", 1000), ("size", 1), ("steps", 0)):
-            if getattr(self, name) < least:
-                raise UserError(f"--{name} is a number from {least} up, not {getattr(self, name)}")
+        check_least(self, images=1000, size=1, steps=0)
         if self.folder is not None and not self.folder.is_dir():
             raise UserError(f"--folder is a folder that is there, not {self.folder}")
         try:
@@ -603,8 +601,7 @@ class BenchmarkMetrics:
     """file to write the rows to"""
 
     def rows(self) -> Rows:
-        if self.features < 1:
-            raise UserError(f"--features is a number from 1 up, not {self.features}")
+        check_least(self, features=1)
         if self.images <= max(self.features, FEWEST) or self.training <= self.features:
             raise UserError("--images and --training are above --features: a covariance needs more images than features")
         torch.manual_seed(0)

@@ -69,6 +69,13 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return f"{hint} There are: {', '.join(known)}"
 
 
+def check_least(asked: object, **least: int) -> None:
+    """Raises UserError where a setting of a command, by its name, is below the least that makes sense."""
+    for name, bound in least.items():
+        if getattr(asked, name) < bound:
+            raise UserError(f"--{name} is a number from {bound} up, not {getattr(asked, name)}")
+
+
 def check_seed(seed: int) -> None:
     """Raises UserError for one that torch's generators do not take."""
     if abs(seed) >= 2**62:

@@ -26,7 +26,18 @@ import tyro
 from torch import Tensor
 
 from pipelines import checkpoint, ranks
-from pipelines.console import Progress, Signals, Stopped, UserError, check_seed, first_process, nearest, run_command, say
+from pipelines.console import (
+    Progress,
+    Signals,
+    Stopped,
+    UserError,
+    check_least,
+    check_seed,
+    first_process,
+    nearest,
+    run_command,
+    say,
+)
 from pipelines.data import Splits
 from pipelines.fit import seed_of
 from pipelines.page import Row, Table
@@ -387,9 +398,7 @@ class Arguments:
     """auto, cpu, cuda or mps"""
 
     def check(self) -> None:
-        for name, least in (("samples", 1), ("images", 1), ("naive", 0)):
-            if getattr(self, name) < least:
-                raise UserError(f"--{name} is a number from {least} up, not {getattr(self, name)}")
+        check_least(self, samples=1, images=1, naive=0)
         check_seed(self.seed)
 
 

@@ -111,14 +111,13 @@ class PixelSNAIL(nn.Module):
     @torch.no_grad()
     def begin(self, batch: int, grid: tuple[int, int], map: Tensor | None = None, prefix: Tensor | None = None) -> State:
         stacks = Stacks(self.layers, batch, grid, map)
-        length = 0 if prefix is None else prefix.shape[1]
+        tokens = () if prefix is None else prefix.unbind(1)
         weights, heads = [block.step_weights() for block in self.blocks], self.blocks[0].attention.heads
-        attention = Blocks(weights, heads, batch, length + grid[0] * grid[1])
-        for place in range(length):
-            assert prefix is not None
+        attention = Blocks(weights, heads, batch, len(tokens) + grid[0] * grid[1])
+        for place, token in enumerate(tokens):
             for block in range(len(self.blocks)):  # every block sees the prefix itself: of what comes out, nothing is used
-                attention.step(prefix[:, place].to(stacks.row.dtype, copy=True), place, block, block + 1)
-        return State(stacks, length, attention)
+                attention.step(token.to(stacks.row.dtype, copy=True), place, block, block + 1)
+        return State(stacks, len(tokens), attention)
 
     @torch.no_grad()
     def step(self, previous: Tensor | None, position: int, state: State) -> Tensor:

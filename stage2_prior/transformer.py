@@ -107,13 +107,12 @@ class Transformer(nn.Module):
     def begin(self, batch: int, grid: tuple[int, int], map: Tensor | None = None, prefix: Tensor | None = None) -> State:
         start = self.norm.weight.new_zeros(batch, self.width)
         map = start.new_zeros(1, self.width, *grid) if map is None else map.to(start.dtype)
-        length = 0 if prefix is None else prefix.shape[1]
+        tokens = () if prefix is None else prefix.unbind(1)
         weights = [block.step_weights() for block in self.blocks]
-        blocks = Blocks(weights, self.blocks[0].attention.heads, batch, length + grid[0] * grid[1])
-        for place in range(length):
-            assert prefix is not None
-            blocks.step(prefix[:, place].to(start.dtype, copy=True), place)
-        return State(start, list(rearrange(map, "b d h w -> (h w) b d").contiguous()), length, blocks)
+        blocks = Blocks(weights, self.blocks[0].attention.heads, batch, len(tokens) + grid[0] * grid[1])
+        for place, token in enumerate(tokens):
+            blocks.step(token.to(start.dtype, copy=True), place)
+        return State(start, list(rearrange(map, "b d h w -> (h w) b d").contiguous()), len(tokens), blocks)
 
     @torch.no_grad()
     def step(self, previous: Tensor | None, position: int, state: State) -> Tensor:
