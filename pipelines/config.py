@@ -55,6 +55,9 @@ class RunConfig:
     data: DataConfig
     stage1: FitConfig
     stage2: FitConfig
+    mirror: bool = False
+    """train both stages on every image and its mirror image, left to right: for scenes and objects, not for writing. Where
+    captions say left and right, they are of the image alone"""
     autoencoder: AutoencoderConfig = field(default_factory=AutoencoderConfig)
     prior: PriorConfig = field(default_factory=AutoregressiveConfig)
     refine: FitConfig | None = None

@@ -81,6 +81,19 @@ def binarized(images: Tensor, generator: torch.Generator | None = None) -> Tenso
     return torch.bernoulli(images.float().div_(255), generator=generator).mul_(255).to(torch.uint8)
 
 
+class Mirrored(ImageSet):
+    """Images of which a share, drawn anew each time they come by as examples, is mirrored left to right; `images` are not."""
+
+    def __init__(self, examples: ImageSet, share: float = 0.5):
+        super().__init__(examples.images, examples.labels, examples.captions)
+        self.examples, self.share = examples, share
+
+    def __getitem__(self, indices: Tensor | slice) -> tuple[Tensor]:
+        (examples,) = self.examples[indices]
+        mirrored = torch.rand(len(examples), 1, 1, 1) < self.share
+        return (torch.where(mirrored, examples.flip(-1), examples),)
+
+
 class Labelled:
     """An ImageSet whose indexing also gives the labels: what a classifier's forward takes."""
 

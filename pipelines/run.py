@@ -15,7 +15,7 @@ from pipelines import checkpoint, ranks
 from pipelines.captions import CaptionTokenizer, captions_of
 from pipelines.config import RunConfig, check_sizes, differences, from_dict, to_dict
 from pipelines.console import Progress, UserError, nearest
-from pipelines.data import ImageSet, Splits
+from pipelines.data import ImageSet, Mirrored, Splits
 from pipelines.fit import Precision, check_config, fabric_for, in_order, seed_of
 from stage1_vae.autoencoder import Autoencoder
 from stage2_prior.autoregressive import LearnedPrior
@@ -135,6 +135,10 @@ class Run:
                 " run on these: train_all with another --run."
             )
         return splits
+
+    def examples(self, images: ImageSet) -> ImageSet:
+        """What is trained on: the training images, as often as not mirrored where the config asks for it."""
+        return Mirrored(images) if self.config.mirror else images
 
     def write_facts(self, splits: Splits) -> None:
         """Put down the config, and what the data set told stage 1, so that nothing else needs the data set to load a model."""

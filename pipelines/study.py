@@ -268,7 +268,8 @@ def mean_or_sample(trained: Trained) -> Findings:
     torch.manual_seed(0)
     point = config.build(splits.image_shape)
     folder = run.folder / "studies" / "point-posterior"
-    fit(run.fabric, point, splits.train, splits.validation, run.config.stage1, run.config.seed, folder, "point posterior")
+    examples = (run.examples(splits.train), splits.validation)
+    fit(run.fabric, point, *examples, run.config.stage1, run.config.seed, folder, "point posterior")
     space = feature_space(run.fabric, run.config.metrics, splits, run.classifiers)
     images = trained.held_out(200)
     with torch.inference_mode():

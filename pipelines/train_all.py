@@ -20,7 +20,7 @@ from pipelines.checkpoint import read_json
 from pipelines.compare import compare
 from pipelines.config import PRESETS, RunConfig, preset
 from pipelines.console import UserError, first_process, run_command, say
-from pipelines.data import Splits
+from pipelines.data import Mirrored, Splits
 from pipelines.fit import OnNan, fit
 from pipelines.refine import TwoStage
 from pipelines.report import generator, table
@@ -83,7 +83,7 @@ def finish(
     config, fabric = run.config, run.fabric
     run.write_facts(splits)
     say(f"{run.folder}: {len(splits.train)} training, {len(splits.validation)} validation, {len(splits.test)} test images")
-    images, folder = (splits.train, splits.validation), run.folder
+    images, folder = (run.examples(splits.train), splits.validation), run.folder
     (shown,) = fabric.to_device(splits.validation[slice(SHOWN)])
 
     def reconstructions(model: Autoencoder) -> dict[str, Tensor]:
@@ -102,6 +102,8 @@ def finish(
     if run.learned:
         run.follow("stage2", "stage1")
         prior.estimate(train)
+        if config.mirror:
+            train += run.encode(autoencoder, Mirrored(splits.train, share=1.0), "mirrored", "stage1")
         # From a sharded prior, no process could sample alone.
         tracker = tracking.stage("stage2", samples if prior_fabric is fabric else lambda model: {})
         fit(prior_fabric, prior, train, validation, config.stage2, config.seed, folder / "stage2", "stage 2", on_nan, tracker)

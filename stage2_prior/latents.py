@@ -61,9 +61,9 @@ class Joined:
     """The rows of several tensors, one tensor after the other, by `len` and indexing: for tensors mapped from disk, which take
     memory only where they are read."""
 
-    def __init__(self, parts: list[Tensor]):
-        self.parts = parts
-        self.ends = torch.tensor([len(part) for part in parts]).cumsum(0)
+    def __init__(self, parts: Sequence["Tensor | Joined"]):
+        self.parts: list[Tensor] = [tensor for part in parts for tensor in (part.parts if isinstance(part, Joined) else [part])]
+        self.ends = torch.tensor([len(part) for part in self.parts]).cumsum(0)
 
     def __len__(self) -> int:
         return int(self.ends[-1])
@@ -96,6 +96,15 @@ class LatentDataset:
 
     def __len__(self) -> int:
         return self.length
+
+    def __add__(self, other: "LatentDataset") -> "LatentDataset":
+        """The images of both, one data set after the other; both have contexts, or neither."""
+        both = [
+            {name: Joined([tensor, level[name]]) for name, tensor in own.items()} for own, level in zip(self.levels, other.levels)
+        ]
+        if self.contexts is None or other.contexts is None:
+            return LatentDataset(both)
+        return LatentDataset(both, torch.cat([self.contexts, other.contexts]))
 
     def posteriors(self, indices: Tensor | slice) -> list[Posterior]:
         return [{name: tensor[indices] for name, tensor in level.items()} for level in self.levels]

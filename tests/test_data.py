@@ -17,7 +17,18 @@ from webdataset import TarWriter
 from pipelines import checkpoint, stored
 from pipelines.config import preset, to_dict
 from pipelines.console import UserError
-from pipelines.data import Binarized, EmbeddedDigits, Folder, ImageSet, Shards, Splits, TorchvisionSet, cache_name, split
+from pipelines.data import (
+    Binarized,
+    EmbeddedDigits,
+    Folder,
+    ImageSet,
+    Mirrored,
+    Shards,
+    Splits,
+    TorchvisionSet,
+    cache_name,
+    split,
+)
 from pipelines.fit import FitConfig, fit
 from pipelines.run import Run
 from pipelines.stored import Stored, Unreadable, content_of, images_under, read_image
@@ -553,3 +564,26 @@ def test_binarized_images_are_drawn_by_their_grey_levels():
         assert (drawn[0] == 0).all() and (drawn[3] == 255).all()
     assert not torch.equal(first, second)
     assert torch.equal(images.images, Binarized(ImageSet(grey)).images)
+
+
+@pytest.mark.parametrize("share", [0, 0.5, 1])
+def test_a_share_of_the_examples_is_mirrored(share):
+    """Each left to right and nothing else, anew each time; what is looked at never is."""
+    images = torch.randint(256, (1000, 3, 4, 5), dtype=torch.uint8)
+    mirrored = Mirrored(ImageSet(images, torch.arange(1000), ["text"] * 1000), share)
+    torch.manual_seed(0)
+    ((first,), (second,)) = mirrored[torch.arange(1000)], mirrored[:1000]
+    for drawn in (first, second):
+        as_it_was, flipped = (drawn == images).flatten(1).all(1), (drawn == images.flip(-1)).flatten(1).all(1)
+        assert (as_it_was ^ flipped).all()
+        assert abs(int(flipped.sum()) - 1000 * share) <= 5 * (1000 * share * (1 - share)) ** 0.5
+    assert torch.equal(first, second) == (share != 0.5)
+    assert torch.equal(mirrored.images, images) and len(mirrored.labels) == len(mirrored.captions) == 1000
+
+
+def test_mirrored_drawings_are_drawn_anew():
+    grey = torch.zeros(200, 1, 8, 8, dtype=torch.uint8)
+    grey[..., :4] = 128
+    (drawn,) = Mirrored(Binarized(ImageSet(grey)))[torch.arange(200)]
+    left, right = (drawn[..., :4] > 0).flatten(1).any(1), (drawn[..., 4:] > 0).flatten(1).any(1)
+    assert (left ^ right).all() and left.any() and right.any()

@@ -30,6 +30,19 @@ def test_joined_tensors_are_indexed_as_one(lengths):
         assert torch.equal(joined[indices], whole[indices])
 
 
+@pytest.mark.parametrize("told", [True, False])
+def test_two_data_sets_added_are_one(told):
+    levels = [{"codes": torch.randint(9, (10, 2, 2))}, {"mean": torch.randn(10, 3, 4, 4), "std": torch.rand(10, 3, 4, 4)}]
+    contexts = torch.arange(10) if told else None
+    split_levels = [{name: Joined([*tensor.split(3)]) for name, tensor in level.items()} for level in levels]
+    both = LatentDataset(levels, contexts) + LatentDataset(split_levels, contexts)
+    indices = torch.tensor([19, 3, 10, 0, 12, 13])
+    assert len(both) == 20
+    for level, found in zip(levels, both.posteriors(indices)):
+        assert found.keys() == level.keys() and all(torch.equal(found[name], level[name][indices % 10]) for name in level)
+    assert both.contexts is None if not told else torch.equal(both.contexts[indices], indices % 10)
+
+
 def test_statistics_of_too_many_posteriors_are_of_some_evenly_spaced(monkeypatch):
     codes = torch.arange(100)[:, None, None].expand(100, 2, 2)
     dataset = LatentDataset([{"codes": Joined([*codes.split(30)])}])

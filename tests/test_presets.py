@@ -16,7 +16,8 @@ from pipelines import run as run_module
 from pipelines.compare import compare
 from pipelines.config import PRESETS, RunConfig, from_dict, preset, to_dict
 from pipelines.console import UserError
-from pipelines.data import Folder
+from pipelines.data import Folder, ImageSet, Mirrored
+from pipelines.fit import fit
 from pipelines.run import CHECKPOINTS, PRIORS, Run, read_config
 from pipelines.train_all import Options, parse, train_all
 from stage1_vae import bottlenecks
@@ -74,6 +75,29 @@ def test_end_to_end(name, tmp_path, monkeypatch, capsys):
         images = np.load(tmp_path / f"{prior}.npz")["arr_0"]
         channels, height, width = IMAGES[name]
         assert images.shape == (5, height, width, channels) and images.dtype == np.uint8
+
+
+@pytest.mark.parametrize("name", ["mnist5k", "mnist5k-vqvae", "fashion-dalle"])
+def test_both_stages_see_mirror_images(name, tmp_path, monkeypatch):
+    """Stage 2 the latents of both, under the same condition; what samples are measured by is not mirrored."""
+    monkeypatch.chdir(tmp_path)
+    seen = {}
+
+    def watched(fabric, model, examples, held_out, config, seed, folder, label, *rest):
+        seen[label] = examples
+        return fit(fabric, model, examples, held_out, config, seed, folder, label, *rest)
+
+    monkeypatch.setattr("pipelines.train_all.fit", watched)
+    run = train(name, dataclasses.replace(shrunk(preset(name)), mirror=True), monkeypatch)
+    images, autoencoder = run.data().train, run.load_autoencoder()
+    assert isinstance(seen["stage 1"], Mirrored) and seen["stage 1"].images is images.images
+    latents, count = seen["stage 2"], len(images)
+    assert len(latents) == 2 * count and torch.equal(latents.contexts[:count], latents.contexts[count:])
+    for half, shown in ((slice(None, count), images.images), (slice(count, None), images.images.flip(-1))):
+        expected = run.encode(autoencoder, ImageSet(shown, images.labels), f"{half.start}").posteriors(slice(None))
+        for found, level in zip(latents.posteriors(half), expected):
+            assert all(torch.equal(found[name], tensor) for name, tensor in level.items())
+    assert len(run.latents("train")) == count
 
 
 def test_samples_do_not_depend_on_the_batch_size(tmp_path, monkeypatch):
