@@ -33,7 +33,7 @@ from torch import Tensor
 from pipelines.checkpoint import write_json
 from pipelines.config import RunConfig, preset
 from pipelines.console import Progress, UserError, check_least, nearest, run_command, say
-from pipelines.data import EmbeddedDigits, Folder, ImageSet, Shards, Splits
+from pipelines.data import NEEDS_WEBDATASET, EmbeddedDigits, Folder, ImageSet, Shards, Splits
 from pipelines.fit import FitConfig, Order, Source, Training
 from pipelines.generate import generate
 from pipelines.quality import FEWEST, RESAMPLES, Cloud, FrechetDistance, likeness, nearest_neighbours, resampled
@@ -197,7 +197,7 @@ class BenchmarkData:
     """auto, cpu, cuda or mps"""
 
     def rows(self) -> Rows:
-        check_least(self, images=1000, size=1, steps=0)
+        check_least(self, images=1000, size=1, steps=0, repeats=1)
         if self.folder is not None and not self.folder.is_dir():
             raise UserError(f"--folder is a folder that is there, not {self.folder}")
         try:
@@ -341,7 +341,10 @@ def make_files(folder: Path, count: int, size: int, shards: bool) -> None:
         for first in range(0, count, at_once):
             rows = [(index, index % len(contents)) for index in range(first, min(first + at_once, count))]
             if shards:
-                from webdataset.writer import TarWriter
+                try:
+                    from webdataset.writer import TarWriter
+                except ImportError as error:
+                    raise UserError(NEEDS_WEBDATASET) from error
 
                 with TarWriter(str(folder / f"{first:09d}.tar")) as tar:
                     for index, which in rows:

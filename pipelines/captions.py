@@ -36,7 +36,7 @@ def library() -> Any:
     try:
         import tokenizers
     except ImportError as error:
-        raise UserError("captions need the library `tokenizers`: pip install 'two-stage-latent-prior[text]'") from error
+        raise UserError("captions need the library `tokenizers`: pip install -e '.[text]'") from error
     return tokenizers
 
 

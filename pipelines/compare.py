@@ -102,7 +102,11 @@ def compare(run: Run, splits: Splits, seed: int = 0) -> tuple[dict[str, Any], Se
         if warning := samples.warning():
             warnings.append(f"{name}: {warning}")
     features = {name: space.features(images, f"features of {name}") for name, images in rows.items()}
-    nearest_training = {name: nearest_neighbours(values, space.reference) for name, values in features.items()}
+    learned_from = space.reference
+    if run.config.mirror:  # a copy may be of either
+        mirrored = space.features(splits.train.images, "features of the mirror images", mirror=True)
+        learned_from = torch.cat([learned_from, mirrored])
+    nearest_training = {name: nearest_neighbours(values, learned_from) for name, values in features.items()}
     judge = Judge(space, nearest_training["real"][0], seed)
     figures = {name: judge(values, nearest_training[name][0]) for name, values in features.items()}
     error = (rows["reconstruction"].double() - rows["real"].double()).div(255).square().mean()
@@ -128,6 +132,7 @@ def compare(run: Run, splits: Splits, seed: int = 0) -> tuple[dict[str, Any], Se
     if codes:
         metrics["codes"] = [code_report(level, spec) for level, spec in zip(codes, specs)]
     metrics |= verdict(metrics, judge.withheld.get("fd"))
+    metrics["told"] = run.told if run.learned else None
     metrics["images"] = count
     metrics["images_of"] = {"reference": len(splits.train), "real": "test split", "reconstruction": "test split"}
     metrics["seed"] = seed
@@ -184,7 +189,9 @@ def pictures(
         f"Samples drawn from {drawn_from(metrics)} above, below them the training images nearest in the features that images are"
         " compared in: copies would be the same image twice."
     )
-    both = torch.cat([samples, splits.train.images[indices[:SHOWN]]])
+    mirrored, indices = indices[:SHOWN] >= len(splits.train), indices[:SHOWN] % len(splits.train)
+    found = splits.train.images[indices]
+    both = torch.cat([samples, torch.where(mirrored[:, None, None, None], found.flip(-1), found)])
     made.append(images_picture("Nearest training images", caption, both))
     distances_of = {titles[row]: nearest_training[row][0] for row in ("real", name, "posterior")}
     caption = (
@@ -342,7 +349,8 @@ def main(arguments: list[str] | None = None) -> None:
     changed = {name: value for name, value in vars(asked.metrics).items() if value is not None}
     for run in runs:
         run.config = replace(run.config, metrics=replace(run.config.metrics, **changed))
-        for name in ("standard", *run.learned):  # fails early when one is unfinished
+        run.training_latents()  # fails early when something is unfinished
+        for name in ("standard", *run.learned):
             run.prior(name, run.specs(run.load_autoencoder()))
     sections, everything = [], {}
     for run in runs:

@@ -61,7 +61,7 @@ class RunConfig:
     autoencoder: AutoencoderConfig = field(default_factory=AutoencoderConfig)
     prior: PriorConfig = field(default_factory=AutoregressiveConfig)
     refine: FitConfig | None = None
-    """a third phase, which trains both stages on together toward the ELBO under the learned prior; None for two phases"""
+    """a third phase, which trains both stages on together toward the ELBO under the learned prior; None, or 0 steps, for two"""
     metrics: MetricsConfig = field(default_factory=MetricsConfig)
     seed: int = 0
     """seed of the weights, the data order and every draw in training"""
@@ -227,6 +227,16 @@ PRESETS: dict[str, tuple[str, RunConfig]] = {
     "folder-vqvae2": (
         "VQ-VAE-2 of your own images with labels: --data.root PATH, whose subfolders are the labels",
         replace(CIFAR10_VQVAE2, data=Folder()),
+    ),
+    "folder-dalle": (
+        "a small DALL-E of your own images: --data.root PATH, with a captions.jsonl, or subfolders that name what they show",
+        replace(
+            CIFAR10,
+            data=Folder(),
+            stage2=replace(CIFAR10.stage2, learning_rate=1e-3),
+            autoencoder=replace(CIFAR10.autoencoder, bottleneck=bottlenecks.GumbelSoftmax()),
+            prior=AutoregressiveConfig(TransformerConfig(), Categorical(), Caption()),
+        ),
     ),
     "webdataset": ("your own images in tar files: --data.urls PATTERN", replace(CIFAR10, data=Shards())),
 }

@@ -117,6 +117,7 @@ class Splits:
     validation: ImageSet
     test: ImageSet
     label_names: list[str]  # empty when there are no labels
+    listing: str | None = None  # a checksum of the names and labels of the user's own images, which decide the splits
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -209,10 +210,26 @@ class OwnImages:
             raise UserError(f"--data.size is a number of pixels above 0, not {self.size}")
 
     def splits(self, sets: list[ImageSet], where: str, label_names: list[str], report: Path | None) -> Splits:
-        """Of the sets for training and for testing, or of one, a tenth of which is held out. Raises as `readable`."""
-        sets = readable(sets, where, self.skip_unreadable, self.in_memory, report)
+        """Of the sets for training and for testing, or of one, a tenth of which is held out. Raises as `readable`, and where only
+        one set has captions."""
+        if len({images.captions is None for images in sets}) > 1:
+            raise UserError(f"of {where}, only the images for {'training' if sets[0].captions else 'testing'} have captions")
+        listed, (sets, unreadable) = sets, readable(sets, where, self.skip_unreadable, self.in_memory, report)
         train, test = sets if len(sets) == 2 else split(sets[0], max(1, round(FOLDER_TEST_SHARE * len(sets[0]))))
-        return with_validation(train, test, label_names)
+        return with_validation(train, test, label_names, listing_of(listed, unreadable, label_names))
+
+
+def listing_of(sets: list[ImageSet], left_out: list[dict[int, str]], label_names: list[str]) -> str:
+    """A checksum of the names and labels of images in files, wherever those lie, but of those that are left out."""
+    key = hashlib.sha256(repr(label_names).encode())
+    for images, out in zip(sets, left_out):
+        assert isinstance(images.images, Stored)
+        labels = [None] * len(images) if images.labels is None else images.labels.tolist()
+        for index, (name, label) in enumerate(zip(images.images.files.names, labels)):
+            if index not in out:
+                key.update(os.fsencode(f"{name}\0{label}\0"))
+        key.update(b"\0")
+    return key.hexdigest()[:16]
 
 
 @dataclass(frozen=True)
@@ -292,7 +309,7 @@ class Shards(OwnImages):
             from webdataset.shardlists import expand_urls
             from webdataset.tariterators import base_plus_ext
         except ImportError as error:
-            raise UserError("shards need the library `webdataset`: pip install 'two-stage-latent-prior[webdataset]'") from error
+            raise UserError(NEEDS_WEBDATASET) from error
         cache = FileCache(str(self.cache), url_to_name=cache_name, validator=None)
         try:
             urls = expand_urls(pattern)
@@ -310,6 +327,7 @@ class Shards(OwnImages):
         return paths, members
 
 
+NEEDS_WEBDATASET = "shards need the library `webdataset`: pip install -e '.[webdataset]'"
 REMOTE = re.compile(r"(?!file:)\w{2,}:")  # a URL, or a pipe: command
 
 
@@ -349,8 +367,11 @@ def captions_in(members: list[Member]) -> list[str] | None:
     return captions
 
 
-def readable(sets: list[ImageSet], where: str, skip: bool, in_memory: float, report: Path | None) -> list[ImageSet]:
-    """Sets of `Stored` images as they will be used: in memory if all fit there, and without those that cannot be read.
+def readable(
+    sets: list[ImageSet], where: str, skip: bool, in_memory: float, report: Path | None
+) -> tuple[list[ImageSet], list[dict[int, str]]]:
+    """Sets of `Stored` images as they will be used: in memory if all fit there, and without those that cannot be read; and for
+    each set, which those are, with the reasons.
 
     in_memory: GiB. Above it nothing is read here, so that the first batch comes at once, unless unreadable images are to be
     left out: then all are read once, and what was found is kept in the report for the next time.
@@ -359,7 +380,7 @@ def readable(sets: list[ImageSet], where: str, skip: bool, in_memory: float, rep
     stored = [images.images for images in sets if isinstance(images.images, Stored)]
     fits = sum(math.prod(images.shape) for images in stored) <= in_memory * 2**30
     if not fits and not skip:
-        return sets
+        return sets, [{} for _ in sets]
     listing = " ".join(images.digest() for images in stored)
     pixels: list[Tensor | None] = [None] * len(sets)
     known = None if fits or report is None else known_unreadable(report, listing)
@@ -396,7 +417,7 @@ def readable(sets: list[ImageSet], where: str, skip: bool, in_memory: float, rep
         part = part if tensor is None else ImageSet(tensor, part.labels, part.captions)
         rest = torch.tensor([index for index in range(len(part)) if index not in found])
         kept.append(part.subset(rest) if found else part)
-    return kept
+    return kept, known
 
 
 def known_unreadable(report: Path, listing: str) -> list[dict[int, str]] | None:
@@ -462,9 +483,9 @@ def split(images: ImageSet, held_out: int) -> tuple[ImageSet, ImageSet]:
     return images.subset(kept.sort().values), images.subset(out.sort().values)
 
 
-def with_validation(train: ImageSet, test: ImageSet, label_names: Iterable[str]) -> Splits:
+def with_validation(train: ImageSet, test: ImageSet, label_names: Iterable[str], listing: str | None = None) -> Splits:
     train, validation = split(train, max(1, round(VALIDATION_SHARE * len(train))))
-    return Splits(train, validation, test, list(label_names))
+    return Splits(train, validation, test, list(label_names), listing)
 
 
 DataConfig = EmbeddedDigits | TorchvisionSet | Folder | Shards

@@ -104,6 +104,7 @@ def likelihood(
         "likelihood": autoencoder.likelihood.name,
         "measure": measure,
         "dimensions": dimensions if measure == "probability" else None,
+        "told": run.told if "learned" in fitted else None,
         "distortion": estimate(-columns["log_likelihood"]),
         "priors": {name: entry(columns, name, dimensions if measure == "probability" else None) for name in fitted},
     }
@@ -339,6 +340,11 @@ def notes_of(result: dict[str, Any]) -> list[str]:
         f" {draws}, the same for every prior. -ELBO = distortion + rate; the distortion, -log p(x|z), is"
         f" {in_nats(result['distortion'])}. p(x|z): {result['likelihood']}, {MEASURES[result['measure']]}."
     ]
+    if told := result["told"]:
+        lines.append(
+            f"The learned prior is told an image's {told}, which the others are not: what it bounds is -log p(x | {told}), and"
+            f" part of the difference is what the {told} says."
+        )
     if any("naive" in values for values in priors.values()):
         most = max(values["naive"]["effective_samples"] for values in priors.values() if "naive" in values)
         lines.append(
@@ -407,10 +413,10 @@ def main(arguments: list[str] | None = None) -> None:
     asked.check()
     started = time.monotonic()
     run = Run.open(asked.run, asked.device)
-    splits = run.data()
-    result = likelihood(
-        run, splits, images=asked.images, samples=asked.samples, naive=asked.naive, priors=asked.prior, seed=asked.seed
-    )
+    with run.locked():
+        result = likelihood(
+            run, run.data(), images=asked.images, samples=asked.samples, naive=asked.naive, priors=asked.prior, seed=asked.seed
+        )
     say(f"{run.folder.name}\n{printed(as_table(result))}")
     if asked.json is not None:
         checkpoint.write_json(asked.json, {"run": run.folder.name, **result})

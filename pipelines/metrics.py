@@ -97,12 +97,12 @@ class FeatureSpace:
         self.distance = FrechetDistance(self.reference)
 
     @torch.inference_mode()
-    def features(self, images: Tensor | Stored, label: str) -> Tensor:
-        """images uint8 N C H W; returns N F in float64, on the CPU."""
+    def features(self, images: Tensor | Stored, label: str, mirror: bool = False) -> Tensor:
+        """images uint8 N C H W; returns N F in float64, on the CPU. mirror: of their mirror images, left to right."""
 
         def features(rows: Tensor) -> Tensor:
             batch = self.fabric.to_device(in_order(images, rows, self.model.batch))
-            return self.model.features(batch).double().cpu()
+            return self.model.features(batch.flip(-1) if mirror else batch).double().cpu()
 
         return torch.cat(ranks.in_batches(features, torch.arange(len(images)), self.model.batch, label)) * self.scale
 

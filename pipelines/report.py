@@ -99,7 +99,8 @@ def notes(metrics: dict[str, Any]) -> list[str]:
     if "note" in metrics["priors"]["learned"]:
         lines.append(f"learned prior: {metrics['priors']['learned']['note']}.")
     if any("nll" in row for row in metrics["priors"].values()):
-        lines.append("nll of z: nats an image of held-out latents under the prior; lower is better.")
+        told = f"; the learned prior alone is told the {metrics['told']}" if metrics.get("told") else ""
+        lines.append(f"nll of z: nats an image of held-out latents under the prior; lower is better{told}.")
     lines.append(f"reconstructions: mean squared error {metrics['reconstruction']['mse']:.5f} a pixel, of values in [0, 1].")
     for level in metrics.get("codes", []):
         height, width = level["grid"]

@@ -114,6 +114,11 @@ class Run:
                 lock.release()
 
     @property
+    def name(self) -> str:
+        """What the other commands know it by."""
+        return self.folder.name if self.folder.parent == CHECKPOINTS else str(self.folder)
+
+    @property
     def classifiers(self) -> Path:
         """The folder, beside the runs, of the classifiers and features that all runs on one data set share."""
         return self.folder.parent / ".classifiers"
@@ -126,11 +131,17 @@ class Run:
         with self.fabric.rank_zero_first(local=True):  # which may download it, or read it whole
             splits = self.config.data.load(self.folder / UNREADABLE)
         trained = (self.folder / FACTS).is_file() and any((self.folder / "stage1").glob("step-*"))
-        before = self.facts().get("images", splits.sizes) if trained else splits.sizes
-        if before != splits.sizes:
-            listed = [" + ".join(map(str, sizes.values())) for sizes in (before, splits.sizes)]
+        facts = self.facts() if trained else {}
+        before, listing = facts.get("images", splits.sizes), facts.get("listing", splits.listing)
+        listed = [" + ".join(map(str, sizes.values())) for sizes in (before, splits.sizes)]
+        if before != splits.sizes or listing != splits.listing:
+            other = (
+                f"{listed[0]} of them ({', '.join(before)}), now there are {listed[1]}"
+                if before != splits.sizes
+                else f"as many ({listed[0]}), but under other names or labels"
+            )
             raise UserError(
-                f"{self.folder} is trained on other images: {listed[0]} of them ({', '.join(before)}), now there are {listed[1]}."
+                f"{self.folder} is trained on other images: {other}."
                 " Split anew, images that it was trained on would be test images. Bring the same images back, or train another"
                 " run on these: train_all with another --run."
             )
@@ -146,11 +157,16 @@ class Run:
         if path.exists():  # a process that began at the same time may have been first
             refuse_another(path, self.config)
         checkpoint.write_json(path, to_dict(self.config))
-        facts = {"image_shape": splits.image_shape, "label_names": splits.label_names, "images": splits.sizes}
+        facts = {
+            "image_shape": splits.image_shape,
+            "label_names": splits.label_names,
+            "images": splits.sizes,
+            "listing": splits.listing,
+        }
         checkpoint.write_json(self.folder / FACTS, facts)
 
     def facts(self) -> dict:
-        """What `write_facts` put down: image_shape, label_names, and images, the number of them in each split."""
+        """What `write_facts` put down: image_shape, label_names, images, the number of them in each split, and their listing."""
         path = self.folder / FACTS
         if not path.is_file():
             raise UserError(f"{self.folder} is unfinished: stage 1 has not been trained. Run its train_all command again.")
@@ -245,15 +261,27 @@ class Run:
             checkpoint.cached(shard, key, lambda: encoded(self.fabric, autoencoder, images, label, rows))  # noqa: B023
         return latent_dataset([checkpoint.read_tensors(shard) for shard in paths], self.contexts(images, part))
 
-    def latents(self, part: str) -> LatentDataset:
-        """What `encode` put down, without contexts."""
-        path = self.folder / "latents" / f"{self.stage('autoencoder')}-{part}.safetensors"
-        paths = checkpoint.found_shards(path)
-        if not paths or paths != checkpoint.shards(path, len(paths)):
-            raise UserError(
-                f"{self.folder} is unfinished: there is no {path}, or not all of it. Run its train_all command again."
-            )
-        return latent_dataset([checkpoint.read_tensors(shard) for shard in paths])
+    def encode_training(self, autoencoder: Autoencoder, images: ImageSet, stage: str | None = None) -> LatentDataset:
+        """q(z), which priors are fitted to: the posteriors of the training images, and where the config asks for it of their
+        mirror images."""
+        encoded = self.encode(autoencoder, images, "train", stage)
+        if self.config.mirror:
+            encoded += self.encode(autoencoder, Mirrored(images, share=1.0), "mirrored", stage)
+        return encoded
+
+    def training_latents(self) -> LatentDataset:
+        """What `encode_training` put down, without contexts."""
+        shards = []
+        for part in ("train", "mirrored") if self.config.mirror else ("train",):
+            path = self.folder / "latents" / f"{self.stage('autoencoder')}-{part}.safetensors"
+            paths = checkpoint.found_shards(path)
+            if not paths or paths != checkpoint.shards(path, len(paths)):
+                raise UserError(
+                    f"there is no {path}, or not all of it, which tells how images are encoded. Run the train_all command of"
+                    f" {self.folder} again."
+                )
+            shards += [checkpoint.read_tensors(shard) for shard in paths]
+        return latent_dataset(shards)
 
     # Stage 2
 
@@ -289,14 +317,14 @@ class Run:
         if name == "learned":
             return self.load_prior(specs)
         if name == "posterior":
-            return AggregatePosterior(self.latents("train"))
+            return AggregatePosterior(self.training_latents())
         known = baselines(specs)
         if name not in known:
             raise UserError(f"there is no prior {name!r} for these latents{nearest(name, [*known, 'learned', 'posterior'])}")
         baseline = known[name](specs)
-        latents = self.latents("train")
 
         def fitted() -> dict:
+            latents = self.training_latents()
             with Progress(f"fitting the {name} prior", len(latents), "images") as progress:
                 torch.manual_seed(seed_of(self.config.seed, 3))
                 baseline.estimate(latents)
@@ -341,11 +369,17 @@ class Run:
             raise UserError(f"the prior of {self.folder} takes no text; {self.takes()}")
         return CaptionTokenizer(self.folder / "tokenizer.json").tokens([caption], self.condition.length)[0]
 
-    def takes(self) -> str:
-        """What the learned prior is told, in words."""
+    @property
+    def told(self) -> Literal["label", "caption"] | None:
+        """What the learned prior is told of an image."""
         if isinstance(self.condition, Unconditional):
-            return "it was trained without labels and captions"
-        return "it takes a --label" if isinstance(self.condition, ClassLabel) else "it takes a --text"
+            return None
+        return "label" if isinstance(self.condition, ClassLabel) else "caption"
+
+    def takes(self) -> str:
+        """The same, in words."""
+        option = {None: "was trained without labels and captions", "label": "takes a --label", "caption": "takes a --text"}
+        return f"it {option[self.told]}"
 
     def label(self, name: str) -> Tensor:
         """The number of a label by its name. Raises UserError for an unknown one, or a prior that takes none."""

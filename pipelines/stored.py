@@ -28,9 +28,14 @@ CHUNK = 1000  # images read at once where all are read
 
 
 class Files(Protocol):
-    """Pictures by number, each in a file or a part of one."""
+    """Pictures by number, each in a file or a part of one. names: theirs, wherever the files lie."""
+
+    names: list[str]
 
     def __len__(self) -> int: ...
+
+    def written(self, index: int) -> tuple[int, int]:
+        """Size of the file in bytes, and when it was last written; zeros where it is not there."""
 
     def name(self, index: int) -> str:
         """For a person."""
@@ -62,6 +67,9 @@ class FolderFiles:
     def name(self, index: int) -> str:
         return printable(self.open(index))
 
+    def written(self, index: int) -> tuple[int, int]:
+        return written(self.open(index))
+
     def open(self, index: int) -> str:
         return os.path.join(self.folder, self.names[index])
 
@@ -70,21 +78,32 @@ class TarFiles:
     """Members of tar files that are not compressed, read where they lie."""
 
     def __init__(self, paths: list[str], members: list[Member]):
-        self.paths, self.keys = paths, [member.key for member in members]
+        self.paths, self.names = paths, [member.key for member in members]
         self.shards, self.offsets, self.sizes = (
             np.array([(m.shard, m.offset, m.size) for m in members], np.int64).reshape(-1, 3).T
         )
 
     def __len__(self) -> int:
-        return len(self.keys)
+        return len(self.names)
 
     def name(self, index: int) -> str:
-        return printable(f"{self.paths[self.shards[index]]}: {self.keys[index]}")
+        return printable(f"{self.paths[self.shards[index]]}: {self.names[index]}")
+
+    def written(self, index: int) -> tuple[int, int]:
+        return written(self.paths[self.shards[index]])
 
     def open(self, index: int) -> BinaryIO:
         with open(self.paths[self.shards[index]], "rb") as file:
             file.seek(self.offsets[index])
             return io.BytesIO(file.read(self.sizes[index]))
+
+
+def written(path: str) -> tuple[int, int]:
+    try:
+        found = os.stat(path)
+    except OSError:
+        return 0, 0
+    return found.st_size, found.st_mtime_ns
 
 
 def printable(path: str) -> str:
@@ -298,10 +317,10 @@ class Stored:
         return everything, unreadable, sorted(animated)
 
     def digest(self) -> str:
-        """Names these images: a checksum of their names and order."""
+        """Names these images: a checksum of their order and names, and of the size and age of their files."""
         key = hashlib.sha256(self.rows.numpy().tobytes())
         for index in range(len(self.files)):
-            key.update(self.files.name(index).encode() + b"\0")
+            key.update(f"{self.files.name(index)}\0{self.files.written(index)}\0".encode())
         return key.hexdigest()[:16]
 
 

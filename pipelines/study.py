@@ -61,7 +61,11 @@ class Trained:
     splits: Splits
     autoencoder: Autoencoder
     standard: Prior
-    learned: Prior
+
+    @property
+    def learned(self) -> Prior:
+        """Raises UserError where there is none."""
+        return self.run.prior("learned", self.run.specs(self.autoencoder))
 
     @classmethod
     def of(cls, run: Run) -> "Trained":
@@ -70,7 +74,7 @@ class Trained:
             raise UserError(f"{run.folder} has no q(z|x) over continuous latents, which this study is about; use mnist5k")
         autoencoder = run.load_autoencoder()
         specs = run.specs(autoencoder)
-        return cls(run, run.data(), autoencoder, run.prior("standard", specs), run.prior("learned", specs))
+        return cls(run, run.data(), autoencoder, run.prior("standard", specs))
 
     def on_device(self, tensor: Tensor) -> Tensor:
         return self.run.fabric.to_device(tensor)
@@ -214,7 +218,6 @@ def evidence(trained: Trained) -> Findings:
     made = draws(trained.autoencoder, pixels, total, {name: prior.log_prob for name, prior in priors.items()})
     log_likelihood = made.log_likelihood[:, 0]
     curves: dict[str, list[float]] = {}
-    best = -math.inf
     shares = {}
     for name, prior in priors.items():
         weights = made.log_weights(name)[:, 0]
@@ -228,7 +231,6 @@ def evidence(trained: Trained) -> Findings:
         curves[f"naive Monte Carlo, z from {name}"] = [float(importance_weighted_bound(naive[:count])) for count in counts]
         curves[f"importance-weighted bound, {name}"] = [float(importance_weighted_bound(weights[:count])) for count in counts]
         curves[f"ELBO, {name}"] = [float(weights.mean())] * len(counts)
-        best = max(best, float(importance_weighted_bound(weights)))
         shares[name] = {
             "log_evidence": float(importance_weighted_bound(weights)),
             "explain": float((naive > log_likelihood.min()).double().mean()),
@@ -332,10 +334,11 @@ def aggregate_posterior(trained: Trained) -> Findings:
     swept = {name: swept_network(trained, *sizes) for name, sizes in SWEEP.items()}
     with torch.inference_mode():
         specs = run.specs(trained.autoencoder)
-        train, test = (run.encode(trained.autoencoder, getattr(splits, part), part) for part in ("train", "test"))
+        train = run.encode_training(trained.autoencoder, splits.train)
+        test = run.encode(trained.autoencoder, splits.test, "test")
         priors = {name: run.prior(name, specs) for name in ("standard", "gaussian", "mixture", "learned")}
-        if splits.label_names:
-            priors["per label"] = gaussian_per_label(train, splits.train.labels, specs)
+        if (labels := splits.train.labels) is not None:
+            priors["per label"] = gaussian_per_label(train, labels.repeat(len(train) // len(labels)), specs)
         rates = rates_of(run, test, priors)
         information = float(mutual_information(test, torch.arange(len(test)), seed=0).mean())
         (z,), _ = test[torch.arange(len(test))]
@@ -557,10 +560,11 @@ def main(arguments: list[str] | None = None) -> None:
     if asked.run == DEFAULT_PRESET and not (CHECKPOINTS / DEFAULT_PRESET / "config.json").is_file():
         train_all(Run.create(CHECKPOINTS / DEFAULT_PRESET, preset(DEFAULT_PRESET), asked.device))
     run = Run.open(asked.run, asked.device)
-    found = STUDIES[asked.study](Trained.of(run))
     folder = run.folder / "studies"
-    write_file(folder / f"{asked.study}.png", png(found.figure))
-    write_json(folder / f"{asked.study}.json", {"findings": found.sentences, **found.numbers})
+    with run.locked():
+        found = STUDIES[asked.study](Trained.of(run))
+        write_file(folder / f"{asked.study}.png", png(found.figure))
+        write_json(folder / f"{asked.study}.json", {"findings": found.sentences, **found.numbers})
     for sentence in found.sentences:
         say(f"\n{sentence}")
     say(f"\nplot and numbers: {folder / asked.study}.png, .json")

@@ -142,7 +142,7 @@ class Tracking:
             try:
                 import_module(kind)
             except ImportError as error:
-                needed = f"--tracker {kind} needs the library {kind}: pip install 'two-stage-latent-prior[trackers]'"
+                needed = f"--tracker {kind} needs the library {kind}: pip install -e '.[trackers]'"
                 raise UserError(needed) from error
 
     def stage(self, name: str, draw: Draw) -> Tracker:

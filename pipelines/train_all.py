@@ -6,22 +6,23 @@ The same command again goes on where it was: finished parts are skipped, an inte
 import os
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 import tyro
 from lightning_fabric import Fabric
 from torch import Tensor
 
-from pipelines import ranks
+from pipelines import captions, ranks
 from pipelines.checkpoint import read_json
 from pipelines.compare import compare
 from pipelines.config import PRESETS, RunConfig, preset
 from pipelines.console import UserError, first_process, run_command, say
-from pipelines.data import Mirrored, Splits
+from pipelines.data import Splits
 from pipelines.fit import OnNan, fit
+from pipelines.metrics import inception
 from pipelines.refine import TwoStage
 from pipelines.report import generator, table
 from pipelines.run import CHECKPOINTS, Run, devices
@@ -29,6 +30,7 @@ from pipelines.track import GRID_COLUMNS as SHOWN
 from pipelines.track import TrackerKind, Tracking
 from stage1_vae.autoencoder import Autoencoder
 from stage2_prior.autoregressive import LearnedPrior
+from stage2_prior.conditions import Caption
 from stage2_prior.latents import LatentDataset, LatentSpec
 
 DEFAULT_PRESET = "mnist5k"
@@ -56,6 +58,11 @@ def train_all(run: Run, options: Options = Options()) -> None:
     sharded = options.strategy == "fsdp"
     prior_fabric = devices(options.device, run.config.precision, sharded) if sharded else run.fabric
     started = time.monotonic()
+    if isinstance(run.condition, Caption):  # what is missing is said before hours of training, not after
+        captions.library()
+    if run.config.metrics.extractor == "inception":
+        with run.fabric.rank_zero_first(local=True):  # which may download it
+            inception(run.config.metrics.weights)
     splits = run.data()
     autoencoder = run.new_autoencoder(splits.image_shape)
     prior = run.new_prior(run.specs(autoencoder), len(splits.label_names))
@@ -97,13 +104,12 @@ def finish(
 
     tracker = tracking.stage("stage1", reconstructions)
     fit(fabric, autoencoder, *images, config.stage1, config.seed, folder / "stage1", "stage 1", on_nan, tracker)
-    train, validation = (run.encode(autoencoder, getattr(splits, part), part, "stage1") for part in ("train", "validation"))
+    train = run.encode_training(autoencoder, splits.train, "stage1")
+    validation = run.encode(autoencoder, splits.validation, "validation", "stage1")
     warn_of_unused_codes(train, run.specs(autoencoder))
     if run.learned:
         run.follow("stage2", "stage1")
         prior.estimate(train)
-        if config.mirror:
-            train += run.encode(autoencoder, Mirrored(splits.train, share=1.0), "mirrored", "stage1")
         # From a sharded prior, no process could sample alone.
         tracker = tracking.stage("stage2", samples if prior_fabric is fabric else lambda model: {})
         fit(prior_fabric, prior, train, validation, config.stage2, config.seed, folder / "stage2", "stage 2", on_nan, tracker)
@@ -114,18 +120,25 @@ def finish(
         model = TwoStage(autoencoder, prior)
         tracker = tracking.stage("refined", both)
         fit(fabric, model, *images, config.refine, config.seed, folder / "refined", "refining both", on_nan, tracker)
-        run.encode(autoencoder, splits.train, "train")
+        run.encode_training(autoencoder, splits.train)
     path = run.folder / "compare" / "metrics.json"
     metrics, weights = read_json(path) if ranks.on_first(path.exists) else {}, run.weights()
-    if metrics and metrics.get("weights", weights) == weights:  # of an earlier version there are none
+    if metrics and asked_for(metrics, config, weights):
         say("compare: finished, skipped")
     else:
         metrics, _ = compare(run, splits)
     say(table(metrics))
     say(
         f"everything lies in {run.folder}; look at {run.folder / 'compare' / 'page.html'};"
-        f" more samples: python -m pipelines.generate {run.folder.name} --prior {generator(metrics)} --count 64 --out samples.png"
+        f" more samples: python -m pipelines.generate {run.name} --prior {generator(metrics)} --count 64 --out samples.png"
     )
+
+
+def asked_for(metrics: dict[str, Any], config: RunConfig, weights: dict[str, str]) -> bool:
+    """Whether a comparison is of these weights, and not one made with another --seed or --metrics.extractor."""
+    inception = metrics["features"]["extractor"].startswith("inception")
+    as_configured = metrics["seed"] == 0 and inception == (config.metrics.extractor == "inception")
+    return as_configured and metrics.get("weights", weights) == weights  # of an earlier version there are none
 
 
 def warn_of_unused_codes(latents: LatentDataset, specs: list[LatentSpec]) -> None:
@@ -162,7 +175,10 @@ def parse(arguments: list[str]) -> tuple[str, RunConfig, Options]:
         config=(tyro.conf.AvoidSubcommands,),
         console_outputs=first_process(),
     )
-    return asked.run, asked.config, asked.options
+    config = asked.config
+    if config.refine is not None and config.refine.steps == 0:
+        config = replace(config, refine=None)
+    return asked.run, config, asked.options
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -98,13 +98,13 @@ class LatentDataset:
         return self.length
 
     def __add__(self, other: "LatentDataset") -> "LatentDataset":
-        """The images of both, one data set after the other; both have contexts, or neither."""
+        """The images of both, one data set after the other. Both have contexts, or neither; else ValueError."""
         both = [
-            {name: Joined([tensor, level[name]]) for name, tensor in own.items()} for own, level in zip(self.levels, other.levels)
+            {name: Joined([tensor, level[name]]) for name, tensor in own.items()}
+            for own, level in zip(self.levels, other.levels, strict=True)
         ]
-        if self.contexts is None or other.contexts is None:
-            return LatentDataset(both)
-        return LatentDataset(both, torch.cat([self.contexts, other.contexts]))
+        contexts = [part.contexts for part in (self, other) if part.contexts is not None]
+        return LatentDataset(both, torch.cat(contexts) if contexts else None)
 
     def posteriors(self, indices: Tensor | slice) -> list[Posterior]:
         return [{name: tensor[indices] for name, tensor in level.items()} for level in self.levels]

@@ -1,6 +1,7 @@
 """The benchmarks run, and write the rows they promise. Their speeds are not tested."""
 
 import json
+import sys
 
 import pytest
 
@@ -54,6 +55,7 @@ BAD = [
     ("data --images 10", "--images is a number from 1000 up"),
     ("data --size 0", "--size is a number from 1 up"),
     ("data --size 30", "divisible by 4"),
+    ("data --repeats 0", "--repeats is a number from 1 up"),
     ("data --steps -1", "--steps is a number from 0 up"),
     ("data --folder nowhere", "--folder is a folder that is there"),
     ("sampling --growth 0 2", "--threads and --growth are numbers from 1 up"),
@@ -67,3 +69,10 @@ BAD = [
 def test_bad_input_is_one_sentence(arguments, says):
     with pytest.raises(UserError, match=says):
         benchmark.main([*arguments.split(), "--device", "cpu"] if not arguments.startswith("metrics") else arguments.split())
+
+
+def test_without_webdataset_the_extra_is_named_before_files_are_made(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "webdataset.writer", None)
+    with pytest.raises(UserError, match=r"\[webdataset\]"):
+        benchmark.main(["data", "--source", "shards", "--images", "1000", "--folder", str(tmp_path), "--device", "cpu"])
+    assert list(tmp_path.iterdir()) == []

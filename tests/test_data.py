@@ -288,7 +288,7 @@ def test_a_run_that_was_killed_while_its_config_was_written_goes_on(tmp_path):
         Run.create(tmp_path / "run", preset("mnist5k"), "cpu")
 
 
-def test_a_trained_run_goes_on_with_the_same_number_of_images_only(tmp_path):
+def test_a_trained_run_goes_on_with_the_same_images_only(tmp_path):
     folder = tmp_path / "images"
     fill(folder, 40)
     run = Run.create(tmp_path / "run", replace(preset("folder"), data=Folder(folder, size=8)), "cpu")
@@ -297,6 +297,10 @@ def test_a_trained_run_goes_on_with_the_same_number_of_images_only(tmp_path):
     run.write_facts(run.data())  # nothing is trained yet: the splits may be drawn anew
     checkpoint.save(run.folder / "stage1", {"step": 1}, {}, {})
     assert len(run.data().test) == 4
+    (folder / "9.png").rename(folder / "90.png")
+    with pytest.raises(UserError, match=r"as many \(33 \+ 2 \+ 4\), but under other names or labels\..* --run"):
+        run.data()
+    (folder / "90.png").rename(folder / "9.png")
     (folder / "8.png").write_bytes(b"")
     run.config = replace(run.config, data=replace(run.config.data, skip_unreadable=True))
     with pytest.raises(UserError, match=r"33 \+ 2 \+ 4 of them .*, now there are 32 \+ 2 \+ 4\..* --run"):
@@ -587,3 +591,45 @@ def test_mirrored_drawings_are_drawn_anew():
     (drawn,) = Mirrored(Binarized(ImageSet(grey)))[torch.arange(200)]
     left, right = (drawn[..., :4] > 0).flatten(1).any(1), (drawn[..., 4:] > 0).flatten(1).any(1)
     assert (left ^ right).all() and left.any() and right.any()
+
+
+def test_own_images_are_known_by_their_names_and_labels(tmp_path):
+    """Wherever the folder lies, and however much of it is kept in memory."""
+
+    def listing(**settings) -> str:
+        return Folder(folder, size=8, **settings).load().listing
+
+    folder = tmp_path / "images"
+    fill(folder / "a", 10)
+    fill(folder / "b", 10)
+    before = listing()
+    assert listing(in_memory=0.0) == before
+    folder = folder.rename(tmp_path / "moved")
+    assert listing() == before
+    (folder / "a").rename(folder / "c")
+    assert listing() != before
+    (folder / "c").rename(folder / "a")
+    assert listing() == before
+    (folder / "b" / "zzz.png").write_bytes(b"")
+    assert listing(skip_unreadable=True) == listing(skip_unreadable=True, in_memory=0.0) == before
+    (folder / "a" / "0.png").rename(folder / "a" / "10.png")
+    assert listing(skip_unreadable=True) != before
+
+
+def test_images_on_disk_are_known_by_the_age_of_their_files(tmp_path):
+    """So that nothing made of other images of the same names is used again."""
+    fill(tmp_path, 20)
+    images = Folder(tmp_path, size=8, in_memory=0.0).load().train.images
+    before = images.digest()
+    assert images.digest() == before
+    os.utime(tmp_path / "0.png", ns=(0, 1))
+    assert images.digest() != before
+
+
+def test_captions_of_one_part_alone_are_refused(tmp_path):
+    for part in ("train", "test"):
+        fill(tmp_path / part, 12)
+    lines = [json.dumps({"file_name": f"{index}.png", "text": "t"}) for index in range(12)]
+    (tmp_path / "test" / "captions.jsonl").write_text("\n".join(lines))
+    with pytest.raises(UserError, match="only the images for testing have captions"):
+        Folder(tmp_path, size=8).load()

@@ -41,6 +41,8 @@ def test_two_data_sets_added_are_one(told):
     for level, found in zip(levels, both.posteriors(indices)):
         assert found.keys() == level.keys() and all(torch.equal(found[name], level[name][indices % 10]) for name in level)
     assert both.contexts is None if not told else torch.equal(both.contexts[indices], indices % 10)
+    with pytest.raises(ValueError, match="one common, positive length"):
+        LatentDataset(levels, torch.arange(10)) + LatentDataset(levels)
 
 
 def test_statistics_of_too_many_posteriors_are_of_some_evenly_spaced(monkeypatch):
@@ -96,7 +98,7 @@ def test_many_latents_lie_in_several_files(tmp_path, monkeypatch):
                 assert torch.equal(tensor, everything[0][name][indices])
 
     same(several)
-    same(run.latents("train"))
+    same(run.training_latents())
     batches = []
     for dataset in (one, several):
         torch.manual_seed(0)
@@ -108,7 +110,7 @@ def test_many_latents_lie_in_several_files(tmp_path, monkeypatch):
     same(run.encode(autoencoder, splits.train, "train"))
     path.unlink()
     with pytest.raises(UserError, match="not all of it"):
-        run.latents("train")
+        run.training_latents()
     same(run.encode(autoencoder, splits.train, "train"))
     fewer = splits.train.subset(torch.arange(25))
     assert len(run.encode(autoencoder, fewer, "train")) == 25

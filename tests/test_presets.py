@@ -4,6 +4,7 @@ import dataclasses
 import json
 import re
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
+from pipelines import compare as compare_module
 from pipelines import generate
 from pipelines import run as run_module
 from pipelines.compare import compare
@@ -18,6 +20,8 @@ from pipelines.config import PRESETS, RunConfig, from_dict, preset, to_dict
 from pipelines.console import UserError
 from pipelines.data import Folder, ImageSet, Mirrored
 from pipelines.fit import fit
+from pipelines.metrics import feature_space
+from pipelines.quality import nearest_neighbours
 from pipelines.run import CHECKPOINTS, PRIORS, Run, read_config
 from pipelines.train_all import Options, parse, train_all
 from stage1_vae import bottlenecks
@@ -32,6 +36,7 @@ IMAGES = {name: (1, 28, 28) for name in PRESETS} | {
     "cifar10-vqvae2": (3, 32, 32),
     "folder": (3, 64, 64),
     "folder-vqvae2": (3, 64, 64),
+    "folder-dalle": (3, 64, 64),
 }
 
 
@@ -97,7 +102,14 @@ def test_both_stages_see_mirror_images(name, tmp_path, monkeypatch):
         expected = run.encode(autoencoder, ImageSet(shown, images.labels), f"{half.start}").posteriors(slice(None))
         for found, level in zip(latents.posteriors(half), expected):
             assert all(torch.equal(found[name], tensor) for name, tensor in level.items())
-    assert len(run.latents("train")) == count
+    assert len(run.training_latents()) == 2 * count
+
+    # What is copied may be copied from either.
+    metrics = json.loads((run.folder / "compare" / "metrics.json").read_text())
+    space = feature_space(run.fabric, run.config.metrics, run.data(), run.classifiers)
+    either = torch.cat([space.reference, space.features(images.images.flip(-1), "flipped")])
+    distances, _ = nearest_neighbours(space.features(run.data().test.images, "test"), either)
+    assert metrics["real"]["distance_to_training"] == pytest.approx(float(distances.median()))
 
 
 def test_samples_do_not_depend_on_the_batch_size(tmp_path, monkeypatch):
@@ -207,6 +219,11 @@ def test_values_are_overridden_on_the_command_line(name):
     assert (run, options) == ("r", Options())
 
 
+def test_no_steps_of_the_third_phase_are_none():
+    """The same config, so the same run, whatever the preset says."""
+    assert parse(["mnist-binary", "--refine.steps", "0"])[1] == dataclasses.replace(preset("mnist-binary"), refine=None)
+
+
 def test_the_default_is_the_embedded_preset():
     assert parse([]) == ("mnist5k", preset("mnist5k"), Options())
 
@@ -242,6 +259,53 @@ def test_an_unfinished_run_says_so(tmp_path, monkeypatch):
     shutil.rmtree(run.folder / "stage2")
     with pytest.raises(UserError, match="unfinished: stage2"):
         generate.main(["mnist5k", "--device", "cpu"])
+
+
+def test_the_standard_prior_needs_no_training_latents(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run = train("mnist5k", shrunk(preset("mnist5k")), monkeypatch)
+    shutil.rmtree(run.folder / "latents")
+    for prior in ("standard", "gaussian", "learned"):  # the second was fitted, and kept
+        generate.main(["mnist5k", "--prior", prior, "--count", "2", "--out", f"{prior}.png", "--device", "cpu"])
+    with pytest.raises(UserError, match="there is no .*stage1-train.safetensors.*train_all"):
+        generate.main(["mnist5k", "--prior", "posterior", "--device", "cpu"])
+
+
+@pytest.mark.parametrize(
+    ("library", "name", "changes", "says"),
+    [
+        ("tokenizers", "fashion-dalle", {}, r"\[text\]"),
+        ("torch_fidelity.feature_extractor_inceptionv3", "mnist5k", {"extractor": "inception"}, r"\[inception\]"),
+    ],
+)
+def test_what_is_not_installed_is_said_before_anything_is_trained(tmp_path, monkeypatch, library, name, changes, says):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, library, None)
+    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", lambda *_, **__: {})
+    config = shrunk(preset(name))
+    with pytest.raises(UserError, match=says):
+        train(name, dataclasses.replace(config, metrics=dataclasses.replace(config.metrics, **changes)), monkeypatch)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_comparison_of_a_run_is_the_one_its_config_asks_for(tmp_path, monkeypatch, capsys):
+    """One made with another seed is made anew; the hint names the run as `generate` knows it."""
+    monkeypatch.chdir(tmp_path)
+    config = shrunk(preset("mnist5k"))
+    monkeypatch.setattr(type(config.data), "load", lambda self, report=None: small_splits((1, 28, 28), 4))
+    for folder in (CHECKPOINTS / "named", tmp_path / "elsewhere" / "run"):
+        train_all(Run.create(folder, config, "cpu"))
+        first = json.loads((folder / "compare" / "metrics.json").read_text())
+        compare_module.main([str(folder), "--seed", "3", "--device", "cpu"])
+        assert json.loads((folder / "compare" / "metrics.json").read_text())["seed"] == 3
+        capsys.readouterr()
+        train_all(Run.create(folder, config, "cpu"))
+        assert json.loads((folder / "compare" / "metrics.json").read_text()) == first
+        printed = capsys.readouterr().out
+        (command,) = re.findall(r"python -m pipelines.generate (.*)", printed)
+        generate.main([*command.split(), "--device", "cpu"])
+        train_all(Run.create(folder, config, "cpu"))
+        assert "compare: finished, skipped" in capsys.readouterr().out
 
 
 def test_the_rows_of_the_comparison_use_the_same_images(tmp_path, monkeypatch):
