@@ -58,7 +58,8 @@ def held_latents(
     """For each level, the latent of the picture with hidden pixels blanked, and where it is held, h w."""
     noise = torch.Generator().manual_seed(0)
     grey = torch.linspace(0, 255, 8).round().to(torch.uint8).view(-1, 1, 1, 1).expand(-1, *image.shape)
-    others = torch.stack([image.roll((r, c), (1, 2)) for r in (-8, 0, 8) for c in (-8, 0, 8)])
+    blanked = torch.where(known, image, 0)
+    others = torch.stack([blanked.roll((r, c), (1, 2)) for r in (-8, 0, 8) for c in (-8, 0, 8)])
     random = torch.randint(0, 256, (FILLINGS - len(grey) - len(others), *image.shape), dtype=torch.uint8, generator=noise)
     fillings = torch.cat([grey, others, random])  # the first is black: the blanked picture
     posteriors = autoencoder.encode(torch.where(known, image, fillings).to(device))

@@ -341,7 +341,8 @@ class FiniteScalarBottleneck(Codes):
 class GumbelSoftmax:
     """The discrete VAE of DALL-E (Ramesh et al. 2021, section 2.1): one of K codes, relaxed in training.
 
-    Temperature and weight of the rate are functions of the step, as in the paper's appendix A.2, over fewer steps.
+    Temperature and weight of the rate are functions of the step, as in the paper's appendix A.2, over fewer steps. Where we
+    deviate: `anneal_steps` is that of both; in the paper the temperature falls in 150,000 steps and the weight rises in 5,000.
     """
 
     codes: int = 512

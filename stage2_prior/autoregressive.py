@@ -131,6 +131,9 @@ class AutoregressivePrior(Prior):
         how.check(codes=self.spec.vocabulary is not None, contexts=self.condition is not None)
         if self.condition is None and contexts is not None:
             raise CannotSample("this prior takes no context")
+        if not batch:  # the compiled steps divide the rows of a batch among threads
+            dtype = self.position.dtype if self.spec.vocabulary is None else torch.int64
+            return [self.position.new_empty(0, *self.spec.shape, dtype=dtype)]
         coarser = [] if coarser is None else coarser
         if self.condition is not None:
             contexts = self.draw_contexts(indices, seed) if contexts is None else contexts

@@ -36,7 +36,7 @@ def complete(
     contexts: one for each sample; when None, one for each particle, as frequent as in the training set.
     log_likelihood: what else is known of the whole latent, such as log p(of the pixels that are seen | z): levels to nats, B·M.
     """
-    # Particle m of sample i is sample number i·M + m of its own seed, so a completion too is the same in any batch.
+    # Particle m of sample i is sample number i·M + m under the seed, so a completion too is the same in any batch.
     numbers = (indices[:, None] * particles + torch.arange(particles, device=indices.device)).flatten()
     told = prior.draw_contexts(numbers, seed) if contexts is None else contexts.repeat_interleave(particles, 0)
     levels: list[Tensor] = []

@@ -33,6 +33,11 @@ class Unconditional:
         return None
 
 
+def check_dropout(share: float) -> None:
+    if not 0 <= share < 1:
+        raise ValueError(f"the dropout of a condition is a share of the contexts, from 0 up and below 1, not {share}")
+
+
 @dataclass(frozen=True)
 class ClassLabel:
     """The class of the image."""
@@ -41,7 +46,8 @@ class ClassLabel:
     """share of labels forgotten in training; 0.1 to 0.2 in the paper"""
 
     def build(self, width: int, grid: tuple[int, int], classes: int) -> "LabelCondition":
-        """Raises ValueError when the data set has no labels."""
+        """Raises ValueError when the data set has no labels, or the dropout is no share."""
+        check_dropout(self.dropout)
         if classes < 1:
             raise ValueError("a prior conditioned on class labels needs images with labels")
         return LabelCondition(width, grid, classes, self.dropout)
@@ -95,6 +101,8 @@ class Caption:
     """share of captions forgotten in training"""
 
     def build(self, width: int, grid: tuple[int, int], classes: int) -> "CaptionCondition":
+        """Raises ValueError when a setting is out of range."""
+        check_dropout(self.dropout)
         if self.vocabulary < BYTES_AND_PADDING or self.length < 1:
             raise ValueError(f"captions need a vocabulary of {BYTES_AND_PADDING} tokens or more, and a length of 1 or more")
         return CaptionCondition(width, self)

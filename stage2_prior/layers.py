@@ -22,6 +22,8 @@ class Backbone(Protocol):
     `prefix`, B T D, a sequence that every position sees as a whole.
     """
 
+    width: int
+    """D"""
     reach: int | None
     """how far a position sees, as PixelCNN states it; None where it sees every earlier position"""
 

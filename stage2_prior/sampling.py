@@ -102,7 +102,8 @@ class Sampling:
     top_p: float = 1.0
     """draw each code from the fewest likeliest whose probabilities sum to p"""
     guidance: float = 0.0
-    """strength w of classifier-free guidance toward the context: p(z|context)^(1+w) / p(z)^w; 0 is none"""
+    """strength w of classifier-free guidance toward the context: p(z|context)^(1+w) / p(z)^w, normalized at each position rather
+    than over whole latents; 0 is none"""
 
     def __post_init__(self) -> None:
         if not 0 <= self.temperature < math.inf:

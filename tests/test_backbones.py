@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from stage2_prior import compiled, steps
-from stage2_prior.layers import attend
+from stage2_prior.layers import attend, shift_raster, shift_right
 from stage2_prior.pixelcnn import PixelCNNConfig
 from stage2_prior.pixelsnail import PixelSNAILConfig
 from stage2_prior.transformer import TransformerConfig
@@ -199,6 +199,26 @@ def test_every_parameter_receives_a_gradient(name):
     backbone(*example(backbone, (4, 4))).square().sum().backward()
     without = [name for name, p in backbone.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
     assert without == []
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+def test_all_that_layers_add_is_dropped_in_training_only(name):
+    """A share of it at random; with all of it dropped, of the inputs only the one before is left, and the map."""
+    config = BACKBONES[name]
+    whole, half, none = (randomized(dataclasses.replace(config, dropout=share).build()) for share in (0.0, 0.5, 1.0))
+    inputs, map, prefix = example(whole, (3, 4))
+    known = map, None if name.startswith("pixelcnn") else prefix
+    with torch.no_grad():
+        assert torch.equal(whole(inputs, *known), half.eval()(inputs, *known))
+        torch.manual_seed(0)
+        first, second = (half.train()(inputs, *known) for _ in range(2))
+        left = none(inputs, *known)
+    assert (first != second).any() and (left != whole(inputs, *known)).any()
+    shift = shift_right if name.startswith("pixelcnn") else shift_raster
+    residual = shift(inputs) + map
+    if isinstance(config, TransformerConfig):
+        residual = none.norm(residual.movedim(1, -1)).movedim(-1, 1)
+    assert torch.allclose(left, residual, atol=1e-6)
 
 
 @pytest.mark.parametrize(("width", "dtype", "tolerance"), [(6, torch.float64, 1e-12), (32, torch.float32, 1e-5)])

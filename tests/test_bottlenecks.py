@@ -7,6 +7,7 @@ import torch
 from scipy import stats
 
 from stage1_vae.bottlenecks import CodeUse, FiniteScalar, GumbelSoftmax, VectorQuantized
+from tests.parts import BOTTLENECKS
 
 
 def clusters(count: int, codes: int, channels: int, seed: int = 0) -> torch.Tensor:
@@ -142,6 +143,27 @@ def test_finite_scalar_embeds_in_training_what_it_decodes_from_codes():
     codes = model.posterior(features)[0]["codes"]
     assert torch.allclose(embedded[0], model.embed([codes]), atol=1e-6)
     assert penalty.eq(0).all() and len(codes.unique()) > 40
+
+
+@pytest.mark.parametrize("name", ["vector-quantized", "finite-scalar", "hierarchical", "hierarchical-3"])
+def test_what_the_decoder_reads_held_out_is_what_the_codes_embed(name):
+    torch.manual_seed(0)
+    model = BOTTLENECKS[name].build(6)
+    features = 3 * torch.randn(10, 6, 8, 8)
+    model(features, 0)  # sets the codebooks up
+    with torch.no_grad():
+        embedded, _, _ = model.eval()(features, 1)
+        codes = [level["codes"] for level in model.posterior(features)]
+        assert torch.allclose(embedded[0], model.embed(codes), atol=1e-5)
+    assert all(len(level.unique()) > 3 for level in codes)
+
+
+def test_the_code_that_is_stored_is_the_likeliest():
+    torch.manual_seed(0)
+    model = GumbelSoftmax(codes=6, channels=2).build(4).eval()
+    features = 3 * torch.randn(10, 4, 2, 3)
+    codes, shares = model.posterior(features)[0]["codes"], model.project(features).softmax(1)
+    assert torch.equal(shares.gather(1, codes[:, None]).squeeze(1), shares.amax(1)) and len(codes.unique()) > 3
 
 
 def test_usage_and_perplexity():

@@ -7,17 +7,18 @@ import torch
 from scipy import stats
 
 from stage2_prior.autoregressive import AutoregressiveConfig, CascadeConfig
-from stage2_prior.conditions import Caption, ClassLabel, CoarserLevel
-from stage2_prior.heads import Categorical, GaussianMixture
+from stage2_prior.conditions import Caption, ClassLabel, CoarserLevel, ConditionConfig
+from stage2_prior.heads import Categorical, GaussianMixture, truncated
 from stage2_prior.latents import LatentDataset, LatentSpec
 from stage2_prior.sampling import CannotSample, Sampling
 from tests.parts import BACKBONES, HEADS, LEARNED, random_latents, randomized, spec_for
 
 FALSE_ALARM = 1e-4
+LABEL = ClassLabel()
 
 
-def conditional(backbone: str, head: str, spec: LatentSpec, scale: float = 0.3):
-    prior = AutoregressiveConfig(BACKBONES[backbone], HEADS[head], ClassLabel()).build([spec], classes=3)
+def conditional(backbone: str, head: str, spec: LatentSpec, scale: float = 0.3, condition: ConditionConfig = LABEL):
+    prior = AutoregressiveConfig(BACKBONES[backbone], HEADS[head], condition).build([spec], classes=3)
     return randomized(prior.double().eval(), scale)
 
 
@@ -42,17 +43,28 @@ def test_every_token_of_a_caption_reaches_every_position(backbone, head):
             assert (prior.log_prob_by_position(levels, torch.tensor([changed])) != before).all()
 
 
+@pytest.mark.parametrize("told", [LABEL, Caption(length=3)], ids=["label", "caption"])
 @pytest.mark.parametrize(("backbone", "head"), LEARNED)
-def test_labels_are_forgotten_in_training_only(backbone, head):
-    prior = conditional(backbone, head, spec_for(head, (2, 3)))
+def test_contexts_are_forgotten_whole_and_in_training_only(backbone, head, told):
+    prior = conditional(backbone, head, spec_for(head, (2, 3)), condition=told)
     levels, _ = random_latents(400, prior.spec)[torch.arange(400)]
-    labels, nothing = torch.ones(400, dtype=torch.int64), torch.full((400,), 3)
+    contexts, nothing = torch.tensor([[5, 6, 7]] if isinstance(told, Caption) else [1]), prior.condition.nothing(400)
+    contexts = contexts.expand_as(nothing)
     with torch.no_grad():
-        told, untold = prior.log_prob(levels, labels), prior.log_prob(levels, nothing)
+        known, unknown = prior.log_prob(levels, contexts), prior.log_prob(levels, nothing)
         torch.manual_seed(0)
-        forgotten = prior.train().log_prob(levels, labels) == untold
-    assert (told != untold).all()
+        in_training = prior.train().log_prob(levels, contexts)
+    assert (known != unknown).all()
+    forgotten = in_training == unknown
+    assert (forgotten | (in_training == known)).all()
     assert stats.binomtest(int(forgotten.sum()), 400, 0.1).pvalue > FALSE_ALARM
+
+
+@pytest.mark.parametrize("share", [-0.1, 1.0, 10.0, math.nan])
+@pytest.mark.parametrize("condition", [ClassLabel, Caption])
+def test_a_share_of_forgotten_contexts_lies_below_one(condition, share):
+    with pytest.raises(ValueError, match="dropout .* from 0 up and below 1"):
+        AutoregressiveConfig(condition=condition(dropout=share)).build([LatentSpec((2, 2, 2))], classes=3)
 
 
 @pytest.mark.parametrize(("backbone", "head"), LEARNED)
@@ -176,6 +188,44 @@ def test_a_cascade_is_normalized_and_sampled_as_it_says():
     observed = torch.bincount(16 * top.flatten() + bottom.flatten(1) @ torch.tensor([4, 1]), minlength=48)
     assert probabilities.min() * 20_000 > 5
     assert stats.chisquare(observed.numpy(), (20_000 * probabilities).numpy()).pvalue > FALSE_ALARM
+
+
+@pytest.mark.parametrize("how", [{"guidance": 3.0}, {"temperature": 0.5}, {"top_k": 2}, {"top_p": 0.6}], ids=str)
+def test_every_level_of_a_cascade_departs_from_its_density_as_asked(how):
+    """Samples against the product of each position's guided, tempered and truncated conditional, by a χ² test."""
+    specs = [LatentSpec((1, 1), vocabulary=3), LatentSpec((1, 2), vocabulary=4)]
+    how, prior, count = Sampling(**how), cascade(scale=0.3, specs=specs), 20_000
+    every = torch.cartesian_prod(torch.arange(3), torch.arange(4), torch.arange(4))
+    levels = [every[:, :1].view(-1, 1, 1), every[:, 1:].view(-1, 1, 2)]
+
+    def conditionals(label: int) -> list[torch.Tensor]:
+        """log p of each position's code, given those before it along the axes before: 3, 3 4 and 3 4 4."""
+        labels = torch.full((len(every),), label)
+        by_position = [own.log_prob_by_position(levels[: own.level + 1], labels).flatten(1) for own in prior.levels]
+        top, left, right = torch.cat(by_position, 1).T.view(3, 3, 4, 4)
+        return [top[:, 0, 0], left[:, :, 0], right]
+
+    with torch.no_grad():
+        expected, fitted = torch.zeros(3, 4, 4, dtype=torch.float64), []
+        for position, (told, untold) in enumerate(zip(conditionals(0), conditionals(2))):
+            guided = (told + how.guidance * (told - untold)).view(-1, told.shape[-1])
+            factor = truncated(guided, how).log_softmax(-1).view_as(told)
+            fitted.append(float((factor.exp() - told.exp()).abs().max()))
+            expected += factor.view(*factor.shape, *[1] * (2 - position))
+        top, bottom = prior.sample(torch.arange(count), 0, how, contexts=torch.zeros(count, dtype=torch.int64))
+    assert min(fitted) > 0.05  # `how` does something at every position
+    observed = torch.bincount(16 * top.flatten() + bottom.flatten(1) @ torch.tensor([4, 1]), minlength=48)
+    expected = count * expected.exp().flatten()
+    assert (observed[expected == 0] == 0).all()
+    often = expected > 5
+    bins = [torch.cat([each[often], each[~often].sum()[None] + 1e-9]).numpy() for each in (observed.double(), expected)]
+    assert stats.chisquare(*(each / each.sum() * count for each in bins)).pvalue > FALSE_ALARM
+
+
+@pytest.mark.parametrize("guidance", [0.0, 1.5])
+def test_no_samples_of_a_cascade_are_empty_levels(guidance):
+    levels = cascade().sample(torch.arange(0), 0, Sampling(guidance=guidance))
+    assert [level.shape for level in levels] == [(0, *spec.shape) for spec in SPECS]
 
 
 def test_a_cascade_trains_every_parameter():

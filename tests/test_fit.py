@@ -133,6 +133,32 @@ def test_the_learning_rate_warms_up_and_decays():
     rates = [learning_rate(CONFIG, step) for step in range(CONFIG.steps)]
     assert rates[0] == pytest.approx(0.025) and max(rates) <= CONFIG.learning_rate
     assert all(a > b for a, b in zip(rates[1:], rates[2:])) and rates[-1] < 0.1 * CONFIG.learning_rate
+    longer = dataclasses.replace(CONFIG, steps=1000, warmup_steps=10)
+    assert max(learning_rate(longer, step) for step in range(1000)) == pytest.approx(CONFIG.learning_rate, rel=1e-3)
+
+
+class Slope(nn.Module):
+    """A loss of the same gradient everywhere."""
+
+    def __init__(self):
+        super().__init__()
+        self.weights = nn.Parameter(torch.tensor([1.0, -2.0, 3.0]))
+
+    def forward(self, x, step=0):
+        return {"loss": 6 * self.weights @ torch.tensor([1.0, 2.0, 2.0])}  # a gradient of norm 18
+
+
+@pytest.mark.parametrize("clip", [100.0, 2.0])
+def test_a_step_clips_the_gradient_and_decays_the_weights(tmp_path, clip):
+    """The first step of AdamW, whose size is the learning rate; its moment is a tenth of the gradient."""
+    model, config = Slope(), dataclasses.replace(CONFIG, weight_decay=0.5, gradient_clip=clip)
+    before = model.weights.detach().clone()
+    training = Training(Fabric(accelerator="cpu"), model, Points(30), Points(10), config, 0, tmp_path, "test")
+    training.step(0)
+    moment = training.optimizer.state[model.weights]["exp_avg"]
+    assert torch.allclose(moment, 0.1 * min(clip, 18.0) * torch.tensor([1.0, 2.0, 2.0]) / 3, rtol=1e-4)
+    rate = learning_rate(config, 0)
+    assert torch.allclose(model.weights.detach(), before * (1 - rate * 0.5) - rate, rtol=1e-5)
 
 
 def test_the_kept_weights_are_the_average():

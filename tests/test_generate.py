@@ -11,14 +11,16 @@ from PIL import Image
 
 from pipelines import generate
 from pipelines.compare import compare
-from pipelines.completion import known_pixels, picture_to_complete
+from pipelines.completion import held_latents, known_pixels, picture_to_complete
 from pipelines.config import preset
 from pipelines.console import UserError
 from pipelines.metrics import FIGURES
 from pipelines.run import Run
 from pipelines.train_all import train_all
+from stage1_vae import bottlenecks
+from stage1_vae.autoencoder import AutoencoderConfig
 from stage2_prior.prior import StandardNormal
-from tests.parts import shrunk, small_splits
+from tests.parts import NETWORKS, shrunk, small_splits
 
 
 @pytest.fixture(scope="module")
@@ -54,9 +56,12 @@ def test_a_label_by_name_and_guidance(runs, tmp_path):
 
 
 def test_text(runs, tmp_path):
-    one = drawn(runs["fashion-dalle"], "--text", "a pair of 2s", tmp_path=tmp_path)
-    other = drawn(runs["fashion-dalle"], "--text", "a picture of a 3", "--guidance", "3", tmp_path=tmp_path)
+    run, texts = Run.open(runs["fashion-dalle"], "cpu"), ("a pair of 2s", "a picture of a 3")
+    assert not torch.equal(*map(run.text, texts))
+    guided = ["--guidance", "3"]
+    one, other = (drawn(runs["fashion-dalle"], "--text", text, *guided, tmp_path=tmp_path) for text in texts)
     assert one.shape == other.shape == (6, 28, 28, 1) and (one != other).any()
+    assert (drawn(runs["fashion-dalle"], "--text", texts[0], tmp_path=tmp_path) != one).any()
     with pytest.raises(UserError, match="takes no text; it takes a --label"):
         drawn(runs["mnist-vqvae"], "--text", "a 2", tmp_path=tmp_path)
     with pytest.raises(UserError, match="takes no label; it takes a --text"):
@@ -92,6 +97,47 @@ def test_completion_of_a_picture(runs, name, tmp_path, capsys):
         drawn(runs[name], "--complete", str(tmp_path / "in.png"), "--keep", "top-haf", tmp_path=tmp_path)
     with pytest.raises(UserError, match="cannot be read as a picture"):
         drawn(runs[name], "--complete", str(tmp_path / "nothing.png"), tmp_path=tmp_path)
+
+
+@pytest.mark.parametrize("bottleneck", [bottlenecks.Gaussian(channels=3), bottlenecks.FiniteScalar((8, 8, 8))], ids=str)
+def test_a_latent_is_held_where_hidden_pixels_do_not_reach_and_never_where_only_they_do(bottleneck):
+    """They reach where what is not a number goes when put in their place. None of them tells in what is held."""
+    torch.manual_seed(0)
+    model = AutoencoderConfig(NETWORKS["convolutional"], bottleneck).build((1, 64, 64)).eval()
+    model.bottleneck.project.weight.data.mul_(50)  # away from the initial weights, at which every image gets the middle level
+    pictures = torch.randint(0, 256, (4, 1, 64, 64), dtype=torch.uint8)
+    (whole,) = model.mean(model.encode(pictures[:1]))
+
+    @torch.no_grad()
+    def out_of_reach(pixels: torch.Tensor) -> torch.Tensor:
+        return ~model.encoder(torch.zeros(1, 1, 64, 64).masked_fill(pixels, torch.nan)).isnan().any(1)[0]
+
+    top = torch.arange(64)[:, None].expand(64, 64) < 32
+    for known, least in ((top, 64), (~top, 64), (torch.ones_like(top), 256), (torch.zeros_like(top), 0)):
+        (given,), (held,) = held_latents(model, pictures[0], known, torch.device("cpu"))
+        certain, hopeless = out_of_reach(~known), out_of_reach(known)
+        assert held[certain].all() and certain.sum() >= least
+        assert not held[hopeless].any() and hopeless.sum() >= min(64, 256 - least)
+        assert torch.allclose(given[..., certain], whole[0][..., certain], atol=1e-4)
+        for other in pictures[1:]:
+            (again,), (same,) = held_latents(model, torch.where(known, pictures[0], other), known, torch.device("cpu"))
+            assert torch.equal(again, given) and torch.equal(same, held)
+
+
+def test_hidden_pixels_do_not_weigh_the_completions(runs, tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (28, 28), dtype=np.uint8)
+    drawings = []
+    for hidden in (0, 255):
+        pixels[14:] = hidden
+        Image.fromarray(pixels).save(tmp_path / "in.png")
+        drawings.append(drawn(runs["mnist5k"], "--complete", str(tmp_path / "in.png"), tmp_path=tmp_path))
+    assert (drawings[0] == drawings[1]).all()
+
+
+@pytest.mark.parametrize(("keep", "corners"), [("top", [0, 1]), ("bottom", [2, 3]), ("left", [0, 2]), ("right", [1, 3])])
+def test_a_half_is_kept_by_its_name(keep, corners):
+    known = known_pixels(f"{keep}-half", (3, 6, 8))
+    assert known.sum() == 24 and known[[0, 0, -1, -1], [0, -1, 0, -1]].nonzero().flatten().tolist() == corners
 
 
 def test_a_mask_lies_where_it_was_drawn_on_the_picture(tmp_path):

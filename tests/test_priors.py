@@ -1,5 +1,6 @@
 """Every prior: normalized, sampled as its density says, the same sample in any batch, a gradient for every parameter."""
 
+import dataclasses
 import math
 
 import pytest
@@ -8,9 +9,9 @@ from scipy import stats
 from torch import distributions
 
 from stage2_prior.autoregressive import AutoregressiveConfig
-from stage2_prior.heads import GaussianMixture, truncated
+from stage2_prior.heads import MINIMUM_LOG_STD, GaussianMixture, truncated
 from stage2_prior.latents import LatentDataset, LatentSpec, draw
-from stage2_prior.prior import CODE_BASELINES, CONTINUOUS_BASELINES, AggregatePosterior, GaussianMixturePrior
+from stage2_prior.prior import CODE_BASELINES, CONTINUOUS_BASELINES, AggregatePosterior, GaussianMixturePrior, baselines
 from stage2_prior.sampling import AS_FITTED, CannotSample, Sampling, uniforms
 from tests.parts import BACKBONES, HEADS, LEARNED, random_latents, random_prior, spec_for
 
@@ -85,6 +86,18 @@ def test_a_sample_is_the_same_in_any_batch(name):
     assert torch.allclose(together[[4, 1]], apart, rtol=1e-9, atol=1e-12)
     assert not torch.allclose(together, other)
     assert len({tuple(sample.flatten().tolist()) for sample in together}) == 6
+
+
+@pytest.mark.parametrize("kind", HEADS)
+def test_no_samples_are_an_empty_latent(kind):
+    """Of the dtype of others; the learned priors of a width that steps.c takes."""
+    spec = spec_for(kind, (2, 3))
+    backbones = [dataclasses.replace(config, width=32) for config in BACKBONES.values()]
+    priors = [AutoregressiveConfig(backbone, HEADS[kind]).build([spec]).eval() for backbone in backbones]
+    priors += [make([spec]) for make in baselines([spec]).values()] + [AggregatePosterior(random_latents(5, spec))]
+    for prior in priors:
+        (none,), (one,) = (prior.sample(torch.arange(count), seed=3) for count in (0, 1))
+        assert none.shape == (0, *spec.shape) and none.dtype == one.dtype
 
 
 @pytest.mark.parametrize(("backbone", "head"), LEARNED)
@@ -336,6 +349,53 @@ def test_a_mixture_is_sharpened_to_a_power_of_its_density(full, monkeypatch):
     (coldest,) = prior.sample(torch.arange(50), 0, Sampling(temperature=0.0))
     assert (coldest == coldest[0]).all()
     assert float(prior.log_prob([coldest[:1]]).exp()) >= float(density.max())
+
+
+def told_nothing(channels: int, components: torch.Tensor, width: int = 6):
+    """A learned prior of one position whose mixture is as given: K rows of a weight, C means and C log standard deviations."""
+    backbone = dataclasses.replace(BACKBONES["pixelcnn"], width=width)
+    prior = AutoregressiveConfig(backbone, GaussianMixture(len(components))).build([LatentSpec((channels, 1, 1))]).eval()
+    with torch.no_grad():
+        prior.head.output.weight.zero_()
+        prior.head.output.bias.copy_(torch.cat([components[:, 0].log(), components[:, 1:].flatten()]))
+    return prior
+
+
+def test_a_learned_mixture_of_components_apart_is_sharpened_to_a_power_of_its_density():
+    """Samples in 16×16 cells against p^(1/T), normalized on a grid; T = 0 is the highest mode, here of the least weight."""
+    stds = torch.tensor([[1.2, 0.9], [0.6, 0.5], [0.3, 0.4]])
+    means = torch.tensor([[-4.0, -4.0], [4.5, 0.0], [0.0, 5.0]])
+    prior = told_nothing(2, torch.cat([torch.tensor([[0.5], [0.3], [0.2]]), means, stds.log()], 1)).double()
+    prior.head.shift.copy_(torch.tensor([0.3, -0.2]))
+    prior.head.scale.copy_(torch.tensor([1.2, 1.7]))
+    density, _ = density_on_a_square(prior, prior.spec)
+    count, coarse = 20_000, 16
+    for temperature in (0.5, 0.8, 1.5):
+        expected = (density ** (1 / temperature)).view(coarse, -1, coarse, density.shape[1] // coarse).sum((1, 3)).flatten()
+        expected *= count / expected.sum()
+        (samples,) = prior.sample(torch.arange(count), 0, Sampling(temperature=temperature))
+        rows, columns = ((samples.flatten(1) + 16) / 32 * coarse).long().clamp(0, coarse - 1).T
+        observed = torch.bincount(rows * coarse + columns, minlength=coarse**2).double()
+        often = expected > 5
+        bins = [torch.cat([each[often], each[~often].sum()[None] + 1e-9]) for each in (observed, expected)]
+        assert stats.chisquare(*(each / each.sum() * count for each in bins)).pvalue > FALSE_ALARM
+    (coldest,) = prior.sample(torch.arange(5), 0, Sampling(temperature=0.0))
+    assert torch.allclose(prior.head.values(coldest).flatten(1), means[2].double().expand(5, -1), atol=1e-6)
+    assert float(prior.log_prob([coldest[:1]]).detach().exp()) >= float(density.max())
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.25])
+def test_a_component_narrower_than_the_floor_has_its_width(temperature):
+    """In density and draws, those of steps.c where T = 1, and with a gradient; without a floor, float32 would overflow."""
+    prior, std = told_nothing(2, torch.tensor([[1.0, 0.0, 0.0, -50.0, -50.0]]), width=32), math.exp(MINIMUM_LOG_STD)
+    z = torch.tensor([[0.0, 0.0], [3 * std, 0.0], [1.0, 1.0]]).view(3, 2, 1, 1)
+    log_prob = prior.log_prob([z])
+    assert torch.allclose(log_prob, distributions.Normal(0.0, std).log_prob(z).flatten(1).sum(1), rtol=1e-5)
+    log_prob.sum().backward()
+    assert all(parameter.grad.isfinite().all() for parameter in prior.head.output.parameters())
+    assert (prior.head.output.bias.grad[3:] > 0).all()  # of the log standard deviations, which the third latent finds too low
+    (samples,) = prior.sample(torch.arange(4000), 0, Sampling(temperature=temperature))
+    assert stats.kstest((samples / (std * temperature**0.5)).flatten().numpy(), "norm").pvalue > FALSE_ALARM
 
 
 @pytest.mark.parametrize("name", CODE_BASELINES)

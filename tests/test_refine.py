@@ -40,6 +40,21 @@ def test_the_loss_is_the_elbo_under_the_prior_and_reaches_every_weight():
         assert float(both(many)["loss"]) == pytest.approx(float(autoencoder(many)["loss"]), abs=0.05)
 
 
+def test_a_learned_sigma_moves_as_in_stage_1():
+    """In training only; over steps that leave the weights alone, to the root mean squared error of draws of z."""
+    autoencoder, prior = built(dataclasses.replace(CONFIG, likelihood=likelihoods.Gaussian()))
+    both, sigma = TwoStage(autoencoder, prior), autoencoder.likelihood.sigma
+    images = torch.randint(0, 256, (500, 1, 8, 8), dtype=torch.uint8)
+    with torch.no_grad():
+        both.eval()(images)
+        assert autoencoder.likelihood.sigma == sigma
+        for _ in range(3):
+            both.train()(images)
+        error = autoencoder.values(autoencoder.sample(autoencoder.encode(images))) - autoencoder.likelihood.scale(images)
+    assert float(autoencoder.likelihood.sigma) == pytest.approx(float(error.square().mean().sqrt()), rel=0.01)
+    assert float(autoencoder.likelihood.sigma) != pytest.approx(float(sigma), rel=0.05)
+
+
 @pytest.mark.parametrize(
     ("config", "prior", "message"),
     [

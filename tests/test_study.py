@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from scipy import stats
 
 from pipelines import study
 from pipelines.config import preset
@@ -12,9 +13,10 @@ from pipelines.console import UserError
 from pipelines.fit import FitConfig
 from pipelines.run import Run
 from stage1_vae.bottlenecks import gaussian_rate
+from stage1_vae.bounds import draws, log_likelihoods
 from stage2_prior.latents import LatentDataset, LatentSpec, draw
 from stage2_prior.prior import GaussianMixturePrior
-from tests.parts import random_latents, shrunk, small_splits
+from tests.parts import random_latents, shrunk, small_splits, trained_run
 
 pytestmark = pytest.mark.usefixtures("small_data")
 
@@ -64,10 +66,23 @@ def test_the_gradient_of_each_draw_is_that_of_its_weight(run):
 
 def test_evidence(run, monkeypatch):
     monkeypatch.setattr(study, "TOTAL", 10_000)
-    found = numbers(run, "evidence")
-    for name, prior in found["priors"].items():
-        assert found["curves"][f"ELBO, {name}"][0] <= prior["log_evidence"]
-        assert 0 <= prior["explain"] <= 1 and math.isfinite(prior["decades"])
+    found, trained = numbers(run, "evidence"), study.Trained.of(run)
+    image = trained.typical()[None]
+    with torch.no_grad():
+        torch.manual_seed(0)  # the study's own draws from q(z|x)
+        explained = draws(trained.autoencoder, image, 1000, {}).log_likelihood
+        assert found["posterior_log_likelihood"] == pytest.approx(float(explained.mean()), rel=1e-5)
+        for (name, of_prior), prior in zip(found["priors"].items(), (trained.standard, trained.learned), strict=True):
+            assert found["curves"][f"ELBO, {name}"][0] <= of_prior["log_evidence"]
+            difference = found["posterior_log_likelihood"] - of_prior["log_evidence"]
+            assert of_prior["decades"] == pytest.approx(difference / math.log(10))
+            fresh = log_likelihoods(trained.autoencoder, image, prior.sample(torch.arange(4000), seed=1))
+            explain = int((fresh > explained.min()).sum())
+            counts = [
+                [explain, 4000 - explain],
+                [round(1000 * share) for share in (of_prior["explain"], 1 - of_prior["explain"])],
+            ]
+            assert stats.fisher_exact(counts).pvalue > 1e-4
 
 
 def test_mean_or_sample(run):
@@ -77,9 +92,9 @@ def test_mean_or_sample(run):
         (posterior,) = trained.autoencoder.encode(trained.held_out(200))
         at_mean = trained.autoencoder.decode([posterior["mean"]]).mean
         torch.manual_seed(1)
-        draws = torch.stack([trained.autoencoder.decode([draw(posterior)]).mean for _ in range(400)])
-    variance = float(draws.var(0).mean())
-    bias = float((draws.mean(0) - at_mean).square().mean()) - variance / 400
+        drawn = torch.stack([trained.autoencoder.decode([draw(posterior)]).mean for _ in range(400)])
+    variance = float(drawn.var(0).mean())
+    bias = float((drawn.mean(0) - at_mean).square().mean()) - variance / 400
     assert found["rms_sample_against_average"] ** 2 == pytest.approx(variance * 0.99, rel=0.05)
     assert found["rms_mean_against_average"] ** 2 == pytest.approx(bias + variance / 100, rel=0.05)
     assert found["rate"] == pytest.approx(float(gaussian_rate(posterior["mean"], posterior["std"].log()).mean()), rel=1e-4)
@@ -94,8 +109,19 @@ def test_aggregate_posterior(run, monkeypatch):
     assert set(found["rate"]) == {"standard", "gaussian", "mixture", "per label", "learned"}
     assert set(found["sweep"]) == set(study.SWEEP)
     assert found["rate"]["learned"] != found["rate"]["standard"]
+    trained = study.Trained.of(run)
+    with torch.no_grad():
+        (posterior,) = trained.autoencoder.encode(trained.splits.test.images)
+        exact = float(gaussian_rate(posterior["mean"], posterior["std"].log()).mean())
+        torch.manual_seed(1)
+        log_q = torch.distributions.Normal(posterior["mean"], posterior["std"]).log_prob
+        fresh = [
+            (log_q(z).flatten(1).sum(1) - trained.standard.log_prob([z])).mean() for z in (draw(posterior) for _ in range(200))
+        ]
+    assert found["rate"]["standard"] == pytest.approx(exact, abs=4 * float(torch.stack(fresh).std()))  # of one draw an image
     for name, network in found["sweep"].items():
         assert network["dimensions"] == study.SWEEP[name][2] and network["negative_elbo"] > network["rate"] > 0
+        assert network["kl_at_least"] <= network["kl_at_most"] + 0.05  # of other draws
 
 
 def test_a_gaussian_for_each_label_is_their_mixture():
@@ -117,3 +143,13 @@ def test_a_run_of_codes_is_refused(tmp_path):
     made.write_facts(small_splits((1, 28, 28), 4))
     with pytest.raises(UserError, match="no q"):
         study.main(["evidence", "--run", str(made.folder), "--device", "cpu"])
+
+
+@pytest.mark.parametrize("name", ["samples-per-image", "mean-or-sample"])
+def test_without_a_learned_prior_studies_that_need_none_run(tmp_path, monkeypatch, name):
+    monkeypatch.setattr(study, "TOTAL", 1000)
+    monkeypatch.setattr(study, "REPEATS", 1)
+    plain = trained_run(tmp_path, "mnist5k-plain")
+    numbers(plain, name)
+    with pytest.raises(UserError, match="no learned prior"):
+        study.main(["evidence", "--run", str(plain.folder), "--device", "cpu"])
