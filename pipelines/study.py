@@ -137,9 +137,9 @@ def samples_per_image(trained: Trained) -> Findings:
         f" ±{spread[most]:.2f}: the error falls as 1/√L, so {most} draws cost {most} times as much for"
         f" {spread[1] / spread[most]:.0f} times less noise. Over a batch of 64 images one z each leaves ±{spread[1] / 8:.1f}"
         " nats; that is why one is enough to train with.",
-        f"The value does not depend on L ({value[1]:.1f} nats at L = 1, {value[most]:.1f} at L = {most}): what is averaged are"
-        " log-likelihoods, and their average is unbiased. The logarithm of the average weight is another, tighter bound: it rises"
-        f" from {tight[1]:.1f} to {tight[most]:.1f} nats.",
+        f"The value does not depend on L: what is averaged are log-likelihoods, and an average of averages is the average,"
+        f" {value[1]:.1f} nats. The logarithm of the average weight is another, tighter bound: it rises from {tight[1]:.1f} to"
+        f" {tight[most]:.1f} nats.",
         f"The gradient behaves alike: that of one image's posterior has {noise[1]:.1f} times as much noise as signal with one z,"
         f" {noise[100]:.2f} with 100, {noise[most]:.2f} with {most}. At equal compute more images are better than more z: of"
         f" {DECODINGS} decodings a step, {DECODINGS // 16} images with 16 z each leave {shared[16] / shared[1]:.1f} times the"
