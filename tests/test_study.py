@@ -148,7 +148,7 @@ def test_a_run_of_codes_is_refused(tmp_path):
 @pytest.mark.parametrize("name", ["samples-per-image", "mean-or-sample"])
 def test_without_a_learned_prior_studies_that_need_none_run(tmp_path, monkeypatch, name):
     monkeypatch.setattr(study, "TOTAL", 1000)
-    monkeypatch.setattr(study, "REPEATS", 1)
+    monkeypatch.setattr(study, "REPEATS", 2)
     plain = trained_run(tmp_path, "mnist5k-plain")
     numbers(plain, name)
     with pytest.raises(UserError, match="no learned prior"):
