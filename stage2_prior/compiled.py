@@ -16,6 +16,7 @@ from torch.nn import functional as F
 if TYPE_CHECKING:
     from stage2_prior.steps import Blocks, Stacks
 
+VERSION = 1  # of steps.c
 ROWS_A_THREAD = 16  # of a batch; for fewer, another thread costs more than it saves
 BLOCK_ROWS_A_THREAD = 8  # of blocks of attention, which do more for a row
 
@@ -27,8 +28,8 @@ def library() -> ctypes.CDLL | None:
     if spec is None or spec.origin is None:
         return None
     compiled = ctypes.CDLL(spec.origin)
-    if not hasattr(compiled, "attention_steps"):
-        warnings.warn("steps.c is newer than what was installed, so sampling is slower: pip install -e . again", stacklevel=2)
+    if version_of(compiled) != VERSION:
+        warnings.warn("steps.c is not what was installed, so sampling is slower: pip install -e . again", stacklevel=2)
         return None
     if not compiled.runs_here():
         return None
@@ -41,6 +42,13 @@ def library() -> ctypes.CDLL | None:
     for function in (compiled.gated_row, compiled.gated_steps, compiled.draw, compiled.attention_steps):
         function.restype = None
     return compiled
+
+
+def version_of(compiled: ctypes.CDLL) -> int:
+    try:
+        return ctypes.c_int.in_dll(compiled, "steps_version").value
+    except ValueError:  # of before there were versions
+        return 0
 
 
 def library_for(tensor: Tensor, width: int) -> ctypes.CDLL | None:

@@ -347,6 +347,7 @@ void attention_steps(size first, size last, size batch, size width, size heads, 
 }
 
 const int lanes = LANES, block = BLOCK; /* for the callers */
+const int steps_version = 1; /* of the functions' arguments and the layouts that they take: compiled.py expects the same */
 
 /* Whether this processor has what the one had that this was compiled on: an installation may be shared by several machines. */
 int runs_here(void) {

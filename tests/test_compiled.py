@@ -2,6 +2,7 @@
 
 import itertools
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -49,7 +50,12 @@ def test_compiled_draws_of_what_is_not_a_number_stay_within_bounds():
 
 
 def test_an_older_installation_is_told_of_and_not_used(monkeypatch):
-    """One whose steps.c had no function `draw`."""
-    monkeypatch.setattr(compiled.ctypes, "CDLL", lambda path: object())
-    with pytest.warns(UserWarning, match="pip install -e . again"):
+    """One of before there were versions, and one of another."""
+    unversioned = SimpleNamespace(origin=torch._C.__file__)
+    with monkeypatch.context() as patched, pytest.warns(UserWarning, match="pip install -e . again"):
+        patched.setattr(compiled, "find_spec", lambda name: unversioned)
         assert compiled.library.__wrapped__() is None
+    if compiled.library() is not None:
+        monkeypatch.setattr(compiled, "VERSION", compiled.VERSION + 1)
+        with pytest.warns(UserWarning, match="pip install -e . again"):
+            assert compiled.library.__wrapped__() is None
