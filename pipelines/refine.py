@@ -9,8 +9,8 @@ together explain the images best (the ELBO with a learned prior: Chen et al. 201
 from torch import Tensor, nn
 
 from stage1_vae.autoencoder import Autoencoder
+from stage1_vae.bounds import draws
 from stage2_prior.autoregressive import LearnedPrior
-from stage2_prior.heads import gaussian_log_prob
 
 
 class TwoStage(nn.Module):
@@ -26,13 +26,6 @@ class TwoStage(nn.Module):
 
     def forward(self, images: Tensor, step: int = 0) -> dict[str, Tensor]:
         """images uint8 B C H W; returns loss, distortion and rate, mean nats an image, of one z ~ q(z|x) each."""
-        likelihood = self.autoencoder.likelihood
-        (posterior,) = posteriors = self.autoencoder.encode(images)
-        (z,) = levels = self.autoencoder.sample(posteriors)
-        outputs, targets = self.autoencoder.outputs(levels), likelihood.scale(images)
-        distortion = -likelihood(outputs).log_prob(targets).mean()
-        log_posterior = gaussian_log_prob(z, posterior["mean"], posterior["std"].log()).flatten(1).sum(1)
-        rate = (log_posterior - self.prior.log_prob(levels)).mean()
-        if self.training:
-            likelihood.update(outputs, targets)
+        drawn = draws(self.autoencoder, images, 1, {"learned": self.prior.log_prob}, at_once=len(images))
+        distortion, rate = -drawn.log_likelihood.mean(), drawn.rate("learned").mean()
         return {"loss": distortion + rate, "distortion": distortion, "rate": rate}

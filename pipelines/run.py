@@ -132,18 +132,17 @@ class Run:
             splits = self.config.data.load(self.folder / UNREADABLE)
         trained = (self.folder / FACTS).is_file() and any((self.folder / "stage1").glob("step-*"))
         facts = self.facts() if trained else {}
-        before, listing = facts.get("images", splits.sizes), facts.get("listing", splits.listing)
+        before = facts.get("images", splits.sizes)
         listed = [" + ".join(map(str, sizes.values())) for sizes in (before, splits.sizes)]
-        if before != splits.sizes or listing != splits.listing:
-            other = (
-                f"{listed[0]} of them ({', '.join(before)}), now there are {listed[1]}"
-                if before != splits.sizes
-                else f"as many ({listed[0]}), but under other names or labels"
-            )
+        other = None
+        if before != splits.sizes:
+            other = f"{listed[0]} of them ({', '.join(before)}), now there are {listed[1]}"
+        elif facts.get("listing", splits.listing) != splits.listing:
+            other = f"as many ({listed[0]}), but under other names or labels"
+        if other is not None:
             raise UserError(
-                f"{self.folder} is trained on other images: {other}."
-                " Split anew, images that it was trained on would be test images. Bring the same images back, or train another"
-                " run on these: train_all with another --run."
+                f"{self.folder} is trained on other images: {other}. Split anew, images that it was trained on would be test"
+                " images. Bring the same images back, or train another run on these: train_all with another --run."
             )
         return splits
 

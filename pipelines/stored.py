@@ -34,8 +34,9 @@ class Files(Protocol):
 
     def __len__(self) -> int: ...
 
-    def written(self, index: int) -> tuple[int, int]:
-        """Size of the file in bytes, and when it was last written; zeros where it is not there."""
+    @property
+    def paths(self) -> list[str]:
+        """The files that they lie in."""
 
     def name(self, index: int) -> str:
         """For a person."""
@@ -61,14 +62,15 @@ class FolderFiles:
     def __init__(self, folder: Path, names: list[str]):
         self.folder, self.names = str(folder), names
 
+    @property
+    def paths(self) -> list[str]:
+        return [os.path.join(self.folder, name) for name in self.names]
+
     def __len__(self) -> int:
         return len(self.names)
 
     def name(self, index: int) -> str:
         return printable(self.open(index))
-
-    def written(self, index: int) -> tuple[int, int]:
-        return written(self.open(index))
 
     def open(self, index: int) -> str:
         return os.path.join(self.folder, self.names[index])
@@ -89,9 +91,6 @@ class TarFiles:
     def name(self, index: int) -> str:
         return printable(f"{self.paths[self.shards[index]]}: {self.names[index]}")
 
-    def written(self, index: int) -> tuple[int, int]:
-        return written(self.paths[self.shards[index]])
-
     def open(self, index: int) -> BinaryIO:
         with open(self.paths[self.shards[index]], "rb") as file:
             file.seek(self.offsets[index])
@@ -99,6 +98,7 @@ class TarFiles:
 
 
 def written(path: str) -> tuple[int, int]:
+    """Size of a file in bytes, and when it was last written; zeros where it is not there."""
     try:
         found = os.stat(path)
     except OSError:
@@ -320,7 +320,9 @@ class Stored:
         """Names these images: a checksum of their order and names, and of the size and age of their files."""
         key = hashlib.sha256(self.rows.numpy().tobytes())
         for index in range(len(self.files)):
-            key.update(f"{self.files.name(index)}\0{self.files.written(index)}\0".encode())
+            key.update(self.files.name(index).encode() + b"\0")
+        for path in self.files.paths:
+            key.update(repr(written(path)).encode())
         return key.hexdigest()[:16]
 
 

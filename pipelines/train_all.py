@@ -136,8 +136,8 @@ def finish(
 
 def asked_for(metrics: dict[str, Any], config: RunConfig, weights: dict[str, str]) -> bool:
     """Whether a comparison is of these weights, and not one made with another --seed or --metrics.extractor."""
-    inception = metrics["features"]["extractor"].startswith("inception")
-    as_configured = metrics["seed"] == 0 and inception == (config.metrics.extractor == "inception")
+    by_inception = metrics["features"]["extractor"].startswith("inception")
+    as_configured = metrics["seed"] == 0 and by_inception == (config.metrics.extractor == "inception")
     return as_configured and metrics.get("weights", weights) == weights  # of an earlier version there are none
 
 

@@ -67,14 +67,18 @@ class Autoencoder(nn.Module):
         embedded, penalty, terms = self.bottleneck(self.features(images), step)
         samples = len(embedded)
         outputs = full_precision(self.decoder(rearrange(embedded, "l b ... -> (l b) ...")))
-        targets = self.likelihood.scale(images)
-        log_prob = self.likelihood(outputs).log_prob(targets.repeat(samples, 1, 1, 1))
+        log_prob = self.log_likelihood(outputs, self.likelihood.scale(images).repeat(samples, 1, 1, 1))
         # The average over z is of log-likelihoods (Kingma and Welling 2014, equation 7), never of reconstructions.
         distortion = -rearrange(log_prob, "(l b) -> l b", l=samples).mean(0)
-        if self.training:
-            self.likelihood.update(outputs, targets.repeat(samples, 1, 1, 1))
         means = {name: value.mean() for name, value in {"distortion": distortion, **terms}.items()}
         return {"loss": (distortion + penalty).mean(), **means}
+
+    def log_likelihood(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """log p(x|z) of scaled images under the decoder's outputs, B nats. In training, a learned σ moves with it."""
+        log_prob = self.likelihood(outputs).log_prob(targets)
+        if self.training:
+            self.likelihood.update(outputs, targets)
+        return log_prob
 
     def encode(self, images: Tensor) -> list[Posterior]:
         """images uint8 B C H W to the posterior q(z|x) of each level, coarse to fine."""

@@ -67,7 +67,7 @@ def draws(
                 q = distributions.Normal(posterior["mean"], posterior["std"], validate_args=False)
                 log_q = log_q + q.log_prob(level).flatten(1).sum(1)
         told = None if contexts is None else contexts[image]
-        parts["log_likelihood"].append(autoencoder.decode(levels).log_prob(targets[image]))
+        parts["log_likelihood"].append(autoencoder.log_likelihood(autoencoder.outputs(levels), targets[image]))
         parts["log_posterior"].append(log_q)
         for name, log_prior in log_priors.items():
             parts[name].append(log_prior(levels, told))

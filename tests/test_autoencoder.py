@@ -8,7 +8,7 @@ from scipy import stats
 from torch import distributions, nn
 
 from stage1_vae import bottlenecks, likelihoods
-from stage1_vae.autoencoder import AutoencoderConfig
+from stage1_vae.autoencoder import Autoencoder, AutoencoderConfig
 from stage1_vae.bottlenecks import gaussian_rate
 from stage1_vae.bounds import (
     draws,
@@ -268,8 +268,10 @@ class LinearGaussian(nn.Module):
     def sample(self, posteriors):
         return [torch.normal(p["mean"], p["std"]) for p in posteriors]
 
-    def decode(self, levels):
-        return self.likelihood((levels[0].flatten(1) @ self.weight.T)[:, None, None])
+    def outputs(self, levels):
+        return (levels[0].flatten(1) @ self.weight.T)[:, None, None]
+
+    decode, log_likelihood = Autoencoder.decode, Autoencoder.log_likelihood
 
     def evidence(self, images):
         zero = torch.zeros(len(self.weight), dtype=torch.float64)
