@@ -16,7 +16,7 @@ from stage1_vae.autoencoder import Autoencoder
 
 SIDES = {"top-half": (0, True), "bottom-half": (0, False), "left-half": (1, True), "right-half": (1, False)}
 FILLINGS = 24  # of the hidden pixels, to see which latents they can change
-SMALL_CHANGE = 0.1  # of a channel's spread over the grid: less than this leaves a continuous latent as it was
+SMALL_CHANGE = 0.1  # of a channel's spread over the grid: no more than this leaves a continuous latent as it was
 
 
 def picture_to_complete(path: Path, image_shape: tuple[int, int, int]) -> Tensor:
@@ -69,7 +69,7 @@ def held_latents(
             same = (level == level[:1]).all(0)
         else:
             spread = level[0].flatten(1).std(1)[:, None, None]
-            same = ((level - level[:1]).abs() < SMALL_CHANGE * spread).all(0).all(0)
+            same = ((level - level[:1]).abs() <= SMALL_CHANGE * spread).all(0).all(0)
         latents.append(level[0])
         held.append(same)
     return latents, held

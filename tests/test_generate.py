@@ -124,6 +124,22 @@ def test_a_latent_is_held_where_hidden_pixels_do_not_reach_and_never_where_only_
             assert torch.equal(again, given) and torch.equal(same, held)
 
 
+def test_a_position_is_held_only_when_all_its_channels_stay():
+    """The first channel of this latent is the picture, the second nothing at all: what is hidden changes one of two."""
+
+    class Doubled:
+        def encode(self, images):
+            return [{"mean": torch.cat([images / 255, torch.zeros_like(images, dtype=torch.float32)], 1)}]
+
+        def mean(self, posteriors):
+            return [posterior["mean"] for posterior in posteriors]
+
+    picture, known = torch.arange(0, 160, 10, dtype=torch.uint8).view(1, 4, 4), known_pixels("top-half", (1, 4, 4))
+    (given,), (held,) = held_latents(Doubled(), picture, known, torch.device("cpu"))
+    picture_is = given[0][known].mul(255).round().to(torch.uint8)
+    assert torch.equal(held, known.contiguous()) and torch.equal(picture_is, picture[0][known])
+
+
 def test_hidden_pixels_do_not_weigh_the_completions(runs, tmp_path):
     pixels = np.random.default_rng(0).integers(0, 256, (28, 28), dtype=np.uint8)
     drawings = []
