@@ -226,7 +226,8 @@ PRESETS: dict[str, tuple[str, RunConfig]] = {
     "mnist-vqvae2": ("VQ-VAE-2 on MNIST: codes on a 7×7 and a 14×14 grid", VQVAE2),
     "fashion-vqvae2": (
         "VQ-VAE-2 on Fashion-MNIST: codes on a 7×7 and a 14×14 grid",
-        replace(VQVAE2, data=TorchvisionSet("FashionMNIST")),
+        # With 6,000 steps no more samples were read right; fd was 1.15 above the reconstructions' instead of 1.42.
+        replace(VQVAE2, data=TorchvisionSet("FashionMNIST"), stage2=replace(VQVAE2.stage2, steps=4000)),
     ),
     "cifar10-vqvae2": ("VQ-VAE-2 on CIFAR-10: codes on an 8×8 and a 16×16 grid", CIFAR10_VQVAE2),
     "folder": ("your own images: --data.root PATH", replace(CIFAR10, data=Folder())),
