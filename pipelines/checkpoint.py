@@ -229,24 +229,29 @@ def prune(folder: Path, checkpoints: list[Checkpoint], keep_last: int = 2) -> li
 def cached(path: Path, key: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
     """Tensors from a file made once; made again when the file is not there, is unreadable, or was made under another key.
 
-    Called by all processes together, and so is `make`.
+    Of several runs that need it, one makes it. Called by all processes of a run together, and so is `make`.
     """
 
     def current() -> bool:
-        try:
-            with safetensors.safe_open(path, "pt") as file:
-                return (file.metadata() or {}).get("key") == key
-        except FileNotFoundError:
-            return False
-        except safetensors.SafetensorError:
-            say(f"warning: {path} is truncated or altered; made again")
-            return False
+        return key_of(path) == key
 
-    if ranks.on_first(current):
-        return read_tensors(path)
-    tensors = make()
-    ranks.on_first(lambda: write_tensors(path, tensors, {"key": key}))
+    with alone(path, current):
+        if ranks.on_first(current):
+            return read_tensors(path)
+        if ranks.on_first(lambda: path.is_file() and key_of(path) is None):
+            say(f"warning: {path} is truncated or altered; made again")
+        tensors = make()
+        ranks.on_first(lambda: write_tensors(path, tensors, {"key": key}))
     return tensors
+
+
+def key_of(path: Path) -> str | None:
+    """What a file of tensors was made under; None where there is no such file, or it cannot be read."""
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            return (file.metadata() or {}).get("key")
+    except (FileNotFoundError, safetensors.SafetensorError):
+        return None
 
 
 @contextmanager
@@ -272,7 +277,9 @@ def alone(path: Path, there: Callable[[], bool]) -> Iterator[None]:
     try:
         yield
     finally:
-        lock.release()
+        if lock.is_locked:
+            Path(lock.lock_file).unlink(missing_ok=True)
+            lock.release()
 
 
 def shards(path: Path, count: int) -> list[Path]:

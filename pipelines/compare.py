@@ -9,6 +9,7 @@ The figures, all measured on the same number of images and against the training 
                 1 where its samples are as near to the data as the decoder's own reconstructions
 """
 
+import math
 import platform
 import time
 from dataclasses import dataclass, field, replace
@@ -24,9 +25,9 @@ from pipelines.checkpoint import write_json
 from pipelines.config import ExtractorName, to_dict
 from pipelines.console import UserError, check_seed, first_process, run_command, say
 from pipelines.data import Splits
-from pipelines.generate import generate, pixel_noise
+from pipelines.generate import Samples, generate, pixel_noise
 from pipelines.likelihood import as_table, likelihood, rate_maps
-from pipelines.metrics import Classifier, Judge, feature_space, kept_best, logits_of, trained_classifier
+from pipelines.metrics import Classifier, Judge, feature_space, logits_of, trained_classifier
 from pipelines.page import (
     Picture,
     Section,
@@ -38,7 +39,7 @@ from pipelines.page import (
     write_csv,
     write_page,
 )
-from pipelines.quality import FEWEST, Cloud, intervals, likeness, nearest_neighbours
+from pipelines.quality import intervals, nearest_neighbours
 from pipelines.report import (
     between_runs,
     drawn_from,
@@ -47,17 +48,19 @@ from pipelines.report import (
     nearest_plot,
     picture,
     rate_plot,
-    rejection_plot,
     table,
     title,
+    tradeoff_plot,
 )
 from pipelines.run import Run
+from pipelines.tradeoffs import guidance, lowest_fd, rejection
 from stage1_vae.autoencoder import Autoencoder
 from stage1_vae.bottlenecks import perplexity
 from stage2_prior.autoregressive import LearnedPrior
 from stage2_prior.conditions import Unconditional
 from stage2_prior.latents import LatentDataset, LatentSpec
 from stage2_prior.prior import Prior, baselines
+from stage2_prior.sampling import Sampling
 
 SHOWN = 16  # images in a row of the picture
 GRID = 64  # samples shown on the page
@@ -66,7 +69,6 @@ NOT_A_GENERATOR = "not a generator: reconstructs training images"
 NO_LEARNED_PRIOR = "none: this run was trained without a second stage (stage2.steps 0)"
 BATCH = 500
 FEW = 8  # draws of z an image for the likelihood; python -m pipelines.likelihood takes more
-SHARES = (1.0, 0.75, 0.5, 0.25, 0.1)  # of samples kept by rejection
 
 
 def compare(run: Run, splits: Splits, seed: int = 0) -> tuple[dict[str, Any], Section]:
@@ -85,22 +87,34 @@ def compare(run: Run, splits: Splits, seed: int = 0) -> tuple[dict[str, Any], Se
     rows = {"real": splits.test.images[chosen], "reconstruction": reconstruct(run, autoencoder, latents, chosen)}
     priors = {name: run.prior(name, specs) for name in (*baselines(specs), *run.learned, "posterior")}
     seconds, flat, warnings = {}, {}, []
-    for name, prior in priors.items():
+
+    def sampled(row: str, prior: Prior, number: int = count, seed: int = seed, guided: float = 0.0) -> Samples:
         started = time.perf_counter()
         samples = generate(
             autoencoder,
             prior,
-            count,
+            number,
             seed=seed,
             device=run.fabric.device,
+            how=Sampling(guidance=guided),
             contexts=told,
             pixels=run.config.metrics.pixels,
-            label=f"sampling {name}",
+            label=f"sampling {row}",
         )
-        seconds[name] = 1000 * (time.perf_counter() - started) / count
-        rows[name], flat[name] = samples.images, embedded(run, autoencoder, samples.levels)
+        seconds[row] = 1000 * (time.perf_counter() - started) / number
         if warning := samples.warning():
-            warnings.append(f"{name}: {warning}")
+            warnings.append(f"{row}: {warning}")
+        return samples
+
+    for name, prior in priors.items():
+        samples = sampled(name, prior)
+        rows[name], flat[name] = samples.images, embedded(run, autoencoder, samples.levels)
+    strengths, best = [], None
+    if run.learned and told is not None:
+        learned, few = priors["learned"], math.ceil(count / 5)
+        strengths = guidance(space, lambda strength: sampled(f"guidance {strength:g}", learned, few, seed + 1, strength).images)
+        if best := lowest_fd(strengths, "guidance"):  # found on other samples than those that are judged
+            rows["guided"] = sampled("guided", learned, guided=best).images
     features = {name: space.features(images, f"features of {name}") for name, images in rows.items()}
     learned_from = space.reference
     if run.config.mirror:  # a copy may be of either
@@ -110,12 +124,10 @@ def compare(run: Run, splits: Splits, seed: int = 0) -> tuple[dict[str, Any], Se
     judge = Judge(space, nearest_training["real"][0], seed)
     figures = {name: judge(values, nearest_training[name][0]) for name, values in features.items()}
     error = (rows["reconstruction"].double() - rows["real"].double()).div(255).square().mean()
-    metrics: dict[str, Any] = {
-        "real": figures["real"],
-        "reconstruction": {**figures["reconstruction"], "mse": float(error)},
-        "priors": {name: figures[name] for name in priors},
-    }
-    metrics["priors"]["posterior"]["note"] = NOT_A_GENERATOR
+    figures["reconstruction"]["mse"] = float(error)
+    figures["posterior"]["note"] = NOT_A_GENERATOR
+    metrics: dict[str, Any] = {name: figures[name] for name in ("real", "reconstruction")}
+    metrics["priors"] = {name: row for name, row in figures.items() if name not in metrics}
     for name in priors:
         if name != "posterior" and autoencoder.bottleneck.has_density:
             metrics["priors"][name]["nll"] = latent_nll(run, priors[name], latents, chosen, seed)
@@ -124,10 +136,16 @@ def compare(run: Run, splits: Splits, seed: int = 0) -> tuple[dict[str, Any], Se
     elif told is not None and splits.test.labels is not None:
         labels = splits.test.labels[chosen]
         reader = space.model if isinstance(space.model, Classifier) else classifier(run, splits, seed=0)
-        for name, row in (("real", metrics), ("reconstruction", metrics), ("learned", metrics["priors"])):
-            read = logits_of(run.fabric, reader, rows[name]).argmax(1)
-            row[name]["label_read"] = float((read == labels).float().mean())
-        metrics |= rejection(run, splits, judge, rows["learned"], features["learned"], labels)
+        for name, row in figures.items():
+            if name in ("real", "reconstruction", "learned", "guided"):
+                read = logits_of(run.fabric, reader, rows[name]).argmax(1)
+                row["label_read"] = float((read == labels).float().mean())
+        other = classifier(run, splits, seed=1)
+        metrics["rejection"] = rejection(run, space, other, rows["learned"], features["learned"], labels)
+    if strengths:
+        metrics["guidance"] = strengths
+    if best:
+        figures["guided"]["guidance"] = best
     codes = [posterior["codes"] for posterior in latents.sample() if "codes" in posterior]
     if codes:
         metrics["codes"] = [code_report(level, spec) for level, spec in zip(codes, specs)]
@@ -178,7 +196,7 @@ def pictures(
     """What the page shows of a run."""
     titles = {name: title(name, metrics) for name in rows}
     made = []
-    for name in ("standard", *run.learned):
+    for name in ("standard", *run.learned, *(["guided"] if "guided" in rows else [])):
         caption = f"The first {min(len(rows[name]), GRID)} drawn under seed {metrics['seed']}, not chosen."
         made.append(images_picture(f"Samples: {titles[name]}", caption, rows[name][:GRID]))
     pairs = torch.stack([rows["real"][:SHOWN], rows["reconstruction"][:SHOWN]]).flatten(0, 1)
@@ -200,16 +218,21 @@ def pictures(
     )
     made.append(chart_picture("Memorization", caption, nearest_plot(distances_of)))
     for name in rows:
-        if name not in ("standard", "learned", "reconstruction"):
+        if name not in ("standard", "learned", "guided", "reconstruction"):
             made.append(images_picture(titles[name], f"{SHOWN} images.", rows[name][:SHOWN]))
     if min(flat["posterior"].shape) > 1:
         caption = "Grey: latents of real images, q(z), on its first two principal components. Blue: draws from the prior."
         made.append(chart_picture("Where each prior puts z", caption, projections(flat, titles)))
     if codes:
         made.append(chart_picture("Use of the codes", "Over the whole test split.", histogram(codes, specs)))
-    if "rejection" in metrics:
+    if metrics.get("guidance"):
+        caption = f"Samples of the learned prior, pushed toward the {metrics['told']} by classifier-free guidance; 0 is none."
+        figure = tradeoff_plot(metrics["guidance"], "guidance", "strength of guidance")
+        made.append(chart_picture("Diversity traded for fidelity: guidance", caption, figure))
+    if metrics.get("rejection"):
         caption = "Of the learned prior's samples, the share that a second classifier is surest of; judged by the first."
-        made.append(chart_picture("Diversity traded for fidelity", caption, rejection_plot(metrics["rejection"])))
+        figure = tradeoff_plot(metrics["rejection"], "kept", "share of samples kept")
+        made.append(chart_picture("Diversity traded for fidelity: rejection", caption, figure))
     stages = [stage for stage in ("stage1", "stage2", "refined") if (run.folder / stage).is_dir()]
     histories = {stage: checkpoint.usable(run.folder / stage)[-1].record["history"] for stage in stages}
     made.append(chart_picture("Training", "Loss in nats an image, over steps.", training_curves(histories)))
@@ -264,25 +287,6 @@ def classifier(run: Run, splits: Splits, seed: int) -> Classifier:
     return trained_classifier(run.fabric, run.config.metrics, splits, run.classifiers, seed)[0]
 
 
-def rejection(run: Run, splits: Splits, judge: Judge, images: Tensor, features: Tensor, labels: Tensor) -> dict[str, Any]:
-    """Diversity traded for fidelity: of the samples, the shares that another classifier is surest of.
-
-    Every share is judged by the same number of its images, drawn at random: figures of different numbers do not compare.
-    Nothing is said where that number is too small.
-    """
-    other = classifier(run, splits, seed=1)
-    kept = {share: kept_best(run.fabric, other, images, labels, share) for share in SHARES}
-    number = min(len(indices) for indices in kept.values())
-    if min(number, len(judge.reference)) < FEWEST:
-        return {}
-    reference, rows = Cloud.of(judge.reference[:number]), []
-    for share, indices in kept.items():
-        some = features[indices[torch.randperm(len(indices), generator=torch.Generator().manual_seed(0))[:number]]]
-        figures = {name: float(value) for name, value in likeness(reference, some).items()}
-        rows.append({"kept": share, "fd": judge.space.distance_of(some), **figures, "images": number})
-    return {"rejection": rows}
-
-
 def code_report(codes: Tensor, spec: LatentSpec) -> dict[str, Any]:
     """How many codes of one level are used over the whole test split, and the perplexity of their use."""
     assert spec.vocabulary is not None
@@ -296,18 +300,23 @@ def code_report(codes: Tensor, spec: LatentSpec) -> dict[str, Any]:
 
 
 def verdict(metrics: dict[str, Any], withheld: str | None) -> dict[str, Any]:
-    """gap_closed, or null with the reason. withheld: why there is no Fréchet distance."""
+    """gap_closed, or null with the reason, and gap_closed_guided where there are guided samples.
+
+    withheld: why there is no Fréchet distance.
+    """
     if "fd" not in metrics["priors"]["learned"]:
         return {"gap_closed": None, "gap_closed_reason": metrics["priors"]["learned"]["note"]}
     if withheld is not None:
         return {"gap_closed": None, "gap_closed_reason": f"no Fréchet distance of {withheld}"}
-    standard, learned = (metrics["priors"][name]["fd"] for name in ("standard", "learned"))
+    priors = metrics["priors"]
+    standard = priors["standard"]["fd"]
     gap = standard - metrics["reconstruction"]["fd"]
     # The distance of real held-out images is what sampling error alone costs: a gap below it cannot be told from noise.
     if gap <= max(metrics["real"]["fd"], 0.0):
         reason = f"{title('standard', metrics)} is no worse than the reconstructions, beyond sampling error"
         return {"gap_closed": None, "gap_closed_reason": reason}
-    return {"gap_closed": (standard - learned) / gap}
+    closed = {name: (standard - priors[name]["fd"]) / gap for name in ("learned", "guided") if name in priors}
+    return {"gap_closed": closed.pop("learned")} | {f"gap_closed_{name}": value for name, value in closed.items()}
 
 
 @dataclass(frozen=True)

@@ -229,6 +229,8 @@ def main(arguments: list[str] | None = None) -> None:
             level.backbone.to(getattr(torch, asked.dtype))
     context = run.label(asked.label) if asked.label is not None else None
     context = run.text(asked.text) if asked.text is not None else context
+    if asked.how.guidance and asked.prior == "learned" and run.told == "caption" and not asked.text:
+        raise UserError("--guidance goes toward a caption: say which with --text")
     if context is not None and not isinstance(prior, LearnedPrior):
         raise UserError(f"the {asked.prior} prior takes neither label nor text; the learned prior may")
     if asked.complete is not None:

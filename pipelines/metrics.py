@@ -86,10 +86,9 @@ class FeatureSpace:
         }
         key = f"{self.description['digest']}-{self.description['reference']['digest']}"
         path = cache / f"features-{key}.safetensors"
-        with checkpoint.alone(path, path.is_file):
-            made = checkpoint.cached(
-                path, key, lambda: {"features": self.features(train.images, "features of the training images").float()}
-            )
+        made = checkpoint.cached(
+            path, key, lambda: {"features": self.features(train.images, "features of the training images").float()}
+        )
         reference = made["features"].double()
         if model.trace is not None:
             self.scale = float((model.trace / reference.var(0).sum()).sqrt())

@@ -115,11 +115,14 @@ def verdict_in_words(metrics: dict[str, Any]) -> str:
         )
     if metrics["gap_closed"] is None:
         return f"Nothing can be said of what the learned prior buys here: {metrics['gap_closed_reason']}."
-    times = priors["standard"]["fd"] / priors["learned"]["fd"]
+    times, guided = priors["standard"]["fd"] / priors["learned"]["fd"], ""
+    if "guided" in priors:
+        closed, strength = 100 * metrics["gap_closed_guided"], priors["guided"]["guidance"]
+        guided = f", and {closed:.1f} % under a guidance of {strength:g} toward the {metrics['told']} asked for"
     return (
         f"Drawn from {start}, samples lie at a Fréchet distance of {standard} from the training images; drawn from the learned"
         f" prior, at {cell(priors['learned'], 'fd')}: {times:.1f} times nearer. The decoder's own reconstructions lie at {best},"
-        f" so the learned prior closes {100 * metrics['gap_closed']:.1f} % of the gap that {start} leaves."
+        f" so the learned prior closes {100 * metrics['gap_closed']:.1f} % of the gap that {start} leaves{guided}."
     )
 
 

@@ -25,6 +25,7 @@ ROWS = {
     "mixture": "Gaussian mixture",
     "unigram": "unigram of codes",
     "learned": "learned prior",
+    "guided": "learned, guided",
     "posterior": "posterior (not a generator)",
 }
 
@@ -36,6 +37,8 @@ def figures(metrics: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def title(name: str, metrics: dict[str, Any]) -> str:
+    if name == "guided":
+        return f"learned, guidance {metrics['priors']['guided']['guidance']:g}"
     return "uniform codes" if name == "standard" and "codes" in metrics else ROWS[name]
 
 
@@ -109,17 +112,25 @@ def notes(metrics: dict[str, Any]) -> list[str]:
             f" perplexity {level['perplexity']:.0f}."
         )
     if "label_read" in metrics["reconstruction"]:
-        learned, reconstruction, real = (
-            f"{100 * row['label_read']:.1f} %"
-            for row in (metrics["priors"]["learned"], metrics["reconstruction"], metrics["real"])
-        )
+        read = {row: f"{100 * values['label_read']:.1f} %" for row, values in figures(metrics).items() if "label_read" in values}
+        guided = f", {read['guided']} under guidance" if "guided" in read else ""
         lines.append(
-            f"labels: the classifier reads the one asked for off {learned} of the learned prior's samples, and the true one off"
-            f" {reconstruction} of reconstructions and {real} of real images."
+            f"labels: the classifier reads the one asked for off {read['learned']} of the learned prior's samples{guided}, and"
+            f" the true one off {read['reconstruction']} of reconstructions and {read['real']} of real images."
+        )
+    if metrics.get("guidance"):
+        tried = metrics["guidance"]
+        strengths = ", ".join(f"{row['guidance']:g}" for row in tried)
+        lines.append(
+            f"guidance: of {strengths}, the one of the lowest fd, of {tried[0]['images']} samples of another seed each"
+            + (", is none." if "guided" not in metrics["priors"] else ", has a row of its own.")
         )
     if metrics["gap_closed"] is not None:
         start = title("standard", metrics)
-        lines.append(f"gap closed: {metrics['gap_closed']:.3f} of the way from {start} to the decoder's own reconstructions.")
+        guided = f", {metrics['gap_closed_guided']:.3f} under guidance" if "gap_closed_guided" in metrics else ""
+        lines.append(
+            f"gap closed: {metrics['gap_closed']:.3f} of the way from {start} to the decoder's own reconstructions{guided}."
+        )
     elif name == "learned":
         lines.append(f"gap closed: none stated, {metrics['gap_closed_reason']}.")
     return lines
@@ -203,20 +214,21 @@ def rate_plot(levels: list[dict[str, Tensor]], metrics: dict[str, Any]) -> Figur
     return figure
 
 
-def rejection_plot(rows: list[dict[str, Any]]) -> Figure:
-    """Precision, recall and fd against the share of samples kept, the lowest fd marked."""
-    shares = [row["kept"] for row in rows]
+def tradeoff_plot(rows: list[dict[str, Any]], name: str, label: str) -> Figure:
+    """Precision, recall and fd against what is varied, from the most diverse samples on, the lowest fd marked."""
+    values = [row[name] for row in rows]
     figure, axis = pyplot.subplots(figsize=(5.5, 3.6), layout="constrained")
-    for name, marker in (("precision", "o"), ("recall", "s")):
-        axis.plot(shares, [row[name] for row in rows], marker=marker, label=name)
-    axis.set(xlabel="share of samples kept", ylabel="precision, recall", xlim=(1.03, 0), ylim=(0, 1))
-    axis.set_title(f"rejection by a second classifier, {rows[0]['images']} images a point", fontsize=10)
+    for figure_of, marker in (("precision", "o"), ("recall", "s")):
+        axis.plot(values, [row[figure_of] for row in rows], marker=marker, label=figure_of)
+    margin = 0.03 * (values[-1] - values[0])
+    axis.set(xlabel=label, ylabel="precision, recall", xlim=(values[0] - margin, values[-1] + margin), ylim=(0, 1))
+    axis.set_title(f"{rows[0]['images']} images a point", fontsize=10)
     if all(row["fd"] is not None for row in rows):
         right = axis.twinx()
-        right.plot(shares, [row["fd"] for row in rows], color="tab:green", marker="^", label="fd")
+        right.plot(values, [row["fd"] for row in rows], color="tab:green", marker="^", label="fd")
         best = min(rows, key=lambda row: row["fd"])
         right.annotate(
-            f"lowest fd {best['fd']:.2f}\nat {best['kept']:.2f}", (best["kept"], best["fd"]), xytext=(0, 12),
+            f"lowest fd {best['fd']:.2f}\nat {best[name]:.2f}", (best[name], best["fd"]), xytext=(0, 12),
             textcoords="offset points", ha="center", fontsize=9, color="tab:green",
         )  # fmt: skip
         right.set(ylabel="fd", ylim=(0, 1.3 * max(row["fd"] for row in rows)))

@@ -128,9 +128,11 @@ def finish(
     else:
         metrics, _ = compare(run, splits)
     say(table(metrics))
+    guided = metrics["priors"].get("guided", {})
+    how = f" --guidance {guided['guidance']:g}" if guided else ""
     say(
         f"everything lies in {run.folder}; look at {run.folder / 'compare' / 'page.html'};"
-        f" more samples: python -m pipelines.generate {run.name} --prior {generator(metrics)} --count 64 --out samples.png"
+        f" more samples: python -m pipelines.generate {run.name} --prior {generator(metrics)}{how} --count 64 --out samples.png"
     )
 
 

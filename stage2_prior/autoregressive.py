@@ -139,10 +139,7 @@ class AutoregressivePrior(Prior):
             contexts = self.draw_contexts(indices, seed) if contexts is None else contexts
             assert contexts is not None
             if how.guidance:  # twice the batch: told the context, and told nothing
-                nothing = self.condition.nothing(batch)
-                if torch.equal(contexts, nothing):
-                    raise CannotSample("guidance goes toward what the prior is told, such as a caption, and it is told nothing")
-                contexts = torch.cat([contexts, nothing])
+                contexts = torch.cat([contexts, self.condition.nothing(batch)])
                 coarser = [torch.cat([codes, codes]) for codes in coarser]
         told = self.told(coarser, contexts)
         values = sample_grid(

@@ -128,7 +128,7 @@ def trained_run(folder: Path, name: str, **parts) -> Run:
     config = dataclasses.replace(config, autoencoder=dataclasses.replace(config.autoencoder, **parts))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(type(config.data), "load", lambda self, report=None: small_splits((1, 28, 28), 4))
-        patch.setattr(train_all, "compare", lambda run, splits: ({}, None))
+        patch.setattr(train_all, "compare", lambda run, splits: ({"priors": {}}, None))
         patch.setattr(train_all, "table", lambda metrics: "")
         patch.setattr(train_all, "generator", lambda metrics: "learned")
         run = Run.create(folder / name, config, "cpu")

@@ -8,6 +8,9 @@ import os
 import pickle
 import random
 import resource
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 import pytest
@@ -270,3 +273,21 @@ def test_cached_tensors_are_made_once_and_again_when_the_key_or_the_file_changes
     path.write_bytes(path.read_bytes()[:-3])
     assert checkpoint.cached(path, "b", make)["x"] == 3
     assert "truncated" in capsys.readouterr().out
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_of_several_runs_one_makes_what_is_cached_and_the_others_wait(tmp_path, capsys):
+    made, begun = [], threading.Barrier(4)
+
+    def make():
+        made.append(1)
+        time.sleep(0.3)
+        return {"x": torch.tensor([len(made)])}
+
+    def use(_):
+        begun.wait()
+        return int(checkpoint.cached(tmp_path / "x.safetensors", "a", make)["x"])
+
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(use, range(4))) == [1, 1, 1, 1]
+    assert made == [1] and "waiting for another process" in capsys.readouterr().out

@@ -121,13 +121,21 @@ def test_what_has_no_context_cannot_be_guided():
     for more in ({"how": Sampling(guidance=1.0)}, {"contexts": torch.zeros(2, dtype=torch.int64)}):
         with pytest.raises(CannotSample, match="takes no context"):
             prior.sample(torch.arange(2), 0, **more)
-    captioned = AutoregressiveConfig(BACKBONES["transformer"], HEADS["mixture"], Caption(length=3)).build([LatentSpec((2, 2, 2))])
-    with pytest.raises(CannotSample, match="told nothing"):
-        captioned.eval().sample(torch.arange(2), 0, Sampling(guidance=1.0))
     with pytest.raises(CannotSample, match="all the same"):
         conditional("pixelcnn", "mixture", LatentSpec((2, 2, 2))).sample(torch.arange(2), 0, Sampling(0.0, guidance=1.0))
     with pytest.raises(CannotSample, match="guidance is 0 or more"):
         Sampling(guidance=-1)
+
+
+def test_guidance_leaves_what_is_told_nothing_as_it_is():
+    """As a caption may be empty: p(z)^(1+w) / p(z)^w = p(z)."""
+    config = AutoregressiveConfig(BACKBONES["transformer"], HEADS["categorical"], Caption(length=3))
+    prior = randomized(config.build([LatentSpec((2, 2), vocabulary=5)]).eval(), 0.5)
+    contexts = torch.zeros(40, 3, dtype=torch.int64)
+    contexts[20:] = 7
+    with torch.no_grad():
+        (plain,), (guided,) = (prior.sample(torch.arange(40), 0, Sampling(guidance=w), contexts) for w in (0.0, 3.0))
+    assert torch.equal(plain[:20], guided[:20]) and not torch.equal(plain[20:], guided[20:])
 
 
 def test_labels_need_a_data_set_with_labels():

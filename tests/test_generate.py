@@ -1,5 +1,6 @@
 """What can be asked of generate beyond a count: labels, guidance, text, rejection, completion."""
 
+import itertools
 import json
 import shutil
 from pathlib import Path
@@ -14,12 +15,14 @@ from pipelines.compare import compare
 from pipelines.completion import held_latents, known_pixels, picture_to_complete
 from pipelines.config import preset
 from pipelines.console import UserError
-from pipelines.metrics import FIGURES
+from pipelines.metrics import FIGURES, FeatureSpace, feature_space
 from pipelines.run import Run
+from pipelines.tradeoffs import STRENGTHS
 from pipelines.train_all import train_all
 from stage1_vae import bottlenecks
 from stage1_vae.autoencoder import AutoencoderConfig
 from stage2_prior.prior import StandardNormal
+from stage2_prior.sampling import Sampling
 from tests.parts import NETWORKS, shrunk, small_splits
 
 
@@ -62,6 +65,9 @@ def test_text(runs, tmp_path):
     one, other = (drawn(runs["fashion-dalle"], "--text", text, *guided, tmp_path=tmp_path) for text in texts)
     assert one.shape == other.shape == (6, 28, 28, 1) and (one != other).any()
     assert (drawn(runs["fashion-dalle"], "--text", texts[0], tmp_path=tmp_path) != one).any()
+    for nothing in ([], ["--text", ""]):
+        with pytest.raises(UserError, match="goes toward a caption: say which with --text"):
+            drawn(runs["fashion-dalle"], *nothing, *guided, tmp_path=tmp_path)
     with pytest.raises(UserError, match="takes no text; it takes a --label"):
         drawn(runs["mnist-vqvae"], "--text", "a 2", tmp_path=tmp_path)
     with pytest.raises(UserError, match="takes no label; it takes a --text"):
@@ -188,6 +194,27 @@ def test_the_comparison_of_a_conditional_prior_of_codes(runs):
         assert all(1 <= level["perplexity"] <= level["codes"] for level in metrics["codes"])
         shares = [row["kept"] for row in metrics["rejection"]]
         assert shares == sorted(shares, reverse=True) and len({row["images"] for row in metrics["rejection"]}) == 1
+
+
+def test_the_comparison_finds_the_best_guidance(runs, monkeypatch):
+    """By the fd of fewer samples; the row of it is of samples as `generate` draws them."""
+    run = Run.open(runs["fashion-vqvae2"], "cpu")
+    for best in (0.0, 2.0):
+        distances = itertools.cycle([1 + abs(strength - best) for strength in STRENGTHS])
+        monkeypatch.setattr(FeatureSpace, "distance_of", lambda self, features, of=distances: next(of))
+        metrics, _ = compare(run, run.data())
+        tried = [row["guidance"] for row in metrics["guidance"]]
+        assert tried == list(STRENGTHS) and {row["images"] for row in metrics["guidance"]} == {24}
+        page = (run.folder / "compare" / "page.html").read_text()
+        assert ("guided" in metrics["priors"]) == ("guidance 2" in page) == (best > 0)
+    row = metrics["priors"]["guided"]
+    assert row["guidance"] == 2 and 0 <= row["label_read"] <= 1 and row["fd"] != metrics["priors"]["learned"]["fd"]
+    labels = run.contexts(run.data().test)[torch.randperm(120, generator=torch.Generator().manual_seed(0))]
+    autoencoder, space = run.load_autoencoder(), feature_space(run.fabric, run.config.metrics, run.data(), run.classifiers)
+    prior, device = run.prior("learned", run.specs(autoencoder)), run.fabric.device
+    again = generate.generate(autoencoder, prior, 120, seed=0, device=device, how=Sampling(guidance=2.0), contexts=labels)
+    monkeypatch.undo()
+    assert row["fd"] == pytest.approx(space.frechet_distance(again.images, "features"))
 
 
 def test_a_damaged_tokenizer_is_named(runs, tmp_path):

@@ -21,6 +21,7 @@ from torch_fidelity.metric_kid import kernel_poly, mmd2
 from torchmetrics.image.kid import poly_mmd
 
 from pipelines import metrics, quality
+from pipelines.compare import verdict
 from pipelines.config import MetricsConfig, preset
 from pipelines.console import UserError
 from pipelines.data import ImageSet
@@ -314,3 +315,20 @@ def test_a_second_run_waits_for_the_classifier_that_another_is_training(tmp_path
     second, described_again = made_by_a_second_run(trained, last, folder.with_suffix(".lock"), capsys)
     assert described_again == described
     assert all(torch.equal(a, b) for a, b in zip(first.state_dict().values(), second.state_dict().values()))
+
+
+def test_the_gap_closed_is_the_share_of_the_way_to_the_reconstructions():
+    figures = {
+        "real": {"fd": 0.5},
+        "reconstruction": {"fd": 2.0},
+        "priors": {"standard": {"fd": 12.0}, "learned": {"fd": 4.0}, "guided": {"fd": 3.0}},
+    }
+    assert verdict(figures, None) == {"gap_closed": pytest.approx(0.8), "gap_closed_guided": pytest.approx(0.9)}
+    withheld = verdict(figures, "three images")
+    assert withheld == {"gap_closed": None, "gap_closed_reason": "no Fréchet distance of three images"}
+    del figures["priors"]["guided"]
+    assert verdict(figures, None) == {"gap_closed": pytest.approx(0.8)}
+    figures["priors"]["standard"]["fd"] = 2.5  # above the reconstructions by no more than real images lie from each other
+    assert verdict(figures, None)["gap_closed"] is None and "no worse" in verdict(figures, None)["gap_closed_reason"]
+    figures["priors"]["learned"] = {"note": "none"}
+    assert verdict(figures, None) == {"gap_closed": None, "gap_closed_reason": "none"}
