@@ -126,7 +126,7 @@ VQVAE2 = replace(
 
 CIFAR10_VQVAE2 = replace(
     CIFAR10,
-    stage1=replace(CIFAR10.stage1, steps=4000, compile=True),
+    stage1=replace(VQVAE2.stage1, learning_rate=CIFAR10.stage1.learning_rate),
     stage2=replace(VQVAE2.stage2, steps=4000),
     autoencoder=replace(VQVAE2.autoencoder, network=Convolutional(width=96, downsample=2)),
     prior=VQVAE2.prior,

@@ -232,8 +232,7 @@ def tradeoff_plot(rows: list[dict[str, Any]], name: str, label: str) -> Figure:
             textcoords="offset points", ha="center", fontsize=9, color="tab:green",
         )  # fmt: skip
         right.set(ylabel="fd", ylim=(0, 1.3 * max(row["fd"] for row in rows)))
-        axis.plot([], [], color="tab:green", marker="^", label="fd")
-    axis.legend(loc="center left", fontsize=9)
+    figure.legend(loc="outside lower center", ncols=3, fontsize=9)
     return figure
 
 
