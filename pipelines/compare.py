@@ -109,9 +109,9 @@ def compare(run: Run, splits: Splits, seed: int = 0) -> tuple[dict[str, Any], Se
     for name, prior in priors.items():
         samples = sampled(name, prior)
         rows[name], flat[name] = samples.images, embedded(run, autoencoder, samples.levels)
-    strengths, best = [], None
-    if run.learned and told is not None:
-        learned, few = priors["learned"], math.ceil(count / 5)
+    learned, strengths, best = priors.get("learned"), [], None
+    if learned is not None and told is not None:
+        few = math.ceil(count / 5)
         strengths = guidance(space, lambda strength: sampled(f"guidance {strength:g}", learned, few, seed + 1, strength).images)
         if best := lowest_fd(strengths, "guidance"):  # found on other samples than those that are judged
             rows["guided"] = sampled("guided", learned, guided=best).images
@@ -170,7 +170,6 @@ def compare(run: Run, splits: Splits, seed: int = 0) -> tuple[dict[str, Any], Se
     if autoencoder.bottleneck.has_density:
         metrics["likelihood"] = likelihood(run, splits, images=BATCH, samples=FEW, naive=0, seed=seed)
         tables.append(as_table(metrics["likelihood"]))
-    learned = priors.get("learned")
     if autoencoder.bottleneck.has_density and isinstance(learned, LearnedPrior):
         maps = rate_maps(run, latents, learned, chosen[:BATCH], seed)
         caption = f"Nats of the rate of {len(chosen[:BATCH])} held-out images at each position of the latent grid, on average."
