@@ -246,10 +246,10 @@ def cached(path: Path, key: str, make: Callable[[], dict[str, Tensor]]) -> dict[
 
 
 def key_of(path: Path) -> str | None:
-    """What a file of tensors was made under; None where there is no such file, or it cannot be read."""
+    """What a file of tensors was made under, "" where it does not say; None where there is no such file, or it cannot be read."""
     try:
         with safetensors.safe_open(path, "pt") as file:
-            return (file.metadata() or {}).get("key")
+            return (file.metadata() or {}).get("key", "")
     except (FileNotFoundError, safetensors.SafetensorError):
         return None
 

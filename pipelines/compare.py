@@ -6,7 +6,7 @@ The figures, all measured on the same number of images and against the training 
     nearer      share of held-out images that lie farther from the training set than a sample does: 1/2 without memorization
     nll         -E_q[log p(z)] of held-out images' latents under a prior, in nats an image
     gap_closed  (fd(standard) - fd(learned)) / (fd(standard) - fd(reconstruction)): 0 where the learned prior buys nothing,
-                1 where its samples are as near to the data as the decoder's own reconstructions
+                1 where its samples are as near to the data as the decoder's own reconstructions; gap_closed_guided of guided ones
 """
 
 import math
@@ -45,6 +45,7 @@ from pipelines.report import (
     drawn_from,
     generator,
     histogram,
+    lowest_fd,
     nearest_plot,
     picture,
     rate_plot,
@@ -53,7 +54,7 @@ from pipelines.report import (
     tradeoff_plot,
 )
 from pipelines.run import Run
-from pipelines.tradeoffs import guidance, lowest_fd, rejection
+from pipelines.tradeoffs import guidance, rejection
 from stage1_vae.autoencoder import Autoencoder
 from stage1_vae.bottlenecks import perplexity
 from stage2_prior.autoregressive import LearnedPrior
@@ -113,8 +114,9 @@ def compare(run: Run, splits: Splits, seed: int = 0) -> tuple[dict[str, Any], Se
     if learned is not None and told is not None:
         few = math.ceil(count / 5)
         strengths = guidance(space, lambda strength: sampled(f"guidance {strength:g}", learned, few, seed + 1, strength).images)
-        if best := lowest_fd(strengths, "guidance"):  # found on other samples than those that are judged
-            rows["guided"] = sampled("guided", learned, guided=best).images
+        best = lowest_fd(strengths)  # of other samples than those that are judged
+        if best and best["guidance"]:
+            rows["guided"] = sampled("guided", learned, guided=best["guidance"]).images
     features = {name: space.features(images, f"features of {name}") for name, images in rows.items()}
     learned_from = space.reference
     if run.config.mirror:  # a copy may be of either
@@ -144,8 +146,8 @@ def compare(run: Run, splits: Splits, seed: int = 0) -> tuple[dict[str, Any], Se
         metrics["rejection"] = rejection(run, space, other, rows["learned"], features["learned"], labels)
     if strengths:
         metrics["guidance"] = strengths
-    if best:
-        figures["guided"]["guidance"] = best
+    if best and "guided" in rows:
+        figures["guided"]["guidance"] = best["guidance"]
     codes = [posterior["codes"] for posterior in latents.sample() if "codes" in posterior]
     if codes:
         metrics["codes"] = [code_report(level, spec) for level, spec in zip(codes, specs)]
@@ -195,9 +197,10 @@ def pictures(
     """What the page shows of a run."""
     titles = {name: title(name, metrics) for name in rows}
     made = []
-    for name in ("standard", *run.learned, *(["guided"] if "guided" in rows else [])):
-        caption = f"The first {min(len(rows[name]), GRID)} drawn under seed {metrics['seed']}, not chosen."
-        made.append(images_picture(f"Samples: {titles[name]}", caption, rows[name][:GRID]))
+    for name in rows:
+        if name in ("standard", "learned", "guided"):
+            caption = f"The first {min(len(rows[name]), GRID)} drawn under seed {metrics['seed']}, not chosen."
+            made.append(images_picture(f"Samples: {titles[name]}", caption, rows[name][:GRID]))
     pairs = torch.stack([rows["real"][:SHOWN], rows["reconstruction"][:SHOWN]]).flatten(0, 1)
     made.append(images_picture("Reconstructions", "Held-out images above, their reconstructions below.", pairs))
     name = generator(metrics)

@@ -120,11 +120,14 @@ def notes(metrics: dict[str, Any]) -> list[str]:
         )
     if metrics.get("guidance"):
         tried = metrics["guidance"]
-        strengths = ", ".join(f"{row['guidance']:g}" for row in tried)
-        lines.append(
-            f"guidance: of {strengths}, the one of the lowest fd, of {tried[0]['images']} samples of another seed each"
-            + (", is none." if "guided" not in metrics["priors"] else ", has a row of its own.")
-        )
+        strengths, count = ", ".join(f"{row['guidance']:g}" for row in tried), tried[0]["images"]
+        if best := lowest_fd(tried):
+            row = "it has a row of its own" if best["guidance"] else "the learned prior as fitted"
+            lines.append(
+                f"guidance: of {strengths}, the fd of {count} samples of another seed is lowest with {best['guidance']:g}; {row}."
+            )
+        else:
+            lines.append(f"guidance: not chosen, {count} samples of each strength are too few for a Fréchet distance.")
     if metrics["gap_closed"] is not None:
         start = title("standard", metrics)
         guided = f", {metrics['gap_closed_guided']:.3f} under guidance" if "gap_closed_guided" in metrics else ""
@@ -214,6 +217,11 @@ def rate_plot(levels: list[dict[str, Tensor]], metrics: dict[str, Any]) -> Figur
     return figure
 
 
+def lowest_fd(rows: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """The row of the lowest Fréchet distance; None where there are too few images for any."""
+    return min((row for row in rows if row["fd"] is not None), key=lambda row: row["fd"], default=None)
+
+
 def tradeoff_plot(rows: list[dict[str, Any]], name: str, label: str) -> Figure:
     """Precision, recall and fd against what is varied, from the most diverse samples on, the lowest fd marked."""
     values = [row[name] for row in rows]
@@ -223,10 +231,9 @@ def tradeoff_plot(rows: list[dict[str, Any]], name: str, label: str) -> Figure:
     margin = 0.03 * (values[-1] - values[0])
     axis.set(xlabel=label, ylabel="precision, recall", xlim=(values[0] - margin, values[-1] + margin), ylim=(0, 1))
     axis.set_title(f"{rows[0]['images']} images a point", fontsize=10)
-    if all(row["fd"] is not None for row in rows):
+    if best := lowest_fd(rows):
         right = axis.twinx()
         right.plot(values, [row["fd"] for row in rows], color="tab:green", marker="^", label="fd")
-        best = min(rows, key=lambda row: row["fd"])
         right.annotate(
             f"lowest fd {best['fd']:.2f}\nat {best[name]:.2f}", (best[name], best["fd"]), xytext=(0, 12),
             textcoords="offset points", ha="center", fontsize=9, color="tab:green",

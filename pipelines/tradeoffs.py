@@ -52,11 +52,5 @@ def along(name: str, features: dict[float, Tensor], space: FeatureSpace) -> list
     return rows
 
 
-def lowest_fd(rows: list[dict[str, Any]], name: str) -> float | None:
-    """The value of what is varied at which fd is lowest; None where there are no such figures."""
-    known = [row for row in rows if row["fd"] is not None]
-    return min(known, key=lambda row: row["fd"])[name] if known else None
-
-
 def seeded() -> torch.Generator:
     return torch.Generator().manual_seed(0)

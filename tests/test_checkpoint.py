@@ -274,6 +274,8 @@ def test_cached_tensors_are_made_once_and_again_when_the_key_or_the_file_changes
     assert checkpoint.cached(path, "b", make)["x"] == 3
     assert "truncated" in capsys.readouterr().out
     assert list(tmp_path.iterdir()) == [path]
+    checkpoint.write_tensors(path, {"x": torch.zeros(1)})  # whole, but made under no key
+    assert checkpoint.cached(path, "b", make)["x"] == 4 and "truncated" not in capsys.readouterr().out
 
 
 def test_of_several_runs_one_makes_what_is_cached_and_the_others_wait(tmp_path, capsys):

@@ -16,6 +16,7 @@ from pipelines.completion import held_latents, known_pixels, picture_to_complete
 from pipelines.config import preset
 from pipelines.console import UserError
 from pipelines.metrics import FIGURES, FeatureSpace, feature_space
+from pipelines.report import notes
 from pipelines.run import Run
 from pipelines.tradeoffs import STRENGTHS
 from pipelines.train_all import train_all
@@ -194,6 +195,8 @@ def test_the_comparison_of_a_conditional_prior_of_codes(runs):
         assert all(1 <= level["perplexity"] <= level["codes"] for level in metrics["codes"])
         shares = [row["kept"] for row in metrics["rejection"]]
         assert shares == sorted(shares, reverse=True) and len({row["images"] for row in metrics["rejection"]}) == 1
+        few = "guidance: not chosen, 24 samples of each strength are too few for a Fréchet distance."
+        assert few in notes(metrics) and "guided" not in metrics["priors"]
 
 
 def test_the_comparison_finds_the_best_guidance(runs, monkeypatch):
