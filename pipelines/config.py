@@ -113,12 +113,15 @@ VQVAE = replace(
     prior=AutoregressiveConfig(PixelCNNConfig(), Categorical(), ClassLabel()),
 )
 
-# Both levels of a VQ-VAE-2; attention in the top prior, as in the paper.
+# Both levels of a VQ-VAE-2; attention in the top prior, as in the paper. With one price of a nat for both grids, MNIST's coarse
+# level used 9 codes: fd 0.86, and 92.6 % of labels read. At a quarter of it, which counts the pixels, it is 0.59 and 94.6 %.
 TOP = AutoregressiveConfig(PixelSNAILConfig(), Categorical(), ClassLabel())
 CODES = AutoregressiveConfig(PixelCNNConfig(), Categorical(), ClassLabel())
 VQVAE2 = replace(
     MNIST,
-    autoencoder=AutoencoderConfig(Convolutional(downsample=2), Hierarchical(bottlenecks.VectorQuantized(rate_weight=6.0))),
+    autoencoder=AutoencoderConfig(
+        Convolutional(downsample=2), Hierarchical(bottlenecks.VectorQuantized(rate_weight=6.0), coarser_rate=0.25)
+    ),
     prior=CascadeConfig(TOP, CODES),
     stage1=replace(STAGE1, steps=3000, compile=True),
     stage2=replace(STAGE2, steps=6000, checkpoint_steps=500, compile=True),

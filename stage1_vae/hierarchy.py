@@ -13,7 +13,7 @@ The finer encoder sees the quantized coarser level. The coarser bottleneck may i
 the doubled coarse level that the finer encoder sees is also what the decoder sees; the paper has a network for each.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -32,10 +32,17 @@ class Hierarchical:
     """number of grids; 2 or 3 in the paper"""
     blocks: int = 2
     """residual blocks on the way to the coarser grid, and on the way back"""
+    coarser_rate: float = 1.0
+    """rate weight of each level, as a share of the next finer one's. A coarser vector stands for four times as many pixels, so at
+    1/4 a nat is worth as much squared distance a pixel on every grid"""
 
     def build(self, features: int) -> "HierarchicalBottleneck":
         if self.levels < 2:
             raise ValueError(f"a hierarchy has at least 2 levels, not {self.levels}")
+        if not self.coarser_rate >= 0:
+            raise ValueError(
+                f"the coarser rate is a share of the next finer level's rate weight, from 0 up, not {self.coarser_rate}"
+            )
         return HierarchicalBottleneck(self, features, self.levels)
 
 
@@ -51,7 +58,11 @@ class HierarchicalBottleneck(nn.Module):
             *(ResidualBlock(features) for _ in range(config.blocks)),
             nn.ReLU(),
         )
-        self.coarser = config.codes.build(features) if levels == 2 else HierarchicalBottleneck(config, features, levels - 1)
+        codes = replace(config.codes, rate_weight=config.coarser_rate * config.codes.rate_weight)
+        if levels == 2:
+            self.coarser = codes.build(features)
+        else:
+            self.coarser = HierarchicalBottleneck(replace(config, codes=codes), features, levels - 1)
         self.up = nn.Sequential(
             nn.Conv2d(self.coarser.latent_channels, features, 3, padding=1),
             *(ResidualBlock(features) for _ in range(config.blocks)),

@@ -7,6 +7,7 @@ import torch
 from scipy import stats
 
 from stage1_vae.bottlenecks import CodeUse, FiniteScalar, GumbelSoftmax, VectorQuantized
+from stage1_vae.hierarchy import Hierarchical
 from tests.parts import BOTTLENECKS
 
 
@@ -117,6 +118,29 @@ def test_gradients_pass_straight_through():
     assert torch.allclose(through, weights[0])
     (pull,) = torch.autograd.grad(commitment.sum(), features)
     assert torch.allclose(pull, 2 * 0.5 * (features - embedded[0]), atol=1e-5)
+
+
+def test_every_level_of_a_hierarchy_has_a_price_of_its_own():
+    torch.manual_seed(0)
+    model = Hierarchical(VectorQuantized(codes=9, channels=4, rate_weight=8.0), levels=3, blocks=1, coarser_rate=0.25).build(4)
+    vectors, codebook = torch.randn(500, 4), torch.randn(9, 4)
+    counts = torch.tensor([256.0, 128, 64, 32, 16, 8, 4, 2, 1])
+    fine_to_coarse = [model.finest, model.coarser.finest, model.coarser.coarser]
+    for level, price in zip(fine_to_coarse, (8.0, 2.0, 0.5), strict=True):
+        level.codebook.copy_(codebook)
+        level.counts.copy_(counts)
+        one_price = quantizer(codes=9, channels=4, rate_weight=price)
+        one_price.codebook.copy_(codebook)
+        one_price.counts.copy_(counts)
+        assert torch.equal(level.choose(vectors), one_price.choose(vectors))
+    chosen = [level.choose(vectors) for level in fine_to_coarse]
+    assert not torch.equal(chosen[0], chosen[1]) and not torch.equal(chosen[1], chosen[2])
+
+
+@pytest.mark.parametrize("values", [{"levels": 1}, {"coarser_rate": -0.5}, {"coarser_rate": math.nan}])
+def test_a_hierarchy_that_makes_no_sense_is_refused(values):
+    with pytest.raises(ValueError, match="level"):
+        Hierarchical(**values).build(4)
 
 
 @pytest.mark.parametrize("values", [{"codes": 1}, {"rate_weight": -1.0}, {"rate_steps": -1}])
