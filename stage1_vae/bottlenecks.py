@@ -181,8 +181,10 @@ class VectorQuantizedBottleneck(Codes):
             raise ValueError(f"a codebook holds at least 2 codes, not {config.codes}")
         if not 0 <= config.decay < 1:
             raise ValueError(f"a codebook's decay lies from 0 up and below 1, not at {config.decay}")
-        if config.rate_weight < 0 or config.rate_steps < 0:
-            raise ValueError(f"the rate's weight and steps are at least 0, not {config.rate_weight} and {config.rate_steps}")
+        if not 0 <= config.rate_weight < math.inf or config.rate_steps < 0:
+            raise ValueError(
+                f"the rate's weight and steps are numbers, at least 0, not {config.rate_weight} and {config.rate_steps}"
+            )
         self.config = config
         self.vocabulary, self.latent_channels = config.codes, config.channels
         # The normalization keeps the encoder from shrinking its outputs until all fall to a few codes (Łańcucki et al. 2020).

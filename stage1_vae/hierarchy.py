@@ -13,6 +13,7 @@ The finer encoder sees the quantized coarser level. The coarser bottleneck may i
 the doubled coarse level that the finer encoder sees is also what the decoder sees; the paper has a network for each.
 """
 
+import math
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -39,7 +40,7 @@ class Hierarchical:
     def build(self, features: int) -> "HierarchicalBottleneck":
         if self.levels < 2:
             raise ValueError(f"a hierarchy has at least 2 levels, not {self.levels}")
-        if not self.coarser_rate >= 0:
+        if not 0 <= self.coarser_rate < math.inf:
             raise ValueError(
                 f"the coarser rate is a share of the next finer level's rate weight, from 0 up, not {self.coarser_rate}"
             )

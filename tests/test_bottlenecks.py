@@ -137,13 +137,15 @@ def test_every_level_of_a_hierarchy_has_a_price_of_its_own():
     assert not torch.equal(chosen[0], chosen[1]) and not torch.equal(chosen[1], chosen[2])
 
 
-@pytest.mark.parametrize("values", [{"levels": 1}, {"coarser_rate": -0.5}, {"coarser_rate": math.nan}])
+@pytest.mark.parametrize(
+    "values", [{"levels": 1}, {"coarser_rate": -0.5}, {"coarser_rate": math.nan}, {"coarser_rate": math.inf}]
+)
 def test_a_hierarchy_that_makes_no_sense_is_refused(values):
     with pytest.raises(ValueError, match="level"):
         Hierarchical(**values).build(4)
 
 
-@pytest.mark.parametrize("values", [{"codes": 1}, {"rate_weight": -1.0}, {"rate_steps": -1}])
+@pytest.mark.parametrize("values", [{"codes": 1}, {"rate_weight": -1.0}, {"rate_weight": math.nan}, {"rate_steps": -1}])
 def test_a_codebook_that_makes_no_sense_is_refused(values):
     with pytest.raises(ValueError, match="at least"):
         VectorQuantized(**values).build(3)
