@@ -16,7 +16,7 @@ from torch.nn import functional as F
 if TYPE_CHECKING:
     from stage2_prior.steps import Blocks, Stacks
 
-VERSION = 1  # of steps.c
+VERSION = 2  # of steps.c
 ROWS_A_THREAD = 16  # of a batch; for fewer, another thread costs more than it saves
 BLOCK_ROWS_A_THREAD = 8  # of blocks of attention, which do more for a row
 
@@ -37,7 +37,7 @@ def library() -> ctypes.CDLL | None:
     address: Any = ctypes.c_void_p
     compiled.gated_row.argtypes = [number] * 7 + [address] * 7 + [number]
     compiled.gated_steps.argtypes = [number] * 5 + [address, number, address, number, number] + [address] * 3 + [number]
-    compiled.draw.argtypes = [number] * 5 + [address, number] + [address] * 6 + [ctypes.c_float] + [address] * 3 + [number]
+    compiled.draw.argtypes = [number] * 6 + [address, number] + [address] * 6 + [ctypes.c_float] + [address] * 3 + [number]
     compiled.attention_steps.argtypes = [number] * 8 + [address, number] + [address] * 9 + [number]
     for function in (compiled.gated_row, compiled.gated_steps, compiled.draw, compiled.attention_steps):
         function.restype = None
@@ -128,7 +128,7 @@ class CompiledBlocks:
 
 def compiled_draw(hidden: nn.Linear, output: nn.Linear, count: int, batch: int) -> "CompiledDraw | None":
     """For a head of two linear layers with a SiLU between, the first `count` of whose outputs are logits."""
-    compiled = library_for(hidden.weight, hidden.in_features)
+    compiled = library_for(hidden.weight, hidden.out_features)
     return None if compiled is None else CompiledDraw(hidden, output, count, batch, compiled)
 
 
@@ -137,13 +137,13 @@ class CompiledDraw:
 
     def __init__(self, hidden: nn.Linear, output: nn.Linear, count: int, batch: int, compiled: ctypes.CDLL):
         padding = -output.out_features % lanes(compiled)
-        width, columns = hidden.in_features, output.out_features + padding
+        inner, columns = hidden.out_features, output.out_features + padding
         # Rows are a layer's inputs; the outputs are padded to whole tiles.
         first = hidden.weight.T.contiguous(), hidden.bias.detach()
         second = F.pad(output.weight, (0, 0, 0, padding)).T.contiguous(), F.pad(output.bias, (0, padding))
         self.weights = *first, *second
-        self.scratch, self.draw = hidden.weight.new_empty(batch, width + columns), compiled.draw
-        self.sizes = batch, width, count, columns
+        self.scratch, self.draw = hidden.weight.new_empty(batch, inner + columns), compiled.draw
+        self.sizes = batch, hidden.in_features, inner, count, columns
         self.weights_at, self.rest = tuple(map(address, self.weights)), (address(self.scratch), threads_for(batch))
 
     def code(self, features: Tensor, uniform: Tensor) -> Tensor:

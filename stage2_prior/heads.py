@@ -208,10 +208,13 @@ def tempered(log_weights: Tensor, log_std: Tensor, temperature: float) -> Tensor
 class Categorical:
     """A category for each code."""
 
+    hidden: int | None = None
+    """features before the logits, on which these depend linearly; as many as the backbone has when not given"""
+
     def build(self, spec: LatentSpec, width: int) -> "CategoricalHead":
         if spec.vocabulary is None:
             raise ValueError("a categorical head is for codes, not for continuous latents")
-        return CategoricalHead(spec.vocabulary, width)
+        return CategoricalHead(spec.vocabulary, width, width if self.hidden is None else self.hidden)
 
 
 class CodeDraws(NamedTuple):
@@ -221,11 +224,11 @@ class CodeDraws(NamedTuple):
 
 
 class CategoricalHead(Head):
-    def __init__(self, vocabulary: int, width: int):
+    def __init__(self, vocabulary: int, width: int, hidden: int):
         super().__init__()
         self.embedding = nn.Embedding(vocabulary, width)
-        self.hidden = nn.Linear(width, width)
-        self.output = nn.Linear(width, vocabulary)
+        self.hidden = nn.Linear(width, hidden)
+        self.output = nn.Linear(hidden, vocabulary)
 
     def values(self, latent: Tensor) -> Tensor:
         return latent

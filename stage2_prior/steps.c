@@ -209,20 +209,21 @@ static size chosen(float *logits, size count, float uniform) {
 /* A draw of a head for a batch: output(SiLU(hidden(x))), whose first K columns are logits, then the choice of one of them.
 
    codes, B: which; or, where that is 0, values, B C: from that one of K diagonal Gaussians, whose means and log standard
-   deviations, C each, follow the logits. hidden, D D; output, D columns, a multiple of LANES; scratch, B D+columns. */
-void draw(size batch, size width, size count, size columns, size channels, const float *x, size x_row, const float *hidden,
-          const float *hidden_bias, const float *output, const float *output_bias, const float *uniforms, const float *normals,
-          float least_std, float *values, int64_t *codes, float *scratch, size threads) {
+   deviations, C each, follow the logits. hidden, D E; output, E columns; E and columns are multiples of LANES; scratch,
+   B E+columns. */
+void draw(size batch, size width, size hidden_width, size count, size columns, size channels, const float *x, size x_row,
+          const float *hidden, const float *hidden_bias, const float *output, const float *output_bias, const float *uniforms,
+          const float *normals, float least_std, float *values, int64_t *codes, float *scratch, size threads) {
     const size rows = rows_a_thread(batch, threads);
 #pragma omp parallel for num_threads((int)threads) if (threads > 1)
     for (size start = 0; start < batch; start += rows) {
         const size own = start + rows < batch ? rows : batch - start;
-        float *inner = scratch + start * (width + columns), *raw = inner + own * width;
-        fill(inner, hidden_bias, own, width);
-        add_product(inner, width, x + start * x_row, x_row, hidden, own, width, width);
-        for (size i = 0; i < own * width; i++) inner[i] *= sigmoid(inner[i]);
+        float *inner = scratch + start * (hidden_width + columns), *raw = inner + own * hidden_width;
+        fill(inner, hidden_bias, own, hidden_width);
+        add_product(inner, hidden_width, x + start * x_row, x_row, hidden, own, width, hidden_width);
+        for (size i = 0; i < own * hidden_width; i++) inner[i] *= sigmoid(inner[i]);
         fill(raw, output_bias, own, columns);
-        add_product(raw, columns, inner, width, output, own, width, columns);
+        add_product(raw, columns, inner, hidden_width, output, own, hidden_width, columns);
         for (size row = start; row < start + own; row++, raw += columns) {
             const size k = chosen(raw, count, uniforms[row]);
             if (codes) codes[row] = k;
@@ -347,7 +348,7 @@ void attention_steps(size first, size last, size batch, size width, size heads, 
 }
 
 const int lanes = LANES, block = BLOCK; /* for the callers */
-const int steps_version = 1; /* of the functions' arguments and the layouts that they take: compiled.py expects the same */
+const int steps_version = 2; /* of the functions' arguments and the layouts that they take: compiled.py expects the same */
 
 /* Whether this processor has what the one had that this was compiled on: an installation may be shared by several machines. */
 int runs_here(void) {

@@ -24,13 +24,19 @@ def test_an_installation_with_a_compiler_has_the_compiled_steps():
 @pytest.mark.parametrize("codes", [2, 37, 512])
 def test_compiled_draws_are_those_without_them(codes, batch, threads):
     """Of codes and of mixtures, whose outputs do and do not fill the tiles of steps.c; logits near each other and far apart."""
-    heads = [Categorical().build(LatentSpec((4, 4), codes), 32), GaussianMixture(codes % 50).build(LatentSpec((3, 4, 4)), 32)]
+    of_codes, of_mixtures = LatentSpec((4, 4), codes), LatentSpec((3, 4, 4))
+    heads = [
+        Categorical().build(of_codes, 32),
+        Categorical(hidden=48).build(of_codes, 32),
+        Categorical(hidden=16).build(of_codes, 20),
+        GaussianMixture(codes % 50).build(of_mixtures, 32),
+    ]
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
         for head, scale in itertools.product(heads, (0.05, 1.0)):
             randomized(head, scale, seed=codes)
-            features = torch.randn(32, batch, generator=torch.Generator().manual_seed(batch)).T  # not row by row
+            features = torch.randn(head.hidden.in_features, batch, generator=torch.Generator().manual_seed(batch)).T  # not row by row
             noise = uniforms(0, torch.arange(batch), torch.arange(2), head.uniforms(AS_FITTED))
             with torch.no_grad():
                 state = head.begin(noise, AS_FITTED)
