@@ -36,7 +36,8 @@ def test_compiled_draws_are_those_without_them(codes, batch, threads):
     try:
         for head, scale in itertools.product(heads, (0.05, 1.0)):
             randomized(head, scale, seed=codes)
-            features = torch.randn(head.hidden.in_features, batch, generator=torch.Generator().manual_seed(batch)).T  # not row by row
+            generator, width = torch.Generator().manual_seed(batch), head.hidden.in_features
+            features = torch.randn(width, batch, generator=generator).T  # not row by row
             noise = uniforms(0, torch.arange(batch), torch.arange(2), head.uniforms(AS_FITTED))
             with torch.no_grad():
                 state = head.begin(noise, AS_FITTED)
