@@ -206,7 +206,8 @@ static size chosen(float *logits, size count, float uniform) {
     return below;
 }
 
-/* A draw of a head for a batch: output(SiLU(hidden(x))), whose first K columns are logits, then the choice of one of them.
+/* A draw of a head for a batch: output(SiLU(hidden(x))), with E features between, whose first K columns are logits, then the
+   choice of one of them.
 
    codes, B: which; or, where that is 0, values, B C: from that one of K diagonal Gaussians, whose means and log standard
    deviations, C each, follow the logits. hidden, D E; output, E columns; E and columns are multiples of LANES; scratch,
