@@ -95,6 +95,11 @@ class FeatureSpace:
         self.reference = reference * self.scale
         self.distance = FrechetDistance(self.reference)
 
+    @property
+    def fewest(self) -> int:
+        """Images that a Fréchet distance needs."""
+        return self.model.dimensions + 1
+
     @torch.inference_mode()
     def features(self, images: Tensor | Stored, label: str, mirror: bool = False) -> Tensor:
         """images uint8 N C H W; returns N F in float64, on the CPU. mirror: of their mirror images, left to right."""
@@ -115,10 +120,10 @@ class FeatureSpace:
 
     def withheld(self, images: int) -> str | None:
         """Why there is no Fréchet distance of so many images, where there is none."""
-        fewest = min(images, len(self.reference))
-        if fewest > self.model.dimensions:
+        images = min(images, len(self.reference))
+        if images >= self.fewest:
             return None
-        return f"{fewest} images for {self.model.dimensions} features: a covariance needs more images than features"
+        return f"{images} images for {self.model.dimensions} features: a covariance needs more images than features"
 
 
 def digest_of(tensors: dict[str, Tensor]) -> str:
