@@ -386,6 +386,7 @@ BACKBONES: dict[str, BackboneConfig] = {
 HEADS: dict[str, tuple[HeadConfig, Callable[[tuple[int, int]], LatentSpec]]] = {
     "mixture": (GaussianMixture(), lambda grid: LatentSpec((4, *grid))),
     "categorical": (Categorical(), lambda grid: LatentSpec(grid, vocabulary=512)),
+    "wide": (Categorical(hidden=512), lambda grid: LatentSpec(grid, vocabulary=512)),
 }
 """Each with the latents it is measured on."""
 
@@ -397,7 +398,7 @@ class BenchmarkSampling:
     backbone: str = "pixelcnn"
     """the causal network"""
     head: str = "mixture"
-    """mixture: four continuous channels a position; categorical: one of 512 codes"""
+    """mixture: four continuous channels a position; categorical: one of 512 codes; wide: the same, of 512 features"""
     grid: tuple[str, ...] = ("7x7", "8x8", "16x16", "32x32")
     """latent grids, h×w"""
     batch: tuple[int, ...] = (256, 256, 64, 16)

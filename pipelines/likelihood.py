@@ -202,7 +202,7 @@ class Measurement:
                 if done == total or received or time.monotonic() - saved > SAVE_SECONDS:
                     checkpoint.write_tensors(path, columns)
                     saved = time.monotonic()
-                if received and done < total:
+                if received:
                     name = signal.Signals(received).name
                     message = f"{name}: saved after {done} of {total} images; the same command goes on from there"
                     raise Stopped(message, received)

@@ -60,20 +60,21 @@ def test_the_rate_under_the_standard_normal_is_the_closed_form(run):
     assert torch.allclose(torch.stack(channels).sum(0), maps["standard"], rtol=1e-4, atol=1e-4)
 
 
-def test_a_stopped_measurement_goes_on_and_ends_the_same(run, monkeypatch):
+@pytest.mark.parametrize("batch_of_signal", [2, 4])
+def test_a_stopped_measurement_goes_on_and_ends_the_same(run, monkeypatch, batch_of_signal):
     monkeypatch.setattr(likelihood, "DRAWS_AT_ONCE", 60)  # 5 images
-    asked = {"seed": 7, "naive": 0, "priors": ["standard"]}
+    asked = {"seed": 70 + batch_of_signal, "naive": 0, "priors": ["standard"]}  # which no other test measures
     of_images, calls = likelihood.Measurement.of_images, []
     before = set((run.folder / "likelihood").glob("*"))
 
     def stopping(self, batch, blind):
         calls.append(len(batch))
-        if len(calls) == 2:
+        if len(calls) == batch_of_signal:
             os.kill(os.getpid(), signal.SIGTERM)
         return of_images(self, batch, blind)
 
     monkeypatch.setattr(likelihood.Measurement, "of_images", stopping)
-    with pytest.raises(Stopped, match="10 of 20 images"):
+    with pytest.raises(Stopped, match=f"{5 * batch_of_signal} of 20 images"):
         measured(run, **asked)
     resumed = measured(run, **asked)
     assert calls == [5, 5, 5, 5]
