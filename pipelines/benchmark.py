@@ -533,6 +533,7 @@ def peak_bytes(part: Callable[[], object], device: torch.device) -> int:
         before = torch.cuda.memory_allocated()
         part()
         return torch.cuda.max_memory_allocated() - before
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # nothing of what the profiler does, and of GPUs that are not there
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         part()
     held = peak = 0
