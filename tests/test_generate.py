@@ -1,5 +1,6 @@
 """What can be asked of generate beyond a count: labels, guidance, text, rejection, completion."""
 
+import dataclasses
 import itertools
 import json
 import shutil
@@ -16,7 +17,7 @@ from pipelines.completion import held_latents, known_pixels, picture_to_complete
 from pipelines.config import preset
 from pipelines.console import UserError
 from pipelines.metrics import FIGURES, FeatureSpace, feature_space
-from pipelines.report import notes
+from pipelines.report import lowest_fd, notes
 from pipelines.run import Run
 from pipelines.tradeoffs import STRENGTHS
 from pipelines.train_all import train_all
@@ -195,8 +196,18 @@ def test_the_comparison_of_a_conditional_prior_of_codes(runs):
         assert all(1 <= level["perplexity"] <= level["codes"] for level in metrics["codes"])
         shares = [row["kept"] for row in metrics["rejection"]]
         assert shares == sorted(shares, reverse=True) and len({row["images"] for row in metrics["rejection"]}) == 1
-        few = "guidance: not chosen, 24 samples of each strength are too few for a Fréchet distance."
-        assert few in notes(metrics) and "guided" not in metrics["priors"]
+        best = lowest_fd(metrics["guidance"])["guidance"]
+        assert ("guided" in metrics["priors"]) == (best > 0)
+        # A fifth of the 120 images are fewer than the 64 features need.
+        assert any(f"the fd of 65 samples of another seed is lowest with {best:g};" in note for note in notes(metrics))
+
+
+def test_with_few_images_no_guidance_is_chosen(runs):
+    run = Run.open(runs["mnist-vqvae"], "cpu")
+    splits = run.data()
+    metrics, _ = compare(run, dataclasses.replace(splits, test=splits.test.subset(torch.arange(50))))
+    few = "guidance: not chosen, 50 samples of each strength are too few for a Fréchet distance."
+    assert few in notes(metrics) and "guided" not in metrics["priors"]
 
 
 def test_the_comparison_finds_the_best_guidance(runs, monkeypatch):
@@ -207,7 +218,7 @@ def test_the_comparison_finds_the_best_guidance(runs, monkeypatch):
         monkeypatch.setattr(FeatureSpace, "distance_of", lambda self, features, of=distances: next(of))
         metrics, _ = compare(run, run.data())
         tried = [row["guidance"] for row in metrics["guidance"]]
-        assert tried == list(STRENGTHS) and {row["images"] for row in metrics["guidance"]} == {24}
+        assert tried == list(STRENGTHS) and {row["images"] for row in metrics["guidance"]} == {65}
         page = (run.folder / "compare" / "page.html").read_text()
         assert ("guided" in metrics["priors"]) == ("guidance 2" in page) == (best > 0)
     row = metrics["priors"]["guided"]

@@ -22,6 +22,7 @@ from pipelines.data import Folder, ImageSet, Mirrored
 from pipelines.fit import fit
 from pipelines.metrics import feature_space
 from pipelines.quality import nearest_neighbours
+from pipelines.report import lowest_fd
 from pipelines.run import CHECKPOINTS, PRIORS, Run, read_config
 from pipelines.train_all import Options, parse, train_all
 from stage1_vae import bottlenecks
@@ -55,6 +56,8 @@ def test_end_to_end(name, tmp_path, monkeypatch, capsys):
     metrics = json.loads((run.folder / "compare" / "metrics.json").read_text())
     discrete = "codes" in metrics
     known = [name for name in PRIORS if name not in (CONTINUOUS_BASELINES if discrete else CODE_BASELINES) or name == "standard"]
+    guided, best = metrics["priors"].pop("guided", None), lowest_fd(metrics.get("guidance", []))
+    assert (guided is not None) == bool(best and best["guidance"])
     assert set(metrics["priors"]) == set(known)
     if not run.learned:
         assert "stage2.steps 0" in metrics["priors"].pop("learned")["note"]
