@@ -112,7 +112,7 @@ def compare(run: Run, splits: Splits, seed: int = 0) -> tuple[dict[str, Any], Se
         rows[name], flat[name] = samples.images, embedded(run, autoencoder, samples.levels)
     learned, strengths, best = priors.get("learned"), [], None
     if learned is not None and told is not None:
-        few = min(count, max(math.ceil(count / 5), space.fewest))
+        few = math.ceil(count / 5) if space.withheld(count) else max(math.ceil(count / 5), space.fewest)
         strengths = guidance(space, lambda strength: sampled(f"guidance {strength:g}", learned, few, seed + 1, strength).images)
         best = lowest_fd(strengths)  # of other samples than those that are judged
         if best and best["guidance"]:

@@ -206,7 +206,7 @@ def test_with_few_images_no_guidance_is_chosen(runs):
     run = Run.open(runs["mnist-vqvae"], "cpu")
     splits = run.data()
     metrics, _ = compare(run, dataclasses.replace(splits, test=splits.test.subset(torch.arange(50))))
-    few = "guidance: not chosen, 50 samples of each strength are too few for a Fréchet distance."
+    few = "guidance: not chosen, 10 samples of each strength are too few for a Fréchet distance."
     assert few in notes(metrics) and "guided" not in metrics["priors"]
 
 
