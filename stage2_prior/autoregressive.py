@@ -19,7 +19,7 @@ from stage2_prior.heads import GaussianMixture, HeadConfig
 from stage2_prior.latents import LatentDataset, LatentSpec
 from stage2_prior.pixelcnn import PixelCNNConfig
 from stage2_prior.pixelsnail import PixelSNAILConfig
-from stage2_prior.prior import Prior, only
+from stage2_prior.prior import Prior
 from stage2_prior.sampling import AS_FITTED, CannotSample, Sampling, sample_grid
 from stage2_prior.transformer import TransformerConfig
 
@@ -108,26 +108,15 @@ class AutoregressivePrior(Prior):
         seed: int,
         how: Sampling = AS_FITTED,
         contexts: Tensor | None = None,
-        given: list[Tensor] | None = None,
-        mask: list[Tensor] | None = None,
         coarser: list[Tensor] | None = None,
     ) -> list[Tensor]:
         """Latents for these sample numbers, [B C h w] or [B h w] codes.
 
         contexts: one for each sample; drawn as frequent as in the training set when None.
-        given, mask: known latents, one for each sample, and where to hold them, h w (True is held).
         coarser: the coarser levels of each sample, for a prior that is told them.
         Raises CannotSample where they do not fit, or `how` asks for what these latents do not have.
         """
         batch = len(indices)
-        if (given is None) != (mask is None):
-            raise CannotSample("known latents and their mask come together")
-        if given is not None and mask is not None:
-            latents, held, expected = tuple(only(given).shape), tuple(only(mask).shape), (batch, *self.spec.shape)
-            if latents != expected:
-                raise CannotSample(f"known latents of {batch} samples are {expected}, not {latents}")
-            if held != self.spec.grid or only(mask).dtype != torch.bool:
-                raise CannotSample(f"a mask of known latents is boolean, {self.spec.grid}, not {only(mask).dtype}, {held}")
         how.check(codes=self.spec.vocabulary is not None, contexts=self.condition is not None)
         if self.condition is None and contexts is not None:
             raise CannotSample("this prior takes no context")
@@ -152,8 +141,6 @@ class AutoregressivePrior(Prior):
             stream=self.level,
             map=told.map,
             prefix=told.prefix,
-            given=None if given is None else self.head.values(only(given)),
-            mask=None if mask is None else only(mask),
         )
         return [self.head.latent(values)]
 
@@ -195,16 +182,12 @@ class Cascade(Prior):
         seed: int,
         how: Sampling = AS_FITTED,
         contexts: Tensor | None = None,
-        given: list[Tensor] | None = None,
-        mask: list[Tensor] | None = None,
     ) -> list[Tensor]:
-        """Coarse to fine; arguments as in AutoregressivePrior.sample, with one entry a level."""
+        """Coarse to fine; arguments as in AutoregressivePrior.sample."""
         contexts = self.draw_contexts(indices, seed) if contexts is None else contexts
         drawn: list[Tensor] = []
-        for level, prior in enumerate(self.levels):
-            known = None if given is None else given[level : level + 1]
-            held = None if mask is None else mask[level : level + 1]
-            drawn += prior.sample(indices, seed, how, contexts, known, held, coarser=drawn)
+        for prior in self.levels:
+            drawn += prior.sample(indices, seed, how, contexts, coarser=drawn)
         return drawn
 
 

@@ -1,11 +1,13 @@
 """Draws from a prior given part of the latent: z ~ p(z_free | z_held).
 
-B batch, M particles, N positions, h×w latent grid.
+B batch, M particles, P positions, C channels, h×w latent grid.
 
 Where every held position comes before every free one, and the context is given, an autoregressive prior draws the rest exactly.
-Elsewhere it cannot look ahead, so M particles are drawn row by row and weighted by the density of what is held, given what they
-have drawn so far (sequential importance resampling, Gordon et al. 1993): exact as M grows. A context that is not given is drawn
-with each particle, so it is weighted with it: a label under which what is held is unlikely dies out.
+Elsewhere it cannot look ahead, so M particles are drawn and weighted by the density of what is held, given what they have drawn
+so far (sequential importance resampling, Gordon et al. 1993): exact as M grows. A context that is not given is drawn with each
+particle, so it is weighted with it: a label under which what is held is unlikely dies out.
+
+All particles of a level are drawn in one pass of the cached steps, whatever is held.
 """
 
 from collections.abc import Callable
@@ -14,7 +16,9 @@ import torch
 from torch import Tensor
 
 from stage2_prior.autoregressive import LearnedPrior
-from stage2_prior.sampling import AS_FITTED, CHOICE_STREAM, choose_many, first_uniforms
+from stage2_prior.heads import Head
+from stage2_prior.layers import Backbone
+from stage2_prior.sampling import AS_FITTED, CHOICE_STREAM, CannotSample, choose_many, first_uniforms, uniforms
 
 FEWEST = 0.5  # of the particles: an effective number below this share resamples them
 
@@ -35,49 +39,51 @@ def complete(
     given: one latent a level, without a batch axis; held: h w a level, True is held; indices: B sample numbers.
     contexts: one for each sample; when None, one for each particle, as frequent as in the training set.
     log_likelihood: what else is known of the whole latent, such as log p(of the pixels that are seen | z): levels to nats, B·M.
+    Raises CannotSample where a latent or a mask does not fit.
     """
+    for own, latent, mask in zip(prior.levels, given, held, strict=True):
+        if latent.shape != own.spec.shape or mask.shape != own.spec.grid or mask.dtype != torch.bool:
+            raise CannotSample(f"a level needs a latent and a boolean mask of {own.spec.shape} and {own.spec.grid}")
     # Particle m of sample i is sample number i·M + m under the seed, so a completion too is the same in any batch.
     numbers = (indices[:, None] * particles + torch.arange(particles, device=indices.device)).flatten()
     told = prior.draw_contexts(numbers, seed) if contexts is None else contexts.repeat_interleave(particles, 0)
     levels: list[Tensor] = []
     logs = torch.zeros(len(indices), particles, dtype=torch.float64, device=indices.device)
     smallest = torch.full((len(indices),), float(particles), dtype=torch.float64, device=indices.device)
+    weighed = False  # something held since the particles were last looked at
     for level, (own, latent, mask) in enumerate(zip(prior.levels, given, held, strict=True)):
-        latent = latent.expand(len(numbers), *latent.shape)
-        drawn, height = latent, mask.shape[0]
-        last_held = int(mask.any(1).nonzero().max()) if mask.any() else -1
-        for row in range(height):
-            # From a row on without anything held further down, the rest is drawn at once.
-            until = height if row > last_held else row + 1
-            if mask[row:until].all():
-                done = drawn
+        backbone: Backbone = own.backbone
+        head: Head = own.head
+        values = head.values(latent[None]).flatten(1, 2).repeat_interleave(len(numbers), 0)  # B·M P, or B·M P C
+        positions = torch.arange(mask.numel(), device=indices.device)
+        draws = head.begin(uniforms(seed, numbers, positions, head.uniforms(AS_FITTED), own.level), AS_FITTED)
+        known = own.told(levels, told)
+        state = backbone.begin(len(numbers), own.spec.grid, known.map, known.prefix)
+        previous: Tensor | None = None
+        for position, held_here in enumerate(mask.flatten().tolist()):
+            features = backbone.step(previous, position, state).to(own.position.dtype)
+            if held_here:
+                logs += head.log_prob(features, values[:, position]).view_as(logs)
+                weighed = True
             else:
-                fixed = mask.clone()
-                fixed[:row] = True
-                (done,) = own.sample(numbers, seed, AS_FITTED, told, [drawn], [fixed], coarser=levels)
-            drawn = torch.cat([done[..., :until, :], latent[..., until:, :]], -2)
-            seen = mask.clone()
-            seen[:row], seen[until:] = False, False
-            if seen.any():
-                weights = own.log_prob_by_position([*levels, drawn], told)[:, seen].sum(1)
-                logs += weights.view(len(indices), particles).double()
-                size = effective(logs)
-                smallest = torch.minimum(smallest, size)
-                poor = size < FEWEST * particles
-                if poor.any() and particles > 1:
-                    ancestors = resampled(logs, poor, indices, seed, level * 10_000 + row)
-                    drawn, levels = drawn[ancestors], [coarse[ancestors] for coarse in levels]
-                    told = None if told is None else told[ancestors]
-                    logs[poor] = 0.0
-            if until == height:
-                break
-        levels.append(drawn)
+                if weighed:  # Before more is drawn, particles that what is held makes unlikely give way to copies of others.
+                    weighed, size = False, effective(logs)
+                    smallest = torch.minimum(smallest, size)
+                    if (poor := size < FEWEST * particles).any():
+                        ancestors = resampled(logs, poor, indices, seed, (level << 20) + position)
+                        features, values, levels = features[ancestors], values[ancestors], [done[ancestors] for done in levels]
+                        told = None if told is None else told[ancestors]
+                        state.select(ancestors)
+                        logs[poor] = 0.0
+                values[:, position] = head.draw(features, position, draws)
+            previous = head.embed(values[:, position])
+        levels.append(head.latent(values.unflatten(1, own.spec.grid)))
     if log_likelihood is not None:
-        logs += log_likelihood(levels).view(len(indices), particles).double()
-        smallest = torch.minimum(smallest, effective(logs))
+        logs += log_likelihood(levels).view_as(logs)
+    smallest = torch.minimum(smallest, effective(logs))
     uniform = first_uniforms(seed, indices, CHOICE_STREAM)[:, None]
     chosen = choose_many(logs, uniform.to(logs.dtype)).squeeze(1) + particles * torch.arange(len(indices), device=indices.device)
-    return [level[chosen] for level in levels], smallest
+    return [done[chosen] for done in levels], smallest
 
 
 def effective(logs: Tensor) -> Tensor:

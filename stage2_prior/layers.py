@@ -15,6 +15,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 
+class State(Protocol):
+    """What a backbone keeps between steps, for a batch of rows."""
+
+    def select(self, rows: Tensor) -> None:
+        """Row b of the batch goes on as row rows[b] did until now, in place. rows: B numbers of rows."""
+
+
 class Backbone(Protocol):
     """What every causal backbone offers: position i of the output depends only on inputs before i and on what is known.
 
@@ -29,7 +36,7 @@ class Backbone(Protocol):
 
     def __call__(self, inputs: Tensor, map: Tensor | None = None, prefix: Tensor | None = None) -> Tensor: ...
 
-    def begin(self, batch: int, grid: tuple[int, int], map: Tensor | None = None, prefix: Tensor | None = None) -> Any:
+    def begin(self, batch: int, grid: tuple[int, int], map: Tensor | None = None, prefix: Tensor | None = None) -> State:
         """The state before position 0 of a grid of h rows and w columns, in the dtype of the weights."""
 
     def step(self, previous: Tensor | None, position: int, state: Any) -> Tensor:

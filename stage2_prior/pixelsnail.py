@@ -85,6 +85,11 @@ class State:
     prefix_length: int
     attention: Blocks
 
+    def select(self, rows: Tensor) -> None:
+        """See State in layers.py."""
+        self.stacks.select(rows)
+        self.attention.select(rows)
+
 
 class PixelSNAIL(nn.Module):
     blocks: list[Block]

@@ -139,23 +139,18 @@ def sample_grid(
     stream: int = 0,
     map: Tensor | None = None,
     prefix: Tensor | None = None,
-    given: Tensor | None = None,
-    mask: Tensor | None = None,
 ) -> Tensor:
     """Draw one level position by position, each from the cached step of the backbone; values B h w C, or codes B h w.
 
     map: B D h w or 1 D h w, what the backbone is told of every position; prefix: B T D, tokens before the first.
         Under guidance both hold 2B rows: B told the context, then the same told nothing.
-    given, mask: known values, and where to hold them, h w (True is held).
     """
     positions = torch.arange(grid[0] * grid[1], device=indices.device)
     uniform = uniforms(seed, indices, positions, head.uniforms(how), stream)
-    held = (False,) * len(positions) if mask is None else tuple(mask.flatten().tolist())
-    draw = partial(draw_grid, backbone, head, grid, how, held)
-    if indices.device.type != "cuda" or len(held) > MOST_POSITIONS:
-        return draw(uniform, map, prefix, given)
-    kind = (head, grid, how, held)
-    return replayed.setdefault(backbone, Replayed())(kind, [backbone, head], draw, [uniform, map, prefix, given])
+    draw = partial(draw_grid, backbone, head, grid, how)
+    if indices.device.type != "cuda" or len(positions) > MOST_POSITIONS:
+        return draw(uniform, map, prefix)
+    return replayed.setdefault(backbone, Replayed())((head, grid, how), [backbone, head], draw, [uniform, map, prefix])
 
 
 @torch.no_grad()
@@ -164,11 +159,9 @@ def draw_grid(
     head: Head,
     grid: tuple[int, int],
     how: Sampling,
-    held: tuple[bool, ...],
     uniform: Tensor,
     map: Tensor | None,
     prefix: Tensor | None,
-    given: Tensor | None,
 ) -> Tensor:
     """The loop of `sample_grid`; uniform B P U. Nothing in it waits for a value, so that a GPU can replay it."""
     batch, copies = len(uniform), 2 if how.guidance else 1
@@ -176,15 +169,10 @@ def draw_grid(
     dtype = next(head.parameters()).dtype  # the backbone may be rounder; a density never is
     previous: Tensor | None = None
     drawn = []
-    for position, held_here in enumerate(held):
-        features = backbone.step(previous, position, backbone_state)
-        if held_here:
-            assert given is not None
-            value = given[:, position // grid[1], position % grid[1]]
-        else:
-            features = features.to(dtype)
-            told, untold = features.split(batch) if how.guidance else (features, None)
-            value = head.draw(told, position, head_state, untold)
+    for position in range(grid[0] * grid[1]):
+        features = backbone.step(previous, position, backbone_state).to(dtype)
+        told, untold = features.split(batch) if how.guidance else (features, None)
+        value = head.draw(told, position, head_state, untold)
         drawn.append(value)
         previous = head.embed(value)
         if copies > 1:

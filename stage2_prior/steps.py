@@ -112,6 +112,12 @@ class Stacks:
             torch.addmm(places[layer], self.gated, self.weights.output[layer], out=places[layer + 1])
         return places[last]
 
+    def select(self, rows: Tensor) -> None:
+        """See State in layers.py."""
+        maps = [(row, 1) for row in self.map if row.shape[1] > 1]
+        for kept, axis in [(self.row, 1), (self.rows, 3), (self.seen, 2), (self.inputs, 1), *maps]:
+            kept.copy_(kept.index_select(axis, rows))
+
 
 class BlockWeights(NamedTuple):
     """The weights of a block of attention as matrices, of all blocks with an axis before.
@@ -156,3 +162,9 @@ class Blocks:
             if len(contract):
                 x += F.gelu(F.layer_norm(x, (width,), *inner_norm) @ expand) @ contract
         return x
+
+    def select(self, rows: Tensor) -> None:
+        """See State in layers.py."""
+        for kept in (self.keys, self.values):
+            by_row = kept.unflatten(1, (-1, self.heads))
+            by_row.copy_(by_row.index_select(1, rows))

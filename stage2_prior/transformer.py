@@ -73,6 +73,11 @@ class State:
     prefix_length: int
     blocks: Blocks
 
+    def select(self, rows: Tensor) -> None:
+        """See State in layers.py."""
+        self.map = [place if len(place) == 1 else place[rows] for place in self.map]
+        self.blocks.select(rows)
+
 
 class Transformer(nn.Module):
     blocks: list[Block]

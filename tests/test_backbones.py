@@ -161,6 +161,33 @@ def test_one_map_serves_the_whole_batch(name):
     assert difference <= 1e-12 * largest
 
 
+@pytest.mark.parametrize("maps", [1, 5])
+@pytest.mark.parametrize("compilable", [False, True])
+@pytest.mark.parametrize("name", BACKBONES)
+def test_rows_that_are_selected_go_on_as_those_they_were(name, compilable, maps):
+    """Selections in the middle of a row of the grid, at its end and at its start, with rows taken twice and not at all."""
+    config = dataclasses.replace(BACKBONES[name], width=32) if compilable else BACKBONES[name]
+    backbone = randomized(config.build().eval(), scale=0.15).to(torch.float32 if compilable else torch.float64)
+    inputs, map, prefix = example(backbone, (3, 4), batch=5)
+    map = map[:maps]
+    state = backbone.begin(5, (3, 4), map, prefix)
+    selections = {1: [4, 4, 0, 1, 2], 7: [1, 0, 3, 3, 2], 8: [0, 0, 0, 4, 1]}
+    outputs = torch.zeros_like(inputs)
+    previous = None
+    for position, (r, c) in enumerate(raster((3, 4))):
+        outputs[:, :, r, c] = backbone.step(previous, position, state)
+        if position in selections:
+            rows = torch.tensor(selections[position])
+            state.select(rows)
+            outputs = outputs[rows]
+            inputs.flatten(2)[..., :position] = inputs.flatten(2)[rows, :, :position]
+            map, prefix = map[rows] if maps > 1 else map, prefix[rows]
+        previous = inputs[:, :, r, c]
+    with torch.no_grad():
+        whole = backbone(inputs, map, prefix)
+    assert (outputs - whole).abs().max() <= (1e-5 if compilable else 1e-12) * whole.abs().max()
+
+
 @pytest.mark.parametrize("name", BACKBONES)
 def test_steps_in_bfloat16_take_what_is_known_in_float32(name):
     """Weights of bfloat16, inputs, map and prefix of float32: near the forward pass in float32 of the same weights."""

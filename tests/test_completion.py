@@ -1,5 +1,7 @@
 """Completion: held latents stay, the rest follows p(free | held), whatever is held and where."""
 
+import math
+
 import pytest
 import torch
 from scipy import stats
@@ -9,7 +11,8 @@ from stage2_prior.completion import complete, effective
 from stage2_prior.conditions import ClassLabel
 from stage2_prior.heads import Categorical
 from stage2_prior.latents import LatentSpec
-from tests.parts import BACKBONES, random_prior, randomized
+from stage2_prior.sampling import AS_FITTED, CannotSample, uniforms
+from tests.parts import BACKBONES, LEARNED, random_latents, random_prior, randomized, spec_for
 
 FALSE_ALARM = 1e-4
 
@@ -50,6 +53,44 @@ def distance(prior, held, given, particles, count=3000, label=None) -> float:
     return float((drawn / count - exact).abs().sum() / 2)
 
 
+def known(spec: LatentSpec, places: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """A random latent, and the mask that holds it at these positions."""
+    ((latent,),), _ = random_latents(1, spec)[torch.arange(1)]
+    mask = torch.zeros(spec.grid, dtype=torch.bool)
+    mask.view(-1)[places] = True
+    return latent, mask
+
+
+@pytest.mark.parametrize("grid", [(4, 4), (3, 5), (1, 6)])
+@pytest.mark.parametrize(("backbone", "head"), LEARNED)
+def test_a_single_particle_is_what_whole_forward_passes_would_draw(backbone, head, grid):
+    """In float32: held positions stay as they are, and the same noise drawn from a whole forward's features gives the rest."""
+    prior = random_prior(spec_for(head, grid), backbone, head).float()
+    latent, mask = known(prior.spec, [0, 1, 2, -2])
+    latent = latent.float() if head == "mixture" else latent
+    with torch.no_grad():
+        (drawn,), sizes = complete(prior, [latent], [mask], torch.arange(4), 3, particles=1)
+        assert torch.allclose(drawn[..., mask], latent[..., mask].expand(4, *latent[..., mask].shape), rtol=1e-6)
+        assert (sizes == 1).all()
+        values = prior.head.values(drawn)
+        features = prior.backbone(prior.head.embed(values).movedim(-1, 1), prior.position).movedim(1, -1)
+        noise = uniforms(3, torch.arange(4), torch.arange(math.prod(grid)), prior.head.uniforms(AS_FITTED))
+        state = prior.head.begin(noise, AS_FITTED)
+        for r, c in (~mask).nonzero().tolist():
+            again = prior.head.draw(features[:, r, c], r * grid[1] + c, state)
+            assert torch.allclose(again.float(), values[:, r, c].float(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("head", ["mixture", "categorical"])
+def test_a_latent_or_a_mask_of_another_shape_is_refused(head):
+    prior = random_prior(spec_for(head, (3, 4)), "pixelcnn", head)
+    latent, mask = known(prior.spec, [0])
+    wider, its_mask = known(spec_for(head, (3, 5)), [0])
+    for given, held in ((latent, its_mask), (wider, mask), (latent, mask.int())):
+        with pytest.raises(CannotSample, match=r"boolean mask of .*3, 4\)"):
+            complete(prior, [given], [held], torch.arange(2), 0)
+
+
 @pytest.mark.parametrize("backbone", BACKBONES)
 def test_held_in_front_is_exact_with_one_particle(backbone):
     prior = random_prior(LatentSpec((2, 2), vocabulary=4), backbone, "categorical", scale=0.5)
@@ -62,7 +103,7 @@ def test_held_in_front_is_exact_with_one_particle(backbone):
     assert (sizes == 1).all()
 
 
-@pytest.mark.parametrize("held", [[[False, False], [True, True]], [[False, True], [False, True]]])
+@pytest.mark.parametrize("held", [[[False, False], [True, True]], [[False, True], [False, True]], [[False, True], [True, False]]])
 def test_held_behind_is_approached_with_more_particles(held):
     prior = random_prior(LatentSpec((2, 2), vocabulary=3), "pixelcnn", "categorical", scale=0.9)
     known = [torch.tensor(held)], [torch.tensor([[2, 0], [1, 2]])]

@@ -139,61 +139,23 @@ def test_every_parameter_receives_a_gradient(backbone, head):
     assert without == []
 
 
-def held_mask(grid: tuple[int, int]) -> torch.Tensor:
-    """The first three positions and one later."""
-    mask = torch.zeros(grid, dtype=torch.bool)
-    mask.view(-1)[[0, 1, 2, -2]] = True
-    return mask
-
-
-@pytest.mark.parametrize("completing", [False, True])
 @pytest.mark.parametrize("grid", [(4, 4), (3, 5), (1, 6)])
 @pytest.mark.parametrize(("backbone", "head"), LEARNED)
-def test_the_cached_sampler_draws_what_whole_forward_passes_would(backbone, head, grid, completing):
+def test_the_cached_sampler_draws_what_whole_forward_passes_would(backbone, head, grid):
     """In float32: features equal to 1e-5, and the same noise drawn from a whole forward's features gives the same sample."""
     spec = spec_for(head, grid)
     prior = random_prior(spec, backbone, head).float()
-    indices, mask = torch.arange(4), held_mask(grid)
-    given, _ = random_latents(4, spec)[indices]
-    known = {"given": given, "mask": [mask]} if completing else {}
+    indices = torch.arange(4)
     with torch.no_grad():
-        (sample,) = prior.sample(indices, 3, **known)
+        (sample,) = prior.sample(indices, 3)
         values = prior.head.values(sample)
         features = prior.backbone(prior.head.embed(values).movedim(-1, 1), prior.position).movedim(1, -1)
         positions = torch.arange(math.prod(spec.grid))
         state = prior.head.begin(uniforms(3, indices, positions, prior.head.uniforms(AS_FITTED)), AS_FITTED)
         for position in range(math.prod(spec.grid)):
             r, c = divmod(position, grid[1])
-            if not (completing and mask[r, c]):
-                again = prior.head.draw(features[:, r, c], position, state)
-                assert torch.allclose(again.float(), values[:, r, c].float(), rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize(("backbone", "head"), LEARNED)
-def test_held_positions_stay_and_are_seen_by_everything_after(backbone, head):
-    spec = spec_for(head, (3, 4))
-    prior = random_prior(spec, backbone, head, scale=0.5 if head == "categorical" else 0.3)
-    given, _ = random_latents(50, spec)[torch.arange(50)]
-    mask = held_mask(spec.grid)
-    with torch.no_grad():
-        (free,) = prior.sample(torch.arange(50), seed=0)
-        (held,) = prior.sample(torch.arange(50), seed=0, given=given, mask=[mask])
-    assert torch.allclose(held[..., mask], given[0][..., mask].to(held), rtol=1e-12, atol=1e-12)
-    changed = (held != free).view(50, -1, *spec.grid).any(1).any(0)
-    assert changed[~mask].all()
-
-
-@pytest.mark.parametrize(("backbone", "head"), LEARNED)
-def test_known_latents_of_a_wrong_shape_are_refused(backbone, head):
-    prior = random_prior(spec_for(head, (3, 4)), backbone, head)
-    given, _ = random_latents(2, prior.spec)[torch.arange(2)]
-    for known in ({"given": given}, {"mask": [held_mask((3, 4))]}):
-        with pytest.raises(CannotSample, match="come together"):
-            prior.sample(torch.arange(2), 0, **known)
-    with pytest.raises(CannotSample, match="a mask of known latents is boolean"):
-        prior.sample(torch.arange(2), 0, given=given, mask=[held_mask((4, 3))])
-    with pytest.raises(CannotSample, match="known latents of 3 samples"):
-        prior.sample(torch.arange(3), 0, given=given, mask=[held_mask((3, 4))])
+            again = prior.head.draw(features[:, r, c], position, state)
+            assert torch.allclose(again.float(), values[:, r, c].float(), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(("backbone", "head"), LEARNED)

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_flatten
 from stage2_prior import compiled
 from stage2_prior.replay import Replayed
 from stage2_prior.sampling import AS_FITTED, Sampling, draw_grid, uniforms
-from tests.parts import LEARNED, random_latents, random_prior, spec_for
+from tests.parts import LEARNED, random_prior, spec_for
 
 WAITS = ("_local_scalar_dense", "nonzero", "lift_fresh", "equal.default", "masked_select", "is_nonzero")
 
@@ -54,22 +54,19 @@ def graphs(monkeypatch):
     return made
 
 
-def setting(backbone, head, how, completing, batch=4):
+def setting(backbone, head, how, batch=4):
     """The loop, and its inputs under a seed."""
     spec = spec_for(head, (3, 4))
     prior = random_prior(spec, backbone, head, scale=0.15).float()
-    mask = torch.zeros(12, dtype=torch.bool)
-    mask[[0, 5]] = completing
-    draw = partial(draw_grid, prior.backbone, prior.head, spec.grid, how, tuple(mask.tolist()))
+    draw = partial(draw_grid, prior.backbone, prior.head, spec.grid, how)
     copies = 2 if how.guidance else 1
-    (given,), _ = random_latents(batch, spec)[torch.arange(batch)]
 
     def inputs(seed):
         generator = torch.Generator().manual_seed(seed)
         uniform = uniforms(seed, torch.arange(batch), torch.arange(12), prior.head.uniforms(how))
         map = torch.randn(copies * batch, 6, 3, 4, generator=generator)
         prefix = torch.randn(copies * batch, 2, 6, generator=generator)
-        return [uniform, map, prefix, prior.head.values(given.float() if head == "mixture" else given) if completing else None]
+        return [uniform, map, prefix]
 
     return prior, draw, inputs
 
@@ -78,12 +75,11 @@ def same(a, b):
     return torch.allclose(a.float(), b.float(), rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("completing", [False, True])
 @pytest.mark.parametrize(("backbone", "head"), LEARNED)
 @pytest.mark.parametrize("guidance", [0.0, 1.5])
-def test_a_replayed_loop_draws_what_the_loop_does(backbone, head, guidance, completing, graphs):
+def test_a_replayed_loop_draws_what_the_loop_does(backbone, head, guidance, graphs):
     how = Sampling(temperature=0.9, guidance=guidance)
-    prior, draw, inputs = setting(backbone, head, how, completing)
+    prior, draw, inputs = setting(backbone, head, how)
     replayed = Replayed()
     modules = [prior.backbone, prior.head]
     for seed in range(4):
@@ -96,7 +92,7 @@ def test_a_replayed_loop_draws_what_the_loop_does(backbone, head, guidance, comp
 
 
 def test_codes_with_top_k_and_top_p_are_replayed():
-    prior, draw, inputs = setting("pixelcnn", "categorical", Sampling(top_k=3, top_p=0.9), False)
+    prior, draw, inputs = setting("pixelcnn", "categorical", Sampling(top_k=3, top_p=0.9))
     replayed = Replayed()
     for seed in range(3):
         assert same(replayed("kind", [prior.backbone, prior.head], draw, inputs(seed)), draw(*inputs(seed)))
@@ -105,28 +101,28 @@ def test_codes_with_top_k_and_top_p_are_replayed():
 def test_another_kind_of_call_is_not_replayed(graphs):
     """Another batch, other settings or weights in another place run as they are, and leave no graph behind that is wrong."""
     replayed = Replayed()
-    prior, draw, inputs = setting("pixelcnn", "mixture", AS_FITTED, False)
+    prior, draw, inputs = setting("pixelcnn", "mixture", AS_FITTED)
     modules = [prior.backbone, prior.head]
     for seed in range(2):
         replayed("kind", modules, draw, inputs(seed))
     assert len(graphs) == 1
-    _, smaller, few = setting("pixelcnn", "mixture", AS_FITTED, False, batch=2)
+    _, smaller, few = setting("pixelcnn", "mixture", AS_FITTED, batch=2)
     assert same(replayed("kind", modules, smaller, few(0)), smaller(*few(0)))
     assert same(replayed("other", modules, draw, inputs(5)), draw(*inputs(5)))
-    elsewhere, draw, inputs = setting("pixelcnn", "mixture", AS_FITTED, False)
+    elsewhere, draw, inputs = setting("pixelcnn", "mixture", AS_FITTED)
     assert same(replayed("other", [elsewhere.backbone, elsewhere.head], draw, inputs(6)), draw(*inputs(6)))
     assert len(graphs) == 1
 
 
 def test_a_returned_sample_is_not_overwritten_by_the_next():
-    prior, draw, inputs = setting("pixelcnn", "mixture", AS_FITTED, False)
+    prior, draw, inputs = setting("pixelcnn", "mixture", AS_FITTED)
     replayed = Replayed()
     first, second, third = (replayed("kind", [prior.backbone, prior.head], draw, inputs(seed)) for seed in range(3))
     assert same(second, draw(*inputs(1))) and same(third, draw(*inputs(2)))
 
 
 def test_a_device_that_cannot_capture_draws_all_the_same(monkeypatch):
-    prior, draw, inputs = setting("pixelcnn", "mixture", AS_FITTED, False)
+    prior, draw, inputs = setting("pixelcnn", "mixture", AS_FITTED)
     replayed, tries = Replayed(), []
 
     def fails():
