@@ -107,7 +107,7 @@ MNIST_BINARY = RunConfig(
 # On MNIST, 2,500 steps of stage 2 reached 115 nats of the codes a digit with a rate weight of 0, 88 with 1, 79 with 2 and 76 with
 # 4 (by earlier forms of the rule), and reconstructions had a mean squared error of 0.0021, 0.0022, 0.0023 and 0.0024.
 # The classifier reads the label asked for off 94.7 % of the best PixelCNN's samples of digits, and off 95.1 % of a PixelSNAIL's.
-# Logits of 512 codes that depend linearly on 96 features cannot be just any: a few hundred say more.
+# Logits of 512 codes that depend linearly on 64 or 96 features cannot be just any: a few hundred say more.
 WIDE = Categorical(hidden=512)
 VQVAE = replace(
     MNIST,
