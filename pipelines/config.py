@@ -219,7 +219,7 @@ PRESETS: dict[str, tuple[str, RunConfig]] = {
             VQVAE,
             data=TorchvisionSet("FashionMNIST"),
             stage1=replace(VQVAE.stage1, steps=6000),
-            stage2=replace(VQVAE.stage2, steps=6000),
+            stage2=replace(VQVAE.stage2, steps=5000),
         ),
     ),
     "mnist-vqvae2": (
