@@ -81,6 +81,19 @@ def test_a_single_particle_is_what_whole_forward_passes_would_draw(backbone, hea
             assert torch.allclose(again.float(), values[:, r, c].float(), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize(("backbone", "head"), LEARNED)
+def test_held_positions_stay_and_are_seen_by_everything_after(backbone, head):
+    prior = random_prior(spec_for(head, (3, 4)), backbone, head, scale=0.5 if head == "categorical" else 0.3)
+    latent, mask = known(prior.spec, [0, 1, 2, -2])
+    latent = latent.double() if head == "mixture" else latent
+    with torch.no_grad():
+        (free,) = prior.sample(torch.arange(50), seed=0)
+        (held,), _ = complete(prior, [latent], [mask], torch.arange(50), 0, particles=1)
+    assert torch.allclose(held[..., mask], latent[..., mask].expand_as(held[..., mask]), rtol=1e-12, atol=1e-12)
+    changed = (held != free).view(50, -1, *mask.shape).any(1).any(0)
+    assert changed[~mask].all()
+
+
 @pytest.mark.parametrize("head", ["mixture", "categorical"])
 def test_a_latent_or_a_mask_of_another_shape_is_refused(head):
     prior = random_prior(spec_for(head, (3, 4)), "pixelcnn", head)
