@@ -57,7 +57,7 @@ class HierarchicalBottleneck(nn.Module):
         self.down = nn.Sequential(
             nn.Conv2d(features, features, 4, stride=2, padding=1),
             *(ResidualBlock(features) for _ in range(config.blocks)),
-            nn.ReLU(),
+            nn.SiLU(),
         )
         codes = replace(config.codes, rate_weight=config.coarser_rate * config.codes.rate_weight)
         if levels == 2:
@@ -67,7 +67,7 @@ class HierarchicalBottleneck(nn.Module):
         self.up = nn.Sequential(
             nn.Conv2d(self.coarser.latent_channels, features, 3, padding=1),
             *(ResidualBlock(features) for _ in range(config.blocks)),
-            nn.ReLU(),
+            nn.SiLU(),
             nn.ConvTranspose2d(features, features, 4, stride=2, padding=1),
         )
         self.finest = config.codes.build(2 * features)

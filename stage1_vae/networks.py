@@ -25,12 +25,18 @@ class Network(Protocol):
 
 @dataclass(frozen=True)
 class Convolutional:
-    """Residual convolutional encoder and decoder, after VQ-VAE (van den Oord et al. 2017, section 4.1)."""
+    """Residual convolutional encoder and decoder, after VQ-VAE (van den Oord et al. 2017, section 4.1).
+
+    Where we deviate: a group normalization before each residual block, SiLU in place of ReLU, and residual blocks on every
+    grid, not on the latent grid alone.
+    """
 
     width: int = 64
     """feature maps on the latent grid; half as many on every grid between it and the images"""
     blocks: int = 2
     """residual blocks on the latent grid, in the encoder and in the decoder; 2 in the paper"""
+    finer_blocks: int = 0
+    """residual blocks on every grid between the latent grid and the images; 0 in the paper"""
     downsample: int = 4
     """image size over latent grid size, a power of two: 4 makes 28×28 images 7×7 latents"""
     positions: int | None = None
@@ -65,10 +71,12 @@ class Convolutional:
         layers: list[nn.Module] = []
         channels = image_shape[0]
         for width in self.widths():
-            layers += [nn.Conv2d(channels, width, 4, stride=2, padding=1), nn.ReLU()]
+            if layers:
+                layers += [ResidualBlock(channels) for _ in range(self.finer_blocks)] + [nn.SiLU()]
+            layers += [nn.Conv2d(channels, width, 4, stride=2, padding=1)]
             channels = width
-        layers += [nn.Conv2d(channels, channels, 3, padding=1)]
-        layers += [ResidualBlock(channels) for _ in range(self.blocks)] + [nn.ReLU()]
+        layers += [nn.SiLU(), nn.Conv2d(channels, channels, 3, padding=1)]
+        layers += [ResidualBlock(channels) for _ in range(self.blocks)] + [nn.SiLU()]
         if self.positions is None:
             return nn.Sequential(*layers), channels
         flat = channels * math.prod(self.downsampled(image_shape))
@@ -82,25 +90,46 @@ class Convolutional:
             layers += [nn.Unflatten(1, (self.width, height, width))]
             latent_channels = self.width
         layers += [nn.Conv2d(latent_channels, self.width, 3, padding=1)]
-        layers += [ResidualBlock(self.width) for _ in range(self.blocks)] + [nn.ReLU()]
+        layers += [ResidualBlock(self.width) for _ in range(self.blocks)] + [nn.SiLU()]
         channels, *finer = reversed(self.widths())
         for width in finer:
-            layers += [nn.ConvTranspose2d(channels, width, 4, stride=2, padding=1), nn.ReLU()]
+            layers += [nn.ConvTranspose2d(channels, width, 4, stride=2, padding=1)]
+            layers += [ResidualBlock(width) for _ in range(self.finer_blocks)] + [nn.SiLU()]
             channels = width
         layers += [nn.ConvTranspose2d(channels, outputs, 4, stride=2, padding=1)]
         return nn.Sequential(*layers)
 
 
-class ResidualBlock(nn.Module):
-    """kernel: of the second convolution."""
+GROUPS = 8  # of channels that are normalized together; fewer where they do not divide the channels
 
-    def __init__(self, channels: int, activation: type[nn.Module] = nn.ReLU, kernel: int = 1):
+
+class ResidualBlock(nn.Module):
+    """x + conv1×1(SiLU(conv3×3(SiLU(norm(x))))), the norm over groups of channels (Wu and He 2018)."""
+
+    def __init__(self, channels: int):
         super().__init__()
         self.layers = nn.Sequential(
-            activation(),
+            nn.GroupNorm(math.gcd(GROUPS, channels), channels),
+            nn.SiLU(),
             nn.Conv2d(channels, channels, 3, padding=1),
-            activation(),
-            nn.Conv2d(channels, channels, kernel, padding=kernel // 2),
+            nn.SiLU(),
+            nn.Conv2d(channels, channels, 1),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.layers(x)
+
+
+class PlainResidualBlock(nn.Module):
+    """x + conv3×3(ELU(conv3×3(ELU(x))))."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.ELU(),
+            nn.Conv2d(channels, channels, 3, padding=1),
+            nn.ELU(),
+            nn.Conv2d(channels, channels, 3, padding=1),
         )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -190,7 +219,7 @@ class ConvolutionalFlat:
         )
 
     def residual(self, channels: int) -> list[nn.Module]:
-        return [ResidualBlock(channels, nn.ELU, kernel=3) for _ in range(self.blocks)] + [nn.ELU()]
+        return [PlainResidualBlock(channels) for _ in range(self.blocks)] + [nn.ELU()]
 
 
 def to_flat(units: int, positions: int, features: int) -> list[nn.Module]:

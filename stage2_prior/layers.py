@@ -70,6 +70,22 @@ def shift_raster(x: Tensor) -> Tensor:
     return F.pad(x.flatten(2), (1, -1)).view(x.shape)
 
 
+class ChannelNorm(nn.Module):
+    """Layer normalization of the features of every position by itself, so that it is causal (Ba et al. 2016)."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """B D h w to B D h w."""
+        return self.norm(x.movedim(1, -1)).movedim(-1, 1)
+
+    def step_weights(self) -> Tensor:
+        """Scale and shift, 2 D."""
+        return torch.stack([self.norm.weight, self.norm.bias])
+
+
 class VerticalConv(nn.Module):
     """A k×k convolution cropped to the m rows at and above its output."""
 

@@ -6,15 +6,16 @@ Two stacks of gated convolutions run side by side. The *vertical* stack at row r
 above r; the *horizontal* stack at (r, c) has seen the columns left of c in row r, and is fed the vertical stack at
 (r, c). Together they see everything before (r, c) in raster order, with no blind spot.
 
-                           ┌───────── residual ────────┐
-                 vertical  v ──▶ crop k×k conv ──┬──▶ gate ──+──▶ v'
-                                                 ▼ 1×1
-               horizontal  h ──▶ crop 1×k conv ──+──▶ gate ──▶ 1×1 ──+──▶ h'
-                           └───────────────── residual ──────────────┘
+                           ┌───────────── residual ────────────┐
+                 vertical  v ──▶ norm ──▶ crop k×k conv ──┬──▶ gate ──+──▶ v'
+                                                          ▼ 1×1
+               horizontal  h ──▶ norm ──▶ crop 1×k conv ──+──▶ gate ──▶ 1×1 ──+──▶ h'
+                           └───────────────────── residual ──────────────────┘
 
-Where we deviate: the vertical stack is residual too, without which its signal fades with depth; the inputs are shifted
-once, before the first layer, so every layer is the same and none needs a mask; dropout after the gate; conditions arrive
-as one map added to both stacks' inputs instead of in every gate.
+Where we deviate: the vertical stack is residual too, without which its signal fades with depth; features are normalized
+before every convolution and at the end, as in a transformer; the inputs are shifted once, before the first layer, so
+every layer is the same and none needs a mask; dropout after the gates; conditions arrive as one map added to both stacks'
+inputs instead of in every gate.
 
 To sample, `step` runs the vertical stack once a row, for all its columns, and the horizontal stack once a position: the
 arithmetic of one `forward`. Both are in steps.py, as matrix products on what is kept.
@@ -26,7 +27,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from stage2_prior.layers import HorizontalConv, VerticalConv, gate, shift_down, shift_right
+from stage2_prior.layers import ChannelNorm, HorizontalConv, VerticalConv, gate, shift_down, shift_right
 from stage2_prior.steps import Stacks, StepWeights
 
 
@@ -52,6 +53,7 @@ class GatedLayer(nn.Module):
         super().__init__()
         if kernel % 2 == 0 or kernel < 3:
             raise ValueError(f"a PixelCNN kernel is odd and at least 3, not {kernel}")
+        self.vertical_norm, self.horizontal_norm = ChannelNorm(width), ChannelNorm(width)
         self.vertical = VerticalConv(width, 2 * width, kernel)
         self.horizontal = HorizontalConv(width, 2 * width, kernel)
         self.vertical_to_horizontal = nn.Conv2d(2 * width, 2 * width, 1)
@@ -59,9 +61,9 @@ class GatedLayer(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, v: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
-        above = self.vertical(v)
-        seen_above = self.vertical_to_horizontal(above)
-        return v + gate(above), h + self.output(self.dropout(gate(self.horizontal(h) + seen_above)))
+        above = self.vertical(self.vertical_norm(v))
+        before = self.horizontal(self.horizontal_norm(h)) + self.vertical_to_horizontal(above)
+        return v + self.dropout(gate(above)), h + self.output(self.dropout(gate(before)))
 
     def step_weights(self) -> StepWeights:
         """What the steps of steps.py take of this layer."""
@@ -69,10 +71,12 @@ class GatedLayer(nn.Module):
         ones = self.output.weight.new_ones(self.output.in_channels)
         twice = torch.cat([2 * ones, ones])
         return StepWeights(
+            vertical_norm=self.vertical_norm.step_weights(),
             vertical=rearrange(vertical.weight, "o d m k -> m (k d) o") * twice,
             vertical_bias=vertical.bias * twice,  # type: ignore[operator]
             across=rearrange(across.weight, "o i 1 1 -> i o") * twice / twice[:, None],
             across_bias=(across.bias + horizontal.bias) * twice,  # type: ignore[operator]
+            horizontal_norm=self.horizontal_norm.step_weights(),
             horizontal=rearrange(horizontal.weight, "o d 1 m -> (m d) o") * twice,
             output=-rearrange(self.output.weight, "o i 1 1 -> i o"),
         )
@@ -94,6 +98,7 @@ class PixelCNN(nn.Module):
         self.width = config.width
         layers = (GatedLayer(config.width, config.kernel, config.dropout) for _ in range(config.layers))
         self.layers = nn.ModuleList(layers)  # type: ignore[assignment]
+        self.norm = ChannelNorm(config.width)
         self.reach: int | None = len(self.layers) * (config.kernel // 2)
         """What a position sees: reach+1 positions to its left, and reach+1 rows above, reach columns to either side."""
 
@@ -105,7 +110,7 @@ class PixelCNN(nn.Module):
             v, h = v + map, h + map
         for layer in self.layers:
             v, h = layer(v, h)
-        return h
+        return self.norm(h)
 
     @torch.no_grad()
     def begin(self, batch: int, grid: tuple[int, int], map: Tensor | None = None, prefix: Tensor | None = None) -> Stacks:
@@ -113,11 +118,11 @@ class PixelCNN(nn.Module):
 
     @torch.no_grad()
     def step(self, previous: Tensor | None, position: int, state: Stacks) -> Tensor:
-        """Position `position` of `forward`, B D, overwritten by the next step."""
+        """Position `position` of `forward`, B D."""
         column = state.enter(previous, position)
         if column == 0:
-            state.places[0][0].copy_(state.here[0])
+            state.features.copy_(state.here[0])
         else:
             # The horizontal stack sees the input to the left in this row.
-            torch.add(state.columns[column - 1], state.here[column], out=state.places[column][0])
-        return state.step(column)
+            torch.add(state.columns[column - 1], state.here[column], out=state.features)
+        return self.norm.norm(state.step(column))

@@ -23,7 +23,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from stage2_prior.layers import CausalAttention, shift_down, shift_raster
+from stage2_prior.layers import CausalAttention, ChannelNorm, shift_down, shift_raster
 from stage2_prior.pixelcnn import GatedLayer
 from stage2_prior.steps import Blocks, BlockWeights, Stacks
 
@@ -99,6 +99,7 @@ class PixelSNAIL(nn.Module):
         super().__init__()
         self.width = config.width
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.blocks))  # type: ignore[assignment]
+        self.norm = ChannelNorm(config.width)
 
     @property
     def layers(self) -> list[GatedLayer]:
@@ -111,7 +112,7 @@ class PixelSNAIL(nn.Module):
             v, h = v + map, h + map
         for block in self.blocks:
             v, h = block(v, h, prefix)
-        return h
+        return self.norm(h)
 
     @torch.no_grad()
     def begin(self, batch: int, grid: tuple[int, int], map: Tensor | None = None, prefix: Tensor | None = None) -> State:
@@ -126,12 +127,12 @@ class PixelSNAIL(nn.Module):
 
     @torch.no_grad()
     def step(self, previous: Tensor | None, position: int, state: State) -> Tensor:
-        """Position `position` of `forward`, B D, overwritten by the next step."""
+        """Position `position` of `forward`, B D."""
         stacks = state.stacks
         column = stacks.enter(previous, position)
-        features = torch.add(stacks.columns[column - 1], stacks.here[column], out=stacks.places[column][0])
+        torch.add(stacks.columns[column - 1], stacks.here[column], out=stacks.features)
         layer = 0
         for number, block in enumerate(self.blocks):
             features = stacks.step(column, layer, layer := layer + len(block.layers))
             state.attention.step(features, state.prefix_length + position, number, number + 1)
-        return features
+        return self.norm.norm(stacks.features)

@@ -29,10 +29,12 @@ class StepWeights(NamedTuple):
     sign into the output weights.
     """
 
+    vertical_norm: Tensor  # scale and shift: 2 D
     vertical: Tensor  # the kernel's m rows, the last of which is this one, of k columns: m k·D 2D
     vertical_bias: Tensor  # 2D
     across: Tensor  # from the vertical stack to the horizontal: 2D 2D
     across_bias: Tensor  # 2D
+    horizontal_norm: Tensor  # scale and shift: 2 D
     horizontal: Tensor  # the kernel's m columns, the last of which is this one: m·D 2D
     output: Tensor  # D D
 
@@ -52,12 +54,14 @@ class Stacks:
         map = new(1, d, *grid) if map is None else map.to(self.row.dtype).expand(-1, -1, *grid)
         self.map = list(rearrange(map, "b d h w -> h w b d").contiguous())  # for each row, w B D or w 1 D
         self.here: list[Tensor] = []  # the map at the columns of this row: B D or 1 D each
-        # Inputs of the vertical stack's layers in this row and the m-1 above, a ring, with zeros left and right of the grid.
+        # Normalized inputs of the vertical stack's layers in this row and the m-1 above, a ring, with zeros left and right of the
+        # grid; what the vertical stack gives this row; normalized inputs of the horizontal stack's layers in this row, with
+        # zeros left of the grid.
         self.rows = new(len(layers), m, width + self.kernel - 1, batch, d)
-        # What the vertical stack gives this row, and inputs of the horizontal stack's layers in this row, with zeros left of the
-        # grid; a layer's outputs are the next one's inputs, so there is one more of these.
         self.seen = new(len(layers), width, batch, 2 * d)
-        self.inputs = new(len(layers) + 1, batch, m - 1 + width, d)
+        self.inputs = new(len(layers), batch, m - 1 + width, d)
+        # Features that go through all layers in place: the vertical stack's of a row, the horizontal stack's at a position.
+        self.row_features, self.features = new(width, batch, d), new(batch, d)
         # Views, made once: of each column, and of the columns that its kernel reaches.
         self.columns, self.places = list(self.row), list(self.inputs[:, :, m - 1 :].unbind(2))
         self.reached = self.inputs.flatten(2).unfold(2, m * d, d).unbind(2)
@@ -73,44 +77,38 @@ class Stacks:
         if previous is not None:
             self.columns[c - 1].copy_(previous)
         if c == 0:
-            place = r % self.rows.shape[1]
             # self.row holds the row above: zeros before the first.
-            torch.add(self.row, self.map[r], out=self.within(self.rows[0, place]))
-            (self.step_row if self.compiled is None else self.compiled.row)(place)
+            torch.add(self.row, self.map[r], out=self.row_features)
+            (self.step_row if self.compiled is None else self.compiled.row)(r % self.rows.shape[1])
             self.here = list(self.map[r])
         return c
 
-    def within(self, row: Tensor) -> Tensor:
-        """A row of the ring without its zeros, w B D."""
-        margin = self.kernel // 2
-        return row[margin : margin + len(self.row)]
-
     def step_row(self, place: int) -> None:
-        """The vertical stack for a row, whose input is at its place in the ring."""
-        width, batch, _ = self.row.shape
+        """The vertical stack for a row, at its place in the ring: self.row_features, w B D, in place."""
+        width, batch, d = self.row.shape
+        margin = self.kernel // 2
         for layer, rows in enumerate(self.rows):
+            rows[place, margin : margin + width] = F.layer_norm(self.row_features, (d,), *self.weights.vertical_norm[layer])
             patches = rearrange(rows.unfold(1, self.kernel, 1), "m w b d k -> (w b) (m k d)")
             above = torch.addmm(self.weights.vertical_bias[layer], patches, self.vertical[place][layer], out=self.above)
             seen = self.seen[layer].flatten(0, 1)
             torch.addmm(self.weights.across_bias[layer], above, self.weights.across[layer], out=seen)
-            if layer + 1 < len(self.rows):
-                s, t = above.sigmoid_().view(width, batch, -1).chunk(2, dim=-1)
-                next_row = self.within(self.rows[layer + 1, place])
-                torch.addcmul(self.within(rows[place]), s, t, value=2, out=next_row).sub_(t)
+            s, t = above.sigmoid_().view(width, batch, -1).chunk(2, dim=-1)
+            self.row_features.addcmul_(s, t, value=2).sub_(t)
 
     def step(self, column: int, first: int = 0, last: int | None = None) -> Tensor:
-        """The horizontal stack at one position, from the inputs of layer `first` to those of layer `last`, the result: B D."""
+        """Layers first … last-1 of the horizontal stack at one position: self.features, B D, in place."""
         last = len(self.rows) if last is None else last
-        places = self.places[column]
         if self.compiled is not None:
             self.compiled.step(column, first, last)
-            return places[last]
+            return self.features
         for layer in range(first, last):
+            norm = self.weights.horizontal_norm[layer]
+            self.places[column][layer] = F.layer_norm(self.features, self.features.shape[1:], *norm)
             both = self.seen[layer, column]
             s, t = both.addmm_(self.reached[column][layer], self.weights.horizontal[layer]).sigmoid_().chunk(2, dim=1)
-            torch.addcmul(t, s, t, value=-2, out=self.gated)
-            torch.addmm(places[layer], self.gated, self.weights.output[layer], out=places[layer + 1])
-        return places[last]
+            self.features.addmm_(torch.addcmul(t, s, t, value=-2, out=self.gated), self.weights.output[layer])
+        return self.features
 
     def select(self, rows: Tensor) -> None:
         """See State in layers.py."""
