@@ -1,6 +1,7 @@
 """The only training loop, used by both stages and by the classifier behind the metrics.
 
-It knows only `model(*batch, step=step)["loss"]`, and judges held-out batches by the same dict.
+It knows only `model(*batch, progress=…)["loss"]`, progress being the share of the steps that are done, and judges held-out
+batches by the same dict.
 
 The data order is a function of (seed, step); torch is reseeded from (seed, step, rank) before every step; the learning
 rate is a function of the step. So a resumed run equals an uninterrupted one, and there is no state but weights,
@@ -436,7 +437,7 @@ class Training:
         batch = self.train[part]
         prefetch(self.train, self.own(step + 1)[0] if after is None else after)
         with self.fabric.no_backward_sync(self.wrapped, enabled=after is not None):
-            terms = self.wrapped(*self.fabric.to_device(batch), step=step)
+            terms = self.wrapped(*self.fabric.to_device(batch), progress=step / self.config.steps)
             self.fabric.backward(terms["loss"] / self.config.microbatches)
         return {name: value.detach() for name, value in terms.items()}
 

@@ -57,7 +57,7 @@ class Classifier(nn.Module):
         """images uint8 N C H W; returns N F."""
         return self.layers(images.float() / 255)
 
-    def forward(self, images: Tensor, labels: Tensor, step: int = 0) -> dict[str, Tensor]:
+    def forward(self, images: Tensor, labels: Tensor, progress: float = 0.0) -> dict[str, Tensor]:
         logits = self.output(self.features(images))
         return {"loss": F.cross_entropy(logits, labels), "accuracy": (logits.argmax(1) == labels).float().mean()}
 

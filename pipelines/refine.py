@@ -24,7 +24,7 @@ class TwoStage(nn.Module):
             raise ValueError("refining is for priors that are told nothing but z: without a condition")
         self.autoencoder, self.prior = autoencoder, prior
 
-    def forward(self, images: Tensor, step: int = 0) -> dict[str, Tensor]:
+    def forward(self, images: Tensor, progress: float = 0.0) -> dict[str, Tensor]:
         """images uint8 B C H W; returns loss, distortion and rate, mean nats an image, of one z ~ q(z|x) each."""
         drawn = draws(self.autoencoder, images, 1, {"learned": self.prior.log_prob}, at_once=len(images))
         distortion, rate = -drawn.log_likelihood.mean(), drawn.rate("learned").mean()

@@ -62,9 +62,12 @@ class Autoencoder(nn.Module):
     def features(self, images: Tensor) -> Tensor:
         return self.encoder(2 * likelihoods.unit_interval(images) - 1)
 
-    def forward(self, images: Tensor, step: int = 0) -> dict[str, Tensor]:
-        """images uint8 B C H W; returns loss, distortion and the bottleneck's terms (rate), mean nats an image."""
-        embedded, penalty, terms = self.bottleneck(self.features(images), step)
+    def forward(self, images: Tensor, progress: float = 0.0) -> dict[str, Tensor]:
+        """images uint8 B C H W; returns loss, distortion and the bottleneck's terms (rate), mean nats an image.
+
+        progress: share of the training that is done, from 0 to 1.
+        """
+        embedded, penalty, terms = self.bottleneck(self.features(images), progress)
         samples = len(embedded)
         outputs = full_precision(self.decoder(rearrange(embedded, "l b ... -> (l b) ...")))
         log_prob = self.log_likelihood(outputs, self.likelihood.scale(images).repeat(samples, 1, 1, 1))

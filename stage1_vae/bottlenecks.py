@@ -2,7 +2,8 @@
 
 B batch, F feature maps, C latent channels, K codes, h×w latent grid, L samples of z an image.
 
-    forward(features, step) -> embedded, penalty, terms
+    forward(features, progress) -> embedded, penalty, terms
+        progress  share of the training that is done, from 0 to 1
         embedded  L B C h w, what the decoder reads: L samples of z an image
         penalty   B, what the bottleneck adds to the loss, in nats an image (β·KL, a commitment loss, …)
         terms     named values to report, B each or scalar; `rate` is KL(q(z|x) ‖ N(0, I)) where there is one
@@ -32,7 +33,7 @@ class Bottleneck(Protocol):
     latent_channels: int  # of what the decoder reads
     has_density: bool  # whether log p(z) of an encoded image is part of a bound on log p(x): not for a point in a continuum
 
-    def __call__(self, features: Tensor, step: int) -> tuple[Tensor, Tensor, dict[str, Tensor]]: ...
+    def __call__(self, features: Tensor, progress: float) -> tuple[Tensor, Tensor, dict[str, Tensor]]: ...
 
     def posterior(self, features: Tensor) -> list[Posterior]: ...
 
@@ -92,7 +93,7 @@ class DeterministicBottleneck(Continuous):
         self.latent_channels = config.channels
         self.project = nn.Conv2d(features, config.channels, 1)
 
-    def forward(self, features: Tensor, step: int) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    def forward(self, features: Tensor, progress: float) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         latent = full_precision(self.project(features))
         return latent[None], latent.new_zeros(len(latent)), {}
 
@@ -127,7 +128,7 @@ class GaussianBottleneck(Continuous):
         self.beta, self.samples = config.beta, config.samples
         self.project = nn.Conv2d(features, 2 * config.channels, 1)
 
-    def forward(self, features: Tensor, step: int) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    def forward(self, features: Tensor, progress: float) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         mean, log_std = full_precision(self.project(features)).chunk(2, dim=1)
         rate = gaussian_rate(mean, log_std)
         noise = torch.randn(self.samples, *mean.shape, dtype=mean.dtype, device=mean.device)
@@ -143,6 +144,9 @@ def gaussian_rate(mean: Tensor, log_std: Tensor) -> Tensor:
     return 0.5 * (mean.square() + (2 * log_std).exp() - 1 - 2 * log_std).flatten(1).sum(1)
 
 
+REVIVAL_ENDS = 0.8  # share of the training
+
+
 @dataclass(frozen=True)
 class VectorQuantized:
     """One of K code vectors (VQ-VAE, van den Oord et al. 2017), the codebook kept by exponential moving averages."""
@@ -156,12 +160,13 @@ class VectorQuantized:
     rate_weight: float = 0.0
     """squared distance that a nat of a code's -log frequency is worth where a code is chosen (entropy-constrained vector
     quantization, Chou et al. 1989), so that what looks alike gets one code; 0, the nearest code, is the paper's"""
-    rate_steps: int = 1000
-    """steps in which that price rises from 0, so that the codebook spreads out first"""
+    rate_share: float = 0.125
+    """share of the training in which that price rises from 0, so that the codebook spreads out first"""
     decay: float = 0.99
     """decay a step of the codebook's moving averages; γ in the paper's appendix A.1"""
     revival: float = 0.05
-    """a code whose average use falls below this share of an even use is replaced by an encoder output; 0 never does"""
+    """a code whose average use falls below this share of an even use is replaced by an encoder output; 0 never does, nor the
+    last fifth of the training, so that the codes that are used at its end are used for what they say"""
 
     def build(self, features: int) -> "VectorQuantizedBottleneck":
         return VectorQuantizedBottleneck(self, features)
@@ -181,10 +186,10 @@ class VectorQuantizedBottleneck(Codes):
             raise ValueError(f"a codebook holds at least 2 codes, not {config.codes}")
         if not 0 <= config.decay < 1:
             raise ValueError(f"a codebook's decay lies from 0 up and below 1, not at {config.decay}")
-        if not 0 <= config.rate_weight < math.inf or config.rate_steps < 0:
-            raise ValueError(
-                f"the rate's weight and steps are numbers, at least 0, not {config.rate_weight} and {config.rate_steps}"
-            )
+        if not 0 <= config.rate_weight < math.inf:
+            raise ValueError(f"the rate's weight is a number from 0 up, not {config.rate_weight}")
+        if not 0 <= config.rate_share <= 1:
+            raise ValueError(f"the rate's weight rises in a share of the training from 0 to 1, not {config.rate_share}")
         self.config = config
         self.vocabulary, self.latent_channels = config.codes, config.channels
         # The normalization keeps the encoder from shrinking its outputs until all fall to a few codes (Łańcucki et al. 2020).
@@ -194,16 +199,16 @@ class VectorQuantizedBottleneck(Codes):
         self.register_buffer("sums", torch.zeros(config.codes, config.channels))  # of the encoder outputs that chose it
         self.use = CodeUse(config.codes)  # unlike `counts`, not touched by revival
 
-    def forward(self, features: Tensor, step: int) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    def forward(self, features: Tensor, progress: float) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         encoded = full_precision(self.project(features))
         vectors = rearrange(encoded.detach(), "b c h w -> (b h w) c")
         if self.training:
             self.begin(vectors)
-        risen = min(1.0, step / self.config.rate_steps) if self.training and self.config.rate_steps else 1.0
+        risen = min(1.0, progress / self.config.rate_share) if self.training and self.config.rate_share else 1.0
         codes = self.choose(vectors, risen)
         quantized = rearrange(self.codebook[codes], "(b h w) c -> b c h w", b=len(encoded), h=encoded.shape[2])
         if self.training:
-            self.update(vectors, codes)
+            self.update(vectors, codes, revive=progress < REVIVAL_ENDS)
         commitment = (encoded - quantized).square().flatten(1).sum(1)
         # Straight through: the decoder's gradient passes to the encoder as if there were no quantization.
         embedded = encoded + (quantized - encoded).detach()
@@ -230,7 +235,7 @@ class VectorQuantizedBottleneck(Codes):
 
     @torch.compiler.disable
     @torch.no_grad()
-    def update(self, vectors: Tensor, codes: Tensor) -> None:
+    def update(self, vectors: Tensor, codes: Tensor, revive: bool) -> None:
         """Move the averages and the codebook (van den Oord et al. 2017, equations 6 to 8); revive what nobody chooses."""
         counts = total(torch.bincount(codes, minlength=self.vocabulary).to(self.counts))
         sums = total(torch.zeros_like(self.sums).index_add_(0, codes, vectors))
@@ -239,7 +244,7 @@ class VectorQuantizedBottleneck(Codes):
         chosen_lately = self.counts > 1e-20  # else both averages have decayed to nothing, and the code stays where it was
         self.codebook[chosen_lately] = self.sums[chosen_lately] / self.counts[chosen_lately, None]
         dead = self.counts < self.config.revival * self.even_use(vectors)
-        if dead.any():
+        if revive and dead.any():
             self.replace(dead, vectors)
 
     @torch.no_grad()
@@ -323,7 +328,7 @@ class FiniteScalarBottleneck(Codes):
         # What is not a number is no integer, but has a code, so that training meets it as a loss.
         return level, (level.detach().nan_to_num().round().long() * self.strides).sum(1)
 
-    def forward(self, features: Tensor, step: int) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    def forward(self, features: Tensor, progress: float) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         level, codes = self.rounded(features)
         return self.centred(level)[None], level.new_zeros(len(level)), self.use(codes)
 
@@ -343,8 +348,8 @@ class FiniteScalarBottleneck(Codes):
 class GumbelSoftmax:
     """The discrete VAE of DALL-E (Ramesh et al. 2021, section 2.1): one of K codes, relaxed in training.
 
-    Temperature and weight of the rate are functions of the step, as in the paper's appendix A.2, over fewer steps. Where we
-    deviate: `anneal_steps` is that of both; in the paper the temperature falls in 150,000 steps and the weight rises in 5,000.
+    Temperature and weight of the rate are functions of the progress of training, as in the paper's appendix A.2. Where we
+    deviate: `anneal_share` is that of both; in the paper the temperature falls in 150,000 steps and the weight rises in 5,000.
     """
 
     codes: int = 512
@@ -355,8 +360,8 @@ class GumbelSoftmax:
     """final weight of the rate, KL(q(z|x) ‖ uniform); 1 is the ELBO, 6.6 in the paper"""
     final_temperature: float = 0.0625
     """of the relaxation, which starts at 1; 1/16 in the paper"""
-    anneal_steps: int = 3000
-    """steps in which the temperature falls along a cosine and the weight of the rate rises likewise"""
+    anneal_share: float = 0.75
+    """share of the training in which the temperature falls along a cosine and the weight of the rate rises likewise"""
 
     def build(self, features: int) -> "GumbelSoftmaxBottleneck":
         return GumbelSoftmaxBottleneck(self, features)
@@ -369,23 +374,23 @@ class GumbelSoftmaxBottleneck(Codes):
         super().__init__()
         if config.final_temperature <= 0:
             raise ValueError(f"a temperature of the relaxation lies above 0, not at {config.final_temperature}")
-        if config.anneal_steps < 0:
-            raise ValueError(f"the temperature falls in a number of steps from 0 up, not in {config.anneal_steps}")
+        if not 0 <= config.anneal_share <= 1:
+            raise ValueError(f"the temperature falls in a share of the training from 0 to 1, not {config.anneal_share}")
         self.config = config
         self.vocabulary, self.latent_channels = config.codes, config.channels
         self.project = nn.Conv2d(features, config.codes, 1)
         self.codebook = nn.Parameter(torch.randn(config.codes, config.channels))
         self.use = CodeUse(config.codes)
 
-    def schedule(self, step: int) -> tuple[float, float]:
-        """Temperature and weight of the rate at a step."""
-        share = min(1.0, step / self.config.anneal_steps) if self.config.anneal_steps else 1.0
+    def schedule(self, progress: float) -> tuple[float, float]:
+        """Temperature and weight of the rate."""
+        share = min(1.0, progress / self.config.anneal_share) if self.config.anneal_share else 1.0
         risen = 0.5 * (1 - math.cos(math.pi * share))
         return 1 + risen * (self.config.final_temperature - 1), risen * self.config.beta
 
-    def forward(self, features: Tensor, step: int) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    def forward(self, features: Tensor, progress: float) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         logits = full_precision(self.project(features)).movedim(1, -1)
-        temperature, weight = self.schedule(step) if self.training else (1.0, self.config.beta)
+        temperature, weight = self.schedule(progress) if self.training else (1.0, self.config.beta)
         log_q = logits.log_softmax(-1)
         rate = (log_q.exp() * (log_q + math.log(self.vocabulary))).flatten(1).sum(1)
         # Held out, whole codes drawn from q: with β = 1 the loss is then a bound, which the relaxation's is not.

@@ -82,10 +82,10 @@ class HierarchicalBottleneck(nn.Module):
             )
         return self.coarser.latents((grid[0] // 2, grid[1] // 2)) + self.finest.latents(grid)
 
-    def forward(self, features: Tensor, step: int) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        coarse, coarse_penalty, coarse_terms = self.coarser(self.down(features), step)
+    def forward(self, features: Tensor, progress: float) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        coarse, coarse_penalty, coarse_terms = self.coarser(self.down(features), progress)
         context = self.up(coarse.squeeze(0))
-        fine, penalty, terms = self.finest(torch.cat([features, context], 1), step)
+        fine, penalty, terms = self.finest(torch.cat([features, context], 1), progress)
         embedded = torch.cat([context, fine.squeeze(0)], 1)
         return embedded[None], coarse_penalty + penalty, terms | {f"coarse_{name}": term for name, term in coarse_terms.items()}
 

@@ -35,7 +35,7 @@ class Convolutional:
     """feature maps on the latent grid; half as many on every grid between it and the images"""
     blocks: int = 2
     """residual blocks on the latent grid, in the encoder and in the decoder; 2 in the paper"""
-    finer_blocks: int = 0
+    finer_blocks: int = 1
     """residual blocks on every grid between the latent grid and the images; 0 in the paper"""
     downsample: int = 4
     """image size over latent grid size, a power of two: 4 makes 28×28 images 7×7 latents"""

@@ -9,6 +9,7 @@ With several levels, coarse to fine, each has its own such prior that is told th
     log p(z_1, …, z_n) = Σ_l log p(z_l | z_1, …, z_(l-1))
 """
 
+import math
 from dataclasses import dataclass, field
 
 import torch
@@ -20,7 +21,7 @@ from stage2_prior.latents import LatentDataset, LatentSpec
 from stage2_prior.pixelcnn import PixelCNNConfig
 from stage2_prior.pixelsnail import PixelSNAILConfig
 from stage2_prior.prior import Prior
-from stage2_prior.sampling import AS_FITTED, CannotSample, Sampling, sample_grid
+from stage2_prior.sampling import AS_FITTED, CannotSample, Conditioned, Sampling, sample_grid
 from stage2_prior.transformer import TransformerConfig
 
 BackboneConfig = PixelCNNConfig | PixelSNAILConfig | TransformerConfig
@@ -33,6 +34,10 @@ class AutoregressiveConfig:
     backbone: BackboneConfig = field(default_factory=PixelCNNConfig)
     head: HeadConfig = field(default_factory=GaussianMixture)
     condition: ConditionConfig = field(default_factory=Unconditional)
+    input_noise: float = 0.0
+    """largest noise on what the backbone is fed in training, never on what it predicts, so that it learns to go on after its own
+    errors: in standard deviations of a latent channel, or the share of codes that are replaced. Each image has its own, from 0 to
+    this; it is gone after three quarters of the training"""
 
     @property
     def top(self) -> "AutoregressiveConfig":
@@ -43,7 +48,12 @@ class AutoregressiveConfig:
         """classes: number of labels of the data set, 0 for none. Raises ValueError where the parts do not fit."""
         if len(specs) > 1:
             raise ValueError(f"{len(specs)} levels of latents need a prior for each: a CascadeConfig")
+        if not 0 <= self.input_noise < math.inf:
+            raise ValueError(f"the noise on a prior's inputs is a number from 0 up, not {self.input_noise}")
         return AutoregressivePrior(specs, self, classes)
+
+
+NOISE_ENDS = 0.75  # share of the training
 
 
 class AutoregressivePrior(Prior):
@@ -55,6 +65,8 @@ class AutoregressivePrior(Prior):
         self.level = len(coarser)
         self.backbone = config.backbone.build()
         self.head = config.head.build(self.spec, self.backbone.width)
+        self.input_noise = config.input_noise
+        self._weaker: list[AutoregressivePrior] = []
         self.condition = config.condition.build(self.backbone.width, self.spec.grid, classes)
         self.coarser = nn.ModuleList(CoarserLevel(spec, self.spec.grid, self.backbone.width) for spec in coarser)
         # Latents of pictures are not stationary; a learned map tells the backbone where on the grid it is.
@@ -64,6 +76,15 @@ class AutoregressivePrior(Prior):
     def levels(self) -> "list[AutoregressivePrior]":
         """The priors of all levels, as a Cascade has them."""
         return [self]
+
+    @property
+    def weaker(self) -> "AutoregressivePrior | None":
+        """What autoguidance leads away from."""
+        return self._weaker[0] if self._weaker else None
+
+    def guide_by(self, weaker: "AutoregressivePrior") -> None:
+        """Keep a weaker copy of this prior for autoguidance. It is no part of the weights, and is never trained."""
+        self._weaker = [weaker]  # in a list, a module is no submodule
 
     def estimate(self, dataset: LatentDataset) -> None:
         self.head.estimate(dataset.sample()[self.level])
@@ -84,12 +105,23 @@ class AutoregressivePrior(Prior):
             map, prefix = map if context.map is None else map + context.map, context.prefix
         return Embedded(map, prefix)
 
-    def log_prob_by_position(self, levels: list[Tensor], contexts: Tensor | None = None) -> Tensor:
-        """log p(z_i | z_<i, coarser levels, context) in nats of raw latents, B h w."""
+    def forward(self, levels: list[Tensor], contexts: Tensor | None = None, progress: float = 0.0) -> dict[str, Tensor]:
+        noise = self.input_noise * max(0.0, 1 - progress / NOISE_ENDS) if self.training else 0.0
+        return {"loss": -self.log_prob_by_position(levels, contexts, noise).flatten(1).sum(1).mean()}
+
+    def conditioned(self, coarser: list[Tensor], contexts: Tensor | None) -> Conditioned:
+        return Conditioned(self.backbone, self.head, *self.told(coarser, contexts))
+
+    def log_prob_by_position(self, levels: list[Tensor], contexts: Tensor | None = None, noise: float = 0.0) -> Tensor:
+        """log p(z_i | z_<i, coarser levels, context) in nats of raw latents, B h w.
+
+        noise: the largest on what stands for z_<i.
+        """
         *coarser, latent = levels
         values = self.head.values(latent)
         told = self.told(coarser, contexts)
-        features = self.backbone(self.head.embed(values).movedim(-1, 1), told.map, told.prefix)
+        fed = values if noise == 0 else self.head.perturbed(values, noise * torch.rand(len(values), 1, 1, device=values.device))
+        features = self.backbone(self.head.embed(fed).movedim(-1, 1), told.map, told.prefix)
         # Under mixed precision the backbone may round; a density never does.
         with torch.autocast(features.device.type, enabled=False):
             return self.head(features.movedim(1, -1).to(self.position.dtype), values)
@@ -117,31 +149,24 @@ class AutoregressivePrior(Prior):
         Raises CannotSample where they do not fit, or `how` asks for what these latents do not have.
         """
         batch = len(indices)
-        how.check(codes=self.spec.vocabulary is not None, contexts=self.condition is not None)
+        how.check(codes=self.spec.vocabulary is not None, contexts=self.condition is not None, weaker=self.weaker is not None)
         if self.condition is None and contexts is not None:
             raise CannotSample("this prior takes no context")
         if not batch:  # the compiled steps divide the rows of a batch among threads
             dtype = self.position.dtype if self.spec.vocabulary is None else torch.int64
             return [self.position.new_empty(0, *self.spec.shape, dtype=dtype)]
         coarser = [] if coarser is None else coarser
-        if self.condition is not None:
-            contexts = self.draw_contexts(indices, seed) if contexts is None else contexts
-            assert contexts is not None
-            if how.guidance:  # twice the batch: told the context, and told nothing
-                contexts = torch.cat([contexts, self.condition.nothing(batch)])
-                coarser = [torch.cat([codes, codes]) for codes in coarser]
-        told = self.told(coarser, contexts)
-        values = sample_grid(
-            self.backbone,
-            self.head,
-            self.spec.grid,
-            indices,
-            seed,
-            how,
-            stream=self.level,
-            map=told.map,
-            prefix=told.prefix,
-        )
+        if self.condition is not None and contexts is None:
+            contexts = self.draw_contexts(indices, seed)
+        weaker: Conditioned | None = None
+        if how.guidance:
+            assert self.condition is not None
+            weaker = self.conditioned(coarser, self.condition.nothing(batch))
+        elif how.autoguidance:
+            assert self.weaker is not None
+            weaker = self.weaker.conditioned(coarser, contexts)
+        prior = self.conditioned(coarser, contexts)
+        values = sample_grid(prior, self.spec.grid, indices, seed, how, stream=self.level, weaker=weaker)
         return [self.head.latent(values)]
 
 
@@ -170,8 +195,17 @@ class Cascade(Prior):
         for prior in self.levels:
             prior.estimate(dataset)
 
+    def forward(self, levels: list[Tensor], contexts: Tensor | None = None, progress: float = 0.0) -> dict[str, Tensor]:
+        losses = [prior(levels[: level + 1], contexts, progress)["loss"] for level, prior in enumerate(self.levels)]
+        return {"loss": torch.stack(losses).sum()}
+
     def log_prob(self, levels: list[Tensor], contexts: Tensor | None = None) -> Tensor:
         return torch.stack([prior.log_prob(levels[: level + 1], contexts) for level, prior in enumerate(self.levels)]).sum(0)
+
+    def guide_by(self, weaker: "Cascade") -> None:
+        """Of every level, as AutoregressivePrior has it."""
+        for prior, other in zip(self.levels, weaker.levels, strict=True):
+            prior.guide_by(other)
 
     def draw_contexts(self, indices: Tensor, seed: int) -> Tensor | None:
         return self.levels[0].draw_contexts(indices, seed)

@@ -26,6 +26,10 @@ CANDIDATES = 32  # drawn at each position to choose one from under guidance
 MINIMUM_LOG_STD = -7.0  # of standardized latents; a floor keeps a component from collapsing onto one training latent
 
 
+Weaker = tuple["Head", Tensor]
+"""What guidance leads away from: a head, and the features of its backbone at this position, B D."""
+
+
 class Head(nn.Module, ABC):
     """The contract. `…` stands for any leading axes: B h w in training, B while sampling."""
 
@@ -45,6 +49,10 @@ class Head(nn.Module, ABC):
         """What the backbone is fed at the next position, … D."""
 
     @abstractmethod
+    def perturbed(self, values: Tensor, noise: Tensor) -> Tensor:
+        """Values B h w … with noise, B 1 1: see AutoregressiveConfig.input_noise."""
+
+    @abstractmethod
     def log_prob(self, features: Tensor, values: Tensor) -> Tensor:
         """features … D; returns … in nats of the raw latent, any change of scale included."""
 
@@ -57,10 +65,10 @@ class Head(nn.Module, ABC):
         """What `draw` takes of P positions, made of uniforms, B P U, for all of them at once."""
 
     @abstractmethod
-    def draw(self, features: Tensor, position: int, state: Any, untold: Tensor | None = None) -> Tensor:
+    def draw(self, features: Tensor, position: int, state: Any, weaker: Weaker | None = None) -> Tensor:
         """The values of one position, of the P that `begin` made the state for; features B D.
 
-        untold: under guidance, the features of a backbone that was told no context, B D.
+        weaker: under guidance, what it leads away from.
         """
 
     def forward(self, features: Tensor, values: Tensor) -> Tensor:
@@ -139,6 +147,9 @@ class GaussianMixtureHead(Head):
     def embed(self, values: Tensor) -> Tensor:
         return self.embedding(values)
 
+    def perturbed(self, values: Tensor, noise: Tensor) -> Tensor:
+        return values + noise[..., None] * torch.randn_like(values)
+
     def raw(self, features: Tensor) -> tuple[Tensor, Tensor]:
         """Logits of the components, … K, and their means and unfloored log standard deviations, … K 2C."""
         raw = self.output(F.silu(self.hidden(features)))
@@ -152,20 +163,20 @@ class GaussianMixtureHead(Head):
         return (logits.log_softmax(-1) + per_component).logsumexp(-1) - self.scale.log().sum()
 
     def uniforms(self, how: Sampling) -> int:
-        return 1 + self.channels if not how.guidance else 1 + CANDIDATES * (1 + self.channels)
+        return 1 + self.channels if not how.strength else 1 + CANDIDATES * (1 + self.channels)
 
     def begin(self, uniforms: Tensor, how: Sampling) -> MixtureDraws:
-        choice, candidates = uniforms.tensor_split((1 if how.guidance else 0,), dim=-1)
+        choice, candidates = uniforms.tensor_split((1 if how.strength else 0,), dim=-1)
         candidates = rearrange(candidates, "b p (m u) -> p b m u", u=1 + self.channels)
         normals = torch.special.ndtri(candidates[..., 1:]).to(self.shift.dtype).contiguous()
         compiled = compiled_draw(self.hidden, self.output, self.components, len(uniforms)) if how == AS_FITTED else None
         return MixtureDraws(how, candidates[..., 0].contiguous().unbind(), normals.unbind(), choice.unbind(1), compiled)
 
-    def draw(self, features: Tensor, position: int, state: MixtureDraws, untold: Tensor | None = None) -> Tensor:
+    def draw(self, features: Tensor, position: int, state: MixtureDraws, weaker: Weaker | None = None) -> Tensor:
         """See `tempered` for what the temperature does.
 
-        Guided, p(z|context)^(1+w) / p(z)^w need not be a density that can be drawn from. So CANDIDATES are drawn from
-        p(z|context)^(1/T), and one of them with weights (p(z|context) / p(z))^(w/T): exact as their number grows.
+        Guided, p(z)^(1+w) / weaker(z)^w need not be a density that can be drawn from. So CANDIDATES are drawn from
+        p(z)^(1/T), and one of them with weights (p(z) / weaker(z))^(w/T): exact as their number grows.
         """
         how, uniforms, normals = state.how, state.uniforms[position], state.normals[position]
         if state.compiled is not None:
@@ -174,10 +185,12 @@ class GaussianMixtureHead(Head):
         if how.temperature != 1:
             logits = tempered(logits.log_softmax(-1), floored(components[..., self.channels :]), how.temperature)
         candidates = self.draw_many(logits, components, uniforms, normals, how.temperature)
-        if untold is None:
+        if weaker is None:
             return candidates.squeeze(1)
-        advantage = self.log_prob(features[:, None], candidates) - self.log_prob(untold[:, None], candidates)
-        chosen = choose(how.guidance / how.temperature * advantage, state.choice[position][:, 0])
+        weaker_head, weaker_features = weaker
+        less = weaker_head.log_prob(weaker_features[:, None], candidates)
+        advantage = self.log_prob(features[:, None], candidates) - less
+        chosen = choose(how.strength / how.temperature * advantage, state.choice[position][:, 0])
         return candidates[torch.arange(len(chosen), device=chosen.device), chosen]
 
     def draw_many(self, logits: Tensor, components: Tensor, uniforms: Tensor, normals: Tensor, temperature: float) -> Tensor:
@@ -239,6 +252,10 @@ class CategoricalHead(Head):
     def embed(self, values: Tensor) -> Tensor:
         return self.embedding(values)
 
+    def perturbed(self, values: Tensor, noise: Tensor) -> Tensor:
+        other = torch.randint_like(values, self.embedding.num_embeddings)
+        return torch.where(torch.rand(values.shape, device=values.device) < noise, other, values)
+
     def logits(self, features: Tensor) -> Tensor:
         return self.output(F.silu(self.hidden(features)))
 
@@ -253,14 +270,15 @@ class CategoricalHead(Head):
         compiled = compiled_draw(self.hidden, self.output, self.output.out_features, len(uniforms)) if how == AS_FITTED else None
         return CodeDraws(how, uniforms.squeeze(2).T.contiguous().unbind(), compiled)
 
-    def draw(self, features: Tensor, position: int, state: CodeDraws, untold: Tensor | None = None) -> Tensor:
+    def draw(self, features: Tensor, position: int, state: CodeDraws, weaker: Weaker | None = None) -> Tensor:
         how, uniforms = state.how, state.uniforms[position]
         if state.compiled is not None:
             return state.compiled.code(features, uniforms)
         logits = self.logits(features)
-        if untold is not None:
-            without = self.logits(untold).log_softmax(-1)
-            logits = without + (1 + how.guidance) * (logits.log_softmax(-1) - without)
+        if weaker is not None:
+            weaker_head, weaker_features = weaker
+            without = weaker_head.logits(weaker_features).log_softmax(-1)
+            logits = without + (1 + how.strength) * (logits.log_softmax(-1) - without)
         return choose(truncated(logits, how), uniforms)
 
 

@@ -4,7 +4,7 @@ B batch, C latent channels, h×w latent grid, N encoded images, K mixture compon
 
 A prior takes all levels as a list, always, so that nothing that uses one loops over levels:
 
-    forward(levels, contexts, step) -> {"loss": …}, mean nats per image: what training calls
+    forward(levels, contexts, progress) -> {"loss": …}, mean nats per image: what training calls
     log_prob(levels, contexts)      -> B, nats per image in raw latents
     sample(indices, seed, …)        -> levels; sample i under one seed is the same in any batch, up to rounding
     estimate(dataset)               -> fits what is not trained by gradient, into buffers
@@ -46,7 +46,7 @@ T = TypeVar("T")
 
 
 class Prior(nn.Module, ABC):
-    def forward(self, levels: list[Tensor], contexts: Tensor | None = None, step: int = 0) -> dict[str, Tensor]:
+    def forward(self, levels: list[Tensor], contexts: Tensor | None = None, progress: float = 0.0) -> dict[str, Tensor]:
         return {"loss": -self.log_prob(levels, contexts).mean()}
 
     @abstractmethod

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -102,8 +102,11 @@ class Sampling:
     top_p: float = 1.0
     """draw each code from the fewest likeliest whose probabilities sum to p"""
     guidance: float = 0.0
-    """strength w of classifier-free guidance toward the context: p(z|context)^(1+w) / p(z)^w, normalized at each position rather
-    than over whole latents; 0 is none"""
+    """strength w of classifier-free guidance toward the context (Ho and Salimans 2022): p(z|context)^(1+w) / p(z)^w, normalized
+    at each position rather than over whole latents; 0 is none"""
+    autoguidance: float = 0.0
+    """strength w of autoguidance (Karras et al. 2024): the same away from a weaker copy of the prior, which is what the prior was
+    early in its training, told the same context; 0 is none"""
 
     def __post_init__(self) -> None:
         if not 0 <= self.temperature < math.inf:
@@ -112,69 +115,86 @@ class Sampling:
             raise CannotSample(f"top-k is a number of codes from 1 up, not {self.top_k}")
         if not 0 < self.top_p <= 1:
             raise CannotSample(f"top-p lies above 0 and at most at 1, not at {self.top_p}")
-        if not 0 <= self.guidance < math.inf:
-            raise CannotSample(f"guidance is 0 or more, not {self.guidance}")
+        for name, strength in (("guidance", self.guidance), ("autoguidance", self.autoguidance)):
+            if not 0 <= strength < math.inf:
+                raise CannotSample(f"{name} is 0 or more, not {strength}")
+        if self.guidance and self.autoguidance:
+            raise CannotSample("guidance and autoguidance go one at a time: set one of them to 0")
 
-    def check(self, *, codes: bool, contexts: bool) -> None:
-        """Raises CannotSample for what a prior has no meaning for; whether it draws codes, and whether it is told contexts."""
+    @property
+    def strength(self) -> float:
+        """Of guidance, whichever kind it is of; 0 is none."""
+        return self.guidance or self.autoguidance
+
+    def check(self, *, codes: bool, contexts: bool, weaker: bool = False) -> None:
+        """Raises CannotSample for what a prior has no meaning for: whether it draws codes, whether it is told contexts, and
+        whether it has a weaker copy."""
         if not codes and (self.top_k is not None or self.top_p < 1):
             raise CannotSample("top-k and top-p choose among codes; these latents are continuous")
         if not contexts and self.guidance:
             raise CannotSample("this prior takes no context, so there is nothing to guide it toward")
-        if not codes and self.guidance and self.temperature == 0:
+        if not weaker and self.autoguidance:
+            raise CannotSample("there is no weaker copy of this prior, so there is nothing to guide it away from")
+        if not codes and self.strength and self.temperature == 0:
             raise CannotSample("guidance chooses among draws of continuous latents, which at a temperature of 0 are all the same")
 
 
 AS_FITTED = Sampling()
 
 
+class Conditioned(NamedTuple):
+    """A backbone and its head, and what they are told."""
+
+    backbone: Backbone
+    head: Head
+    map: Tensor | None  # B D h w or 1 D h w, of every position
+    prefix: Tensor | None  # B T D, tokens before the first position
+
+
 def sample_grid(
-    backbone: Backbone,
-    head: Head,
+    prior: Conditioned,
     grid: tuple[int, int],
     indices: Tensor,
     seed: int,
     how: Sampling = AS_FITTED,
     *,
     stream: int = 0,
-    map: Tensor | None = None,
-    prefix: Tensor | None = None,
+    weaker: Conditioned | None = None,
 ) -> Tensor:
     """Draw one level position by position, each from the cached step of the backbone; values B h w C, or codes B h w.
 
-    map: B D h w or 1 D h w, what the backbone is told of every position; prefix: B T D, tokens before the first.
-        Under guidance both hold 2B rows: B told the context, then the same told nothing.
+    weaker: what guidance leads away from: the same prior told nothing, or a weaker one. None where `how` asks for no guidance.
     """
     positions = torch.arange(grid[0] * grid[1], device=indices.device)
-    uniform = uniforms(seed, indices, positions, head.uniforms(how), stream)
-    draw = partial(draw_grid, backbone, head, grid, how)
+    uniform = uniforms(seed, indices, positions, prior.head.uniforms(how), stream)
+    both = [prior] if weaker is None else [prior, weaker]
+    modules = [module for one in both for module in (one.backbone, one.head)]
+    told = [known for one in both for known in (one.map, one.prefix)]
+    draw = partial(draw_grid, modules, grid, how)
     if indices.device.type != "cuda" or len(positions) > MOST_POSITIONS:
-        return draw(uniform, map, prefix)
-    return replayed.setdefault(backbone, Replayed())((head, grid, how), [backbone, head], draw, [uniform, map, prefix])
+        return draw(uniform, *told)
+    return replayed.setdefault(prior.backbone, Replayed())((*modules, grid, how), modules, draw, [uniform, *told])
 
 
 @torch.no_grad()
-def draw_grid(
-    backbone: Backbone,
-    head: Head,
-    grid: tuple[int, int],
-    how: Sampling,
-    uniform: Tensor,
-    map: Tensor | None,
-    prefix: Tensor | None,
-) -> Tensor:
-    """The loop of `sample_grid`; uniform B P U. Nothing in it waits for a value, so that a GPU can replay it."""
-    batch, copies = len(uniform), 2 if how.guidance else 1
-    backbone_state, head_state = backbone.begin(copies * batch, grid, map, prefix), head.begin(uniform, how)
-    dtype = next(head.parameters()).dtype  # the backbone may be rounder; a density never is
-    previous: Tensor | None = None
+def draw_grid(modules: list[Any], grid: tuple[int, int], how: Sampling, uniform: Tensor, *told: Tensor | None) -> Tensor:
+    """The loop of `sample_grid`. Nothing in it waits for a value, so that a GPU can replay it.
+
+    modules: backbone and head, and those of what guidance leads away from where there is any; uniform B P U; told: the map and
+        the prefix of each backbone.
+    """
+    backbones, heads = modules[::2], modules[1::2]
+    states = [backbone.begin(len(uniform), grid, map, prefix) for backbone, map, prefix in zip(backbones, told[::2], told[1::2])]
+    head_state = heads[0].begin(uniform, how)
+    dtype = next(heads[0].parameters()).dtype  # the backbone may be rounder; a density never is
+    previous: list[Tensor] | list[None] = [None] * len(heads)
     drawn = []
     for position in range(grid[0] * grid[1]):
-        features = backbone.step(previous, position, backbone_state).to(dtype)
-        told, untold = features.split(batch) if how.guidance else (features, None)
-        value = head.draw(told, position, head_state, untold)
+        features = [
+            backbone.step(before, position, state).to(dtype) for backbone, before, state in zip(backbones, previous, states)
+        ]
+        weaker = (heads[1], features[1]) if len(heads) > 1 else None
+        value = heads[0].draw(features[0], position, head_state, weaker)
         drawn.append(value)
-        previous = head.embed(value)
-        if copies > 1:
-            previous = previous.repeat(copies, 1)
+        previous = [head.embed(value) for head in heads]
     return torch.stack(drawn, dim=1).unflatten(1, grid)

@@ -8,7 +8,7 @@ from scipy import stats
 
 from stage2_prior.autoregressive import AutoregressiveConfig, CascadeConfig
 from stage2_prior.conditions import Caption, ClassLabel, CoarserLevel, ConditionConfig
-from stage2_prior.heads import Categorical, GaussianMixture, truncated
+from stage2_prior.heads import Categorical, truncated
 from stage2_prior.latents import LatentDataset, LatentSpec
 from stage2_prior.sampling import CannotSample, Sampling
 from tests.parts import BACKBONES, HEADS, LEARNED, random_latents, randomized, spec_for
@@ -77,65 +77,6 @@ def test_unasked_labels_are_drawn_as_often_as_they_occur(backbone, head):
     with torch.no_grad():
         (drawn,), (told,) = prior.sample(indices[:5], 1), prior.sample(indices[:5], 1, contexts=labels[:5])
     assert torch.equal(drawn, told)
-
-
-def test_guidance_of_codes_is_the_normalized_product():
-    """One position: samples against p(z|label)^(1+w) / p(z)^w, normalized, by a χ² test."""
-    prior = conditional("pixelcnn", "categorical", LatentSpec((1, 1), vocabulary=5), scale=0.8)
-    count, w = 20_000, 1.5
-    everything = [torch.arange(5).view(5, 1, 1)]
-    with torch.no_grad():
-        told, untold = (prior.log_prob(everything, torch.full((5,), label)) for label in (2, 3))
-        (samples,) = prior.sample(torch.arange(count), 0, Sampling(guidance=w), contexts=torch.full((count,), 2))
-    expected = ((1 + w) * told - w * untold).softmax(0) * count
-    assert (expected - told.exp() * count).abs().max() > 0.02 * count  # guidance does something here
-    observed = torch.bincount(samples.flatten(), minlength=5)
-    assert stats.chisquare(observed.numpy(), expected.numpy()).pvalue > FALSE_ALARM
-
-
-# Of one component a power is exact; the weights of the last make a product that is a density.
-@pytest.mark.parametrize(("components", "temperature", "scale", "weights"), [(3, 1.0, 0.3, 0), (1, 0.5, 0.5, 5)])
-def test_the_bias_of_guided_continuous_draws_falls_with_the_candidates(monkeypatch, components, temperature, scale, weights):
-    """One position of one channel: the total variation from the exact product on a grid falls as candidates are added."""
-    config = AutoregressiveConfig(BACKBONES["pixelcnn"], GaussianMixture(components), ClassLabel())
-    prior = randomized(config.build([LatentSpec((1, 1, 1))], classes=3).double().eval(), scale, weights)
-    count, w, edges = 40_000, 2.0, torch.linspace(-12, 12, 241, dtype=torch.float64)
-    middles = (edges[1:] + edges[:-1]) / 2
-    with torch.no_grad():
-        told, untold = (prior.log_prob([middles.view(-1, 1, 1, 1)], torch.full((240,), label)) for label in (1, 3))
-        exact = (((1 + w) * told - w * untold) / temperature).softmax(0)
-        distance = {}
-        for candidates in (1, 4, 64):
-            monkeypatch.setattr("stage2_prior.heads.CANDIDATES", candidates)
-            how = Sampling(temperature, guidance=w)
-            (z,) = prior.sample(torch.arange(count), 0, how, contexts=torch.ones(count, dtype=torch.int64))
-            share = torch.histogram(z.flatten().double(), edges).hist / count
-            distance[candidates] = float((share - exact).abs().sum() / 2)
-    sampling_error = float((2 * exact * (1 - exact) / (math.pi * count)).sqrt().sum() / 2)
-    assert distance[1] > distance[4] > distance[64]
-    assert distance[64] < 0.1 * distance[1] + 2 * sampling_error < 0.5 * distance[1]
-
-
-def test_what_has_no_context_cannot_be_guided():
-    prior = AutoregressiveConfig(BACKBONES["pixelcnn"]).build([LatentSpec((2, 2, 2))])
-    for more in ({"how": Sampling(guidance=1.0)}, {"contexts": torch.zeros(2, dtype=torch.int64)}):
-        with pytest.raises(CannotSample, match="takes no context"):
-            prior.sample(torch.arange(2), 0, **more)
-    with pytest.raises(CannotSample, match="all the same"):
-        conditional("pixelcnn", "mixture", LatentSpec((2, 2, 2))).sample(torch.arange(2), 0, Sampling(0.0, guidance=1.0))
-    with pytest.raises(CannotSample, match="guidance is 0 or more"):
-        Sampling(guidance=-1)
-
-
-def test_guidance_leaves_what_is_told_nothing_as_it_is():
-    """As a caption may be empty: p(z)^(1+w) / p(z)^w = p(z)."""
-    config = AutoregressiveConfig(BACKBONES["transformer"], HEADS["categorical"], Caption(length=3))
-    prior = randomized(config.build([LatentSpec((2, 2), vocabulary=5)]).eval(), 0.5)
-    contexts = torch.zeros(40, 3, dtype=torch.int64)
-    contexts[20:] = 7
-    with torch.no_grad():
-        (plain,), (guided,) = (prior.sample(torch.arange(40), 0, Sampling(guidance=w), contexts) for w in (0.0, 3.0))
-    assert torch.equal(plain[:20], guided[:20]) and not torch.equal(plain[20:], guided[20:])
 
 
 def test_labels_need_a_data_set_with_labels():

@@ -55,20 +55,20 @@ def graphs(monkeypatch):
 
 
 def setting(backbone, head, how, batch=4):
-    """The loop, and its inputs under a seed."""
+    """The prior, the modules of the loop, the loop, and its inputs under a seed."""
     spec = spec_for(head, (3, 4))
     prior = random_prior(spec, backbone, head, scale=0.15).float()
-    draw = partial(draw_grid, prior.backbone, prior.head, spec.grid, how)
     copies = 2 if how.guidance else 1
+    modules = [prior.backbone, prior.head] * copies
+    draw = partial(draw_grid, modules, spec.grid, how)
 
     def inputs(seed):
         generator = torch.Generator().manual_seed(seed)
         uniform = uniforms(seed, torch.arange(batch), torch.arange(12), prior.head.uniforms(how))
-        map = torch.randn(copies * batch, 6, 3, 4, generator=generator)
-        prefix = torch.randn(copies * batch, 2, 6, generator=generator)
-        return [uniform, map, prefix]
+        shapes = [(batch, 6, 3, 4), (batch, 2, 6)] * copies
+        return [uniform, *(torch.randn(shape, generator=generator) for shape in shapes)]
 
-    return prior, draw, inputs
+    return prior, modules, draw, inputs
 
 
 def same(a, b):
@@ -79,9 +79,8 @@ def same(a, b):
 @pytest.mark.parametrize("guidance", [0.0, 1.5])
 def test_a_replayed_loop_draws_what_the_loop_does(backbone, head, guidance, graphs):
     how = Sampling(temperature=0.9, guidance=guidance)
-    prior, draw, inputs = setting(backbone, head, how)
+    prior, modules, draw, inputs = setting(backbone, head, how)
     replayed = Replayed()
-    modules = [prior.backbone, prior.head]
     for seed in range(4):
         assert same(replayed("kind", modules, draw, inputs(seed)), draw(*inputs(seed)))
     with torch.no_grad():  # a graph reads the weights where they are
@@ -92,37 +91,36 @@ def test_a_replayed_loop_draws_what_the_loop_does(backbone, head, guidance, grap
 
 
 def test_codes_with_top_k_and_top_p_are_replayed():
-    prior, draw, inputs = setting("pixelcnn", "categorical", Sampling(top_k=3, top_p=0.9))
+    _, modules, draw, inputs = setting("pixelcnn", "categorical", Sampling(top_k=3, top_p=0.9))
     replayed = Replayed()
     for seed in range(3):
-        assert same(replayed("kind", [prior.backbone, prior.head], draw, inputs(seed)), draw(*inputs(seed)))
+        assert same(replayed("kind", modules, draw, inputs(seed)), draw(*inputs(seed)))
 
 
 def test_another_kind_of_call_is_not_replayed(graphs):
     """Another batch, other settings or weights in another place run as they are, and leave no graph behind that is wrong."""
     replayed = Replayed()
-    prior, draw, inputs = setting("pixelcnn", "mixture", AS_FITTED)
-    modules = [prior.backbone, prior.head]
+    _, modules, draw, inputs = setting("pixelcnn", "mixture", AS_FITTED)
     for seed in range(2):
         replayed("kind", modules, draw, inputs(seed))
     assert len(graphs) == 1
-    _, smaller, few = setting("pixelcnn", "mixture", AS_FITTED, batch=2)
+    _, _, smaller, few = setting("pixelcnn", "mixture", AS_FITTED, batch=2)
     assert same(replayed("kind", modules, smaller, few(0)), smaller(*few(0)))
     assert same(replayed("other", modules, draw, inputs(5)), draw(*inputs(5)))
-    elsewhere, draw, inputs = setting("pixelcnn", "mixture", AS_FITTED)
-    assert same(replayed("other", [elsewhere.backbone, elsewhere.head], draw, inputs(6)), draw(*inputs(6)))
+    _, elsewhere, draw, inputs = setting("pixelcnn", "mixture", AS_FITTED)
+    assert same(replayed("other", elsewhere, draw, inputs(6)), draw(*inputs(6)))
     assert len(graphs) == 1
 
 
 def test_a_returned_sample_is_not_overwritten_by_the_next():
-    prior, draw, inputs = setting("pixelcnn", "mixture", AS_FITTED)
+    _, modules, draw, inputs = setting("pixelcnn", "mixture", AS_FITTED)
     replayed = Replayed()
-    first, second, third = (replayed("kind", [prior.backbone, prior.head], draw, inputs(seed)) for seed in range(3))
+    first, second, third = (replayed("kind", modules, draw, inputs(seed)) for seed in range(3))
     assert same(second, draw(*inputs(1))) and same(third, draw(*inputs(2)))
 
 
 def test_a_device_that_cannot_capture_draws_all_the_same(monkeypatch):
-    prior, draw, inputs = setting("pixelcnn", "mixture", AS_FITTED)
+    _, modules, draw, inputs = setting("pixelcnn", "mixture", AS_FITTED)
     replayed, tries = Replayed(), []
 
     def fails():
@@ -132,5 +130,5 @@ def test_a_device_that_cannot_capture_draws_all_the_same(monkeypatch):
     monkeypatch.setattr(torch.cuda, "CUDAGraph", fails)
     with pytest.warns(UserWarning, match="without a CUDA graph: operation not permitted"):
         for seed in range(4):
-            assert same(replayed("kind", [prior.backbone, prior.head], draw, inputs(seed)), draw(*inputs(seed)))
+            assert same(replayed("kind", modules, draw, inputs(seed)), draw(*inputs(seed)))
     assert len(tries) == 1
