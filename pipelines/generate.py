@@ -1,114 +1,28 @@
 """python -m pipelines.generate RUN: draw latents from a prior by name, decode them, and write the images."""
 
-import io
 import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-import numpy as np
 import torch
 import tyro
-from einops import rearrange
 from torch import Tensor
-from torchvision.utils import make_grid, save_image
 
-from pipelines import ranks
-from pipelines.checkpoint import write_file
-from pipelines.completion import held_latents, known_pixels, picture_to_complete
-from pipelines.config import Pixels
+from pipelines import processes
 from pipelines.console import UserError, first_process, nearest, run_command, say
-from pipelines.metrics import kept_best, trained_classifier
-from pipelines.run import PRIORS, Run
-from stage1_vae.autoencoder import Autoencoder, quantized
+from pipelines.judging.features import kept_best, trained_classifier
+from pipelines.runs.completion import held_latents, known_pixels, picture_to_complete
+from pipelines.runs.config import Pixels
+from pipelines.runs.pictures import write_images
+from pipelines.runs.run import PRIORS, Run
+from pipelines.runs.sampling import generate, pixel_noise
+from stage1_vae.autoencoder import Autoencoder
 from stage2_prior.autoregressive import LearnedPrior
 from stage2_prior.completion import complete
 from stage2_prior.conditions import ClassLabel
 from stage2_prior.prior import Prior
-from stage2_prior.sampling import AS_FITTED, PIXEL_STREAM, CannotSample, Sampling, uniforms
-
-
-@dataclass(frozen=True)
-class Samples:
-    images: Tensor
-    """uint8 N C H W on the CPU"""
-    levels: list[Tensor]
-    """their latents, one for each level, on the CPU"""
-    finite: Tensor
-    """N, whether every pixel was a number; what was not is black"""
-
-    def warning(self) -> str | None:
-        """What to say of samples that are not numbers, where there are some."""
-        wrong = int((~self.finite).sum())
-        return f"{wrong} of {len(self.finite)} samples are not numbers and are black" if wrong else None
-
-
-@torch.inference_mode()
-def generate(
-    autoencoder: Autoencoder,
-    prior: Prior,
-    count: int,
-    *,
-    seed: int,
-    device: torch.device,
-    batch_size: int = 256,
-    how: Sampling = AS_FITTED,
-    contexts: Tensor | None = None,
-    pixels: Pixels = "mean",
-    label: str = "sampling",
-) -> Samples:
-    """`count` images: z from the prior, then the mean of p(x|z) or a draw from it.
-
-    contexts: what the learned prior is told, such as labels, one for each image; drawn as in the training set when None.
-    Image i under one seed is the same whatever the count and the batch size. A batch that does not fit into memory is
-    halved. Raises UserError when one image does not fit, or when `how` makes no sense for this prior.
-    """
-    limit = batch_size
-
-    def drawn(batch: Tensor) -> Samples:
-        nonlocal limit
-        parts: list[Samples] = []
-        while len(batch):
-            indices = batch[:limit].to(device)
-            told = None if contexts is None else contexts[batch[:limit]].to(device)
-            try:
-                levels = prior.sample(indices, seed, how, told)
-                values = autoencoder.values(levels, pixel_noise(pixels, seed, indices, autoencoder.image_shape))
-            except CannotSample as error:
-                raise UserError(str(error)) from error
-            except RuntimeError as error:
-                if not out_of_memory(error):
-                    raise
-                if len(indices) == 1:
-                    raise UserError(f"out of memory: not even one image fits on {device}") from error
-                limit = len(indices) // 2
-                say(f"out of memory: going on with batches of {limit}")
-                continue
-            finite = values.isfinite().flatten(1).all(1)
-            parts.append(Samples(quantized(values).cpu(), [level.cpu() for level in levels], finite.cpu()))
-            batch = batch[len(indices) :]
-        return joined(parts)
-
-    return joined(ranks.in_batches(drawn, torch.arange(count), batch_size, label))
-
-
-def pixel_noise(pixels: Pixels, seed: int, indices: Tensor, image_shape: tuple[int, int, int]) -> Tensor | None:
-    """Uniform numbers for a draw from p(x|z), B C H W: of each sample its own; None for the mean. indices: B sample numbers."""
-    if pixels == "mean":
-        return None
-    channels, height, width = image_shape
-    rows = torch.arange(height, device=indices.device)
-    return rearrange(uniforms(seed, indices, rows, channels * width, PIXEL_STREAM), "b h (c w) -> b c h w", c=channels)
-
-
-def joined(parts: list[Samples]) -> Samples:
-    levels = [torch.cat(level) for level in zip(*(part.levels for part in parts))]
-    return Samples(torch.cat([part.images for part in parts]), levels, torch.cat([part.finite for part in parts]))
-
-
-def out_of_memory(error: RuntimeError) -> bool:
-    """Whether an allocation failed; on the CPU torch raises no error of its own kind for it."""
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+from stage2_prior.sampling import AS_FITTED, CannotSample, Sampling
 
 
 @dataclass(frozen=True)
@@ -192,27 +106,10 @@ def completions(run: Run, autoencoder: Autoencoder, prior: Prior, asked: Argumen
         return autoencoder.render(levels, noise).cpu(), size.cpu()
 
     size = max(1, asked.batch_size // asked.particles)
-    images, sizes = zip(*ranks.in_batches(completed, torch.arange(asked.count), size, "completing"))
+    images, sizes = zip(*processes.in_batches(completed, torch.arange(asked.count), size, "completing"))
     say(f"effective sample size: median {float(torch.cat(sizes).median()):.1f} of {asked.particles} particles")
     shown = torch.where(known, image, torch.full_like(image, 128))[None]
     return torch.cat([*([shown] if asked.out.suffix == ".png" else []), *images])
-
-
-def tiled(images: Tensor, columns: int) -> bytes:
-    """images uint8 N C H W as one picture in rows, PNG."""
-    buffer = io.BytesIO()
-    save_image(make_grid(images.float() / 255, nrow=columns, padding=1, pad_value=0.5), buffer, format="png")
-    return buffer.getvalue()
-
-
-def write_images(path: Path, images: Tensor) -> None:
-    """images uint8 N C H W as a picture (.png) or as the array arr_0, N H W C (.npz); whole or not at all."""
-    if path.suffix == ".npz":
-        buffer = io.BytesIO()
-        np.savez_compressed(buffer, arr_0=images.permute(0, 2, 3, 1).contiguous().numpy())
-        write_file(path, buffer.getvalue())
-    else:
-        write_file(path, tiled(images, columns=max(1, round(len(images) ** 0.5))))
 
 
 def main(arguments: list[str] | None = None) -> None:

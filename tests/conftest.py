@@ -5,7 +5,7 @@ import os
 import pytest
 import torch
 
-from pipelines.run import Run
+from pipelines.runs.run import Run
 from tests.parts import small_splits, trained_run
 
 os.environ["OMP_NUM_THREADS"] = "1"  # of the commands that tests start

@@ -26,9 +26,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from pipelines import generate, metrics, train_all
+from pipelines import generate, train_all
 from pipelines.console import run_command
-from pipelines.quality import resampled
+from pipelines.judging import features
+from pipelines.judging.quality import resampled
 
 FIT = "--{0}.steps 6 --{0}.batch-size 16 --{0}.checkpoint-steps 2 --{0}.warmup-steps 1"
 SMALL = "--autoencoder.network.width 8 --autoencoder.network.blocks 1 --prior.backbone.width 8 --prior.backbone.layers 1"
@@ -62,7 +63,7 @@ def write_data(root: Path) -> None:
 
 
 def commands(preset: str) -> None:
-    metrics.resampled = partial(resampled, resamples=5)  # shrunk, too
+    features.resampled = partial(resampled, resamples=5)  # shrunk, too
     train_all.main([preset, *COMMON.split(), *PRESETS[preset].split()])
     generate.main(["run", "--count", "8", "--out", "samples.npz", "--device", "cpu"])
 

@@ -13,14 +13,16 @@ import torch
 from lightning_fabric import Fabric
 from torch import Tensor, nn
 
-from pipelines import ranks
-from pipelines.config import preset
+from pipelines import processes
 from pipelines.console import Stopped, UserError
-from pipelines.data import ImageSet, Splits, TorchvisionSet
-from pipelines.fit import FitConfig, Training, evaluate, fabric_for, fit
-from pipelines.generate import generate
-from pipelines.run import Run, encoded
+from pipelines.data.images import ImageSet, Splits
+from pipelines.data.sets import TorchvisionSet
+from pipelines.runs.recipes import preset
+from pipelines.runs.run import Run, encoded
+from pipelines.runs.sampling import generate
 from pipelines.train_all import train_all
+from pipelines.training.devices import fabric_for
+from pipelines.training.fit import FitConfig, Training, evaluate, fit
 from stage1_vae import bottlenecks, likelihoods
 from stage1_vae.autoencoder import Autoencoder, AutoencoderConfig
 from stage1_vae.bottlenecks import VectorQuantizedBottleneck
@@ -100,7 +102,7 @@ def buffers_differ(fabric: Fabric, kind, steps: int = 10) -> list[str]:
     for step in range(steps):
         made.step(step)
         for name, buffer in model.named_buffers():
-            if not all(torch.equal(buffer, other) for other in ranks.gathered(buffer)):
+            if not all(torch.equal(buffer, other) for other in processes.gathered(buffer)):
                 differ.add(name)
     return sorted(differ)
 
@@ -126,7 +128,7 @@ class Breaks(nn.Module):
 
     def forward(self, *batch, step=0):
         terms = self.model(*batch, step=step)
-        broken = self.training and step == 3 and ranks.rank() == ranks.count() - 1
+        broken = self.training and step == 3 and processes.rank() == processes.count() - 1
         return terms | {"loss": terms["loss"] * float("nan")} if broken else terms
 
 
@@ -147,7 +149,7 @@ def stopped_by_a_signal_to_one(fabric: Fabric, folder: Path) -> str:
 
     class Signalled(AutoregressivePrior):
         def forward(self, *arguments, step=0):
-            if self.training and step == 12 and ranks.rank() == ranks.count() - 1:
+            if self.training and step == 12 and processes.rank() == processes.count() - 1:
                 os.kill(os.getpid(), signal.SIGTERM)
             return super().forward(*arguments, step=step)
 
@@ -182,7 +184,7 @@ def main(folder: Path) -> None:
     torch.set_default_dtype(torch.float64)
     fabric = fabric_for("cpu", "float32")
     found = {
-        "processes": ranks.count(),
+        "processes": processes.count(),
         "losses": losses_without_draws(fabric),
         "microbatches": losses_in_microbatches(fabric, 2),
         "differ": {name: buffers_differ(fabric, kind) for name, kind in {**WITHOUT_DRAWS, **WITH_DRAWS}.items()},
@@ -198,7 +200,7 @@ def main(folder: Path) -> None:
     torch.set_default_dtype(torch.float32)
     TorchvisionSet.load = made  # type: ignore[method-assign]
     run_of_codes(folder / "run")
-    torch.save(found, folder / f"found-{ranks.rank()}.pt")
+    torch.save(found, folder / f"found-{processes.rank()}.pt")
 
 
 if __name__ == "__main__":

@@ -7,11 +7,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pipelines import train_all
-from pipelines.config import RunConfig, preset
-from pipelines.data import ImageSet, Splits, with_validation
-from pipelines.fit import FitConfig
-from pipelines.run import Run
+from pipelines.data.images import ImageSet, Splits, with_validation
+from pipelines.runs.config import RunConfig
+from pipelines.runs.phases import train
+from pipelines.runs.recipes import preset
+from pipelines.runs.run import Run
+from pipelines.training.fit import FitConfig
 from stage1_vae import bottlenecks, likelihoods
 from stage1_vae.hierarchy import Hierarchical
 from stage1_vae.networks import Convolutional, ConvolutionalFlat, FullyConnected
@@ -128,11 +129,8 @@ def trained_run(folder: Path, name: str, **parts) -> Run:
     config = dataclasses.replace(config, autoencoder=dataclasses.replace(config.autoencoder, **parts))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(type(config.data), "load", lambda self, report=None: small_splits((1, 28, 28), 4))
-        patch.setattr(train_all, "compare", lambda run, splits: ({"priors": {}}, None))
-        patch.setattr(train_all, "table", lambda metrics: "")
-        patch.setattr(train_all, "generator", lambda metrics: "learned")
         run = Run.create(folder / name, config, "cpu")
-        train_all.train_all(run)
+        train(run)
     return run
 
 

@@ -17,8 +17,9 @@ import pytest
 import torch
 from torch import nn
 
-from pipelines import checkpoint
+from pipelines import files
 from pipelines.console import UserError, run_command
+from pipelines.training import checkpoints
 
 
 def torch_pickle(content) -> bytes:
@@ -28,14 +29,14 @@ def torch_pickle(content) -> bytes:
 
 
 def save(folder, step, loss=1.0, value=0.0):
-    return checkpoint.save(
+    return checkpoints.save(
         folder, {"step": step, "held_out": {"loss": loss}}, {"w": torch.full((3,), value)}, {"model.w": torch.full((3,), value)}
     )
 
 
 def test_comes_back_as_saved(tmp_path):
     save(tmp_path, 5, value=2.5)
-    (found,) = checkpoint.usable(tmp_path)
+    (found,) = checkpoints.usable(tmp_path)
     assert found.step == 5 and found.loss == 1.0
     assert torch.equal(found.model()["w"], torch.full((3,), 2.5))
     assert [path.name for path in tmp_path.iterdir()] == ["step-0000005"]
@@ -54,7 +55,7 @@ def test_a_damaged_one_is_named_and_the_one_before_is_used(tmp_path, capsys, nam
     else:
         flipped = content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
         path.write_bytes({"truncate": content[:middle], "flip": flipped, "empty": b""}[damage])
-    assert [found.step for found in checkpoint.usable(tmp_path)] == [1]
+    assert [found.step for found in checkpoints.usable(tmp_path)] == [1]
     assert "step-0000002" in capsys.readouterr().out
 
 
@@ -71,10 +72,10 @@ def test_every_truncation_and_every_flipped_bit_is_detected(tmp_path, capsys):
         place = generator.randrange(len(content))
         flipped = content[:place] + bytes([content[place] ^ 1 << generator.randrange(8)]) + content[place + 1 :]
         path.write_bytes(content[:place] if trial < 200 else flipped)
-        assert [found.step for found in checkpoint.usable(tmp_path)] == [1], (path.name, place, trial)
+        assert [found.step for found in checkpoints.usable(tmp_path)] == [1], (path.name, place, trial)
         path.write_bytes(content)
     capsys.readouterr()
-    assert [found.step for found in checkpoint.usable(tmp_path)] == [1, 2]
+    assert [found.step for found in checkpoints.usable(tmp_path)] == [1, 2]
 
 
 class Boom:
@@ -108,7 +109,7 @@ def test_hostile_files_are_refused_in_a_sentence_and_nothing_runs(tmp_path, monk
     monkeypatch.chdir(tmp_path)
     record = json.dumps({"step": 1, "held_out": {"loss": 1.0}, "history": []}).encode()
     sealed(tmp_path / "step-0000001", {"model.safetensors": HOSTILE[kind], "training.safetensors": b"x", "config.json": record})
-    (found,) = checkpoint.usable(tmp_path)
+    (found,) = checkpoints.usable(tmp_path)
     with pytest.raises(UserError, match="not a file of tensors"):
         found.load_into(nn.Linear(2, 3))
     assert not (tmp_path / "executed").exists()
@@ -124,7 +125,7 @@ def test_hostile_files_are_refused_in_a_sentence_and_nothing_runs(tmp_path, monk
     ],
 )
 def test_the_weights_of_another_model_are_refused(tmp_path, tensors, says):
-    found = checkpoint.save(tmp_path, {"step": 1, "held_out": {"loss": 1.0}}, tensors, {})
+    found = checkpoints.save(tmp_path, {"step": 1, "held_out": {"loss": 1.0}}, tensors, {})
     with pytest.raises(UserError, match=says):
         found.load_into(nn.Linear(2, 3))
 
@@ -144,14 +145,14 @@ def test_the_weights_of_another_model_are_refused(tmp_path, tensors, says):
 def test_a_record_that_is_none_is_refused(tmp_path, record):
     sealed(tmp_path / "step-0000001", {"model.safetensors": b"", "training.safetensors": b"", "config.json": record.encode()})
     with pytest.raises(UserError, match="no usable checkpoint"):
-        checkpoint.usable(tmp_path)
+        checkpoints.usable(tmp_path)
 
 
 def test_no_good_one_is_an_error_that_says_what_to_do(tmp_path):
     save(tmp_path, 1)
     (tmp_path / "step-0000001" / "model.safetensors").write_bytes(b"")
     with pytest.raises(UserError, match="model.safetensors.*Delete"):
-        checkpoint.usable(tmp_path)
+        checkpoints.usable(tmp_path)
 
 
 @contextmanager
@@ -170,9 +171,9 @@ def test_what_the_disk_does_not_take_is_named_in_a_sentence_and_nothing_is_left(
     target = tmp_path / "x.safetensors"
     large = {"w": torch.zeros(1000)}
     write = {
-        "checkpoint": lambda: checkpoint.save(tmp_path, {"step": 1}, large, large),
-        "tensors": lambda: checkpoint.cached(target, "key", lambda: large),
-        "file": lambda: checkpoint.write_file(target, bytes(4000)),
+        "checkpoint": lambda: checkpoints.save(tmp_path, {"step": 1}, large, large),
+        "tensors": lambda: files.cached(target, "key", lambda: large),
+        "file": lambda: files.write_file(target, bytes(4000)),
     }[what]
     with files_of_at_most(500), pytest.raises(SystemExit) as ended:
         run_command(write)
@@ -199,7 +200,7 @@ def test_an_output_path_that_cannot_be_ends_in_a_sentence(tmp_path, capsys, path
     (tmp_path / "file").touch()
     (tmp_path / "folder.npz").mkdir()
     with pytest.raises(SystemExit) as ended:
-        run_command(lambda: checkpoint.write_file(tmp_path / path, b"x"))
+        run_command(lambda: files.write_file(tmp_path / path, b"x"))
     said = capsys.readouterr().err
     assert ended.value.code == 2 and str(tmp_path / named) in said and "give another path" in said
     assert sorted(found.name for found in tmp_path.iterdir()) == ["file", "folder.npz"]
@@ -208,12 +209,12 @@ def test_an_output_path_that_cannot_be_ends_in_a_sentence(tmp_path, capsys, path
 def test_json_that_is_none_is_named(tmp_path):
     (tmp_path / "facts.json").write_text('{"image_shape": [1, 28')
     with pytest.raises(UserError, match="facts.json cannot be read .*train_all again"):
-        checkpoint.read_json(tmp_path / "facts.json")
+        files.read_json(tmp_path / "facts.json")
 
 
 def test_a_full_disk_leaves_the_last_good_one(tmp_path, monkeypatch):
     save(tmp_path, 1, value=1.0)
-    write_flushed, writes = checkpoint.write_flushed, []
+    write_flushed, writes = files.write_flushed, []
 
     def full(path, content):
         writes.append(path)
@@ -221,11 +222,11 @@ def test_a_full_disk_leaves_the_last_good_one(tmp_path, monkeypatch):
             raise OSError(errno.ENOSPC, "No space left on device", str(path))
         write_flushed(path, content)
 
-    monkeypatch.setattr(checkpoint, "write_flushed", full)
+    monkeypatch.setattr(checkpoints, "write_flushed", full)
     with pytest.raises(OSError):
         save(tmp_path, 2)
     assert [path.name for path in tmp_path.iterdir()] == ["step-0000001"]
-    assert torch.equal(checkpoint.usable(tmp_path)[0].model()["w"], torch.ones(3))
+    assert torch.equal(checkpoints.usable(tmp_path)[0].model()["w"], torch.ones(3))
 
 
 def test_a_damaged_one_is_written_anew(tmp_path):
@@ -233,27 +234,27 @@ def test_a_damaged_one_is_written_anew(tmp_path):
     save(tmp_path, 2)
     (tmp_path / "step-0000002" / "model.safetensors").write_bytes(b"")
     save(tmp_path, 2, value=3.0)
-    assert torch.equal(checkpoint.usable(tmp_path)[-1].model()["w"], torch.full((3,), 3.0))
+    assert torch.equal(checkpoints.usable(tmp_path)[-1].model()["w"], torch.full((3,), 3.0))
 
 
 def test_what_a_killed_process_left_is_cleared(tmp_path):
     saved = save(tmp_path, 1)
     (tmp_path / ".step-0000002.partial").mkdir()
-    assert checkpoint.prune(tmp_path, [saved]) == [saved]
+    assert checkpoints.prune(tmp_path, [saved]) == [saved]
     assert [path.name for path in tmp_path.iterdir()] == ["step-0000001"]
 
 
 def test_the_best_is_of_lowest_loss_and_among_equals_the_newest(tmp_path):
     made = [save(tmp_path, step, loss) for step, loss in ((1, 2.0), (2, 1.0), (3, 1.0), (4, 3.0))]
-    assert checkpoint.best(made).step == 3
+    assert checkpoints.best(made).step == 3
 
 
 def test_one_that_was_not_judged_is_kept_only_while_it_is_the_newest(tmp_path):
-    made = [checkpoint.save(tmp_path, {"step": 1, "held_out": None}, {}, {})]
-    made = checkpoint.prune(tmp_path, made)
+    made = [checkpoints.save(tmp_path, {"step": 1, "held_out": None}, {}, {})]
+    made = checkpoints.prune(tmp_path, made)
     for step, loss in ((2, 1.0), (3, 2.0), (4, None), (5, 3.0)):
         record = {"step": step, "held_out": None if loss is None else {"loss": loss}}
-        made = checkpoint.prune(tmp_path, [*made, checkpoint.save(tmp_path, record, {}, {})])
+        made = checkpoints.prune(tmp_path, [*made, checkpoints.save(tmp_path, record, {}, {})])
         assert made[-1].step == step
         assert sorted(path.name for path in tmp_path.iterdir()) == [found.folder.name for found in made]
         assert [found.step for found in made] == {2: [2], 3: [2, 3], 4: [2, 3, 4], 5: [2, 3, 5]}[step]
@@ -267,15 +268,15 @@ def test_cached_tensors_are_made_once_and_again_when_the_key_or_the_file_changes
         return {"x": torch.tensor([len(made)])}
 
     path = tmp_path / "x.safetensors"
-    assert checkpoint.cached(path, "a", make)["x"] == 1
-    assert checkpoint.cached(path, "a", make)["x"] == 1
-    assert checkpoint.cached(path, "b", make)["x"] == 2
+    assert files.cached(path, "a", make)["x"] == 1
+    assert files.cached(path, "a", make)["x"] == 1
+    assert files.cached(path, "b", make)["x"] == 2
     path.write_bytes(path.read_bytes()[:-3])
-    assert checkpoint.cached(path, "b", make)["x"] == 3
+    assert files.cached(path, "b", make)["x"] == 3
     assert "truncated" in capsys.readouterr().out
     assert list(tmp_path.iterdir()) == [path]
-    checkpoint.write_tensors(path, {"x": torch.zeros(1)})  # whole, but made under no key
-    assert checkpoint.cached(path, "b", make)["x"] == 4 and "truncated" not in capsys.readouterr().out
+    files.write_tensors(path, {"x": torch.zeros(1)})  # whole, but made under no key
+    assert files.cached(path, "b", make)["x"] == 4 and "truncated" not in capsys.readouterr().out
 
 
 def test_of_several_runs_one_makes_what_is_cached_and_the_others_wait(tmp_path, capsys):
@@ -288,7 +289,7 @@ def test_of_several_runs_one_makes_what_is_cached_and_the_others_wait(tmp_path, 
 
     def use(_):
         begun.wait()
-        return int(checkpoint.cached(tmp_path / "x.safetensors", "a", make)["x"])
+        return int(files.cached(tmp_path / "x.safetensors", "a", make)["x"])
 
     with ThreadPoolExecutor(4) as pool:
         assert list(pool.map(use, range(4))) == [1, 1, 1, 1]

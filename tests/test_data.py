@@ -14,24 +14,19 @@ from lightning_fabric import Fabric
 from PIL import Image
 from webdataset import TarWriter
 
-from pipelines import checkpoint, stored
-from pipelines.config import preset, to_dict
+from pipelines import files
 from pipelines.console import UserError
-from pipelines.data import (
-    Binarized,
-    EmbeddedDigits,
-    Folder,
-    ImageSet,
-    Mirrored,
-    Shards,
-    Splits,
-    TorchvisionSet,
-    cache_name,
-    split,
-)
-from pipelines.fit import FitConfig, fit
-from pipelines.run import Run
-from pipelines.stored import Stored, Unreadable, content_of, images_under, read_image
+from pipelines.data import reading
+from pipelines.data.folder import Folder
+from pipelines.data.images import Binarized, ImageSet, Mirrored, Splits, split
+from pipelines.data.reading import Stored, Unreadable, content_of, images_under, read_image
+from pipelines.data.sets import EmbeddedDigits, TorchvisionSet
+from pipelines.data.shards import Shards, cache_name
+from pipelines.runs.config import to_dict
+from pipelines.runs.recipes import preset
+from pipelines.runs.run import Run
+from pipelines.training import checkpoints
+from pipelines.training.fit import FitConfig, fit
 from stage1_vae.autoencoder import AutoencoderConfig
 from stage1_vae.networks import FullyConnected
 
@@ -251,7 +246,7 @@ def test_what_cannot_be_read_is_found_once(tmp_path, monkeypatch, capsys):
     (folder / "7.png").write_bytes(b"")
     config = Folder(folder, size=8, skip_unreadable=True, in_memory=0)
     first, reads = config.load(report), []
-    monkeypatch.setattr(stored, "read_image", lambda *arguments: reads.append(arguments) or read_image(*arguments))
+    monkeypatch.setattr(reading, "read_image", lambda *arguments: reads.append(arguments) or read_image(*arguments))
     assert torch.equal(config.load(report).train.images.rows, first.train.images.rows) and not reads
     report.write_text("{")
     config.load(report)
@@ -272,7 +267,7 @@ def test_a_run_that_was_refused_goes_on_with_permission(tmp_path):
     allowed = replace(config, data=replace(config.data, skip_unreadable=True))
     splits = Run.create(run, allowed, "cpu").data()
     assert sum(map(len, parts(splits))) == 19
-    checkpoint.write_json(run / "config.json", to_dict(config))
+    files.write_json(run / "config.json", to_dict(config))
     Run.create(run, replace(allowed, data=replace(allowed.data, in_memory=0)), "cpu")  # the same images: the same run
     with pytest.raises(UserError, match="data.size: 8 in the run, 9 asked for"):
         Run.create(run, replace(allowed, data=replace(allowed.data, size=9)), "cpu")
@@ -280,8 +275,8 @@ def test_a_run_that_was_refused_goes_on_with_permission(tmp_path):
 
 def test_a_run_that_was_killed_while_its_config_was_written_goes_on(tmp_path):
     for name in ("config.json", "unreadable.json"):
-        checkpoint.beside(tmp_path / "run" / name).parent.mkdir(exist_ok=True)
-        checkpoint.beside(tmp_path / "run" / name).write_text("{")
+        files.beside(tmp_path / "run" / name).parent.mkdir(exist_ok=True)
+        files.beside(tmp_path / "run" / name).write_text("{")
     Run.create(tmp_path / "run", preset("mnist5k"), "cpu")
     (tmp_path / "run" / "x.partial").touch()
     with pytest.raises(UserError, match="holds no run"):
@@ -295,7 +290,7 @@ def test_a_trained_run_goes_on_with_the_same_images_only(tmp_path):
     run.write_facts(run.data())
     (folder / "7.png").unlink()
     run.write_facts(run.data())  # nothing is trained yet: the splits may be drawn anew
-    checkpoint.save(run.folder / "stage1", {"step": 1}, {}, {})
+    checkpoints.save(run.folder / "stage1", {"step": 1}, {}, {})
     assert len(run.data().test) == 4
     (folder / "9.png").rename(folder / "90.png")
     with pytest.raises(UserError, match=r"as many \(33 \+ 2 \+ 4\), but under other names or labels\..* --run"):
@@ -383,7 +378,7 @@ class Killed(Exception):
 @pytest.mark.parametrize("source", ["folder", "shards"])
 def test_training_from_disk_killed_and_resumed_equals_training_from_memory(pictures, shards, tmp_path, monkeypatch, source):
     config = FitConfig(steps=9, batch_size=16, checkpoint_steps=3, warmup_steps=1)  # several epochs, batches across their ends
-    save, network = checkpoint.save, AutoencoderConfig(FullyConnected(layers=1, width=8, positions=3))
+    save, network = checkpoints.save, AutoencoderConfig(FullyConnected(layers=1, width=8, positions=3))
     data = Folder(pictures, size=8) if source == "folder" else Shards(shards, size=8)
 
     def trained(in_memory: float, folder: Path) -> dict:
@@ -397,11 +392,11 @@ def test_training_from_disk_killed_and_resumed_equals_training_from_memory(pictu
         raise Killed
 
     whole = trained(1, tmp_path / "memory")
-    monkeypatch.setattr(checkpoint, "save", killed_after_saving)
+    monkeypatch.setattr(checkpoints, "save", killed_after_saving)
     for _ in range(2):
         with pytest.raises(Killed):
             trained(0, tmp_path / "disk")
-    monkeypatch.setattr(checkpoint, "save", save)
+    monkeypatch.setattr(checkpoints, "save", save)
     resumed = trained(0, tmp_path / "disk")
     assert whole.keys() == resumed.keys() and all(torch.equal(whole[name], resumed[name]) for name in whole)
 

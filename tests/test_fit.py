@@ -11,10 +11,10 @@ import torch
 from lightning_fabric import Fabric
 from torch import nn
 
-from pipelines import checkpoint
-from pipelines import fit as fitting
 from pipelines.console import Stopped, UserError
-from pipelines.fit import REWINDS, Average, FitConfig, Order, Training, fit, learning_rate, seed_of
+from pipelines.training import checkpoints
+from pipelines.training import fit as fitting
+from pipelines.training.fit import REWINDS, Average, FitConfig, Order, Training, fit, learning_rate, seed_of
 
 CONFIG = FitConfig(steps=12, batch_size=4, checkpoint_steps=4, warmup_steps=2, learning_rate=0.05)
 
@@ -66,7 +66,7 @@ class Killed(Exception):
 @pytest.mark.parametrize("saves", [1, 2])
 def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, monkeypatch, saves):
     _, whole = train(tmp_path / "whole")
-    save, count = checkpoint.save, 0
+    save, count = checkpoints.save, 0
 
     def killed_after(*arguments):
         nonlocal count
@@ -76,10 +76,10 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, monkeypatch, saves)
             raise Killed
         return result
 
-    monkeypatch.setattr(checkpoint, "save", killed_after)
+    monkeypatch.setattr(checkpoints, "save", killed_after)
     with pytest.raises(Killed):
         train(tmp_path / "killed")
-    monkeypatch.setattr(checkpoint, "save", save)
+    monkeypatch.setattr(checkpoints, "save", save)
     _, resumed = train(tmp_path / "killed")
     assert_equal(whole, resumed)
 
@@ -87,7 +87,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, monkeypatch, saves)
 @pytest.mark.parametrize("change", ["no moments", "another shape", "no number", "too many"])
 def test_the_optimizer_of_another_training_is_refused(tmp_path, change):
     train(tmp_path, dataclasses.replace(CONFIG, steps=4))
-    last = checkpoint.usable(tmp_path)[-1]
+    last = checkpoints.usable(tmp_path)[-1]
     training = last.training()
     if change == "no moments":
         del training["optimizer.0.exp_avg"]
@@ -95,7 +95,7 @@ def test_the_optimizer_of_another_training_is_refused(tmp_path, change):
         training["optimizer.0.exp_avg"] = training["optimizer.0.exp_avg"][:1].clone()
     else:
         training[f"optimizer.{'x' if change == 'no number' else 99}.step"] = torch.tensor(1.0)
-    checkpoint.save(tmp_path, last.record, last.model(), training)
+    checkpoints.save(tmp_path, last.record, last.model(), training)
     with pytest.raises(UserError, match="training.safetensors is of another training"):
         train(tmp_path)
 
@@ -111,7 +111,7 @@ def test_a_finished_training_is_only_loaded(tmp_path, capsys):
 
 def test_keeps_the_last_two_and_the_best(tmp_path, monkeypatch):
     losses = iter([3.0, 1.0, 2.0, 5.0, 4.0, 6.0])
-    monkeypatch.setattr("pipelines.fit.evaluate", lambda *_: {"loss": next(losses)})
+    monkeypatch.setattr("pipelines.training.fit.evaluate", lambda *_: {"loss": next(losses)})
     _, chosen = train(tmp_path, dataclasses.replace(CONFIG, checkpoint_steps=2))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-0000004", "step-0000010", "step-0000012"]
     assert chosen.step == 4
@@ -209,7 +209,7 @@ def test_what_is_not_a_number_stops_before_it_touches_anything(tmp_path, where, 
     with pytest.raises(UserError, match=rf"test, step 6: {named} is not a number \(images .*step-0000004"):
         train(tmp_path, model=Breaks([6], where))
     assert [path.name for path in tmp_path.iterdir()] == ["step-0000004"]
-    assert all(tensor.isfinite().all() for tensor in checkpoint.check(tmp_path / "step-0000004").model().values())
+    assert all(tensor.isfinite().all() for tensor in checkpoints.check(tmp_path / "step-0000004").model().values())
 
 
 @pytest.mark.parametrize("where", ["loss", "gradient"])
@@ -237,7 +237,7 @@ def test_checkpoints_by_the_clock_change_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(fitting, "SAVE_SHARE", math.inf)
     with pytest.raises(Killed):
         train(tmp_path / "often", model=Breaks([], killed_at=7))
-    assert [found.step for found in checkpoint.usable(tmp_path / "often")] == [4, 7]
+    assert [found.step for found in checkpoints.usable(tmp_path / "often")] == [4, 7]
     _, resumed = train(tmp_path / "often")
     assert_equal(whole, resumed)
     names = [sorted(path.name for path in (tmp_path / run).iterdir()) for run in ("whole", "often")]
@@ -281,7 +281,7 @@ def test_rewinding_ends_when_it_does_not_help(tmp_path, capsys):
     with pytest.raises(UserError, match=f"step 6: loss is not a number .*after {REWINDS} rewinds to .*step-0000004"):
         train(tmp_path, model=Breaks([6]), on_nan="rewind")
     assert capsys.readouterr().out.count("rewound to") == REWINDS
-    assert [found.step for found in checkpoint.usable(tmp_path)] == [4]
+    assert [found.step for found in checkpoints.usable(tmp_path)] == [4]
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
@@ -298,7 +298,7 @@ def test_a_signal_saves_and_the_run_goes_on_as_if_never_stopped(tmp_path, number
     with pytest.raises(Stopped, match="saved at test, step 6 of 12") as stopped:
         train(tmp_path / "stopped", model=Signalled())
     assert stopped.value.signal == number and signal.getsignal(number) == handler
-    assert [c.step for c in checkpoint.usable(tmp_path / "stopped")] == [4, 6]
+    assert [c.step for c in checkpoints.usable(tmp_path / "stopped")] == [4, 6]
     _, resumed = train(tmp_path / "stopped")
     assert_equal(whole, resumed)
 

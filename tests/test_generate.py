@@ -12,14 +12,15 @@ import torch
 from PIL import Image
 
 from pipelines import generate
-from pipelines.compare import compare
-from pipelines.completion import held_latents, known_pixels, picture_to_complete
-from pipelines.config import preset
 from pipelines.console import UserError
-from pipelines.metrics import FIGURES, FeatureSpace, feature_space
-from pipelines.report import lowest_fd, notes
-from pipelines.run import Run
-from pipelines.tradeoffs import STRENGTHS
+from pipelines.judging.features import FIGURES, FeatureSpace, feature_space
+from pipelines.judging.tradeoffs import STRENGTHS, lowest_fd
+from pipelines.pages.comparison import compare
+from pipelines.pages.words import notes
+from pipelines.runs import sampling
+from pipelines.runs.completion import held_latents, known_pixels, picture_to_complete
+from pipelines.runs.recipes import preset
+from pipelines.runs.run import Run
 from pipelines.train_all import train_all
 from stage1_vae import bottlenecks
 from stage1_vae.autoencoder import AutoencoderConfig
@@ -226,7 +227,7 @@ def test_the_comparison_finds_the_best_guidance(runs, monkeypatch):
     labels = run.contexts(run.data().test)[torch.randperm(120, generator=torch.Generator().manual_seed(0))]
     autoencoder, space = run.load_autoencoder(), feature_space(run.fabric, run.config.metrics, run.data(), run.classifiers)
     prior, device = run.prior("learned", run.specs(autoencoder)), run.fabric.device
-    again = generate.generate(autoencoder, prior, 120, seed=0, device=device, how=Sampling(guidance=2.0), contexts=labels)
+    again = sampling.generate(autoencoder, prior, 120, seed=0, device=device, how=Sampling(guidance=2.0), contexts=labels)
     monkeypatch.undo()
     assert row["fd"] == pytest.approx(space.frechet_distance(again.images, "features"))
 
@@ -255,7 +256,7 @@ def test_a_tokenizer_is_fitted_to_the_training_split_alone(runs):
 
 
 def test_own_captions_are_read_and_wrong_ones_named(tmp_path):
-    from pipelines.data import Folder
+    from pipelines.data.folder import Folder
 
     for index in range(12):
         Image.fromarray(np.full((8, 8, 3), index, dtype=np.uint8)).save(tmp_path / f"{index}.png")
@@ -276,13 +277,13 @@ def test_own_captions_are_read_and_wrong_ones_named(tmp_path):
 
 def test_the_noise_of_pixels_is_a_samples_own():
     def noise(seed, *indices):
-        return generate.pixel_noise("sample", seed, torch.tensor(indices), (3, 8, 6))
+        return sampling.pixel_noise("sample", seed, torch.tensor(indices), (3, 8, 6))
 
     three = noise(0, 5, 300, 2)
     assert three.shape == (3, 3, 8, 6) and len(three.unique()) == three.numel()
     assert torch.equal(noise(0, 2, 5), three[[2, 0]]) and torch.equal(noise(0, 300), three[[1]])
     assert not torch.isin(noise(256, 0), noise(0, 256)).any()
-    assert generate.pixel_noise("mean", 0, torch.arange(3), (3, 8, 6)) is None
+    assert sampling.pixel_noise("mean", 0, torch.arange(3), (3, 8, 6)) is None
 
 
 def test_samples_that_are_not_numbers_are_counted_and_named(runs, tmp_path, monkeypatch, capsys):

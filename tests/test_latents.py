@@ -5,11 +5,11 @@ import sys
 import pytest
 import torch
 
-from pipelines import run as run_module
-from pipelines.config import preset
 from pipelines.console import UserError
-from pipelines.fit import fit
-from pipelines.run import Run
+from pipelines.runs import run as run_module
+from pipelines.runs.recipes import preset
+from pipelines.runs.run import Run
+from pipelines.training.fit import fit
 from stage2_prior import latents
 from stage2_prior.latents import Joined, LatentDataset
 from tests.parts import shrunk, small_splits

@@ -8,10 +8,12 @@ import signal
 import pytest
 import torch
 
-from pipelines import likelihood
+from pipelines import likelihood as command
 from pipelines.console import Stopped, UserError
-from pipelines.likelihood import active_units, columns_of, mutual_information, notes_of, rate_maps
-from pipelines.run import Run
+from pipelines.judging import likelihood
+from pipelines.judging.likelihood import active_units, mutual_information, rate_maps
+from pipelines.pages.likelihood import columns_of, notes_of
+from pipelines.runs.run import Run
 from stage1_vae import bottlenecks, likelihoods
 from stage1_vae.bottlenecks import gaussian_rate
 from stage2_prior.latents import LatentDataset
@@ -126,7 +128,7 @@ def test_bits_per_dimension_of_probabilities_only(tmp_path, kind, says):
 def test_the_command(run, tmp_path, capsys):
     file = tmp_path / "l.json"
     arguments = ["--samples", "3", "--images", "10", "--naive", "5", "--device", "cpu", "--prior", "learned", "posterior"]
-    likelihood.main([str(run.folder), *arguments, "--json", str(file)])
+    command.main([str(run.folder), *arguments, "--json", str(file)])
     written, shown = json.loads(file.read_text()), capsys.readouterr().out
     assert set(written["priors"]) == {"learned", "posterior"}
     assert f"{written['priors']['learned']['negative_elbo']['nats']:.2f}" in shown and "K = 3" in shown and "10 images" in shown
@@ -143,7 +145,7 @@ def test_the_command(run, tmp_path, capsys):
 )
 def test_bad_input(run, arguments, says):
     with pytest.raises(UserError, match=says):
-        likelihood.main([str(run.folder), *arguments, "--device", "cpu"])
+        command.main([str(run.folder), *arguments, "--device", "cpu"])
 
 
 def test_a_deterministic_encoder_is_refused(tmp_path):

@@ -20,14 +20,15 @@ from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics
 from torch_fidelity.metric_kid import kernel_poly, mmd2
 from torchmetrics.image.kid import poly_mmd
 
-from pipelines import metrics, quality
-from pipelines.compare import verdict
-from pipelines.config import MetricsConfig, preset
 from pipelines.console import UserError
-from pipelines.data import ImageSet
-from pipelines.fit import fabric_for
-from pipelines.metrics import FIGURES, Classifier, FeatureSpace, Judge, feature_space, inception, kept_best
-from pipelines.quality import Cloud, FrechetDistance, copying_z, error, likeness, nearer, nearest_neighbours, resampled
+from pipelines.data.images import ImageSet
+from pipelines.judging import features, quality
+from pipelines.judging.features import FIGURES, Classifier, FeatureSpace, Judge, feature_space, inception, kept_best
+from pipelines.judging.quality import Cloud, FrechetDistance, copying_z, error, likeness, nearer, nearest_neighbours, resampled
+from pipelines.pages.comparison import verdict
+from pipelines.runs.config import MetricsConfig
+from pipelines.runs.recipes import preset
+from pipelines.training.devices import fabric_for
 from tests.parts import shrunk, small_splits
 
 
@@ -243,7 +244,7 @@ def test_weights_that_are_not_to_be_had(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
 
     def no_network(*_, **__):
-        raise metrics.URLError("no network")
+        raise features.URLError("no network")
 
     monkeypatch.setattr(torch.hub, "download_url_to_file", no_network)
     with pytest.raises(UserError, match="could not be downloaded .no network.; download https://"):
@@ -306,7 +307,7 @@ def test_a_second_run_waits_for_the_classifier_that_another_is_training(tmp_path
     splits, config = small_splits((1, 8, 8), 2, count=80), shrunk(preset("mnist5k")).metrics
 
     def trained():
-        return metrics.trained_classifier(fabric_for("cpu", "float32"), config, splits, tmp_path, seed=0)
+        return features.trained_classifier(fabric_for("cpu", "float32"), config, splits, tmp_path, seed=0)
 
     first, described = trained()
     (folder,) = (path for path in tmp_path.iterdir() if path.is_dir())

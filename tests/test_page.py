@@ -13,10 +13,10 @@ import pytest
 from PIL import Image
 
 from pipelines import compare
-from pipelines.config import preset
-from pipelines.metrics import FIGURES
-from pipelines.report import between_runs
-from pipelines.run import Run
+from pipelines.judging.features import FIGURES
+from pipelines.pages.words import between_runs
+from pipelines.runs.recipes import preset
+from pipelines.runs.run import Run
 from pipelines.train_all import train_all
 from tests.parts import shrunk, small_splits
 

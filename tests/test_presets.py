@@ -14,17 +14,20 @@ from PIL import Image
 
 from pipelines import compare as compare_module
 from pipelines import generate
-from pipelines import run as run_module
-from pipelines.compare import compare
-from pipelines.config import PRESETS, RunConfig, from_dict, preset, to_dict
 from pipelines.console import UserError
-from pipelines.data import Folder, ImageSet, Mirrored
-from pipelines.fit import fit
-from pipelines.metrics import feature_space
-from pipelines.quality import nearest_neighbours
-from pipelines.report import lowest_fd
-from pipelines.run import CHECKPOINTS, PRIORS, Run, read_config
-from pipelines.train_all import Options, parse, train_all
+from pipelines.data.folder import Folder
+from pipelines.data.images import ImageSet, Mirrored
+from pipelines.judging.features import feature_space
+from pipelines.judging.quality import nearest_neighbours
+from pipelines.judging.tradeoffs import lowest_fd
+from pipelines.pages.comparison import compare
+from pipelines.runs import run as run_module
+from pipelines.runs.config import RunConfig, from_dict, to_dict
+from pipelines.runs.phases import Options
+from pipelines.runs.recipes import PRESETS, preset
+from pipelines.runs.run import CHECKPOINTS, PRIORS, Run, read_config
+from pipelines.train_all import parse, train_all
+from pipelines.training.fit import fit
 from stage1_vae import bottlenecks
 from stage2_prior.autoregressive import AutoregressiveConfig, AutoregressivePrior
 from stage2_prior.prior import CODE_BASELINES, CONTINUOUS_BASELINES
@@ -95,7 +98,7 @@ def test_both_stages_see_mirror_images(name, tmp_path, monkeypatch):
         seen[label] = examples
         return fit(fabric, model, examples, held_out, config, seed, folder, label, *rest)
 
-    monkeypatch.setattr("pipelines.train_all.fit", watched)
+    monkeypatch.setattr("pipelines.runs.phases.fit", watched)
     run = train(name, dataclasses.replace(shrunk(preset(name)), mirror=True), monkeypatch)
     images, autoencoder = run.data().train, run.load_autoencoder()
     assert isinstance(seen["stage 1"], Mirrored) and seen["stage 1"].images is images.images

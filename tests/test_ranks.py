@@ -9,8 +9,8 @@ import pytest
 import torch
 from lightning_fabric import Fabric
 
-from pipelines import checkpoint
-from pipelines.compare import compare
+from pipelines.pages.comparison import compare
+from pipelines.training import checkpoints
 from tests import on_ranks
 from tests.parts import random_latents
 
@@ -86,7 +86,7 @@ def test_a_signal_to_one_stops_all_and_one_process_goes_on(found, folder):
     assert (
         found[0]["stopped"] == found[1]["stopped"] == "SIGTERM: saved at test, step 13 of 20; the same command goes on from there"
     )
-    assert [c.step for c in checkpoint.usable(folder / "stopped")] == [10, 13]
+    assert [c.step for c in checkpoints.usable(folder / "stopped")] == [10, 13]
     resumed = on_ranks.trained(ONE, on_ranks.prior(), folder / "stopped").state_dict()
     assert largest_difference(resumed, found[0]["whole"]) < 1e-10
 
@@ -94,10 +94,10 @@ def test_a_signal_to_one_stops_all_and_one_process_goes_on(found, folder):
 def test_sharded_training_is_the_same_and_its_checkpoint_is_whole(found, folder):
     assert found[0]["sharded losses"] == pytest.approx(found[0]["losses"]["categorical prior"], rel=0, abs=1e-5)
     model = on_ranks.prior()
-    (*_, last) = checkpoint.usable(folder / "sharded")
+    (*_, last) = checkpoints.usable(folder / "sharded")
     last.load_into(model)
     assert largest_difference(model.state_dict(), found[0]["whole"]) < 1e-10
-    assert largest_difference(last.training(), checkpoint.usable(folder / "whole")[-1].training()) < 1e-10
+    assert largest_difference(last.training(), checkpoints.usable(folder / "whole")[-1].training()) < 1e-10
     assert on_ranks.evaluate(ONE, model, random_latents(20, on_ranks.CODES, seed=1), 4, 0)["loss"] == pytest.approx(last.loss)
 
 

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from pipelines.refine import TwoStage
+from pipelines.training.refine import TwoStage
 from stage1_vae import bottlenecks, likelihoods
 from stage1_vae.autoencoder import Autoencoder, AutoencoderConfig
 from stage2_prior.autoregressive import AutoregressiveConfig, AutoregressivePrior

@@ -8,12 +8,16 @@ import torch
 from scipy import stats
 
 from pipelines import study
-from pipelines.config import preset
 from pipelines.console import UserError
-from pipelines.fit import FitConfig
-from pipelines.run import Run
+from pipelines.runs.recipes import preset
+from pipelines.runs.run import Run
+from pipelines.studies import aggregate_posterior, evidence, samples_per_image
+from pipelines.studies.samples_per_image import gradients_of_draws
+from pipelines.studies.trained import Trained
+from pipelines.training.fit import FitConfig
 from stage1_vae.bottlenecks import gaussian_rate
 from stage1_vae.bounds import draws, log_likelihoods
+from stage2_prior.heads import gaussian_log_prob
 from stage2_prior.latents import LatentDataset, LatentSpec, draw
 from stage2_prior.prior import GaussianMixturePrior
 from tests.parts import random_latents, shrunk, small_splits, trained_run
@@ -30,8 +34,8 @@ def numbers(run: Run, name: str) -> dict:
 
 
 def test_samples_per_image(run, monkeypatch):
-    monkeypatch.setattr(study, "TOTAL", 4000)
-    monkeypatch.setattr(study, "REPEATS", 4)
+    monkeypatch.setattr(samples_per_image, "TOTAL", 4000)
+    monkeypatch.setattr(samples_per_image, "REPEATS", 4)
     found = numbers(run, "samples-per-image")
     assert list(found["elbo"]) == ["1", "2", "5", "10", "20", "50", "100", "200"]
     for noise in (found["standard_deviation"], found["gradient_noise"]):
@@ -45,9 +49,9 @@ def test_samples_per_image(run, monkeypatch):
 
 def test_the_gradient_of_each_draw_is_that_of_its_weight(run):
     """With respect to the posterior's mean and log standard deviation, by automatic differentiation of one draw's log weight."""
-    trained = study.Trained.of(run)
+    trained = Trained.of(run)
     image = trained.splits.test.images[0]
-    weights, gradients, z = study.gradients_of_draws(trained, image, 3)
+    weights, gradients, z = gradients_of_draws(trained, image, 3)
     posterior = {name: value.detach() for name, value in trained.autoencoder.encode(image[None])[0].items()}
     for i in range(3):
         noise = (z[i] - posterior["mean"]) / posterior["std"]
@@ -55,7 +59,7 @@ def test_the_gradient_of_each_draw_is_that_of_its_weight(run):
         def weight(mean, log_std, noise=noise):
             at = mean + log_std.exp() * noise
             log_p = trained.autoencoder.decode([at]).log_prob(trained.autoencoder.likelihood.scale(image[None]))
-            log_q = study.gaussian_log_prob(at, mean, log_std).sum()
+            log_q = gaussian_log_prob(at, mean, log_std).sum()
             return (log_p + trained.standard.log_prob([at])).sum() - log_q
 
         inputs = (posterior["mean"], posterior["std"].log())
@@ -65,8 +69,8 @@ def test_the_gradient_of_each_draw_is_that_of_its_weight(run):
 
 
 def test_evidence(run, monkeypatch):
-    monkeypatch.setattr(study, "TOTAL", 10_000)
-    found, trained = numbers(run, "evidence"), study.Trained.of(run)
+    monkeypatch.setattr(evidence, "TOTAL", 1000)
+    found, trained = numbers(run, "evidence"), Trained.of(run)
     image = trained.typical()[None]
     with torch.no_grad():
         torch.manual_seed(0)  # the study's own draws from q(z|x)
@@ -87,7 +91,7 @@ def test_evidence(run, monkeypatch):
 
 def test_mean_or_sample(run):
     """Against other draws, many more; of the average of 100 draws, 1/100 of their variance is left."""
-    found, trained = numbers(run, "mean-or-sample"), study.Trained.of(run)
+    found, trained = numbers(run, "mean-or-sample"), Trained.of(run)
     with torch.no_grad():
         (posterior,) = trained.autoencoder.encode(trained.held_out(200))
         at_mean = trained.autoencoder.decode([posterior["mean"]]).mean
@@ -102,14 +106,16 @@ def test_mean_or_sample(run):
 
 
 def test_aggregate_posterior(run, monkeypatch):
-    monkeypatch.setattr(study, "SWEEP_FIT", FitConfig(steps=4, batch_size=16, checkpoint_steps=4))
-    monkeypatch.setattr(study, "SWEEP", {name: (layers, 16, size) for name, (layers, _, size) in study.SWEEP.items()})
+    monkeypatch.setattr(aggregate_posterior, "SWEEP_FIT", FitConfig(steps=4, batch_size=16, checkpoint_steps=4))
+    monkeypatch.setattr(
+        aggregate_posterior, "SWEEP", {name: (layers, 16, size) for name, (layers, _, size) in aggregate_posterior.SWEEP.items()}
+    )
     found = numbers(run, "aggregate-posterior")
     assert 0 <= found["mutual_information"] <= found["log_n"] + 1e-3
     assert set(found["rate"]) == {"standard", "gaussian", "mixture", "per label", "learned"}
-    assert set(found["sweep"]) == set(study.SWEEP)
+    assert set(found["sweep"]) == set(aggregate_posterior.SWEEP)
     assert found["rate"]["learned"] != found["rate"]["standard"]
-    trained = study.Trained.of(run)
+    trained = Trained.of(run)
     with torch.no_grad():
         (posterior,) = trained.autoencoder.encode(trained.splits.test.images)
         exact = float(gaussian_rate(posterior["mean"], posterior["std"].log()).mean())
@@ -120,14 +126,14 @@ def test_aggregate_posterior(run, monkeypatch):
         ]
     assert found["rate"]["standard"] == pytest.approx(exact, abs=4 * float(torch.stack(fresh).std()))  # of one draw an image
     for name, network in found["sweep"].items():
-        assert network["dimensions"] == study.SWEEP[name][2] and network["negative_elbo"] > network["rate"] > 0
+        assert network["dimensions"] == aggregate_posterior.SWEEP[name][2] and network["negative_elbo"] > network["rate"] > 0
         assert network["kl_at_least"] <= network["kl_at_most"] + 0.05  # of other draws
 
 
 def test_a_gaussian_for_each_label_is_their_mixture():
     labels = torch.tensor([3, 1]).repeat(200)
     latents = random_latents(400, LatentSpec((1, 1, 2)))
-    prior = study.gaussian_per_label(latents, labels, [LatentSpec((1, 1, 2))])
+    prior = aggregate_posterior.gaussian_per_label(latents, labels, [LatentSpec((1, 1, 2))])
     assert prior.weights.tolist() == [0.5, 0.5]
     z = torch.randn(5, 1, 1, 2)
     parts = []
@@ -147,8 +153,8 @@ def test_a_run_of_codes_is_refused(tmp_path):
 
 @pytest.mark.parametrize("name", ["samples-per-image", "mean-or-sample"])
 def test_without_a_learned_prior_studies_that_need_none_run(tmp_path, monkeypatch, name):
-    monkeypatch.setattr(study, "TOTAL", 1000)
-    monkeypatch.setattr(study, "REPEATS", 2)
+    monkeypatch.setattr(samples_per_image, "TOTAL", 1000)
+    monkeypatch.setattr(samples_per_image, "REPEATS", 2)
     plain = trained_run(tmp_path, "mnist5k-plain")
     numbers(plain, name)
     with pytest.raises(UserError, match="no learned prior"):

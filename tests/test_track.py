@@ -8,9 +8,9 @@ import pytest
 import torch
 from PIL import Image
 
-from pipelines import fit as fitting
 from pipelines.console import UserError
-from pipelines.track import Tracking
+from pipelines.training import fit as fitting
+from pipelines.training.trackers import Tracking
 from tests.test_fit import Breaks, Killed, train
 
 HELD_OUT = [4, 8, 12]

@@ -20,13 +20,13 @@ from lightning_fabric import Fabric
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pipelines import checkpoint, ranks
-from pipelines.config import MetricsConfig
+from pipelines import files, processes
 from pipelines.console import UserError, say
-from pipelines.data import ImageSet, Labelled, Splits
-from pipelines.fit import evaluate, fit, in_order
-from pipelines.quality import FEWEST, Cloud, FrechetDistance, copying_z, error, likeness, nearer, resampled
-from pipelines.stored import Stored, content_of
+from pipelines.data.images import ImageSet, Labelled, Splits
+from pipelines.data.reading import Stored, content_of
+from pipelines.judging.quality import FEWEST, Cloud, FrechetDistance, copying_z, error, likeness, nearer, resampled
+from pipelines.runs.config import MetricsConfig
+from pipelines.training.fit import evaluate, fit, in_order
 from stage1_vae.statistics import BatchNorm
 
 BATCH = 500
@@ -69,7 +69,7 @@ def logits_of(fabric: Fabric, classifier: Classifier, images: Tensor) -> Tensor:
     def logits(rows: Tensor) -> Tensor:
         return classifier.output(classifier.features(fabric.to_device(images[rows]))).cpu()
 
-    return torch.cat(ranks.in_batches(logits, torch.arange(len(images)), BATCH))
+    return torch.cat(processes.in_batches(logits, torch.arange(len(images)), BATCH))
 
 
 class FeatureSpace:
@@ -86,7 +86,7 @@ class FeatureSpace:
         }
         key = f"{self.description['digest']}-{self.description['reference']['digest']}"
         path = cache / f"features-{key}.safetensors"
-        made = checkpoint.cached(
+        made = files.cached(
             path, key, lambda: {"features": self.features(train.images, "features of the training images").float()}
         )
         reference = made["features"].double()
@@ -108,7 +108,7 @@ class FeatureSpace:
             batch = self.fabric.to_device(in_order(images, rows, self.model.batch))
             return self.model.features(batch.flip(-1) if mirror else batch).double().cpu()
 
-        return torch.cat(ranks.in_batches(features, torch.arange(len(images)), self.model.batch, label)) * self.scale
+        return torch.cat(processes.in_batches(features, torch.arange(len(images)), self.model.batch, label)) * self.scale
 
     def frechet_distance(self, images: Tensor, label: str) -> float | None:
         """The distance from the training images; None when there are too few images for a covariance."""
@@ -187,7 +187,7 @@ def trained_classifier(
         assert part is not None
         key.update(content_of(part))
     folder = cache / key.hexdigest()[:16]
-    with checkpoint.alone(folder, (folder / f"step-{config.classifier.steps:07d}").is_dir):
+    with files.alone(folder, (folder / f"step-{config.classifier.steps:07d}").is_dir):
         fit(fabric, model, Labelled(splits.train), Labelled(splits.validation), config.classifier, seed, folder, "classifier")
     accuracy = evaluate(fabric, model, Labelled(splits.test), BATCH, 0)["accuracy"]
     say(f"classifier: accuracy {100 * accuracy:.1f} % on {len(splits.test)} test images")

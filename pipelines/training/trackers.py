@@ -20,9 +20,9 @@ from PIL import Image
 from torch import Tensor, nn
 from torchvision.utils import make_grid
 
-from pipelines.checkpoint import write_file
 from pipelines.console import UserError, first_process
-from pipelines.fit import Tracker
+from pipelines.files import write_file
+from pipelines.training.fit import Tracker
 
 TrackerKind = Literal["none", "csv", "tensorboard", "wandb"]
 GRID_COLUMNS = 16

@@ -14,10 +14,8 @@ those of the whole batch, and every process takes the same step.
 import copy
 import logging
 import math
-import os
 import signal
 import time
-import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,65 +25,21 @@ from typing import Any, Literal, Protocol, SupportsFloat
 import torch
 import torch._functorch.config
 from lightning_fabric import Fabric
-from lightning_fabric.strategies import DDPStrategy, ModelParallelStrategy, Strategy
+from lightning_fabric.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 from torch._dynamo.exc import TorchDynamoException
 from torch._inductor.runtime.cache_dir_utils import cache_dir
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import fully_shard
 
-from pipelines import checkpoint, ranks
-from pipelines.console import Progress, Signals, Stopped, UserError, say, under_torchrun
+from pipelines import processes
+from pipelines.console import Progress, Signals, Stopped, UserError, say
+from pipelines.training import checkpoints, sharding
 
-Precision = Literal["auto", "float32", "bfloat16"]
 OnNan = Literal["stop", "skip", "rewind"]
 REMEDY = "A lower learning rate, under another --run, may help"
 REWINDS = 3  # from one checkpoint, before it is given up
 SAVE_SECONDS = 60.0  # without a checkpoint, then one is written between two held-out evaluations
 SAVE_SHARE = 0.02  # of the time at most goes into such checkpoints: large ones are written less often
 CURVE_STEPS = 50  # between two points of a tracker's curves
-
-
-def fabric_for(device: str, precision: Precision, sharded: bool = False) -> Fabric:
-    """Where and how to train. device: a Lightning accelerator's name; auto precision: see RunConfig.
-
-    Under torchrun, connects its processes. sharded: each holds a share of weights and optimizer, not all of them.
-    Raises UserError when a machine has fewer devices than processes.
-    """
-    on_gpu = device in ("auto", "cuda") and torch.cuda.is_available()
-    if precision == "auto":
-        cpu = torch.cpu.get_capabilities()
-        native = torch.cuda.is_bf16_supported() if on_gpu else cpu.get("avx512_bf16") or cpu.get("amx_bf16")
-        precision = "bfloat16" if native else "float32"
-    processes, here = (int(os.environ[name]) if under_torchrun() else 1 for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
-    if on_gpu and here > torch.cuda.device_count():
-        raise UserError(f"{here} processes need as many CUDA devices; here are {torch.cuda.device_count()}")
-    strategy: str | Strategy = "auto"
-    if processes > 1:
-        strategy = ModelParallelStrategy(shard, processes, tensor_parallel_size=1) if sharded else DDPStrategy()
-        # Of 1×1 convolutions and single channels, whose strides can be told in two ways.
-        warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
-    elif sharded:
-        raise UserError("weights can be sharded over two or more processes only: torchrun --nproc-per-node N -m pipelines.…")
-    fabric = Fabric(
-        accelerator=device,
-        devices=here,
-        num_nodes=processes // here,
-        strategy=strategy,
-        precision="bf16-mixed" if precision == "bfloat16" else "32-true",
-    )
-    logging.getLogger("lightning_fabric").setLevel(logging.WARNING)  # what else it tells of every process is no news
-    fabric.launch()
-    return fabric
-
-
-def shard(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
-    """FSDP2: every block of a causal backbone by itself, brought together only while it computes; then the rest."""
-    for name, block in model.named_modules():
-        if name.rpartition(".")[0].endswith(("backbone.blocks", "backbone.layers")):
-            fully_shard(block, mesh=mesh["data_parallel"])
-    fully_shard(model, mesh=mesh["data_parallel"])
-    return model
 
 
 class Source(Protocol):
@@ -105,8 +59,8 @@ def prefetch(source: Any, indices: Any) -> None:
 
 
 def in_order(source: Any, rows: Tensor, batch_size: int) -> Any:
-    """The examples of a batch that `ranks.in_batches` gives; of those on disk, the next of this process begin to be read."""
-    start, after = int(rows[0]), int(rows[0]) + ranks.count() * batch_size
+    """The examples of a batch that `processes.in_batches` gives; of those on disk, the next of this process begin to be read."""
+    start, after = int(rows[0]), int(rows[0]) + processes.count() * batch_size
     batch = source[start : start + len(rows)]
     prefetch(source, slice(after, after + batch_size))
     return batch
@@ -178,11 +132,11 @@ def check_config(config: FitConfig, fewest_steps: int = 1) -> None:
             raise UserError(f"{name.replace('_', '-')} is a number above 0, not {getattr(config, name)}")
     if not 0 <= config.average_decay < 1:
         raise UserError(f"average-decay lies from 0 up and below 1, not at {config.average_decay}")
-    shares = config.microbatches * ranks.count()
+    shares = config.microbatches * processes.count()
     if config.microbatches < 1 or config.batch_size % shares:
         raise UserError(
-            f"batches of {config.batch_size} do not divide into {config.microbatches} microbatches in each of {ranks.count()}"
-            f" processes; a batch size that is a multiple of {max(shares, ranks.count())} does"
+            f"batches of {config.batch_size} do not divide into {config.microbatches} microbatches in each of {processes.count()}"
+            f" processes; a batch size that is a multiple of {max(shares, processes.count())} does"
         )
 
 
@@ -242,7 +196,7 @@ class Average:
 
     def __init__(self, model: nn.Module, decay: float):
         self.decay = decay
-        self.current = [ranks.own_part(parameter.detach()) for parameter in model.parameters()]
+        self.current = [sharding.own_part(parameter.detach()) for parameter in model.parameters()]
         self.averaged = [weights.clone() for weights in self.current]
 
     def update(self, step: int) -> None:
@@ -276,7 +230,7 @@ def evaluate(fabric: Fabric, model: nn.Module, source: Source, batch_size: int, 
         return {name: float(value) * len(rows) for name, value in model(*fabric.to_device(batch)).items()}
 
     model.eval()
-    batches = ranks.in_batches(terms, torch.arange(len(source)), batch_size)
+    batches = processes.in_batches(terms, torch.arange(len(source)), batch_size)
     model.train()
     return {name: sum(batch[name] for batch in batches) / len(source) for name in batches[0]}
 
@@ -292,7 +246,7 @@ def fit(
     label: str,
     on_nan: OnNan = "stop",
     tracker: Tracker | None = None,
-) -> checkpoint.Checkpoint:
+) -> checkpoints.Checkpoint:
     """Train `model` in place, from its last checkpoint under `folder` if there is one; returns the best checkpoint.
 
     The model ends with the best checkpoint's weights, in eval mode. A finished training is only loaded.
@@ -300,14 +254,14 @@ def fit(
     goes back to the last checkpoint and on with another data order and other noise, REWINDS times at most), OSError when a
     checkpoint cannot be written, and Stopped when a signal asked to end: after a checkpoint, from which it goes on.
     """
-    done = ranks.on_first(lambda: checkpoint.usable(folder))
+    done = processes.on_first(lambda: checkpoints.usable(folder))
     if not done or done[-1].step < config.steps:
         # What has been sharded stays so; the caller's model is not.
         trained = copy.deepcopy(model) if isinstance(fabric.strategy, ModelParallelStrategy) else model
         done = Training(fabric, trained, train, held_out, config, seed, folder, label, on_nan, tracker).run(done)
     else:
         say(f"{label}: finished, skipped")
-    chosen = checkpoint.best(ranks.on_first(lambda: checkpoint.prune(folder, done)))
+    chosen = checkpoints.best(processes.on_first(lambda: checkpoints.prune(folder, done)))
     chosen.load_into(model)
     fabric.to_device(model).eval()
     return chosen
@@ -345,9 +299,9 @@ class Training:
         self.wrapped_optimizer: Any = fabric.setup_optimizers(self.optimizer)
         self.average = Average(model, config.average_decay)
         self.history: list[dict[str, Any]] = []
-        self.kept: list[checkpoint.Checkpoint] = []
+        self.kept: list[checkpoints.Checkpoint] = []
 
-    def run(self, checkpoints: list[checkpoint.Checkpoint]) -> list[checkpoint.Checkpoint]:
+    def run(self, checkpoints: list[checkpoints.Checkpoint]) -> list[checkpoints.Checkpoint]:
         """Train to the end from the last of these checkpoints; returns those that are kept."""
         config, step, self.kept = self.config, 0, checkpoints
         if checkpoints:
@@ -385,16 +339,16 @@ class Training:
     def due(self, signals: Signals) -> int:
         """The signal that some process received, 0 when the last checkpoint is too long ago, or -1: the same on all."""
         number = 0 if time.monotonic() > self.save_at else -1
-        return ranks.largest(signals.received or number, self.fabric.device)
+        return processes.largest(signals.received or number, self.fabric.device)
 
     def own(self, step: int) -> list[Tensor]:
         """What this process takes of a step's batch, in microbatches: indices of examples."""
-        shares = self.order.indices(step).tensor_split(self.config.microbatches * ranks.count())
-        return list(shares[ranks.rank() :: ranks.count()])
+        shares = self.order.indices(step).tensor_split(self.config.microbatches * processes.count())
+        return list(shares[processes.rank() :: processes.count()])
 
     def step(self, step: int) -> dict[str, Tensor]:
         """One optimizer step, of every process; returns the terms of the whole batch."""
-        torch.manual_seed(seed_of(self.order.seed, step, ranks.rank()))
+        torch.manual_seed(seed_of(self.order.seed, step, processes.rank()))
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.config, step)
         buffers = [buffer.clone() for buffer in self.model.buffers()]  # a forward pass may move them, as a codebook's averages
@@ -427,7 +381,7 @@ class Training:
         """Go on without, as where a kill has left half a file in the compiler's cache. Raises UserError where processes would
         then wait for each other."""
         what = f"torch.compile failed ({shortened(error)}); if it does again, delete its cache, {cache_dir()}"
-        if ranks.count() > 1:
+        if processes.count() > 1:
             raise UserError(f"{self.label}: {what}, or turn compile off") from error
         say(f"warning: {self.label}: {what}; going on without")
         self.model._compiled_call_impl = None
@@ -443,7 +397,7 @@ class Training:
 
     def mean(self, found: list[dict[str, Tensor]]) -> dict[str, Tensor]:
         """The terms of the whole batch, from those of this process's microbatches: the same on all."""
-        if len(found) == ranks.count() == 1:
+        if len(found) == processes.count() == 1:
             return found[0]
         means = torch.stack([torch.stack([terms[name] for terms in found]).mean() for name in found[0]])
         return dict(zip(found[0], self.fabric.all_reduce(means, reduce_op="mean")))
@@ -455,7 +409,7 @@ class Training:
         wrong += [
             f"the gradient of {name}"
             for name, parameter in self.model.named_parameters()
-            if parameter.grad is not None and not ranks.whole(parameter.grad).isfinite().all()
+            if parameter.grad is not None and not sharding.whole(parameter.grad).isfinite().all()
         ]
         wrong.append("the norm of the gradient")  # where every part of it is a number still
         what = f"{self.label}, step {step}: {wrong[0]} is not a number (images {', '.join(map(str, images))})"
@@ -513,27 +467,27 @@ class Training:
     def write(self, step: int, held_out: dict[str, float] | None) -> None:
         started = time.monotonic()
         with self.average.in_use():
-            weights = ranks.on_cpu(self.model.state_dict())
+            weights = sharding.on_cpu(self.model.state_dict())
         training = {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
         for index, state in self.optimizer.state_dict()["state"].items():
             training |= {f"optimizer.{index}.{name}": value for name, value in state.items()}
-        training = ranks.on_cpu(training)
+        training = sharding.on_cpu(training)
         record = {"step": step, "held_out": held_out, "history": self.history, "rewinds": self.rewinds, "time": time.time()}
 
-        def write() -> list[checkpoint.Checkpoint]:
-            saved = checkpoint.save(self.folder, record, weights, training)
-            return checkpoint.prune(self.folder, [*self.kept, saved])
+        def write() -> list[checkpoints.Checkpoint]:
+            saved = checkpoints.save(self.folder, record, weights, training)
+            return checkpoints.prune(self.folder, [*self.kept, saved])
 
-        self.kept = ranks.on_first(write)
+        self.kept = processes.on_first(write)
         written = time.monotonic()
         self.save_at = written + max(SAVE_SECONDS, (written - started) / SAVE_SHARE)
 
-    def restore(self, last: checkpoint.Checkpoint) -> int:
+    def restore(self, last: checkpoints.Checkpoint) -> int:
         training = last.training()
         raw = {name.removeprefix("model."): tensor for name, tensor in training.items() if name.startswith("model.")}
         with self.average.in_use():
             last.load_into(self.model)
-        checkpoint.fill(self.model, raw, last.folder / "training.safetensors")
+        checkpoints.fill(self.model, raw, last.folder / "training.safetensors")
         parameters = {str(index): parameter for index, parameter in enumerate(self.model.parameters())}
         found: dict[str, dict[str, Tensor]] = {}
         for key, tensor in training.items():
@@ -546,7 +500,8 @@ class Training:
             if {name: tensor.shape for name, tensor in moments.items()} != {"step": (), "exp_avg": shape, "exp_avg_sq": shape}:
                 raise UserError(f"{last.folder / 'training.safetensors'} is of another training: optimizer.{index} does not fit")
             state[int(index)] = {
-                name: tensor if name == "step" else ranks.as_split(tensor, parameters[index]) for name, tensor in moments.items()
+                name: tensor if name == "step" else sharding.as_split(tensor, parameters[index])
+                for name, tensor in moments.items()
             }
         self.optimizer.load_state_dict({"state": state, "param_groups": self.optimizer.state_dict()["param_groups"]})
         self.history = list(last.record.get("history", []))

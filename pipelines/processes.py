@@ -9,7 +9,6 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor, distributed
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from pipelines.console import Progress, UserError
 from stage1_vae.statistics import processes as count
@@ -73,33 +72,3 @@ def in_batches(work: Callable[[Tensor], T], indices: Tensor, size: int, label: s
             progress.update(sum(len(batch) for batch in batches[start : start + count()]))
     turns = gathered(made)
     return [turns[number % count()][number // count()] for number in range(len(batches))]
-
-
-# Sharded weights
-
-
-def whole(tensor: Tensor) -> Tensor:
-    """A sharded tensor brought together on every process; any other as it is."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-def own_part(tensor: Tensor) -> Tensor:
-    """What this process holds of a sharded tensor, in the same memory; any other as it is."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def as_split(tensor: Tensor, example: Tensor) -> Tensor:
-    """A whole tensor, the same on every process, sharded as the example is."""
-    if not isinstance(example, DTensor):
-        return tensor
-    return distribute_tensor(tensor.to(example.device), example.device_mesh, example.placements)
-
-
-def on_cpu(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Copies of tensors, sharded ones brought together, on the CPU of the first process; nothing on the others."""
-    copies = {}
-    for name, tensor in state.items():
-        entire = whole(tensor.detach())
-        if rank() == 0:
-            copies[name] = entire.cpu().contiguous().clone()
-    return copies

@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from pipelines.console import UserError, nearest, say
-from pipelines.stored import Unreadable, read_image
+from pipelines.data.reading import Unreadable, read_image
 from stage1_vae.autoencoder import Autoencoder
 
 SIDES = {"top-half": (0, True), "bottom-half": (0, False), "left-half": (1, True), "right-half": (1, False)}

@@ -1,82 +1,29 @@
-"""RunConfig, the presets, and their reading and writing.
+"""The presets: a preset fixes the kinds of parts; the command line overrides values."""
 
-A preset fixes the kinds of parts; the command line overrides values. The union types of the configs are the registry.
-"""
-
-from dataclasses import dataclass, field, fields, is_dataclass, replace
-from pathlib import Path
-from typing import Any, Literal
-
-import cattrs
-from cattrs.strategies import configure_tagged_union
+from dataclasses import replace
 
 from pipelines.console import UserError, nearest
-from pipelines.data import DataConfig, EmbeddedDigits, Folder, Shards, TorchvisionSet
-from pipelines.fit import FitConfig, Precision
+from pipelines.data.folder import Folder
+from pipelines.data.sets import EmbeddedDigits, TorchvisionSet
+from pipelines.data.shards import Shards
+from pipelines.runs.config import CLASSIFIER, MetricsConfig, RunConfig
+from pipelines.training.fit import FitConfig
 from stage1_vae import bottlenecks, likelihoods
-from stage1_vae.autoencoder import AutoencoderConfig, BottleneckConfig
+from stage1_vae.autoencoder import AutoencoderConfig
 from stage1_vae.hierarchy import Hierarchical
-from stage1_vae.likelihoods import LikelihoodConfig
-from stage1_vae.networks import Convolutional, ConvolutionalFlat, FullyConnected, NetworkConfig
-from stage2_prior.autoregressive import AutoregressiveConfig, BackboneConfig, CascadeConfig, PriorConfig
-from stage2_prior.conditions import Caption, ClassLabel, ConditionConfig
-from stage2_prior.heads import Categorical, GaussianMixture, HeadConfig
+from stage1_vae.networks import Convolutional, ConvolutionalFlat, FullyConnected
+from stage2_prior.autoregressive import AutoregressiveConfig, CascadeConfig
+from stage2_prior.conditions import Caption, ClassLabel
+from stage2_prior.heads import Categorical, GaussianMixture
 from stage2_prior.pixelcnn import PixelCNNConfig
 from stage2_prior.pixelsnail import PixelSNAILConfig
 from stage2_prior.transformer import TransformerConfig
-
-ExtractorName = Literal["classifier", "inception"]
-Pixels = Literal["mean", "sample"]
-
-CLASSIFIER = FitConfig(steps=1500, learning_rate=3e-3, checkpoint_steps=500, gradient_clip=10.0)
-
-
-@dataclass(frozen=True)
-class MetricsConfig:
-    """How samples are judged."""
-
-    images: int = 10_000
-    """images in every row of the comparison; fewer where the test set has fewer"""
-    pixels: Pixels = "mean"
-    """what of p(x|z) is judged: its mean, or a draw from it, where images are black and white"""
-    extractor: ExtractorName = "classifier"
-    """what images are compared in the features of: a small classifier trained on the data set's labels, or inception, the
-    network of published FIDs"""
-    weights: Path | None = None
-    """file of inception's weights, where they cannot be downloaded"""
-    classifier: FitConfig = CLASSIFIER
-    """training of the classifier"""
-
-
-@dataclass(frozen=True)
-class RunConfig:
-    """Everything that a run's weights and figures depend on."""
-
-    data: DataConfig
-    stage1: FitConfig
-    stage2: FitConfig
-    mirror: bool = False
-    """train both stages on every image and its mirror image, left to right: for scenes and objects, not for writing. Where
-    captions say left and right, they are of the image alone"""
-    autoencoder: AutoencoderConfig = field(default_factory=AutoencoderConfig)
-    prior: PriorConfig = field(default_factory=AutoregressiveConfig)
-    refine: FitConfig | None = None
-    """a third phase, which trains both stages on together toward the ELBO under the learned prior; None, or 0 steps, for two"""
-    metrics: MetricsConfig = field(default_factory=MetricsConfig)
-    seed: int = 0
-    """seed of the weights, the data order and every draw in training"""
-    precision: Precision = "auto"
-    """of the convolutions in training: bfloat16, float32, or auto: bfloat16 where the device multiplies in it. Densities,
-    weights and everything after training are float32 always"""
-
 
 # Chosen on MNIST by held-out loss: stage 1 with batches of 64 at 3e-3 reached after 64,000 images what batches of 128 at 1e-3
 # reached after 128,000; stage 2 likewise gained from a higher rate.
 STAGE1 = FitConfig(steps=4000, batch_size=64, learning_rate=3e-3)
 STAGE2 = FitConfig(steps=8000, batch_size=64, learning_rate=4e-3, checkpoint_steps=1000)
-
 MNIST = RunConfig(data=TorchvisionSet("MNIST"), stage1=STAGE1, stage2=STAGE2)
-
 MNIST5K = RunConfig(
     data=EmbeddedDigits(),
     stage1=FitConfig(steps=1500, learning_rate=3e-3, average_decay=0.995),
@@ -84,7 +31,6 @@ MNIST5K = RunConfig(
     prior=AutoregressiveConfig(PixelCNNConfig(dropout=0.1), condition=ClassLabel()),
     metrics=MetricsConfig(classifier=replace(CLASSIFIER, steps=400, checkpoint_steps=200, average_decay=0.99)),
 )
-
 CIFAR10 = RunConfig(
     data=TorchvisionSet("CIFAR10"),
     stage1=replace(STAGE1, steps=6000, learning_rate=2e-3),
@@ -92,7 +38,6 @@ CIFAR10 = RunConfig(
     autoencoder=AutoencoderConfig(Convolutional(width=96)),
     metrics=MetricsConfig(classifier=replace(CLASSIFIER, steps=2000)),
 )
-
 MNIST_BINARY = RunConfig(
     data=TorchvisionSet("MNIST", binarize=True),
     stage1=FitConfig(steps=16_000, learning_rate=2e-3, checkpoint_steps=2000),
@@ -102,7 +47,6 @@ MNIST_BINARY = RunConfig(
     prior=AutoregressiveConfig(TransformerConfig(width=64), GaussianMixture(components=32)),
     metrics=MetricsConfig(pixels="sample"),
 )
-
 # On MNIST, 2,500 steps of stage 2 reached 115 nats of the codes a digit with a rate weight of 0, 88 with 1, 79 with 2 and 76 with
 # 4 (by earlier forms of the rule), and reconstructions had a mean squared error of 0.0021, 0.0022, 0.0023 and 0.0024.
 # The classifier reads the label asked for off 94.7 % of the best PixelCNN's samples of digits, and off 95.1 % of a PixelSNAIL's.
@@ -115,7 +59,6 @@ VQVAE = replace(
     autoencoder=AutoencoderConfig(Convolutional(), bottlenecks.VectorQuantized(rate_weight=6.0)),
     prior=AutoregressiveConfig(PixelSNAILConfig(width=96, dropout=0.1), WIDE, ClassLabel()),
 )
-
 # Both levels of a VQ-VAE-2; attention in the top prior, as in the paper.
 TOP = AutoregressiveConfig(PixelSNAILConfig(), Categorical(), ClassLabel())
 CODES = AutoregressiveConfig(PixelCNNConfig(), Categorical(), ClassLabel())
@@ -127,7 +70,6 @@ VQVAE2 = replace(
     stage1=replace(STAGE1, steps=3000, compile=True),
     stage2=replace(STAGE2, steps=6000, checkpoint_steps=500, compile=True),
 )
-
 CIFAR10_VQVAE2 = replace(
     CIFAR10,
     stage1=replace(VQVAE2.stage1, learning_rate=CIFAR10.stage1.learning_rate),
@@ -135,12 +77,10 @@ CIFAR10_VQVAE2 = replace(
     autoencoder=replace(VQVAE2.autoencoder, network=Convolutional(width=96, downsample=2)),
     prior=CascadeConfig(replace(TOP, head=WIDE), replace(CODES, head=WIDE)),
 )
-
 # On Fashion-MNIST a transformer of width 128 and 4 layers, without dropout, had 79.6 % of its samples read as the caption asks,
 # after 4,000 steps of stage 1; as they are now, both together, 82.5 %.
 DVAE = bottlenecks.GumbelSoftmax()
 DALLE = AutoregressiveConfig(TransformerConfig(width=192, layers=6, dropout=0.1), Categorical(), Caption())
-
 FASHION = replace(MNIST, data=TorchvisionSet("FashionMNIST"), stage2=replace(STAGE2, steps=5000))
 
 
@@ -258,47 +198,4 @@ def preset(name: str) -> RunConfig:
     return PRESETS[name][1]
 
 
-SIZES = {"width", "channels", "codes", "hidden", "positions", "features", "layers", "heads", "components", "vocabulary", "length"}
-
-
-def check_sizes(config: Any, name: str = "") -> None:
-    """Raises UserError where a number of feature maps, layers and the like is below 1, which only some parts check themselves."""
-    for entry in fields(config):
-        value, here = getattr(config, entry.name), f"{name}.{entry.name.replace('_', '-')}".removeprefix(".")
-        if is_dataclass(value):
-            check_sizes(value, here)
-        elif entry.name in SIZES and value is not None and value < 1:
-            raise UserError(f"--{here} is a number from 1 up, not {value}")
-
-
-def converter() -> cattrs.Converter:
-    made = cattrs.Converter(forbid_extra_keys=True)
-    made.register_unstructure_hook(Path, str)
-    stage1 = (NetworkConfig, BottleneckConfig, LikelihoodConfig)
-    stage2 = (BackboneConfig, HeadConfig, ConditionConfig, PriorConfig)
-    for union in (DataConfig, *stage1, *stage2):
-        configure_tagged_union(union, made, tag_name="kind")
-    return made
-
-
-def to_dict(config: RunConfig) -> dict[str, Any]:
-    """As JSON holds it; a union's member is named by `kind`."""
-    return converter().unstructure(config, unstructure_as=RunConfig)
-
-
-def from_dict(values: dict[str, Any]) -> RunConfig:
-    """Raises ValueError where the values are not a RunConfig's."""
-    if not isinstance(values, dict):
-        raise ValueError("it holds no config")
-    try:
-        return converter().structure(values, RunConfig)
-    except cattrs.BaseValidationError as error:
-        raise ValueError("; ".join(cattrs.transform_error(error))) from error
-
-
-def differences(old: Any, new: Any, name: str = "") -> list[str]:
-    """The fields in which two configs as dicts differ, by dotted name with both values."""
-    if isinstance(old, dict) and isinstance(new, dict):
-        keys = [key for key in {**old, **new}]
-        return [d for key in keys for d in differences(old.get(key), new.get(key), f"{name}.{key}" if name else key)]
-    return [] if old == new else [f"{name}: {old} in the run, {new} asked for"]
+DEFAULT_PRESET = "mnist5k"

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipelines.metrics import Classifier, FeatureSpace, kept_best
-from pipelines.quality import FEWEST, Cloud, likeness
-from pipelines.run import Run
+from pipelines.judging.features import Classifier, FeatureSpace, kept_best
+from pipelines.judging.quality import FEWEST, Cloud, likeness
+from pipelines.runs.run import Run
 
 SHARES = (1.0, 0.75, 0.5, 0.25, 0.1)  # of samples kept by rejection
 STRENGTHS = (0.0, 0.25, 0.5, 1.0, 2.0)  # of guidance
@@ -54,3 +54,8 @@ def along(name: str, features: dict[float, Tensor], space: FeatureSpace) -> list
 
 def seeded() -> torch.Generator:
     return torch.Generator().manual_seed(0)
+
+
+def lowest_fd(rows: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """The row of the lowest Fréchet distance; None where there are too few images for any."""
+    return min((row for row in rows if row["fd"] is not None), key=lambda row: row["fd"], default=None)

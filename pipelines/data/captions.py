@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipelines.checkpoint import write_file
 from pipelines.console import UserError
-from pipelines.data import ImageSet
+from pipelines.data.images import ImageSet
+from pipelines.files import write_file
 
 TEMPLATES = ("{}", "a {}", "the {}", "a picture of a {}", "a pair of {}s")
 PADDING = "<pad>"  # token 0; a caption of nothing else is no caption

@@ -11,12 +11,14 @@ from filelock import FileLock, Timeout
 from lightning_fabric import Fabric
 from torch import Tensor, nn
 
-from pipelines import checkpoint, ranks
-from pipelines.captions import CaptionTokenizer, captions_of
-from pipelines.config import RunConfig, check_sizes, differences, from_dict, to_dict
+from pipelines import files, processes
 from pipelines.console import Progress, UserError, nearest
-from pipelines.data import ImageSet, Mirrored, Splits
-from pipelines.fit import Precision, check_config, fabric_for, in_order, seed_of
+from pipelines.data.captions import CaptionTokenizer, captions_of
+from pipelines.data.images import ImageSet, Mirrored, Splits
+from pipelines.runs.config import RunConfig, check_sizes, differences, from_dict, to_dict
+from pipelines.training import checkpoints
+from pipelines.training.devices import devices
+from pipelines.training.fit import check_config, in_order, seed_of
 from stage1_vae.autoencoder import Autoencoder
 from stage2_prior.autoregressive import LearnedPrior
 from stage2_prior.conditions import Caption, ClassLabel, ConditionConfig, Unconditional
@@ -43,17 +45,6 @@ WHEREABOUTS = (
 )  # of the same images and the same training; a run goes on under others
 
 
-def devices(device: str = "auto", precision: Precision = "float32", sharded: bool = False) -> Fabric:
-    """The device to run on: auto, cpu, cuda or mps; see fabric_for for the rest. Raises UserError when it is not there."""
-    if device == "cuda" and not torch.cuda.is_available():
-        raise UserError("there is no CUDA device here; use --device cpu")
-    if device == "mps" and not torch.backends.mps.is_available():
-        raise UserError("there is no MPS device here; use --device cpu")
-    if device not in ("auto", "cpu", "cuda", "mps"):
-        raise UserError(f"there is no device {device!r}{nearest(device, ['auto', 'cpu', 'cuda', 'mps'])}")
-    return fabric_for(device, precision, sharded)
-
-
 class Run:
     def __init__(self, folder: Path, config: RunConfig, fabric: Fabric):
         self.folder, self.config, self.fabric = folder, config, fabric
@@ -69,7 +60,7 @@ class Run:
             refuse_another(path, config)
         elif folder.exists():
             early = [path, folder / UNREADABLE]  # what is written first; a kill may leave part of it
-            if not (folder.is_dir() and {*folder.iterdir()} <= {*early, *map(checkpoint.beside, early)}):
+            if not (folder.is_dir() and {*folder.iterdir()} <= {*early, *map(files.beside, early)}):
                 raise UserError(f"{folder} is not empty and holds no run; give another name with --run")
         fabric = devices(device, config.precision)
         check_sizes(config)
@@ -105,7 +96,7 @@ class Run:
             except Timeout as error:
                 raise UserError(f"another process is working on {self.folder}; wait for it, or use another --run") from error
 
-        ranks.on_first(acquire)
+        processes.on_first(acquire)
         try:
             yield
         finally:
@@ -155,21 +146,21 @@ class Run:
         path = self.folder / "config.json"
         if path.exists():  # a process that began at the same time may have been first
             refuse_another(path, self.config)
-        checkpoint.write_json(path, to_dict(self.config))
+        files.write_json(path, to_dict(self.config))
         facts = {
             "image_shape": splits.image_shape,
             "label_names": splits.label_names,
             "images": splits.sizes,
             "listing": splits.listing,
         }
-        checkpoint.write_json(self.folder / FACTS, facts)
+        files.write_json(self.folder / FACTS, facts)
 
     def facts(self) -> dict:
         """What `write_facts` put down: image_shape, label_names, images, the number of them in each split, and their listing."""
         path = self.folder / FACTS
         if not path.is_file():
             raise UserError(f"{self.folder} is unfinished: stage 1 has not been trained. Run its train_all command again.")
-        facts = checkpoint.read_json(path)
+        facts = files.read_json(path)
         return facts | {"image_shape": tuple(facts["image_shape"])}
 
     # Stage 1
@@ -197,22 +188,22 @@ class Run:
         tensors = found.model()
         if stage == "refined":
             tensors = {name.removeprefix(f"{part}."): x for name, x in tensors.items() if name.startswith(f"{part}.")}
-        checkpoint.fill(model, tensors, found.folder)
+        checkpoints.fill(model, tensors, found.folder)
         self.fabric.to_device(model).eval()
 
     def stage(self, part: Part) -> str:
         """The last phase that trains a part."""
         return "refined" if self.config.refine is not None else {"autoencoder": "stage1", "prior": "stage2"}[part]
 
-    def finished(self, stage: str) -> checkpoint.Checkpoint:
+    def finished(self, stage: str) -> checkpoints.Checkpoint:
         """The best checkpoint of a phase. Raises UserError when it is not trained to the end."""
         config = {"stage1": self.config.stage1, "stage2": self.config.stage2, "refined": self.config.refine}[stage]
         assert config is not None
-        checkpoints = checkpoint.usable(self.folder / stage)
-        if not checkpoints or checkpoints[-1].step < config.steps:
-            done = f"is at step {checkpoints[-1].step} of {config.steps}" if checkpoints else "has not been trained"
+        found = checkpoints.usable(self.folder / stage)
+        if not found or found[-1].step < config.steps:
+            done = f"is at step {found[-1].step} of {config.steps}" if found else "has not been trained"
             raise UserError(f"{self.folder} is unfinished: {stage} {done}. Run its train_all command again.")
-        return checkpoint.best(checkpoints)
+        return checkpoints.best(found)
 
     def weights(self) -> dict[str, str]:
         """The digests of the weights to use, by the phase that trained them."""
@@ -225,14 +216,14 @@ class Run:
 
         def check() -> None:
             if not (path.is_file() and any(path.parent.glob("step-*"))):
-                checkpoint.write_json(path, now)
-            elif checkpoint.read_json(path) != now:
+                files.write_json(path, now)
+            elif files.read_json(path) != now:
                 raise UserError(
                     f"{path.parent} was trained after another {before} than the one that is there now: delete {path.parent} too,"
                     " to train it anew"
                 )
 
-        ranks.on_first(check)
+        processes.on_first(check)
 
     # Latents
 
@@ -247,18 +238,18 @@ class Run:
         # Mean and std, or a code of 64 bits: 8 bytes a position either way.
         batches = max(1, SHARD_BYTES // (ENCODING_BATCH * 8 * sum(spec.dimensions for spec in self.specs(autoencoder))))
         starts = range(0, len(images), batches * ENCODING_BATCH)
-        paths = checkpoint.shards(path, len(starts))
+        paths = files.shards(path, len(starts))
 
         def clear() -> None:
-            for other in set(checkpoint.found_shards(path)) - set(paths):
+            for other in set(files.found_shards(path)) - set(paths):
                 other.unlink()
 
-        ranks.on_first(clear)
+        processes.on_first(clear)
         for start, shard in zip(starts, paths):  # so that memory holds one at a time, and a killed process loses but one
             rows = range(start, min(start + starts.step, len(images)))
             label = f"encoding {part}" + (f", {rows.start} to {rows.stop} of {len(images)}" if len(paths) > 1 else "")
-            checkpoint.cached(shard, key, lambda: encoded(self.fabric, autoencoder, images, label, rows))  # noqa: B023
-        return latent_dataset([checkpoint.read_tensors(shard) for shard in paths], self.contexts(images, part))
+            files.cached(shard, key, lambda: encoded(self.fabric, autoencoder, images, label, rows))  # noqa: B023
+        return latent_dataset([files.read_tensors(shard) for shard in paths], self.contexts(images, part))
 
     def encode_training(self, autoencoder: Autoencoder, images: ImageSet, stage: str | None = None) -> LatentDataset:
         """q(z), which priors are fitted to: the posteriors of the training images, and where the config asks for it of their
@@ -273,13 +264,13 @@ class Run:
         shards = []
         for part in ("train", "mirrored") if self.config.mirror else ("train",):
             path = self.folder / "latents" / f"{self.stage('autoencoder')}-{part}.safetensors"
-            paths = checkpoint.found_shards(path)
-            if not paths or paths != checkpoint.shards(path, len(paths)):
+            paths = files.found_shards(path)
+            if not paths or paths != files.shards(path, len(paths)):
                 raise UserError(
                     f"there is no {path}, or not all of it, which tells how images are encoded. Run the train_all command of"
                     f" {self.folder} again."
                 )
-            shards += [checkpoint.read_tensors(shard) for shard in paths]
+            shards += [files.read_tensors(shard) for shard in paths]
         return latent_dataset(shards)
 
     # Stage 2
@@ -332,7 +323,7 @@ class Run:
 
         if name != "standard":
             key = self.finished(self.stage("autoencoder")).digest()
-            baseline.load_state_dict(checkpoint.cached(self.folder / "baselines" / f"{name}.safetensors", key, fitted))
+            baseline.load_state_dict(files.cached(self.folder / "baselines" / f"{name}.safetensors", key, fitted))
         self.fabric.to_device(baseline)
         return baseline.eval()
 
@@ -359,7 +350,7 @@ class Run:
                 raise UserError(f"there is no {path}. Run the train_all command of this run again, to have it made as it was.")
             CaptionTokenizer.train(captions, vocabulary, path)
 
-        ranks.on_first(fitted)
+        processes.on_first(fitted)
         return CaptionTokenizer(path).tokens(captions, self.condition.length)
 
     def text(self, caption: str) -> Tensor:
@@ -425,7 +416,7 @@ def encoded(
         return {f"{level}.{name}": tensor.cpu() for level, posterior in levels for name, tensor in posterior.items()}
 
     rows = range(len(images)) if rows is None else rows
-    batches = ranks.in_batches(posteriors, torch.arange(rows.start, rows.stop), ENCODING_BATCH, label)
+    batches = processes.in_batches(posteriors, torch.arange(rows.start, rows.stop), ENCODING_BATCH, label)
     return {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
 
 

@@ -1,0 +1,52 @@
+"""How many images are the same at two batch sizes."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+from pipelines.benchmarks.measuring import Rows
+from pipelines.console import UserError
+from pipelines.runs.run import Run
+from pipelines.runs.sampling import generate
+
+
+@dataclass(frozen=True)
+class BenchmarkBatches:
+    """How many images of a trained run are the same at two batch sizes.
+
+    The noise of an image is its own, but matrix products round differently at different batch sizes, and a draw that lies
+    on the edge between two outcomes can fall to the other side.
+    """
+
+    run: tyro.conf.Positional[str]
+    """a run's name under checkpoints/, or its path"""
+    count: int = 512
+    """images drawn"""
+    batch: tuple[int, int] = (1, 256)
+    """the two batch sizes"""
+    json: Path | None = None
+    """file to write the row to"""
+    device: str = "auto"
+    """auto, cpu, cuda or mps"""
+
+    def rows(self) -> Rows:
+        if min(self.count, *self.batch) < 1:
+            raise UserError("--count and both of --batch are numbers from 1 up")
+        run = Run.open(self.run, self.device)
+        autoencoder = run.load_autoencoder()
+        prior = run.prior("learned", run.specs(autoencoder))
+        images = [
+            generate(autoencoder, prior, self.count, seed=0, device=run.fabric.device, batch_size=size).images.int()
+            for size in self.batch
+        ]
+        apart = (images[0] - images[1]).abs().flatten(1).amax(1)
+        same = float((apart <= 1).float().mean())
+        return [{"run": self.run, "images": self.count, "batches": self.batch, "same": same, "largest": int(apart.max())}]
+
+    def table(self, rows: Rows) -> str:
+        (row,) = rows
+        return (
+            f"{100 * row['same']:.1f} % of {row['images']} images are equal to 1/255 at batch {row['batches'][0]} and"
+            f" {row['batches'][1]}; the largest difference of a pixel is {row['largest']}/255"
+        )

@@ -1,0 +1,125 @@
+"""Sets of images, what is drawn of them as examples, and their splits into train, validation and test.
+
+N images, C colour channels, H×W pixels.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from sklearn.model_selection import train_test_split
+from torch import Tensor
+
+from pipelines.data.reading import Stored
+
+SPLIT_SEED = 0
+BINARIZATION_SEED = 0
+VALIDATION_SHARE = 0.05
+
+
+class ImageSet:
+    """images: uint8 N C H W, or on disk; labels: int64 N, or None; captions: N, or None.
+
+    Indexing gives what the autoencoder's forward takes.
+    """
+
+    def __init__(self, images: Tensor | Stored, labels: Tensor | None = None, captions: list[str] | None = None):
+        self.images, self.labels, self.captions = images, labels, captions
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, indices: Tensor | slice) -> tuple[Tensor]:
+        return (self.images[indices],)
+
+    def prefetch(self, indices: Tensor | slice) -> None:
+        """These will be asked for next."""
+        if isinstance(self.images, Stored):
+            self.images.prefetch(indices)
+
+    def subset(self, indices: Tensor) -> "ImageSet":
+        labels = None if self.labels is None else self.labels[indices]
+        captions = None if self.captions is None else [self.captions[index] for index in indices.tolist()]
+        images = self.images.subset(indices) if isinstance(self.images, Stored) else self.images[indices]
+        return ImageSet(images, labels, captions)
+
+
+class Binarized(ImageSet):
+    """Each pixel 0 or 255, drawn with the grey level as probability: anew each time an image comes by as an example
+    (dynamic binarization, Burda et al. 2016); `images` holds one draw, the same always."""
+
+    def __init__(self, grey: ImageSet):
+        assert isinstance(grey.images, Tensor)
+        generator = torch.Generator().manual_seed(BINARIZATION_SEED)
+        super().__init__(binarized(grey.images, generator), grey.labels, grey.captions)
+        self.grey = grey.images
+
+    def __getitem__(self, indices: Tensor | slice) -> tuple[Tensor]:
+        return (binarized(self.grey[indices]),)
+
+
+def binarized(images: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """uint8 grey levels to 0 or 255."""
+    return torch.bernoulli(images.float().div_(255), generator=generator).mul_(255).to(torch.uint8)
+
+
+class Mirrored(ImageSet):
+    """Images of which a share, drawn anew each time they come by as examples, is mirrored left to right; `images` are not."""
+
+    def __init__(self, examples: ImageSet, share: float = 0.5):
+        super().__init__(examples.images, examples.labels, examples.captions)
+        self.examples, self.share = examples, share
+
+    def __getitem__(self, indices: Tensor | slice) -> tuple[Tensor]:
+        (examples,) = self.examples[indices]
+        mirrored = torch.rand(len(examples), 1, 1, 1) < self.share
+        return (torch.where(mirrored, examples.flip(-1), examples),)
+
+
+class Labelled:
+    """An ImageSet whose indexing also gives the labels: what a classifier's forward takes."""
+
+    def __init__(self, images: ImageSet):
+        self.images = images
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, indices: Tensor | slice) -> tuple[Tensor, Tensor]:
+        assert self.images.labels is not None
+        return self.images.images[indices], self.images.labels[indices]
+
+    def prefetch(self, indices: Tensor | slice) -> None:
+        self.images.prefetch(indices)
+
+
+@dataclass(frozen=True)
+class Splits:
+    train: ImageSet
+    validation: ImageSet
+    test: ImageSet
+    label_names: list[str]  # empty when there are no labels
+    listing: str | None = None  # a checksum of the names and labels of the user's own images, which decide the splits
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        return {"train": len(self.train), "validation": len(self.validation), "test": len(self.test)}
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        _, channels, height, width = self.train.images.shape
+        return channels, height, width
+
+
+def split(images: ImageSet, held_out: int) -> tuple[ImageSet, ImageSet]:
+    """A seeded split, stratified by label where there are labels with enough images each."""
+    labels = images.labels
+    counts = torch.bincount(labels) if labels is not None else torch.zeros(1)
+    stratify = labels if labels is not None and held_out >= len(counts) and int(counts[counts > 0].min()) >= 2 else None
+    kept, out = train_test_split(torch.arange(len(images)), test_size=held_out, random_state=SPLIT_SEED, stratify=stratify)
+    return images.subset(kept.sort().values), images.subset(out.sort().values)
+
+
+def with_validation(train: ImageSet, test: ImageSet, label_names: Iterable[str], listing: str | None = None) -> Splits:
+    train, validation = split(train, max(1, round(VALIDATION_SHARE * len(train))))
+    return Splits(train, validation, test, list(label_names), listing)

@@ -1,0 +1,135 @@
+"""What all of the user's own images have in common, wherever they lie: which can be read, and how they are split."""
+
+import hashlib
+import json
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from pipelines.console import UserError, say
+from pipelines.data.images import ImageSet, Splits, split, with_validation
+from pipelines.data.reading import Stored
+from pipelines.files import write_json
+
+FOLDER_TEST_SHARE = 0.1
+FEWEST_IMAGES = 10  # of a folder, or its part
+
+
+@dataclass(frozen=True, kw_only=True)
+class OwnImages:
+    """What all of the user's own images are told, wherever they lie."""
+
+    size: int = 64
+    """height and width of an image, in pixels"""
+    channels: Literal[1, 3] = 3
+    """1 for grey, 3 for colour"""
+    skip_unreadable: bool = False
+    """use the readable images when some cannot be read"""
+    in_memory: float = 1.0
+    """GiB of decoded images up to which they are all read first and kept in memory; above, each is read whenever it is used"""
+
+    def check(self) -> None:
+        if self.size < 1:
+            raise UserError(f"--data.size is a number of pixels above 0, not {self.size}")
+
+    def splits(self, sets: list[ImageSet], where: str, label_names: list[str], report: Path | None) -> Splits:
+        """Of the sets for training and for testing, or of one, a tenth of which is held out. Raises as `readable`, and where only
+        one set has captions."""
+        if len({images.captions is None for images in sets}) > 1:
+            raise UserError(f"of {where}, only the images for {'training' if sets[0].captions else 'testing'} have captions")
+        listed, (sets, unreadable) = sets, readable(sets, where, self.skip_unreadable, self.in_memory, report)
+        train, test = sets if len(sets) == 2 else split(sets[0], max(1, round(FOLDER_TEST_SHARE * len(sets[0]))))
+        return with_validation(train, test, label_names, listing_of(listed, unreadable, label_names))
+
+
+def listing_of(sets: list[ImageSet], left_out: list[dict[int, str]], label_names: list[str]) -> str:
+    """A checksum of the names and labels of images in files, wherever those lie, but of those that are left out."""
+    key = hashlib.sha256(repr(label_names).encode())
+    for images, out in zip(sets, left_out):
+        assert isinstance(images.images, Stored)
+        labels = [None] * len(images) if images.labels is None else images.labels.tolist()
+        for index, (name, label) in enumerate(zip(images.images.files.names, labels)):
+            if index not in out:
+                key.update(os.fsencode(f"{name}\0{label}\0"))
+        key.update(b"\0")
+    return key.hexdigest()[:16]
+
+
+def readable(
+    sets: list[ImageSet], where: str, skip: bool, in_memory: float, report: Path | None
+) -> tuple[list[ImageSet], list[dict[int, str]]]:
+    """Sets of `Stored` images as they will be used: in memory if all fit there, and without those that cannot be read; and for
+    each set, which those are, with the reasons.
+
+    in_memory: GiB. Above it nothing is read here, so that the first batch comes at once, unless unreadable images are to be
+    left out: then all are read once, and what was found is kept in the report for the next time.
+    Raises UserError, which names them, for unreadable images that are not to be left out.
+    """
+    stored = [images.images for images in sets if isinstance(images.images, Stored)]
+    fits = sum(math.prod(images.shape) for images in stored) <= in_memory * 2**30
+    if not fits and not skip:
+        return sets, [{} for _ in sets]
+    listing = " ".join(images.digest() for images in stored)
+    pixels: list[Tensor | None] = [None] * len(sets)
+    known = None if fits or report is None else known_unreadable(report, listing)
+    if known is None:
+        known = [{} for _ in sets]
+        animated = []
+        for number, images in enumerate(stored):
+            pixels[number], known[number], moving = images.read_all(f"reading {where}", keep=fits)
+            animated += [images.files.name(index) for index in moving]
+        if animated:
+            say(f"{len(animated)} images are animated; of each, the first frame is used: {some(animated)}")
+        if report is not None and (any(known) or not fits or report.exists()):
+            rows = [
+                {"part": number, "index": index, "file": images.files.name(index), "reason": found[index]}
+                for number, (images, found) in enumerate(zip(stored, known))
+                for index in sorted(found)
+            ]
+            write_json(report, {"listing": listing, "unreadable": rows, "animated": animated})
+    total, count = sum(map(len, sets)), sum(map(len, known))
+    if count:
+        names = [images.files.name(index) for images, found in zip(stored, known) for index in sorted(found)]
+        listed = some(names) + (f" (all of them, with the reasons: {report})" if report is not None else "")
+        too_few = any(len(images) - len(found) < FEWEST_IMAGES for images, found in zip(sets, known))
+        if too_few or not skip:
+            remedy = (
+                f"At least {FEWEST_IMAGES} that can are needed: mend them, or add others."
+                if too_few
+                else "Mend or remove them, or train on the readable rest with --data.skip-unreadable."
+            )
+            raise UserError(f"{count} of {total} images under {where} cannot be read: {listed}. {remedy}")
+        say(f"warning: {count} of {total} images under {where} cannot be read and are left out: {listed}")
+    kept = []
+    for part, tensor, found in zip(sets, pixels, known):
+        part = part if tensor is None else ImageSet(tensor, part.labels, part.captions)
+        rest = torch.tensor([index for index in range(len(part)) if index not in found])
+        kept.append(part.subset(rest) if found else part)
+    return kept, known
+
+
+def known_unreadable(report: Path, listing: str) -> list[dict[int, str]] | None:
+    """For each part, the unreadable images by number, from a report on the very same files; None when there is none."""
+    try:
+        found = json.loads(report.read_text())
+        if found["listing"] != listing:
+            return None
+        known: list[dict[int, str]] = [{} for _ in listing.split()]
+        for row in found["unreadable"]:
+            known[row["part"]][row["index"]] = row["reason"]
+    except FileNotFoundError:
+        return None
+    except (ValueError, KeyError, TypeError, IndexError):
+        say(f"warning: {report} is damaged; all images are read again")
+        return None
+    say(f"all images were read before; delete {report} to have them read again")
+    return known
+
+
+def some(names: list[str]) -> str:
+    return ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")

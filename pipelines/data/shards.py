@@ -1,0 +1,108 @@
+"""The user's own images in WebDataset shards, which are tar files."""
+
+import hashlib
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from pipelines.console import UserError
+from pipelines.data.images import ImageSet, Splits
+from pipelines.data.own import FEWEST_IMAGES, OwnImages
+from pipelines.data.reading import Member, Stored, TarFiles, members_of
+
+
+@dataclass(frozen=True)
+class Shards(OwnImages):
+    """WebDataset shards: tar files of samples {jpg or png, and so on; cls, a label; txt, or json with `caption`, a caption}.
+
+    Labels and captions are used where every sample has one. Samples are read where they lie, in any order.
+    """
+
+    urls: str | None = None
+    """shards, as paths or URLs with brace patterns: data/train-{000..099}.tar; several patterns are joined by ::"""
+    test_urls: str | None = None
+    """shards of the test split; a tenth of the samples when not given"""
+    cache: Path = Path("data/shards")
+    """folder that shards from elsewhere are copied to, once"""
+
+    def load(self, report: Path | None = None) -> Splits:
+        """report: file to name the unreadable images in."""
+        if self.urls is None:
+            raise UserError("the preset webdataset needs your shards: --data.urls 'data/train-{000..099}.tar'")
+        self.check()
+        patterns = [self.urls] if self.test_urls is None else [self.urls, self.test_urls]
+        found = [self.samples(pattern) for pattern in patterns]
+        labels, label_names = labels_of([members for _, members in found])
+        sets = [
+            ImageSet(Stored(TarFiles(*part), self.channels, self.size), part_labels, captions_in(part[1]))
+            for part, part_labels in zip(found, labels)
+        ]
+        return self.splits(sets, " and ".join(patterns), label_names, report)
+
+    def samples(self, pattern: str) -> tuple[list[str], list[Member]]:
+        """The local files of a pattern, and what is in them."""
+        try:
+            from webdataset.cache import FileCache
+            from webdataset.shardlists import expand_urls
+            from webdataset.tariterators import base_plus_ext
+        except ImportError as error:
+            raise UserError(NEEDS_WEBDATASET) from error
+        cache = FileCache(str(self.cache), url_to_name=cache_name, validator=None)
+        try:
+            urls = expand_urls(pattern)
+        except (ValueError, AssertionError) as error:  # of braces, or of a variable that is not set
+            raise UserError(f"{pattern!r} names no shards ({error}): write it like 'data/train-{{000..099}}.tar'") from error
+        paths = []
+        for url in urls:
+            try:
+                paths.append(cache.get_file(url) if REMOTE.match(url) else url.removeprefix("file://").removeprefix("file:"))
+            except (OSError, ValueError) as error:
+                raise UserError(f"the shard {url} cannot be copied to {self.cache}/ ({error})") from error
+        members = members_of(paths, base_plus_ext)
+        if len(members) < FEWEST_IMAGES:
+            raise UserError(f"{pattern} holds {len(members)} images; at least {FEWEST_IMAGES} are needed")
+        return paths, members
+
+
+NEEDS_WEBDATASET = "shards need the library `webdataset`: pip install -e '.[webdataset]'"
+REMOTE = re.compile(r"(?!file:)\w{2,}:")  # a URL, or a pipe: command
+
+
+def cache_name(url: str) -> str:
+    """Shards of one name from several places are several files."""
+    return f"{hashlib.sha256(url.encode()).hexdigest()[:16]}-{re.sub(r'[^A-Za-z0-9.-]+', '-', url)[-100:]}"
+
+
+def labels_of(parts: list[list[Member]]) -> tuple[list[Tensor | None], list[str]]:
+    """For each part, the number of each sample's label; and the names by number. None and no names unless all have one.
+
+    Nor are there any where all have the same, which says nothing.
+    """
+    if not all("cls" in member.said for members in parts for member in members):
+        return [None for _ in parts], []
+    texts = [[member.said["cls"].decode(errors="replace").strip() for member in members] for members in parts]
+    known = {text for part in texts for text in part}
+    if len(known) < 2:
+        return [None for _ in parts], []
+    names = sorted(known, key=lambda text: (0, int(text), "") if text.isdecimal() else (1, 0, text))
+    number = {name: index for index, name in enumerate(names)}
+    return [torch.tensor([number[text] for text in part]) for part in texts], names
+
+
+def captions_in(members: list[Member]) -> list[str] | None:
+    """What the samples' txt says, or the `caption` of their json; None unless all have one."""
+    captions = []
+    for member in members:
+        caption = member.said.get("txt")
+        if caption is None:
+            try:
+                captions.append(str(json.loads(member.said["json"])["caption"]))
+            except (ValueError, KeyError, TypeError):
+                return None
+        else:
+            captions.append(caption.decode(errors="replace").strip())
+    return captions

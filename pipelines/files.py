@@ -1,0 +1,157 @@
+"""Files that are there whole or not at all: written aside, flushed and renamed; JSON, tensors, locks and caches.
+
+Nothing is read by pickle.
+"""
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+from filelock import FileLock, Timeout
+from torch import Tensor
+
+from pipelines import processes
+from pipelines.console import UserError, first_process, say
+
+
+def flush(path: Path) -> None:
+    """fsync a file or a folder."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_flushed(path: Path, content: bytes) -> None:
+    try:
+        with open(path, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        error.filename = str(path)  # which a full disk does not name
+        raise
+
+
+def beside(path: Path) -> Path:
+    """Where a file or folder is written before it is renamed: the same place every time, so that a kill leaves no litter."""
+    return path.with_name(f".{path.name}.partial")
+
+
+def write_file(path: Path, content: bytes) -> None:
+    """Write a file so that it is there whole or not at all. Of several processes the first does; the others return at once."""
+    if not first_process():
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = beside(path)
+    try:
+        write_flushed(aside, content)
+        os.replace(aside, path)
+        flush(path.parent)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    write_file(path, (json.dumps(value, indent=2) + "\n").encode())
+
+
+def read_json(path: Path) -> Any:
+    """Raises UserError when that is not what the file holds."""
+    try:
+        return json.loads(path.read_text())
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} cannot be read ({error}); delete it and run train_all again, to have it made again") from error
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    write_file(path, safetensors.torch.save(packed(tensors), metadata))
+
+
+def packed(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Copies on the CPU that share no memory, as safetensors wants them."""
+    return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """On a CPU these are views of the file, which take memory only where they are read.
+
+    Raises UserError when it is no safetensors file. Nothing in it is ever run.
+    """
+    try:
+        return safetensors.torch.load_file(path)
+    except (safetensors.SafetensorError, ValueError, KeyError, OverflowError) as error:
+        raise UserError(f"{path} is not a file of tensors ({error}); delete {path.parent} to have it made again") from error
+
+
+def cached(path: Path, key: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Tensors from a file made once; made again when the file is not there, is unreadable, or was made under another key.
+
+    Of several runs that need it, one makes it. Called by all processes of a run together, and so is `make`.
+    """
+
+    def current() -> bool:
+        return key_of(path) == key
+
+    with alone(path, current):
+        if processes.on_first(current):
+            return read_tensors(path)
+        if processes.on_first(lambda: path.is_file() and key_of(path) is None):
+            say(f"warning: {path} is truncated or altered; made again")
+        tensors = make()
+        processes.on_first(lambda: write_tensors(path, tensors, {"key": key}))
+    return tensors
+
+
+def key_of(path: Path) -> str | None:
+    """What a file of tensors was made under, "" where it does not say; None where there is no such file, or it cannot be read."""
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            return (file.metadata() or {}).get("key", "")
+    except (FileNotFoundError, safetensors.SafetensorError):
+        return None
+
+
+@contextmanager
+def alone(path: Path, there: Callable[[], bool]) -> Iterator[None]:
+    """Of several runs that need what lies at `path`, the first to get here makes it; the others wait until it has.
+
+    there: whether it is made already, so that nobody has to wait. Called by all processes of a run together. The lock lies
+    beside it; a killed process holds none.
+    """
+    lock = FileLock(path.with_suffix(".lock"))
+
+    def acquire() -> None:
+        if there():
+            return
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            say(f"waiting for another process, which makes the same {path}")
+            lock.acquire()
+
+    processes.on_first(acquire)
+    try:
+        yield
+    finally:
+        if lock.is_locked:
+            Path(lock.lock_file).unlink(missing_ok=True)
+            lock.release()
+
+
+def shards(path: Path, count: int) -> list[Path]:
+    """Where the rows of `path` lie when they are too many for one file: in `count` files beside it, one after the other."""
+    if count == 1:
+        return [path]
+    return [path.with_name(f"{path.stem}-{number:05d}-of-{count:05d}{path.suffix}") for number in range(1, count + 1)]
+
+
+def found_shards(path: Path) -> list[Path]:
+    """The files with rows of `path` that are there, complete or not."""
+    return sorted({*path.parent.glob(path.name), *path.parent.glob(f"{path.stem}-*-of-*{path.suffix}")})

@@ -1,0 +1,1 @@
+"""What a person is shown of these figures: tables, plots, words, the page."""

@@ -1,0 +1,92 @@
+"""The likelihood of held-out images under every prior, as a table with its notes."""
+
+from typing import Any
+
+from pipelines.pages.tables import Row, Table
+from pipelines.pages.words import ROWS, title
+
+
+def columns_of(result: dict[str, Any]) -> list[str]:
+    """The headings of the table: of bounds on -log p(x), in nats an image."""
+    samples = [] if result["samples"] == 1 else [f"K = {result['samples']}"]
+    naive = ["naive"] if any("naive" in values for values in result["priors"].values()) else []
+    bits = ["bits/dim"] if result["measure"] == "probability" else []
+    return ["rate", "-ELBO", *samples, *bits, *naive]
+
+
+def cells_of(result: dict[str, Any], prior: str) -> list[str]:
+    values = result["priors"][prior]
+    best = values["importance_weighted"]
+    cells = {
+        "rate": f"{values['rate']['nats']:.2f}",
+        "-ELBO": in_nats(values["negative_elbo"]),
+        f"K = {result['samples']}": in_nats(best),
+        "naive": in_nats(values["naive"]) if "naive" in values else "",
+    }
+    if "bits_per_dimension" in best:
+        cells["bits/dim"] = f"{best['bits_per_dimension']:.4f}"
+    return [cells[column] for column in columns_of(result)]
+
+
+def in_nats(value: dict[str, Any]) -> str:
+    return f"{value['nats']:.2f}" + ("" if value["error"] is None else f" ± {value['error']:.2f}")
+
+
+MEASURES = {
+    "probability": "a probability of the images as they are stored",
+    "density": "a density of pixels in [0, 1] and no probability of 8-bit images, so bits per dimension have no meaning:"
+    " compare figures of this likelihood with each other only",
+    "pseudo-likelihood": "a pseudo-likelihood: these images are no values that it is a probability of, so the figures are no"
+    " log-likelihoods, and bits per dimension have no meaning",
+}
+
+
+def notes_of(result: dict[str, Any]) -> list[str]:
+    """What the figures are, and the accounting of the rate."""
+    images, samples, priors = result["images"], result["samples"], result["priors"]
+    draws = f"{samples} draws of z an image" if samples > 1 else "one z an image"
+    lines = [
+        f"nats an image, of -log p(x): bounds from above, ± a standard error over {images} images of the {result['images_of']};"
+        f" {draws}, the same for every prior. -ELBO = distortion + rate; the distortion, -log p(x|z), is"
+        f" {in_nats(result['distortion'])}. p(x|z): {result['likelihood']}, {MEASURES[result['measure']]}."
+    ]
+    if told := result["told"]:
+        lines.append(
+            f"The learned prior is told an image's {told}, which the others are not: what it bounds is -log p(x | {told}), and"
+            f" part of the difference is what the {told} says."
+        )
+    if any("naive" in values for values in priors.values()):
+        most = max(values["naive"]["effective_samples"] for values in priors.values() if "naive" in values)
+        lines.append(
+            f"naive: minus the logarithm of the average of p(x|z) over {result['naive_samples']} draws from the prior. It"
+            f" effectively rests on {most:.1f} of them at best; near 1 it is one lucky draw, and no estimate."
+        )
+    if {"standard", "learned"} <= priors.keys():
+        standard, learned = priors["standard"]["rate"], priors["learned"]["rate"]
+        lines.append(
+            f"rate: {standard['nats']:.2f} under {title('standard', result)},"
+            f" {learned['nats']:.2f} under the learned prior. The difference,"
+            f" {in_nats(priors['learned']['negative_elbo']['below_standard'])} nats, is what stage 2 buys; the ELBO gains it."
+        )
+    if "latents" in result and "standard" in priors:
+        latents = result["latents"]
+        information, count = latents["mutual_information"]["nats"], latents["images"]
+        lines.append(
+            f"rate under N(0, I) = I(x; z) + KL(q(z) ‖ N(0, I)) = {information:.2f} +"
+            f" {priors['standard']['rate']['nats'] - information:.2f}, with q(z) of these {count} images alone: an empirical"
+            f" I(x; z) cannot exceed log {count} = {latents['log_n']:.2f}, so where it comes near that, the true one may be"
+            f" larger and the true KL smaller. Active units: {latents['active_units']} of {latents['dimensions']}."
+        )
+    return lines
+
+
+def as_table(result: dict[str, Any]) -> Table:
+    rows = [Row(name, title(name, result), cells_of(result, name)) for name in ROWS if name in result["priors"]]
+    return Table(f"Likelihood of {result['images']} held-out images", columns_of(result), rows, notes_of(result))
+
+
+def printed(table: Table) -> str:
+    """For the terminal."""
+    lines = [f"{'':28}" + "".join(f" {column:>18}" for column in table.columns)]
+    lines += [f"{row.title:28}" + "".join(f" {cell:>18}" for cell in row.cells) for row in table.rows]
+    return "\n".join(lines + table.notes)

@@ -1,0 +1,1 @@
+"""Questions that people ask about VAEs, one file each."""

@@ -1,0 +1,68 @@
+"""How can one z explain an image, and what does p(x) = ∫ p(x|z) p(z) dz cost to estimate?"""
+
+import math
+
+import torch
+
+from pipelines.console import Progress
+from pipelines.pages.plots import pyplot
+from pipelines.studies.trained import CHUNK, Findings, Trained
+from stage1_vae.bounds import draws, importance_weighted_bound, log_likelihoods
+
+TOTAL = 10_000  # draws of z
+
+
+@torch.inference_mode()
+def evidence(trained: Trained) -> Findings:
+    """log p(x) of one typical image: naive Monte Carlo, the ELBO, the importance-weighted bound, against the number of z."""
+    counts = [scale * 10**power for power in range(5) for scale in (1, 3) if scale * 10**power <= TOTAL]
+    image = trained.typical()
+    pixels = trained.on_device(image[None])
+    priors = {"N(0, I)": trained.standard, "the learned prior": trained.learned}
+    torch.manual_seed(0)
+    made = draws(trained.autoencoder, pixels, TOTAL, {name: prior.log_prob for name, prior in priors.items()})
+    log_likelihood = made.log_likelihood[:, 0]
+    curves: dict[str, list[float]] = {}
+    shares = {}
+    for name, prior in priors.items():
+        weights = made.log_weights(name)[:, 0]
+        chunks = torch.arange(TOTAL, device=weights.device).split(CHUNK)
+        with Progress(f"draws from {name}", TOTAL, "draws") as progress:
+            explained = []
+            for indices in chunks:
+                explained.append(log_likelihoods(trained.autoencoder, pixels, prior.sample(indices, seed=0))[:, 0])
+                progress.update(len(indices))
+        naive = torch.cat(explained)
+        curves[f"naive Monte Carlo, z from {name}"] = [float(importance_weighted_bound(naive[:count])) for count in counts]
+        curves[f"importance-weighted bound, {name}"] = [float(importance_weighted_bound(weights[:count])) for count in counts]
+        curves[f"ELBO, {name}"] = [float(weights.mean())] * len(counts)
+        shares[name] = {
+            "log_evidence": float(importance_weighted_bound(weights)),
+            "explain": float((naive > log_likelihood.min()).double().mean()),
+            "best_of_naive": float(naive.max()),
+            "decades": (float(log_likelihood.mean()) - float(importance_weighted_bound(weights))) / math.log(10),
+        }
+    figure, axes = pyplot.subplots(1, 2, figsize=(10, 4.6), layout="constrained")
+    for name, values in curves.items():
+        axis = axes[0 if name.startswith("naive") else 1]
+        axis.semilogx(counts, values, marker=".", linestyle="--" if "ELBO" in name else "-", label=name)
+    for axis, heading in zip(axes, ("z drawn blindly", "z proposed by the encoder")):
+        axis.set(title=heading, xlabel="number of z", ylabel="estimate of log p(x), nats")
+        axis.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.2))
+    standard, learned = shares["N(0, I)"], shares["the learned prior"]
+    typical = float(log_likelihood.mean())
+    sentences = [
+        f"A z from the image's own posterior explains it with log p(x|z) ≈ {typical:.0f} nats. Of {TOTAL} z from N(0, I),"
+        f" {100 * standard['explain']:.2f} % explain it as well as the worst posterior draw does; the best of them reaches"
+        f" {standard['best_of_naive']:.0f} nats. Most z explain nothing: that is what p(x) = ∫ p(x|z) p(z) dz averages over.",
+        f"So the naive average would need about 10^{standard['decades']:.0f} draws from N(0, I) before one such z turns"
+        f" up (the"
+        f" difference of log p(x|z) and log p(x) is that many powers of ten). The encoder proposes it at once: with"
+        f" {TOTAL} draws"
+        f" from q(z|x) the importance-weighted bound gives log p(x) ≥ {standard['log_evidence']:.1f} nats.",
+        f"Under the learned prior the same image has log p(x) ≥ {learned['log_evidence']:.1f} nats,"
+        f" {learned['log_evidence'] - standard['log_evidence']:.1f} more, with the same decoder, and the naive way would"
+        f" need about"
+        f" 10^{learned['decades']:.0f} draws.",
+    ]
+    return Findings(sentences, {"z": counts, "curves": curves, "posterior_log_likelihood": typical, "priors": shares}, figure)

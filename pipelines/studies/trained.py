@@ -1,0 +1,63 @@
+"""What a study looks at, and what it finds."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pipelines.console import UserError
+from pipelines.data.images import Splits
+from pipelines.pages.plots import Figure
+from pipelines.runs.run import Run
+from stage1_vae.autoencoder import Autoencoder
+from stage1_vae.bottlenecks import Gaussian, gaussian_rate
+from stage2_prior.prior import Prior
+
+CHUNK = 500
+
+
+@dataclass(frozen=True)
+class Findings:
+    sentences: list[str]
+    numbers: dict[str, Any]
+    figure: Figure
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a study looks at."""
+
+    run: Run
+    splits: Splits
+    autoencoder: Autoencoder
+    standard: Prior
+
+    @property
+    def learned(self) -> Prior:
+        """Raises UserError where there is none."""
+        return self.run.prior("learned", self.run.specs(self.autoencoder))
+
+    @classmethod
+    def of(cls, run: Run) -> "Trained":
+        """Raises UserError where there is no q(z|x) over continuous latents."""
+        if not isinstance(run.config.autoencoder.bottleneck, Gaussian):
+            raise UserError(f"{run.folder} has no q(z|x) over continuous latents, which this study is about; use mnist5k")
+        autoencoder = run.load_autoencoder()
+        specs = run.specs(autoencoder)
+        return cls(run, run.data(), autoencoder, run.prior("standard", specs))
+
+    def on_device(self, tensor: Tensor) -> Tensor:
+        return self.run.fabric.to_device(tensor)
+
+    def held_out(self, count: int) -> Tensor:
+        """Test images drawn at random (they may lie sorted by label), N C H W."""
+        chosen = torch.randperm(len(self.splits.test), generator=torch.Generator().manual_seed(0))[:count]
+        return self.splits.test.images[chosen]
+
+    def typical(self) -> Tensor:
+        """Of some test images the one whose rate is nearest the median, C H W."""
+        images = self.held_out(500)
+        (posterior,) = self.autoencoder.encode(self.on_device(images))
+        rate = gaussian_rate(posterior["mean"], posterior["std"].log())
+        return images[int((rate - rate.median()).abs().argmin())]

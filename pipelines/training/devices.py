@@ -1,0 +1,71 @@
+"""The devices that a run computes on, as a Fabric."""
+
+import logging
+import os
+import warnings
+from typing import Literal
+
+import torch
+import torch._functorch.config
+from lightning_fabric import Fabric
+from lightning_fabric.strategies import DDPStrategy, ModelParallelStrategy, Strategy
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import fully_shard
+
+from pipelines.console import UserError, nearest, under_torchrun
+
+Precision = Literal["auto", "float32", "bfloat16"]
+
+
+def fabric_for(device: str, precision: Precision, sharded: bool = False) -> Fabric:
+    """Where and how to train. device: a Lightning accelerator's name; auto precision: see RunConfig.
+
+    Under torchrun, connects its processes. sharded: each holds a share of weights and optimizer, not all of them.
+    Raises UserError when a machine has fewer devices than processes.
+    """
+    on_gpu = device in ("auto", "cuda") and torch.cuda.is_available()
+    if precision == "auto":
+        cpu = torch.cpu.get_capabilities()
+        native = torch.cuda.is_bf16_supported() if on_gpu else cpu.get("avx512_bf16") or cpu.get("amx_bf16")
+        precision = "bfloat16" if native else "float32"
+    processes, here = (int(os.environ[name]) if under_torchrun() else 1 for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
+    if on_gpu and here > torch.cuda.device_count():
+        raise UserError(f"{here} processes need as many CUDA devices; here are {torch.cuda.device_count()}")
+    strategy: str | Strategy = "auto"
+    if processes > 1:
+        strategy = ModelParallelStrategy(shard, processes, tensor_parallel_size=1) if sharded else DDPStrategy()
+        # Of 1×1 convolutions and single channels, whose strides can be told in two ways.
+        warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
+    elif sharded:
+        raise UserError("weights can be sharded over two or more processes only: torchrun --nproc-per-node N -m pipelines.…")
+    fabric = Fabric(
+        accelerator=device,
+        devices=here,
+        num_nodes=processes // here,
+        strategy=strategy,
+        precision="bf16-mixed" if precision == "bfloat16" else "32-true",
+    )
+    logging.getLogger("lightning_fabric").setLevel(logging.WARNING)  # what else it tells of every process is no news
+    fabric.launch()
+    return fabric
+
+
+def shard(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
+    """FSDP2: every block of a causal backbone by itself, brought together only while it computes; then the rest."""
+    for name, block in model.named_modules():
+        if name.rpartition(".")[0].endswith(("backbone.blocks", "backbone.layers")):
+            fully_shard(block, mesh=mesh["data_parallel"])
+    fully_shard(model, mesh=mesh["data_parallel"])
+    return model
+
+
+def devices(device: str = "auto", precision: Precision = "float32", sharded: bool = False) -> Fabric:
+    """The device to run on: auto, cpu, cuda or mps; see fabric_for for the rest. Raises UserError when it is not there."""
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("there is no CUDA device here; use --device cpu")
+    if device == "mps" and not torch.backends.mps.is_available():
+        raise UserError("there is no MPS device here; use --device cpu")
+    if device not in ("auto", "cpu", "cuda", "mps"):
+        raise UserError(f"there is no device {device!r}{nearest(device, ['auto', 'cpu', 'cuda', 'mps'])}")
+    return fabric_for(device, precision, sharded)
