@@ -35,8 +35,8 @@ def library() -> ctypes.CDLL | None:
         return None
     number: Any = ctypes.c_ssize_t
     address: Any = ctypes.c_void_p
-    compiled.gated_row.argtypes = [number] * 7 + [address] * 7 + [number]
-    compiled.gated_steps.argtypes = [number] * 5 + [address, number, address, number, number] + [address] * 3 + [number]
+    compiled.gated_row.argtypes = [number] * 7 + [address] * 9 + [number]
+    compiled.gated_steps.argtypes = [number] * 5 + [address] * 2 + [number, address] + [number] * 2 + [address] * 3 + [number]
     compiled.draw.argtypes = [number] * 6 + [address, number] + [address] * 6 + [ctypes.c_float] + [address] * 3 + [number]
     compiled.attention_steps.argtypes = [number] * 8 + [address, number] + [address] * 9 + [number]
     for function in (compiled.gated_row, compiled.gated_steps, compiled.draw, compiled.attention_steps):
@@ -79,13 +79,14 @@ class CompiledSteps:
         self.gated_row, self.gated_steps = compiled.gated_row, compiled.gated_steps
         (layers, m, _, batch, width), columns = stacks.rows.shape, len(stacks.row)
         threads, block = torch.get_num_threads(), ctypes.c_int.in_dll(compiled, "block").value
-        self.scratch = stacks.rows.new_empty(max(threads * block * 2, batch) * width)
-        vertical, vertical_bias, across, across_bias, horizontal, output = map(address, stacks.weights)
+        self.scratch = stacks.rows.new_empty(threads * block * 2 * width)
+        row_features, features = address(stacks.row_features), address(stacks.features)
+        rows, self.seen, self.inputs = map(address, (stacks.rows, stacks.seen, stacks.inputs))
+        weights = tuple(map(address, stacks.weights))
+        of_row, of_step = weights[:5], weights[5:]  # of the vertical and of the horizontal stack
         sizes = layers, batch, width, columns, m, stacks.kernel
-        rows, seen, inputs, scratch = map(address, (stacks.rows, stacks.seen, stacks.inputs, self.scratch))
-        self.of_row = *sizes, rows, seen, vertical, vertical_bias, across, across_bias, scratch, threads
-        self.sizes, self.weights = (batch, width, m), (horizontal, output, scratch, threads_for(batch))
-        self.seen, self.inputs = seen, inputs
+        self.of_row = *sizes, row_features, rows, self.seen, *of_row, address(self.scratch), threads
+        self.of_step, self.rest = (batch, width, m, features), (*of_step, threads_for(batch))
         self.seen_layer, seen_column = stacks.seen.stride()[:2]
         self.inputs_layer, self.inputs_row, inputs_column = stacks.inputs.stride()[:3]
         self.seen_bytes, self.inputs_bytes = (stacks.seen.element_size() * stride for stride in (seen_column, inputs_column))
@@ -98,7 +99,7 @@ class CompiledSteps:
         """Stacks.step."""
         seen, inputs = self.seen + column * self.seen_bytes, self.inputs + column * self.inputs_bytes
         self.gated_steps(
-            first, last, *self.sizes, seen, self.seen_layer, inputs, self.inputs_layer, self.inputs_row, *self.weights
+            first, last, *self.of_step, seen, self.seen_layer, inputs, self.inputs_layer, self.inputs_row, *self.rest
         )
 
 

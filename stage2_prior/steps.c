@@ -86,16 +86,8 @@ INLINE float tanh_ratio(float x) {
 
 INLINE float sigmoid(float x) { return 0.5f + 0.5f * tanh_ratio(0.5f * x); }
 
-/* out = residual + sign · tanh(a) · sigmoid(b), where `both` holds 2a and b side by side; residual may be 0. */
-INLINE void gate(float *restrict out, const float *restrict residual, const float *restrict both, size rows, size width,
-                 const float sign) {
-    for (size row = 0; row < rows; row++)
-        for (size i = 0; i < width; i++) {
-            float tanh_a = tanh_ratio(0.5f * both[row * 2 * width + i]);
-            float sigmoid_b = sigmoid(both[row * 2 * width + width + i]);
-            out[row * width + i] = sign * tanh_a * sigmoid_b + (residual ? residual[row * width + i] : 0);
-        }
-}
+/* tanh(a) · sigmoid(b) of a feature, of 2a and of b, which lies `width` after it. */
+INLINE float gate(const float *both, size width) { return tanh_ratio(0.5f * both[0]) * sigmoid(both[width]); }
 
 INLINE void copy(float *restrict out, const float *restrict from, size count) {
     for (size i = 0; i < count; i++) out[i] = from[i];
@@ -105,18 +97,39 @@ INLINE void fill(float *out, const float *bias, size rows, size columns) {
     for (size row = 0; row < rows; row++) copy(out + row * columns, bias, columns);
 }
 
-/* The vertical stack for a row, whose input is at `place` of the ring of m rows.
+INLINE float sum_of(vector terms) {
+    float sum = 0;
+    for (size lane = 0; lane < LANES; lane++) sum += terms[lane];
+    return sum;
+}
 
-   rows, L m (w+k-1) B D, with zeros left and right of the grid; seen, L w B 2D, is what the horizontal stack is given;
-   vertical, L m k·D 2D, the last of the m for this row; scratch, BLOCK 2D for each thread. */
-void gated_row(size place, size layers, size batch, size width, size columns, size m, size k, float *rows, float *seen,
-               const float *vertical, const float *vertical_bias, const float *across, const float *across_bias, float *scratch,
-               size threads) {
+/* Layer normalization of D numbers; weights, 2 D, are its scale and its shift. */
+static void normalize(float *restrict out, const float *restrict x, const float *restrict weights, size width) {
+    vector sum = {0}, squares = {0};
+    for (size i = 0; i < width; i += LANES) sum += *(const vector *)(x + i);
+    const float mean = sum_of(sum) / width;
+    for (size i = 0; i < width; i += LANES) {
+        vector apart = *(const vector *)(x + i) - mean;
+        squares += apart * apart;
+    }
+    const float scale = 1 / sqrtf(sum_of(squares) / width + 1e-5f);
+    for (size i = 0; i < width; i++) out[i] = (x[i] - mean) * scale * weights[i] + weights[width + i];
+}
+
+/* The vertical stack for a row, at `place` of the ring of m rows.
+
+   features, w B D, go through all layers in place; rows, L m (w+k-1) B D, the layers' normalized inputs, with zeros left and
+   right of the grid; seen, L w B 2D, is what the horizontal stack is given. vertical, L m k·D 2D, the last of the m for this
+   row; norm, L 2 D; across, L 2D 2D; scratch, BLOCK 2D for each thread. */
+void gated_row(size place, size layers, size batch, size width, size columns, size m, size k, float *features, float *rows,
+               float *seen, const float *norm, const float *vertical, const float *vertical_bias, const float *across,
+               const float *across_bias, float *scratch, size threads) {
     const size row_size = (columns + k - 1) * batch * width, total = columns * batch, margin = k / 2 * batch * width;
 #pragma omp parallel num_threads((int)threads) if (threads > 1)
     for (size layer = 0; layer < layers; layer++) {
-        float *ring = rows + layer * m * row_size, *next = ring + m * row_size + place * row_size + margin;
-        const float *here = ring + place * row_size + margin;
+        float *ring = rows + layer * m * row_size, *here = ring + place * row_size + margin;
+#pragma omp for
+        for (size i = 0; i < total; i++) normalize(here + i * width, features + i * width, norm + layer * 2 * width, width);
 #pragma omp for
         for (size start = 0; start < total; start += BLOCK) {
             const size count = start + BLOCK < total ? BLOCK : total - start;
@@ -128,7 +141,8 @@ void gated_row(size place, size layers, size batch, size width, size columns, si
                                 vertical + ((layer * m + i) * k + j) * width * 2 * width, count, width, 2 * width);
             fill(out, across_bias + layer * 2 * width, count, 2 * width);
             add_product(out, 2 * width, above, 2 * width, across + layer * 4 * width * width, count, 2 * width, 2 * width);
-            if (layer + 1 < layers) gate(next + start * width, here + start * width, above, count, width, 1);
+            for (size row = 0; row < count; row++)
+                for (size i = 0; i < width; i++) features[(start + row) * width + i] += gate(above + row * 2 * width + i, width);
         }
     }
 }
@@ -139,31 +153,34 @@ INLINE size rows_a_thread(size batch, size threads) {
 }
 
 /* Layers first … last-1 of the horizontal stack at one position, for some rows of a batch; arguments as below. */
-static void steps_of_rows(size first, size last, size rows, size width, size m, float *seen, size seen_layer, float *inputs,
-                          size inputs_layer, size inputs_row, const float *horizontal, const float *output, float *gated) {
+static void steps_of_rows(size first, size last, size rows, size width, size m, float *features, float *seen, size seen_layer,
+                          float *inputs, size inputs_layer, size inputs_row, const float *norm, const float *horizontal,
+                          const float *output) {
     for (size layer = first; layer < last; layer++) {
         float *both = seen + layer * seen_layer, *x = inputs + layer * inputs_layer;
-        const float *here = x + (m - 1) * width;
-        float *next = x + inputs_layer + (m - 1) * width;
+        for (size row = 0; row < rows; row++)
+            normalize(x + row * inputs_row + (m - 1) * width, features + row * width, norm + layer * 2 * width, width);
         add_product(both, 2 * width, x, inputs_row, horizontal + layer * m * width * 2 * width, rows, m * width, 2 * width);
-        gate(gated, 0, both, rows, width, -1);
-        for (size row = 0; row < rows; row++) copy(next + row * inputs_row, here + row * inputs_row, width);
-        add_product(next, inputs_row, gated, width, output + layer * width * width, rows, width, width);
+        for (size row = 0; row < rows; row++)
+            for (size i = 0; i < width; i++) both[row * 2 * width + i] = -gate(both + row * 2 * width + i, width);
+        add_product(features, width, both, 2 * width, output + layer * width * width, rows, width, width);
     }
 }
 
 /* The same for a batch, in as many parts as there are threads.
 
-   Of the first of all layers, at this column: seen, B 2D, which is overwritten; inputs, B m·D, those of the columns that the
-   kernel reaches, of which the last is this one. A layer's lie seen_layer and inputs_layer numbers after those of the one before.
-   horizontal, L m·D 2D; output, L D D; scratch, B D. */
-void gated_steps(size first, size last, size batch, size width, size m, float *seen, size seen_layer, float *inputs,
-                 size inputs_layer, size inputs_row, const float *horizontal, const float *output, float *scratch, size threads) {
+   features, B D, go through the layers in place. Of the first of all layers, at this column: seen, B 2D, which is overwritten;
+   inputs, B m·D, the normalized ones of the columns that the kernel reaches, of which the last is this one. A layer's lie
+   seen_layer and inputs_layer numbers after those of the one before. norm, L 2 D; horizontal, L m·D 2D; output, L D D. */
+void gated_steps(size first, size last, size batch, size width, size m, float *features, float *seen, size seen_layer,
+                 float *inputs, size inputs_layer, size inputs_row, const float *norm, const float *horizontal,
+                 const float *output, size threads) {
     const size rows = rows_a_thread(batch, threads);
 #pragma omp parallel for num_threads((int)threads) if (threads > 1)
     for (size row = 0; row < batch; row += rows)
-        steps_of_rows(first, last, row + rows < batch ? rows : batch - row, width, m, seen + row * 2 * width, seen_layer,
-                      inputs + row * inputs_row, inputs_layer, inputs_row, horizontal, output, scratch + row * width);
+        steps_of_rows(first, last, row + rows < batch ? rows : batch - row, width, m, features + row * width,
+                      seen + row * 2 * width, seen_layer, inputs + row * inputs_row, inputs_layer, inputs_row, norm, horizontal,
+                      output);
 }
 
 /* exp of what lies between -87 and 0, to the precision of float: 2^n · e^r with |r| ≤ log(2) / 2, e^r a polynomial of Cephes. */
@@ -255,25 +272,6 @@ INLINE float erf_ratio(float x) {
     return x * p / q;
 }
 
-INLINE float sum_of(vector terms) {
-    float sum = 0;
-    for (size lane = 0; lane < LANES; lane++) sum += terms[lane];
-    return sum;
-}
-
-/* Layer normalization of D numbers; weights, 2 D, are its scale and its shift. */
-static void normalize(float *out, const float *x, const float *weights, size width) {
-    vector sum = {0}, squares = {0};
-    for (size i = 0; i < width; i += LANES) sum += *(const vector *)(x + i);
-    const float mean = sum_of(sum) / width;
-    for (size i = 0; i < width; i += LANES) {
-        vector apart = *(const vector *)(x + i) - mean;
-        squares += apart * apart;
-    }
-    const float scale = 1 / sqrtf(sum_of(squares) / width + 1e-5f);
-    for (size i = 0; i < width; i++) out[i] = (x[i] - mean) * scale * weights[i] + weights[width + i];
-}
-
 /* The sum of `count` vectors, `stride` numbers apart, times a number each: several sums, for none to wait for the one before. */
 INLINE vector weighted(const float *shares, const float *vectors, size stride, size count) {
     vector sums[SUMS] = {{0}};
@@ -349,7 +347,7 @@ void attention_steps(size first, size last, size batch, size width, size heads, 
 }
 
 const int lanes = LANES, block = BLOCK; /* for the callers */
-const int steps_version = 2; /* of the functions' arguments and the layouts that they take: compiled.py expects the same */
+const int steps_version = 3; /* of the functions' arguments and the layouts that they take: compiled.py expects the same */
 
 /* Whether this processor has what the one had that this was compiled on: an installation may be shared by several machines. */
 int runs_here(void) {
