@@ -100,7 +100,7 @@ class Convolutional:
         return nn.Sequential(*layers)
 
 
-GROUPS = 8  # of channels that are normalized together; fewer where they do not divide the channels
+GROUPS = 8  # of channels that are normalized together, each of four or more
 
 
 class ResidualBlock(nn.Module):
@@ -109,7 +109,7 @@ class ResidualBlock(nn.Module):
     def __init__(self, channels: int):
         super().__init__()
         self.layers = nn.Sequential(
-            nn.GroupNorm(math.gcd(GROUPS, channels), channels),
+            nn.GroupNorm(math.gcd(GROUPS, channels // 4) if channels % 4 == 0 else 1, channels),
             nn.SiLU(),
             nn.Conv2d(channels, channels, 3, padding=1),
             nn.SiLU(),

@@ -202,11 +202,6 @@ class Cascade(Prior):
     def log_prob(self, levels: list[Tensor], contexts: Tensor | None = None) -> Tensor:
         return torch.stack([prior.log_prob(levels[: level + 1], contexts) for level, prior in enumerate(self.levels)]).sum(0)
 
-    def guide_by(self, weaker: "Cascade") -> None:
-        """Of every level, as AutoregressivePrior has it."""
-        for prior, other in zip(self.levels, weaker.levels, strict=True):
-            prior.guide_by(other)
-
     def draw_contexts(self, indices: Tensor, seed: int) -> Tensor | None:
         return self.levels[0].draw_contexts(indices, seed)
 

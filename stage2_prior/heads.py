@@ -26,10 +26,6 @@ CANDIDATES = 32  # drawn at each position to choose one from under guidance
 MINIMUM_LOG_STD = -7.0  # of standardized latents; a floor keeps a component from collapsing onto one training latent
 
 
-Weaker = tuple["Head", Tensor]
-"""What guidance leads away from: a head, and the features of its backbone at this position, B D."""
-
-
 class Head(nn.Module, ABC):
     """The contract. `…` stands for any leading axes: B h w in training, B while sampling."""
 
@@ -65,7 +61,7 @@ class Head(nn.Module, ABC):
         """What `draw` takes of P positions, made of uniforms, B P U, for all of them at once."""
 
     @abstractmethod
-    def draw(self, features: Tensor, position: int, state: Any, weaker: Weaker | None = None) -> Tensor:
+    def draw(self, features: Tensor, position: int, state: Any, weaker: "Weaker | None" = None) -> Tensor:
         """The values of one position, of the P that `begin` made the state for; features B D.
 
         weaker: under guidance, what it leads away from.
@@ -73,6 +69,10 @@ class Head(nn.Module, ABC):
 
     def forward(self, features: Tensor, values: Tensor) -> Tensor:
         return self.log_prob(features, values)
+
+
+Weaker = tuple[Any, Tensor]
+"""What guidance leads away from: a head of the same kind, and the features of its backbone at this position, B D."""
 
 
 # Continuous latents

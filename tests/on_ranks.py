@@ -126,9 +126,9 @@ class Breaks(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, *batch, step=0):
-        terms = self.model(*batch, step=step)
-        broken = self.training and step == 3 and processes.rank() == processes.count() - 1
+    def forward(self, *batch, progress=0.0):
+        terms = self.model(*batch, progress=progress)
+        broken = self.training and round(progress * STEPS) == 3 and processes.rank() == processes.count() - 1
         return terms | {"loss": terms["loss"] * float("nan")} if broken else terms
 
 
@@ -148,10 +148,10 @@ def stopped_by_a_signal_to_one(fabric: Fabric, folder: Path) -> str:
     """Train until step 12, where the last process alone is told to end."""
 
     class Signalled(AutoregressivePrior):
-        def forward(self, *arguments, step=0):
-            if self.training and step == 12 and processes.rank() == processes.count() - 1:
+        def forward(self, *arguments, progress=0.0):
+            if self.training and round(progress * 20) == 12 and processes.rank() == processes.count() - 1:
                 os.kill(os.getpid(), signal.SIGTERM)
-            return super().forward(*arguments, step=step)
+            return super().forward(*arguments, progress=progress)
 
     model = prior()
     model.__class__ = Signalled

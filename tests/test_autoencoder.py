@@ -49,7 +49,7 @@ def test_contract(network, bottleneck, likelihood, shape):
     images = random_images(5, shape)
     if bottleneck == "finite-scalar":  # away from the initial weights, at which every image gets the middle level
         model.bottleneck.project.weight.data.mul_(50)
-    terms = model(images, step=3)
+    terms = model(images, progress=0.3)
     assert all(value.ndim == 0 and value.isfinite() for value in terms.values())
     codes = model.latents[0][1] is not None
     assert ("rate" in terms) == (bottleneck in ("gaussian", "gumbel-softmax"))

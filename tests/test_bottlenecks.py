@@ -19,9 +19,9 @@ def clusters(count: int, codes: int, channels: int, seed: int = 0) -> torch.Tens
     return (centres[which] + 0.1 * torch.randn(count, channels, generator=generator))[:, :, None, None]
 
 
-def quantizer(rate_weight=0.0, rate_steps=0, **values):
+def quantizer(rate_weight=0.0, rate_share=0.0, **values):
     torch.manual_seed(0)
-    made = VectorQuantized(rate_weight=rate_weight, rate_steps=rate_steps, **values).build(values["channels"])
+    made = VectorQuantized(rate_weight=rate_weight, rate_share=rate_share, **values).build(values["channels"])
     made.project = torch.nn.Identity()  # quantize the features themselves
     made.project.weight = torch.zeros(1)
     return made
@@ -42,11 +42,11 @@ def test_the_code_chosen_costs_least_in_distance_and_rate(rate):
 
 def test_the_price_of_a_nat_rises_from_nothing():
     codes = []
-    for step, rate in ((0, 3.0), (100, 3.0), (0, 0.0)):
-        model = quantizer(codes=9, channels=4, rate_weight=rate, rate_steps=100).train()
+    for progress, rate in ((0.0, 3.0), (0.5, 3.0), (0.0, 0.0)):
+        model = quantizer(codes=9, channels=4, rate_weight=rate, rate_share=0.5).train()
         model.codebook.normal_(generator=torch.Generator().manual_seed(1))
         model.counts.copy_(torch.arange(1, 10))
-        codes.append(model(torch.randn(50, 4, 2, 2, generator=torch.Generator().manual_seed(2)), step)[0])
+        codes.append(model(torch.randn(50, 4, 2, 2, generator=torch.Generator().manual_seed(2)), progress)[0])
     assert torch.equal(codes[0], codes[2]) and not torch.equal(codes[1], codes[2])
 
 
@@ -57,7 +57,7 @@ def test_a_rate_saves_nats():
         model = quantizer(codes=16, channels=3, decay=0.9, rate_weight=rate).train()
         for step in range(200):
             features = torch.cat([clusters(80, 8, 3, seed=step), 0.5 * torch.randn(80, 3, 1, 1) + 30])
-            terms = model(features, step)[2]
+            terms = model(features, step / 200)[2]
         entropy[rate] = float(terms["perplexity"].log())
     assert entropy[1.0] < entropy[0.0] - 0.3
 
@@ -66,7 +66,7 @@ def test_the_codebook_finds_the_clusters():
     model = quantizer(codes=24, channels=3, decay=0.8).train()
     for step in range(100):
         features = clusters(160, 8, 3, seed=step)
-        embedded, _, terms = model(features, step)
+        embedded, _, terms = model(features, step / 100)
     assert terms["perplexity"] > 7.9
     assert (embedded[0] - features).abs().max() < 1
 
@@ -93,7 +93,7 @@ def test_dead_codes_are_revived_only_when_asked():
         model.counts[4:] = 1e-9
         model.sums[4:] = model.codebook[4:] * 1e-9
         for step in range(100):
-            model(clusters(64, 16, 3, seed=step), step)
+            model(clusters(64, 16, 3, seed=step), step / 100)
         codes = model.posterior(clusters(64, 16, 3, seed=1000))[0]["codes"]
         used[revival] = len(codes.unique())
     assert used[0.0] <= 4 and used[0.05] >= 10
@@ -104,7 +104,7 @@ def test_nothing_moves_in_evaluation():
     model(clusters(32, 4, 2), 0)
     model.eval()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    model(clusters(32, 4, 2, seed=1), 1)
+    model(clusters(32, 4, 2, seed=1), 0.5)
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
 
 
@@ -145,12 +145,26 @@ def test_a_hierarchy_that_makes_no_sense_is_refused(values):
         Hierarchical(**values).build(4)
 
 
-@pytest.mark.parametrize("values", [{"codes": 1}, {"rate_weight": -1.0}, {"rate_weight": math.nan}, {"rate_steps": -1}])
+@pytest.mark.parametrize("values", [{"codes": 1}, {"rate_weight": -1.0}, {"rate_weight": math.nan}])
 def test_a_codebook_that_makes_no_sense_is_refused(values):
-    with pytest.raises(ValueError, match="at least"):
+    with pytest.raises(ValueError, match="at least|from 0 up"):
         VectorQuantized(**values).build(3)
-    with pytest.raises(ValueError, match="from 0 up"):
-        GumbelSoftmax(anneal_steps=-1).build(3)
+
+
+@pytest.mark.parametrize("share", [-0.1, 1.1, math.nan])
+def test_a_share_of_the_training_lies_between_none_and_all(share):
+    for config in (VectorQuantized(rate_share=share), GumbelSoftmax(anneal_share=share)):
+        with pytest.raises(ValueError, match="share of the training from 0 to 1"):
+            config.build(3)
+
+
+def test_no_code_is_revived_in_the_last_fifth_of_the_training():
+    for progress, revived in ((0.79, True), (0.81, False)):
+        model = quantizer(codes=16, channels=3, decay=0.5).train()
+        model(clusters(64, 16, 3), 0.0)
+        model.codebook[4:], model.counts[4:], model.sums[4:] = 1e4, 0.0, 0.0
+        model(clusters(64, 16, 3), progress)
+        assert bool((model.codebook[4:] < 1e3).all()) == revived
 
 
 @pytest.mark.parametrize("levels", [(2, 3), (8, 5, 5), (4, 4, 4)])
@@ -200,16 +214,16 @@ def test_usage_and_perplexity():
 
 
 def test_the_relaxation_anneals_and_its_rate_is_the_divergence_from_uniform():
-    model = GumbelSoftmax(codes=6, channels=2, beta=3.0, anneal_steps=100).build(4)
+    model = GumbelSoftmax(codes=6, channels=2, beta=3.0, anneal_share=0.5).build(4)
     assert model.schedule(0) == (1.0, 0.0)
-    assert model.schedule(100) == model.schedule(1000) == pytest.approx((0.0625, 3.0))
-    temperatures, weights = zip(*(model.schedule(step) for step in range(101)))
+    assert model.schedule(0.5) == model.schedule(1.0) == pytest.approx((0.0625, 3.0))
+    temperatures, weights = zip(*(model.schedule(step / 200) for step in range(101)))
     assert list(temperatures) == sorted(temperatures, reverse=True) and list(weights) == sorted(weights)
     features = 3 * torch.randn(5, 4, 2, 3)
     logits = model.project(features).movedim(1, -1)
     uniform = torch.distributions.Categorical(logits=torch.zeros(6))
     divergence = torch.distributions.kl_divergence(torch.distributions.Categorical(logits=logits), uniform).flatten(1).sum(1)
-    _, penalty, terms = model.train()(features, 50)
+    _, penalty, terms = model.train()(features, 0.25)
     assert torch.allclose(terms["rate"], divergence, atol=1e-4)
     assert torch.allclose(penalty, 1.5 * divergence, atol=1e-4)
 
@@ -230,11 +244,11 @@ def test_held_out_codes_are_drawn_from_their_distribution():
 
 
 def test_a_relaxation_without_annealing_is_cold_at_once():
-    assert GumbelSoftmax(anneal_steps=0, beta=3.0).build(4).schedule(0) == pytest.approx((0.0625, 3.0))
+    assert GumbelSoftmax(anneal_share=0.0, beta=3.0).build(4).schedule(0) == pytest.approx((0.0625, 3.0))
 
 
 def test_a_cold_relaxation_is_one_code():
-    model = GumbelSoftmax(codes=6, channels=2, final_temperature=1e-4, anneal_steps=1).build(4).train()
+    model = GumbelSoftmax(codes=6, channels=2, final_temperature=1e-4, anneal_share=0.01).build(4).train()
     embedded, _, _ = model(torch.randn(5, 4, 2, 3), 1)
     vectors = embedded[0].movedim(1, -1).reshape(-1, 2)
     assert torch.cdist(vectors, model.codebook).amin(1).max() < 1e-3

@@ -1,5 +1,6 @@
 """The training loop: its order, its resume, its average, and what it does when a number goes wrong."""
 
+import contextlib
 import dataclasses
 import math
 import os
@@ -12,6 +13,7 @@ from lightning_fabric import Fabric
 from torch import nn
 
 from pipelines.console import Stopped, UserError
+from pipelines.files import read_tensors
 from pipelines.training import checkpoints
 from pipelines.training import fit as fitting
 from pipelines.training.fit import REWINDS, Average, FitConfig, Order, Training, fit, learning_rate, seed_of
@@ -39,7 +41,7 @@ class Noisy(nn.Module):
         self.layers = nn.Sequential(nn.Linear(3, 8), nn.Dropout(0.3), nn.Linear(8, 3))
         self.register_buffer("seen", torch.tensor(0.0))
 
-    def forward(self, x, step=0):
+    def forward(self, x, progress=0.0):
         if self.training:
             self.seen += x.abs().sum()
         return {"loss": (self.layers(x + 0.1 * torch.randn_like(x)) - x).square().mean()}
@@ -144,7 +146,7 @@ class Slope(nn.Module):
         super().__init__()
         self.weights = nn.Parameter(torch.tensor([1.0, -2.0, 3.0]))
 
-    def forward(self, x, step=0):
+    def forward(self, x, progress=0.0):
         return {"loss": 6 * self.weights @ torch.tensor([1.0, 2.0, 2.0])}  # a gradient of norm 18
 
 
@@ -193,11 +195,12 @@ class Breaks(Noisy):
         self.steps, self.where, self.killed_at = steps, where, killed_at
         self.seeds = {(seed_of(0, 2, number) if number else 0) for number in rewinds}
 
-    def forward(self, x, step=0):
+    def forward(self, x, progress=0.0):
+        step = round(progress * CONFIG.steps)
         broken = self.training and step in self.steps and torch.initial_seed() in {seed_of(seed, step, 0) for seed in self.seeds}
         if self.training and step == self.killed_at:
             raise Killed
-        loss = super().forward(x, step)["loss"]
+        loss = super().forward(x, progress)["loss"]
         if broken:
             first = self.layers[0].weight.sum()
             loss = loss * float("nan") if self.where == "loss" else loss + (first - first.detach()).sqrt()  # √0: infinite slope
@@ -289,10 +292,10 @@ def test_a_signal_saves_and_the_run_goes_on_as_if_never_stopped(tmp_path, number
     _, whole = train(tmp_path / "whole")
 
     class Signalled(Noisy):
-        def forward(self, x, step=0):
-            if self.training and step == 5:
+        def forward(self, x, progress=0.0):
+            if self.training and round(progress * CONFIG.steps) == 5:
                 os.kill(os.getpid(), number)
-            return super().forward(x, step)
+            return super().forward(x, progress)
 
     handler = signal.getsignal(number)
     with pytest.raises(Stopped, match="saved at test, step 6 of 12") as stopped:
@@ -348,7 +351,7 @@ class Precise(nn.Module):
         torch.manual_seed(1)
         self.layer = nn.Linear(3, 3)
 
-    def forward(self, x, step=0):
+    def forward(self, x, progress=0.0):
         with torch.autocast("cpu", enabled=False):
             return {"loss": self.layer(x.float()).square().mean()}
 
@@ -363,3 +366,23 @@ def test_compiled_gradients_are_not_rounded_where_the_model_is_not(tmp_path, mon
         chosen = fit(fabric, Precise(), Points(30), Points(10), config, 0, tmp_path / str(config.compile), "test")
         moments.append(chosen.training()["optimizer.0.exp_avg"])  # a multiple of the first gradient
     torch.testing.assert_close(moments[0], moments[1], rtol=1e-5, atol=0)
+
+
+def test_the_weights_of_an_eighth_of_the_training_are_kept_apart(tmp_path):
+    """The average then, also where the training is stopped before it and goes on."""
+    fabric, files = Fabric(accelerator="cpu"), []
+    for steps_at_first in (CONFIG.steps, 1):
+        folder = tmp_path / str(steps_at_first)
+        files.append(folder / "early.safetensors")
+        shorter = Breaks([], killed_at=steps_at_first) if steps_at_first < CONFIG.steps else None
+        for model in [shorter, Noisy()] if shorter else [Noisy()]:
+            with contextlib.suppress(Killed):
+                fit(fabric, model, Points(30), Points(10), CONFIG, 0, folder, "test", early=files[-1])
+    first = dataclasses.replace(CONFIG, checkpoint_steps=math.ceil(CONFIG.steps / 8))
+    training = Training(fabric, Noisy(), Points(30), Points(10), first, 0, tmp_path / "other", "test")
+    for step in range(first.checkpoint_steps):
+        training.step(step)
+    with training.average.in_use():
+        expected = {name: tensor.clone() for name, tensor in training.model.state_dict().items()}
+    for kept in (read_tensors(path) for path in files):
+        assert kept.keys() == expected.keys() and all(torch.equal(kept[name], expected[name]) for name in kept)

@@ -409,7 +409,7 @@ def test_a_trained_prior_reaches_the_entropy_of_a_known_mixture():
         distributions.Categorical(torch.tensor([0.5, 0.3, 0.2])), distributions.MultivariateNormal(means, scale_tril=factors)
     )
     steps, head = 400, GaussianMixture(components=8)
-    prior = AutoregressiveConfig(BACKBONES["pixelcnn"], head).build([LatentSpec((1, 1, 2))])
+    prior = AutoregressiveConfig(PixelCNNConfig(width=16, layers=2), head).build([LatentSpec((1, 1, 2))])
     optimizer = torch.optim.AdamW(prior.parameters(), lr=1e-2)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     for _ in range(steps):

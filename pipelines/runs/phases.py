@@ -10,7 +10,7 @@ from torch import Tensor
 from pipelines.console import UserError, say
 from pipelines.data import captions
 from pipelines.data.images import Splits
-from pipelines.runs.run import Run
+from pipelines.runs.run import EARLY_PRIOR, Run
 from pipelines.training.devices import devices
 from pipelines.training.fit import OnNan, fit
 from pipelines.training.refine import TwoStage
@@ -97,7 +97,8 @@ def finish(
         prior.estimate(train)
         # From a sharded prior, no process could sample alone.
         tracker = tracking.stage("stage2", samples if prior_fabric is fabric else lambda model: {})
-        fit(prior_fabric, prior, train, validation, config.stage2, config.seed, folder / "stage2", "stage 2", on_nan, tracker)
+        places = folder / "stage2", "stage 2", on_nan, tracker, folder / EARLY_PRIOR
+        fit(prior_fabric, prior, train, validation, config.stage2, config.seed, *places)
     else:
         say("stage 2: none, stage2.steps is 0")
     if config.refine is not None:

@@ -32,6 +32,7 @@ Part = Literal["autoencoder", "prior"]
 SHARD_BYTES = 2**28  # of latents in one file
 UNREADABLE = "unreadable.json"
 FACTS = "stage1/facts.json"
+EARLY_PRIOR = "stage2/early.safetensors"
 WHEREABOUTS = (
     "data.root:",
     "data.cache:",
@@ -295,6 +296,14 @@ class Run:
             )
         learned = self.new_prior(specs, len(self.facts()["label_names"]))
         self.load(learned, "prior")
+        early = self.folder / EARLY_PRIOR
+        # Refined, the prior is one of other latents than it was early on.
+        if early.is_file() and self.config.refine is None:
+            weaker = self.new_prior(specs, len(self.facts()["label_names"]))
+            checkpoints.fill(weaker, files.read_tensors(early), early)
+            self.fabric.to_device(weaker).eval()
+            for own, other in zip(learned.levels, weaker.levels):
+                own.guide_by(other)
         return learned
 
     @property

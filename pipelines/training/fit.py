@@ -32,6 +32,7 @@ from torch._inductor.runtime.cache_dir_utils import cache_dir
 
 from pipelines import processes
 from pipelines.console import Progress, Signals, Stopped, UserError, say
+from pipelines.files import write_tensors
 from pipelines.training import checkpoints, sharding
 
 OnNan = Literal["stop", "skip", "rewind"]
@@ -39,6 +40,7 @@ REMEDY = "A lower learning rate, under another --run, may help"
 REWINDS = 3  # from one checkpoint, before it is given up
 SAVE_SECONDS = 60.0  # without a checkpoint, then one is written between two held-out evaluations
 SAVE_SHARE = 0.02  # of the time at most goes into such checkpoints: large ones are written less often
+EARLY = 1 / 8  # of the steps: when the weights are kept that autoguidance leads away from
 CURVE_STEPS = 50  # between two points of a tracker's curves
 
 
@@ -246,8 +248,11 @@ def fit(
     label: str,
     on_nan: OnNan = "stop",
     tracker: Tracker | None = None,
+    early: Path | None = None,
 ) -> checkpoints.Checkpoint:
     """Train `model` in place, from its last checkpoint under `folder` if there is one; returns the best checkpoint.
+
+    early: file for the weights after an eighth of the steps.
 
     The model ends with the best checkpoint's weights, in eval mode. A finished training is only loaded.
     Raises UserError when a loss or gradient is not a number (on_nan "stop"; "skip" leaves that step out and goes on; "rewind"
@@ -258,7 +263,7 @@ def fit(
     if not done or done[-1].step < config.steps:
         # What has been sharded stays so; the caller's model is not.
         trained = copy.deepcopy(model) if isinstance(fabric.strategy, ModelParallelStrategy) else model
-        done = Training(fabric, trained, train, held_out, config, seed, folder, label, on_nan, tracker).run(done)
+        done = Training(fabric, trained, train, held_out, config, seed, folder, label, on_nan, tracker, early).run(done)
     else:
         say(f"{label}: finished, skipped")
     chosen = checkpoints.best(processes.on_first(lambda: checkpoints.prune(folder, done)))
@@ -282,7 +287,9 @@ class Training:
         label: str,
         on_nan: OnNan = "stop",
         tracker: Tracker | None = None,
+        early: Path | None = None,
     ):
+        self.early = early
         self.on_nan, self.tracker = on_nan, tracker or Tracker()
         self.fabric, self.model, self.train, self.held_out = fabric, model, train, held_out
         self.config, self.seed, self.folder, self.label = config, seed, folder, label
@@ -323,6 +330,8 @@ class Training:
                     continue
                 step += 1
                 progress.update(rate, terms)
+                if self.early is not None and step == math.ceil(EARLY * config.steps):
+                    self.write_early(self.early)
                 if step % CURVE_STEPS == 0:
                     self.tracker.scalars(step, "train", terms)
                 due = self.due(signals)
@@ -463,6 +472,11 @@ class Training:
             with self.average.in_use():
                 self.tracker.pictures(step, self.model)
         self.write(step, held_out)
+
+    def write_early(self, path: Path) -> None:
+        with self.average.in_use():
+            weights = sharding.on_cpu(self.model.state_dict())
+        processes.on_first(lambda: write_tensors(path, weights))
 
     def write(self, step: int, held_out: dict[str, float] | None) -> None:
         started = time.monotonic()
