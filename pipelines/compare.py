@@ -12,6 +12,10 @@ from pipelines.pages.page import write_page
 from pipelines.pages.tables import table, write_csv
 from pipelines.pages.words import between_runs
 from pipelines.runs.config import ExtractorName
+from pipelines.runs.dataset import load_data
+from pipelines.runs.latents import training_latents
+from pipelines.runs.parts import load_autoencoder, specs_of
+from pipelines.runs.priors import open_prior
 from pipelines.runs.run import Run
 
 
@@ -52,15 +56,17 @@ def main(arguments: list[str] | None = None) -> None:
     if len({*names}) < len(names):
         raise UserError(f"runs on one page have names of their own, not {', '.join(names)}: rename a folder, or leave one out")
     changed = {name: value for name, value in vars(asked.metrics).items() if value is not None}
+    runs = [replace(run, config=replace(run.config, metrics=replace(run.config.metrics, **changed))) for run in runs]
     for run in runs:
-        run.config = replace(run.config, metrics=replace(run.config.metrics, **changed))
-        run.training_latents()  # fails early when something is unfinished
-        for name in ("standard", *run.learned):
-            run.prior(name, run.specs(run.load_autoencoder()))
+        training_latents(run)  # fails early when something is unfinished
+        specs = specs_of(load_autoencoder(run))
+        open_prior(run, "standard", specs)
+        if run.learned:
+            open_prior(run, "learned", specs)
     sections, everything = [], {}
     for run in runs:
         with run.locked():
-            metrics, described = compare(run, run.data(), asked.seed)
+            metrics, described = compare(run, load_data(run), asked.seed)
         sections.append(described)
         everything[run.folder.name] = metrics
         say(f"{run.folder.name}\n{table(metrics)}")

@@ -13,9 +13,13 @@ from pipelines import processes
 from pipelines.console import UserError, first_process, nearest, run_command, say
 from pipelines.judging.features import kept_best, trained_classifier
 from pipelines.runs.completion import held_latents, known_pixels, picture_to_complete
+from pipelines.runs.conditions import context_of_label, context_of_text
 from pipelines.runs.config import Pixels
+from pipelines.runs.dataset import load_data, read_facts
+from pipelines.runs.parts import load_autoencoder, specs_of
 from pipelines.runs.pictures import write_images
-from pipelines.runs.run import PRIORS, Run
+from pipelines.runs.priors import PRIORS, open_prior
+from pipelines.runs.run import Run
 from pipelines.runs.sampling import generate, pixel_noise
 from stage1_vae.autoencoder import Autoencoder
 from stage2_prior.autoregressive import LearnedPrior
@@ -87,7 +91,7 @@ def completions(run: Run, autoencoder: Autoencoder, prior: Prior, asked: Argumen
     assert asked.complete is not None
     if not isinstance(prior, LearnedPrior):
         raise UserError(f"--complete needs the learned prior, not {asked.prior}")
-    shape, device = run.facts()["image_shape"], run.fabric.device
+    shape, device = read_facts(run).image_shape, run.fabric.device
     image, known = picture_to_complete(asked.complete, shape), known_pixels(asked.keep, shape)
     given, held = held_latents(autoencoder, image, known, device)
     for mask in held:
@@ -119,13 +123,13 @@ def main(arguments: list[str] | None = None) -> None:
         raise UserError(str(error)) from error
     asked.check()
     run = Run.open(asked.run, asked.device)
-    autoencoder = run.load_autoencoder()
-    prior = run.prior(asked.prior, run.specs(autoencoder))
+    autoencoder = load_autoencoder(run)
+    prior = open_prior(run, asked.prior, specs_of(autoencoder))
     if isinstance(prior, LearnedPrior):
         for level in prior.levels:
             level.backbone.to(getattr(torch, asked.dtype))
-    context = run.label(asked.label) if asked.label is not None else None
-    context = run.text(asked.text) if asked.text is not None else context
+    context = context_of_label(run, asked.label) if asked.label is not None else None
+    context = context_of_text(run, asked.text) if asked.text is not None else context
     if asked.how.guidance and asked.prior == "learned" and run.told == "caption" and not asked.text:
         raise UserError("--guidance goes toward a caption: say which with --text")
     if context is not None and not isinstance(prior, LearnedPrior):
@@ -157,7 +161,7 @@ def main(arguments: list[str] | None = None) -> None:
     images = samples.images
     if asked.keep_best < 1:
         assert contexts is not None
-        classifier, _ = trained_classifier(run.fabric, run.config.metrics, run.data(), run.classifiers, seed=1)
+        classifier, _ = trained_classifier(run.fabric, run.config.metrics, load_data(run), run.classifiers, seed=1)
         images = images[kept_best(run.fabric, classifier, images, contexts.cpu(), asked.keep_best)][: asked.count]
     write_images(asked.out, images)
     say(f"{asked.count} images from the {asked.prior} prior of {run.folder}: {asked.out}")

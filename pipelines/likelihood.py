@@ -10,6 +10,7 @@ from pipelines import files
 from pipelines.console import check_least, check_seed, first_process, run_command, say
 from pipelines.judging.likelihood import likelihood
 from pipelines.pages.likelihood import as_table, printed
+from pipelines.runs.dataset import load_data
 from pipelines.runs.run import Run
 
 
@@ -45,8 +46,9 @@ def main(arguments: list[str] | None = None) -> None:
     started = time.monotonic()
     run = Run.open(asked.run, asked.device)
     with run.locked():
+        splits = load_data(run)
         result = likelihood(
-            run, run.data(), images=asked.images, samples=asked.samples, naive=asked.naive, priors=asked.prior, seed=asked.seed
+            run, splits, images=asked.images, samples=asked.samples, naive=asked.naive, priors=asked.prior, seed=asked.seed
         )
     say(f"{run.folder.name}\n{printed(as_table(result))}")
     if asked.json is not None:

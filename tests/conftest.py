@@ -5,6 +5,7 @@ import os
 import pytest
 import torch
 
+from pipelines.data.sets import EmbeddedDigits
 from pipelines.runs.run import Run
 from tests.parts import small_splits, trained_run
 
@@ -20,5 +21,5 @@ def run(tmp_path_factory) -> Run:
 
 @pytest.fixture
 def small_data(monkeypatch) -> None:
-    """The data set of every run is a small one, of the shape of mnist5k's."""
-    monkeypatch.setattr(Run, "data", lambda self: small_splits((1, 28, 28), 4))
+    """The embedded data set is a small one."""
+    monkeypatch.setattr(EmbeddedDigits, "load", lambda self, report=None: small_splits((1, 28, 28), 4))

@@ -17,8 +17,9 @@ from pipelines import processes
 from pipelines.console import Stopped, UserError
 from pipelines.data.images import ImageSet, Splits
 from pipelines.data.sets import TorchvisionSet
+from pipelines.runs.latents import encoded
 from pipelines.runs.recipes import preset
-from pipelines.runs.run import Run, encoded
+from pipelines.runs.run import Run
 from pipelines.runs.sampling import generate
 from pipelines.train_all import train_all
 from pipelines.training.devices import fabric_for

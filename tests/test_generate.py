@@ -19,6 +19,11 @@ from pipelines.pages.comparison import compare
 from pipelines.pages.words import notes
 from pipelines.runs import sampling
 from pipelines.runs.completion import held_latents, known_pixels, picture_to_complete
+from pipelines.runs.conditions import context_of_text, contexts_of, label_number
+from pipelines.runs.dataset import load_data
+from pipelines.runs.latents import encode
+from pipelines.runs.parts import load_autoencoder, specs_of
+from pipelines.runs.priors import open_prior
 from pipelines.runs.recipes import preset
 from pipelines.runs.run import Run
 from pipelines.train_all import train_all
@@ -54,16 +59,15 @@ def test_a_label_by_name_and_guidance(runs, tmp_path):
         assert plain.shape == (6, 28, 28, 1)
         assert (drawn(runs[name], "--label", "2", tmp_path=tmp_path) == plain).all()
         assert (drawn(runs[name], "--label", "2", "--guidance", "50", tmp_path=tmp_path) != plain).any()
-    run = Run.open(runs["mnist-vqvae"], "cpu")
-    run.facts = lambda: {"label_names": ["0 - zero", "Ankle boot"]}
-    assert [int(run.label(name)) for name in ("0", "Zero", "0 - zero", "ankle boot")] == [0, 0, 0, 1]
+    names = ["0 - zero", "Ankle boot"]
+    assert [label_number(name, names) for name in ("0", "Zero", "0 - zero", "ankle boot")] == [0, 0, 0, 1]
     with pytest.raises(UserError, match="no label 'two'.*There are: 0, 1, 2, 3"):
         drawn(runs["mnist-vqvae"], "--label", "two", tmp_path=tmp_path)
 
 
 def test_text(runs, tmp_path):
     run, texts = Run.open(runs["fashion-dalle"], "cpu"), ("a pair of 2s", "a picture of a 3")
-    assert not torch.equal(*map(run.text, texts))
+    assert not torch.equal(*(context_of_text(run, text) for text in texts))
     guided = ["--guidance", "3"]
     one, other = (drawn(runs["fashion-dalle"], "--text", text, *guided, tmp_path=tmp_path) for text in texts)
     assert one.shape == other.shape == (6, 28, 28, 1) and (one != other).any()
@@ -205,7 +209,7 @@ def test_the_comparison_of_a_conditional_prior_of_codes(runs):
 
 def test_with_few_images_no_guidance_is_chosen(runs):
     run = Run.open(runs["mnist-vqvae"], "cpu")
-    splits = run.data()
+    splits = load_data(run)
     metrics, _ = compare(run, dataclasses.replace(splits, test=splits.test.subset(torch.arange(50))))
     few = "guidance: not chosen, 10 samples of each strength are too few for a Fréchet distance."
     assert few in notes(metrics) and "guided" not in metrics["priors"]
@@ -217,16 +221,16 @@ def test_the_comparison_finds_the_best_guidance(runs, monkeypatch):
     for best in (0.0, 2.0):
         distances = itertools.cycle([1 + abs(strength - best) for strength in STRENGTHS])
         monkeypatch.setattr(FeatureSpace, "distance_of", lambda self, features, of=distances: next(of))
-        metrics, _ = compare(run, run.data())
+        metrics, _ = compare(run, load_data(run))
         tried = [row["guidance"] for row in metrics["guidance"]]
         assert tried == list(STRENGTHS) and {row["images"] for row in metrics["guidance"]} == {65}
         page = (run.folder / "compare" / "page.html").read_text()
         assert ("guided" in metrics["priors"]) == ("guidance 2" in page) == (best > 0)
     row = metrics["priors"]["guided"]
     assert row["guidance"] == 2 and 0 <= row["label_read"] <= 1 and row["fd"] != metrics["priors"]["learned"]["fd"]
-    labels = run.contexts(run.data().test)[torch.randperm(120, generator=torch.Generator().manual_seed(0))]
-    autoencoder, space = run.load_autoencoder(), feature_space(run.fabric, run.config.metrics, run.data(), run.classifiers)
-    prior, device = run.prior("learned", run.specs(autoencoder)), run.fabric.device
+    labels = contexts_of(run, load_data(run).test)[torch.randperm(120, generator=torch.Generator().manual_seed(0))]
+    autoencoder, space = load_autoencoder(run), feature_space(run.fabric, run.config.metrics, load_data(run), run.classifiers)
+    prior, device = open_prior(run, "learned", specs_of(autoencoder)), run.fabric.device
     again = sampling.generate(autoencoder, prior, 120, seed=0, device=device, how=Sampling(guidance=2.0), contexts=labels)
     monkeypatch.undo()
     assert row["fd"] == pytest.approx(space.frechet_distance(again.images, "features"))
@@ -249,9 +253,9 @@ def test_a_tokenizer_is_fitted_to_the_training_split_alone(runs):
     path.unlink()
     for part in ("validation", "test"):
         with pytest.raises(UserError, match="there is no .*tokenizer.json.* train_all"):
-            run.encode(run.load_autoencoder(), getattr(splits, part), part)
+            encode(run, load_autoencoder(run), getattr(splits, part), part)
         assert not path.exists()
-    run.encode(run.load_autoencoder(), splits.train, "train")
+    encode(run, load_autoencoder(run), splits.train, "train")
     assert path.read_bytes() == content
 
 
@@ -298,7 +302,7 @@ def test_samples_that_are_not_numbers_are_counted_and_named(runs, tmp_path, monk
     images = drawn(runs["mnist5k"], "--prior", "standard", tmp_path=tmp_path)
     assert (images[2] == 0).all() and "warning: 1 of 6 samples are not numbers and are black" in capsys.readouterr().out
     run = Run.open(runs["mnist5k"], "cpu")
-    metrics, _ = compare(run, run.data())
+    metrics, _ = compare(run, load_data(run))
     assert metrics["warnings"] == ["standard: 1 of 120 samples are not numbers and are black"]
     assert "standard: 1 of 120 samples are not numbers" in (run.folder / "compare" / "page.html").read_text()
     assert all(np.isfinite(metrics["priors"]["standard"][figure]) for figure in FIGURES)

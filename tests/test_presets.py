@@ -21,11 +21,15 @@ from pipelines.judging.features import feature_space
 from pipelines.judging.quality import nearest_neighbours
 from pipelines.judging.tradeoffs import lowest_fd
 from pipelines.pages.comparison import compare
-from pipelines.runs import run as run_module
+from pipelines.runs import latents as latents_module
 from pipelines.runs.config import RunConfig, from_dict, to_dict
+from pipelines.runs.dataset import load_data
+from pipelines.runs.latents import encode, training_latents
+from pipelines.runs.parts import load_autoencoder
 from pipelines.runs.phases import Options
+from pipelines.runs.priors import PRIORS
 from pipelines.runs.recipes import PRESETS, preset
-from pipelines.runs.run import CHECKPOINTS, PRIORS, Run, read_config
+from pipelines.runs.run import CHECKPOINTS, Run, read_config
 from pipelines.train_all import parse, train_all
 from pipelines.training.fit import fit
 from stage1_vae import bottlenecks
@@ -78,7 +82,7 @@ def test_end_to_end(name, tmp_path, monkeypatch, capsys):
     capsys.readouterr()
 
     train(name, run.config, monkeypatch)
-    phases = 1 + len(run.learned) + (run.config.refine is not None)
+    phases = 1 + run.learned + (run.config.refine is not None)
     assert capsys.readouterr().out.count("skipped") == phases + 1
 
     for prior in known:
@@ -100,21 +104,21 @@ def test_both_stages_see_mirror_images(name, tmp_path, monkeypatch):
 
     monkeypatch.setattr("pipelines.runs.phases.fit", watched)
     run = train(name, dataclasses.replace(shrunk(preset(name)), mirror=True), monkeypatch)
-    images, autoencoder = run.data().train, run.load_autoencoder()
+    images, autoencoder = load_data(run).train, load_autoencoder(run)
     assert isinstance(seen["stage 1"], Mirrored) and seen["stage 1"].images is images.images
     latents, count = seen["stage 2"], len(images)
     assert len(latents) == 2 * count and torch.equal(latents.contexts[:count], latents.contexts[count:])
     for half, shown in ((slice(None, count), images.images), (slice(count, None), images.images.flip(-1))):
-        expected = run.encode(autoencoder, ImageSet(shown, images.labels), f"{half.start}").posteriors(slice(None))
+        expected = encode(run, autoencoder, ImageSet(shown, images.labels), f"{half.start}").posteriors(slice(None))
         for found, level in zip(latents.posteriors(half), expected):
             assert all(torch.equal(found[name], tensor) for name, tensor in level.items())
-    assert len(run.training_latents()) == 2 * count
+    assert len(training_latents(run)) == 2 * count
 
     # What is copied may be copied from either.
     metrics = json.loads((run.folder / "compare" / "metrics.json").read_text())
-    space = feature_space(run.fabric, run.config.metrics, run.data(), run.classifiers)
+    space = feature_space(run.fabric, run.config.metrics, load_data(run), run.classifiers)
     either = torch.cat([space.reference, space.features(images.images.flip(-1), "flipped")])
-    distances, _ = nearest_neighbours(space.features(run.data().test.images, "test"), either)
+    distances, _ = nearest_neighbours(space.features(load_data(run).test.images, "test"), either)
     assert metrics["real"]["distance_to_training"] == pytest.approx(float(distances.median()))
 
 
@@ -260,7 +264,7 @@ def test_an_unfinished_run_says_so(tmp_path, monkeypatch):
     run = Run.create(tmp_path / "r", config, "cpu")
     assert not run.folder.exists()
     with pytest.raises(UserError, match="unfinished: stage 1"):
-        run.load_autoencoder()
+        load_autoencoder(run)
     run = train("mnist5k", config, monkeypatch)
     shutil.rmtree(run.folder / "stage2")
     with pytest.raises(UserError, match="unfinished: stage2"):
@@ -319,15 +323,15 @@ def test_the_rows_of_the_comparison_use_the_same_images(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     run = train("mnist5k", shrunk(preset("mnist5k")), monkeypatch)
     first = json.loads((run.folder / "compare" / "metrics.json").read_text())
-    assert compare(run, run.data())[0] == first
-    other, _ = compare(run, run.data(), seed=1)
+    assert compare(run, load_data(run))[0] == first
+    other, _ = compare(run, load_data(run), seed=1)
     assert other["priors"]["learned"]["fd"] != first["priors"]["learned"]["fd"] and other["seed"] == 1
 
 
 @pytest.mark.parametrize("images", [1, 3])
 @pytest.mark.usefixtures("small_data")
 def test_very_few_held_out_images_are_compared(run, images):
-    splits = run.data()
+    splits = load_data(run)
     few = dataclasses.replace(splits, test=splits.test.subset(torch.arange(images)))
     metrics, _ = compare(run, few)
     assert metrics["images"] == images and "fd" in metrics["withheld"]
@@ -370,8 +374,8 @@ def test_a_folder_read_from_disk_ends_in_the_figures_of_one_in_memory(tmp_path, 
         Image.fromarray(image[0].numpy()).save(folder / str(label) / f"{index}.png")
     figures, latents = [], []
     for in_memory in (1.0, 0.0):
-        monkeypatch.setattr(run_module, "SHARD_BYTES", 1 if in_memory == 0 else 2**28)
-        monkeypatch.setattr(run_module, "ENCODING_BATCH", 50)
+        monkeypatch.setattr(latents_module, "SHARD_BYTES", 1 if in_memory == 0 else 2**28)
+        monkeypatch.setattr(latents_module, "ENCODING_BATCH", 50)
         config = dataclasses.replace(shrunk(preset("mnist5k")), data=Folder(folder, size=28, channels=1, in_memory=in_memory))
         run = Run.create(tmp_path / f"from-{in_memory}" / "run", config, "cpu")
         train_all(run)

@@ -10,6 +10,7 @@ import torch
 from lightning_fabric import Fabric
 
 from pipelines.pages.comparison import compare
+from pipelines.runs.dataset import load_data
 from pipelines.training import checkpoints
 from tests import on_ranks
 from tests.parts import random_latents
@@ -107,6 +108,6 @@ def test_a_run_of_two_processes_is_finished_for_one(folder, capsys, monkeypatch)
     metrics = json.loads((folder / "run" / "compare" / "metrics.json").read_text())
     run = on_ranks.run_of_codes(folder / "run")
     assert capsys.readouterr().out.count("skipped") == 3
-    again, _ = compare(run, run.data())
+    again, _ = compare(run, load_data(run))
     assert json.loads(json.dumps(again)) == metrics
     assert (folder / "said").read_text().count("gap closed") == 1, "only one process prints"

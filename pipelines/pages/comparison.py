@@ -31,6 +31,9 @@ from pipelines.pages.plots import histogram, nearest_plot, picture, projections,
 from pipelines.pages.tables import write_csv
 from pipelines.pages.words import drawn_from, generator, title
 from pipelines.runs.config import RunConfig, to_dict
+from pipelines.runs.latents import encode
+from pipelines.runs.parts import load_autoencoder, specs_of, weights_of
+from pipelines.runs.priors import densities, open_prior
 from pipelines.runs.run import Run
 from pipelines.runs.sampling import Samples, generate, pixel_noise
 from pipelines.training import checkpoints
@@ -39,7 +42,7 @@ from stage1_vae.bottlenecks import perplexity
 from stage2_prior.autoregressive import LearnedPrior
 from stage2_prior.conditions import Unconditional
 from stage2_prior.latents import LatentDataset, LatentSpec
-from stage2_prior.prior import Prior, baselines
+from stage2_prior.prior import Prior
 from stage2_prior.sampling import Sampling
 
 SHOWN = 16  # images in a row of the picture
@@ -57,15 +60,15 @@ def compare(run: Run, splits: Splits, seed: int = 0) -> tuple[dict[str, Any], Se
     Returns the metrics, and what the page says.
     """
     beginning = time.perf_counter()
-    autoencoder = run.load_autoencoder()
-    specs = run.specs(autoencoder)
+    autoencoder = load_autoencoder(run)
+    specs = specs_of(autoencoder)
     space = feature_space(run.fabric, run.config.metrics, splits, run.classifiers)
     count = min(run.config.metrics.images, len(splits.test))
     chosen = torch.randperm(len(splits.test), generator=torch.Generator().manual_seed(seed))[:count]
-    latents = run.encode(autoencoder, splits.test, "test")
+    latents = encode(run, autoencoder, splits.test, "test")
     told = None if latents.contexts is None or isinstance(run.condition, Unconditional) else latents.contexts[chosen]
     rows = {"real": splits.test.images[chosen], "reconstruction": reconstruct(run, autoencoder, latents, chosen)}
-    priors = {name: run.prior(name, specs) for name in (*baselines(specs), *run.learned, "posterior")}
+    priors = {name: open_prior(run, name, specs) for name in (*densities(run, specs), "posterior")}
     seconds, flat, warnings = {}, {}, []
 
     def sampled(row: str, prior: Prior, number: int = count, seed: int = seed, guided: float = 0.0) -> Samples:
@@ -135,7 +138,7 @@ def compare(run: Run, splits: Splits, seed: int = 0) -> tuple[dict[str, Any], Se
     metrics["images"] = count
     metrics["images_of"] = {"reference": len(splits.train), "real": "test split", "reconstruction": "test split"}
     metrics["seed"] = seed
-    metrics["weights"] = run.weights()
+    metrics["weights"] = weights_of(run)
     metrics["features"] = space.description
     metrics["intervals"] = intervals(space.model.dimensions)
     metrics["withheld"] = judge.withheld
@@ -303,7 +306,7 @@ def verdict(metrics: dict[str, Any], withheld: str | None) -> dict[str, Any]:
 def compared(run: Run, splits: Splits) -> dict[str, Any]:
     """The metrics of the comparison that the run's config asks for, made unless it is there."""
     path = run.folder / "compare" / "metrics.json"
-    metrics, weights = read_json(path) if processes.on_first(path.exists) else {}, run.weights()
+    metrics, weights = read_json(path) if processes.on_first(path.exists) else {}, weights_of(run)
     if metrics and asked_for(metrics, run.config, weights):
         say("compare: finished, skipped")
     else:
