@@ -7,11 +7,12 @@ import tyro
 
 from pipelines.console import UserError, check_seed, first_process, run_command, say
 from pipelines.files import write_json
-from pipelines.pages.comparison import compare
-from pipelines.pages.page import write_page
+from pipelines.judging.comparison import Comparison, to_dict
+from pipelines.pages.page import Section, write_page
+from pipelines.pages.report import report_folder, write_report
 from pipelines.pages.tables import table, write_csv
 from pipelines.pages.words import between_runs
-from pipelines.runs.config import ExtractorName
+from pipelines.runs.config import ExtractorName, MetricsConfig
 from pipelines.runs.dataset import load_data
 from pipelines.runs.latents import training_latents
 from pipelines.runs.parts import load_autoencoder, specs_of
@@ -27,6 +28,13 @@ class Judging:
     """classifier or inception"""
     weights: Path | None = None
     """file of inception's weights, where they cannot be downloaded"""
+    images: int | None = None
+    """images in every row"""
+
+    def instead_of(self, configured: MetricsConfig) -> MetricsConfig:
+        """What is configured, but for what is asked for here."""
+        asked = {name: value for name, value in vars(self).items() if value is not None}
+        return replace(configured, **asked)
 
 
 @dataclass(frozen=True)
@@ -49,35 +57,42 @@ def main(arguments: list[str] | None = None) -> None:
     if not asked.runs:
         raise UserError("name a run to compare: python -m pipelines.compare RUN [RUN …]")
     check_seed(asked.seed)
+    if asked.metrics.images is not None and asked.metrics.images < 1:
+        raise UserError(f"--metrics.images is a number from 1 up, not {asked.metrics.images}")
     if asked.out.suffix not in (".html", ".htm"):
         raise UserError(f"--out is the file of a page, such as comparison.html, not {asked.out}")
     runs = [Run.open(name, asked.device) for name in asked.runs]
     names = [run.folder.name for run in runs]
     if len({*names}) < len(names):
         raise UserError(f"runs on one page have names of their own, not {', '.join(names)}: rename a folder, or leave one out")
-    changed = {name: value for name, value in vars(asked.metrics).items() if value is not None}
-    runs = [replace(run, config=replace(run.config, metrics=replace(run.config.metrics, **changed))) for run in runs]
     for run in runs:
         training_latents(run)  # fails early when something is unfinished
         specs = specs_of(load_autoencoder(run))
         open_prior(run, "standard", specs)
         if run.learned:
             open_prior(run, "learned", specs)
-    sections, everything = [], {}
+    sections, comparisons = [], {}
     for run in runs:
+        judging = asked.metrics.instead_of(run.config.metrics)
         with run.locked():
-            metrics, described = compare(run, load_data(run), asked.seed)
-        sections.append(described)
-        everything[run.folder.name] = metrics
-        say(f"{run.folder.name}\n{table(metrics)}")
-        say(f"page, picture and figures: {run.folder / 'compare'}")
+            comparison, section = write_report(run, load_data(run), judging, asked.seed)
+        sections.append(section)
+        comparisons[run.folder.name] = comparison
+        say(f"{run.folder.name}\n{table(comparison)}")
+        say(f"page, picture and figures: {report_folder(run, judging, asked.seed)}")
     if len(runs) > 1:
-        findings = between_runs(everything)
-        write_page(asked.out, sections, metrics["versions"], findings)
-        write_json(asked.out.with_suffix(".json"), everything)
-        write_csv(asked.out.with_suffix(".csv"), everything)
-        say("\n".join(findings))
-        say(f"all runs on one page: {asked.out}")
+        write_together(asked.out, sections, comparisons)
+
+
+def write_together(path: Path, sections: list[Section], comparisons: dict[str, Comparison]) -> None:
+    """The page of several runs, and the same figures beside it."""
+    findings = between_runs(comparisons)
+    versions = [*comparisons.values()][-1].versions
+    write_page(path, sections, versions, findings)
+    write_json(path.with_suffix(".json"), {name: to_dict(comparison) for name, comparison in comparisons.items()})
+    write_csv(path.with_suffix(".csv"), comparisons)
+    say("\n".join(findings))
+    say(f"all runs on one page: {path}")
 
 
 if __name__ == "__main__":

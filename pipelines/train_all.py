@@ -14,9 +14,8 @@ import tyro
 
 from pipelines.console import UserError, first_process, run_command, say
 from pipelines.judging.features import inception
-from pipelines.pages.comparison import compared
+from pipelines.pages.report import finished_comparison
 from pipelines.pages.tables import table
-from pipelines.pages.words import generator
 from pipelines.runs.config import RunConfig
 from pipelines.runs.phases import DEFAULTS, Options, train
 from pipelines.runs.recipes import DEFAULT_PRESET, PRESETS, preset
@@ -59,13 +58,13 @@ def train_all(run: Run, options: Options = DEFAULTS) -> None:
             inception(run.config.metrics.weights)
     splits = train(run, options)
     with run.locked():
-        metrics = compared(run, splits)
-    say(table(metrics))
-    guided = metrics["priors"].get("guided", {})
-    how = f" --guidance {guided['guidance']:g}" if guided else ""
+        comparison = finished_comparison(run, splits)
+    say(table(comparison))
+    guided = comparison.priors.get("guided")
+    how = "" if guided is None else f" --guidance {guided.guidance:g}"
     say(
         f"everything lies in {run.folder}; look at {run.folder / 'compare' / 'page.html'};"
-        f" more samples: python -m pipelines.generate {run.name} --prior {generator(metrics)}{how} --count 64 --out samples.png"
+        f" more samples: python -m pipelines.generate {run.name} --prior {comparison.generator}{how} --count 64 --out samples.png"
     )
     say(f"{time.monotonic() - started:.0f} seconds")
 

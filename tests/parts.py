@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from pipelines.data.images import ImageSet, Splits, with_validation
+from pipelines.judging.comparison import Comparison
+from pipelines.pages.report import write_report
 from pipelines.runs.config import RunConfig
 from pipelines.runs.phases import train
 from pipelines.runs.recipes import preset
@@ -132,6 +134,11 @@ def trained_run(folder: Path, name: str, **parts) -> Run:
         run = Run.create(folder / name, config, "cpu")
         train(run)
     return run
+
+
+def compared(run: Run, splits: Splits, seed: int = 0) -> Comparison:
+    """The comparison that the run's config asks for, made anew."""
+    return write_report(run, splits, run.config.metrics, seed)[0]
 
 
 def jacobian(function, inputs: Tensor) -> Tensor:

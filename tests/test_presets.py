@@ -17,10 +17,11 @@ from pipelines import generate
 from pipelines.console import UserError
 from pipelines.data.folder import Folder
 from pipelines.data.images import ImageSet, Mirrored
+from pipelines.judging.comparison import from_dict as comparison_from_dict
+from pipelines.judging.comparison import to_dict as comparison_to_dict
 from pipelines.judging.features import feature_space
 from pipelines.judging.quality import nearest_neighbours
 from pipelines.judging.tradeoffs import lowest_fd
-from pipelines.pages.comparison import compare
 from pipelines.runs import latents as latents_module
 from pipelines.runs.config import RunConfig, from_dict, to_dict
 from pipelines.runs.dataset import load_data
@@ -35,7 +36,7 @@ from pipelines.training.fit import fit
 from stage1_vae import bottlenecks
 from stage2_prior.autoregressive import AutoregressiveConfig, AutoregressivePrior
 from stage2_prior.prior import CODE_BASELINES, CONTINUOUS_BASELINES
-from tests.parts import BACKBONES, HEADS, LEARNED, shrunk, small_splits
+from tests.parts import BACKBONES, HEADS, LEARNED, compared, shrunk, small_splits
 
 LISTING = Path(__file__).parent.parent / "checkpoints" / "README.md"
 README = Path(__file__).parents[1] / "README.md"
@@ -63,8 +64,8 @@ def test_end_to_end(name, tmp_path, monkeypatch, capsys):
     metrics = json.loads((run.folder / "compare" / "metrics.json").read_text())
     discrete = "codes" in metrics
     known = [name for name in PRIORS if name not in (CONTINUOUS_BASELINES if discrete else CODE_BASELINES) or name == "standard"]
-    guided, best = metrics["priors"].pop("guided", None), lowest_fd(metrics.get("guidance", []))
-    assert (guided is not None) == bool(best and best["guidance"])
+    guided, best = metrics["priors"].pop("guided", None), lowest_fd(comparison_from_dict(metrics).guidance)
+    assert (guided is not None) == bool(best and best.guidance)
     assert set(metrics["priors"]) == set(known)
     if not run.learned:
         assert "stage2.steps 0" in metrics["priors"].pop("learned")["note"]
@@ -299,7 +300,7 @@ def test_what_is_not_installed_is_said_before_anything_is_trained(tmp_path, monk
 
 
 def test_the_comparison_of_a_run_is_the_one_its_config_asks_for(tmp_path, monkeypatch, capsys):
-    """One made with another seed is made anew; the hint names the run as `generate` knows it."""
+    """One made with another seed lies beside it; the hint names the run as `generate` knows it."""
     monkeypatch.chdir(tmp_path)
     config = shrunk(preset("mnist5k"))
     monkeypatch.setattr(type(config.data), "load", lambda self, report=None: small_splits((1, 28, 28), 4))
@@ -307,7 +308,8 @@ def test_the_comparison_of_a_run_is_the_one_its_config_asks_for(tmp_path, monkey
         train_all(Run.create(folder, config, "cpu"))
         first = json.loads((folder / "compare" / "metrics.json").read_text())
         compare_module.main([str(folder), "--seed", "3", "--device", "cpu"])
-        assert json.loads((folder / "compare" / "metrics.json").read_text())["seed"] == 3
+        assert json.loads((folder / "compare" / "seed-3" / "metrics.json").read_text())["seed"] == 3
+        assert json.loads((folder / "compare" / "metrics.json").read_text()) == first
         capsys.readouterr()
         train_all(Run.create(folder, config, "cpu"))
         assert json.loads((folder / "compare" / "metrics.json").read_text()) == first
@@ -323,9 +325,9 @@ def test_the_rows_of_the_comparison_use_the_same_images(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     run = train("mnist5k", shrunk(preset("mnist5k")), monkeypatch)
     first = json.loads((run.folder / "compare" / "metrics.json").read_text())
-    assert compare(run, load_data(run))[0] == first
-    other, _ = compare(run, load_data(run), seed=1)
-    assert other["priors"]["learned"]["fd"] != first["priors"]["learned"]["fd"] and other["seed"] == 1
+    assert comparison_to_dict(compared(run, load_data(run))) == first
+    other = compared(run, load_data(run), seed=1)
+    assert other.priors["learned"].fd != first["priors"]["learned"]["fd"] and other.seed == 1
 
 
 @pytest.mark.parametrize("images", [1, 3])
@@ -333,8 +335,8 @@ def test_the_rows_of_the_comparison_use_the_same_images(tmp_path, monkeypatch):
 def test_very_few_held_out_images_are_compared(run, images):
     splits = load_data(run)
     few = dataclasses.replace(splits, test=splits.test.subset(torch.arange(images)))
-    metrics, _ = compare(run, few)
-    assert metrics["images"] == images and "fd" in metrics["withheld"]
+    comparison = compared(run, few)
+    assert comparison.images == images and "fd" in comparison.withheld
 
 
 def test_the_example_of_the_readme_runs(run, tmp_path, monkeypatch):
