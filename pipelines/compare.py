@@ -6,18 +6,7 @@ from pathlib import Path
 import tyro
 
 from pipelines.console import UserError, check_seed, first_process, run_command, say
-from pipelines.files import write_json
-from pipelines.judging.comparison import Comparison, to_dict
-from pipelines.pages.page import Section, write_page
-from pipelines.pages.report import report_folder, write_report
-from pipelines.pages.tables import table, write_csv
-from pipelines.pages.words import between_runs
-from pipelines.runs.config import ExtractorName, MetricsConfig
-from pipelines.runs.dataset import load_data
-from pipelines.runs.latents import training_latents
-from pipelines.runs.parts import load_autoencoder, specs_of
-from pipelines.runs.priors import open_prior
-from pipelines.runs.run import Run
+from pipelines.runs.names import Device, ExtractorName
 
 
 @dataclass(frozen=True)
@@ -31,11 +20,6 @@ class Judging:
     images: int | None = None
     """images in every row"""
 
-    def instead_of(self, configured: MetricsConfig) -> MetricsConfig:
-        """What is configured, but for what is asked for here."""
-        asked = {name: value for name, value in vars(self).items() if value is not None}
-        return replace(configured, **asked)
-
 
 @dataclass(frozen=True)
 class Arguments:
@@ -48,8 +32,8 @@ class Arguments:
     metrics: Judging = field(default_factory=Judging)
     out: Path = Path("comparison.html")
     """the page of several runs, with .json and .csv beside it; that of each lies in its folder"""
-    device: str = "auto"
-    """auto, cpu, cuda or mps"""
+    device: Device = "auto"
+    """the device to run on; auto takes the fastest that is there"""
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -61,19 +45,27 @@ def main(arguments: list[str] | None = None) -> None:
         raise UserError(f"--metrics.images is a number from 1 up, not {asked.metrics.images}")
     if asked.out.suffix not in (".html", ".htm"):
         raise UserError(f"--out is the file of a page, such as comparison.html, not {asked.out}")
+    compare_runs(asked)
+
+
+def compare_runs(asked: Arguments) -> None:
+    # Slow to import, and --help needs none of it.
+    from pipelines.pages.report import check_finished, report_folder, write_report, write_together
+    from pipelines.pages.tables import table
+    from pipelines.runs.dataset import load_data
+    from pipelines.runs.run import Run
+
     runs = [Run.open(name, asked.device) for name in asked.runs]
     names = [run.folder.name for run in runs]
     if len({*names}) < len(names):
         raise UserError(f"runs on one page have names of their own, not {', '.join(names)}: rename a folder, or leave one out")
     for run in runs:
-        training_latents(run)  # fails early when something is unfinished
-        specs = specs_of(load_autoencoder(run))
-        open_prior(run, "standard", specs)
-        if run.learned:
-            open_prior(run, "learned", specs)
+        check_finished(run)
     sections, comparisons = [], {}
     for run in runs:
-        judging = asked.metrics.instead_of(run.config.metrics)
+        judging = run.config.metrics
+        for name, value in vars(asked.metrics).items():
+            judging = judging if value is None else replace(judging, **{name: value})
         with run.locked():
             comparison, section = write_report(run, load_data(run), judging, asked.seed)
         sections.append(section)
@@ -82,17 +74,6 @@ def main(arguments: list[str] | None = None) -> None:
         say(f"page, picture and figures: {report_folder(run, judging, asked.seed)}")
     if len(runs) > 1:
         write_together(asked.out, sections, comparisons)
-
-
-def write_together(path: Path, sections: list[Section], comparisons: dict[str, Comparison]) -> None:
-    """The page of several runs, and the same figures beside it."""
-    findings = between_runs(comparisons)
-    versions = [*comparisons.values()][-1].versions
-    write_page(path, sections, versions, findings)
-    write_json(path.with_suffix(".json"), {name: to_dict(comparison) for name, comparison in comparisons.items()})
-    write_csv(path.with_suffix(".csv"), comparisons)
-    say("\n".join(findings))
-    say(f"all runs on one page: {path}")
 
 
 if __name__ == "__main__":

@@ -13,6 +13,17 @@ os.environ["OMP_NUM_THREADS"] = "1"  # of the commands that tests start
 torch.set_num_threads(1)
 
 
+APART = ("test_presets.py", "test_recipes.py")  # whose tests share little and take long together
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The tests of a file share its fixtures, so they run in one process; those of a few files each where there is room."""
+    for item in items:
+        if item.path.name not in APART:
+            item.add_marker(pytest.mark.xdist_group(item.path.name))
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> Run:
     """A shrunk run of mnist5k, without its comparison; its data are `small_data`."""

@@ -14,7 +14,7 @@ from pipelines.runs.config import RunConfig
 from pipelines.runs.phases import train
 from pipelines.runs.recipes import preset
 from pipelines.runs.run import Run
-from pipelines.training.fit import FitConfig
+from pipelines.training.config import FitConfig
 from stage1_vae import bottlenecks, likelihoods
 from stage1_vae.hierarchy import Hierarchical
 from stage1_vae.networks import Convolutional, ConvolutionalFlat, FullyConnected

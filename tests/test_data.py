@@ -27,7 +27,8 @@ from pipelines.runs.dataset import load_data, write_facts
 from pipelines.runs.recipes import preset
 from pipelines.runs.run import Run
 from pipelines.training import checkpoints
-from pipelines.training.fit import FitConfig, fit
+from pipelines.training.config import FitConfig
+from pipelines.training.fit import fit
 from stage1_vae.autoencoder import AutoencoderConfig
 from stage1_vae.networks import FullyConnected
 

@@ -16,6 +16,7 @@ from pipelines.console import UserError
 from pipelines.judging.comparison import read_comparison
 from pipelines.judging.features import FIGURES, FeatureSpace, feature_space
 from pipelines.judging.tradeoffs import STRENGTHS, lowest_fd
+from pipelines.pages.report import train_all
 from pipelines.pages.words import notes
 from pipelines.runs import sampling
 from pipelines.runs.completion import held_latents, known_pixels, picture_to_complete
@@ -26,7 +27,6 @@ from pipelines.runs.parts import load_autoencoder, specs_of
 from pipelines.runs.priors import open_prior
 from pipelines.runs.recipes import preset
 from pipelines.runs.run import Run
-from pipelines.train_all import train_all
 from stage1_vae import bottlenecks
 from stage1_vae.autoencoder import AutoencoderConfig
 from stage2_prior.prior import StandardNormal

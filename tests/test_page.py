@@ -15,10 +15,10 @@ from PIL import Image
 from pipelines import compare
 from pipelines.judging.comparison import from_dict
 from pipelines.judging.features import FIGURES
+from pipelines.pages.report import train_all
 from pipelines.pages.words import between_runs
 from pipelines.runs.recipes import preset
 from pipelines.runs.run import Run
-from pipelines.train_all import train_all
 from tests.parts import shrunk, small_splits
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")

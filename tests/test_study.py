@@ -15,7 +15,7 @@ from pipelines.runs.run import Run
 from pipelines.studies import aggregate_posterior, evidence, samples_per_image
 from pipelines.studies.samples_per_image import gradients_of_draws
 from pipelines.studies.trained import Trained
-from pipelines.training.fit import FitConfig
+from pipelines.training.config import FitConfig
 from stage1_vae.bottlenecks import gaussian_rate
 from stage1_vae.bounds import draws, log_likelihoods
 from stage2_prior.heads import gaussian_log_prob

@@ -7,6 +7,7 @@ import tyro
 
 from pipelines.benchmarks.measuring import Rows
 from pipelines.console import UserError
+from pipelines.runs.names import Device
 from pipelines.runs.parts import load_autoencoder, specs_of
 from pipelines.runs.priors import open_prior
 from pipelines.runs.run import Run
@@ -29,8 +30,8 @@ class BenchmarkBatches:
     """the two batch sizes"""
     json: Path | None = None
     """file to write the row to"""
-    device: str = "auto"
-    """auto, cpu, cuda or mps"""
+    device: Device = "auto"
+    """the device to run on; auto takes the fastest that is there"""
 
     def rows(self) -> Rows:
         if min(self.count, *self.batch) < 1:

@@ -12,11 +12,13 @@ from pipelines.benchmarks.measuring import Rows, median_seconds
 from pipelines.runs.conditions import contexts_of
 from pipelines.runs.dataset import write_facts
 from pipelines.runs.latents import encoded, latent_dataset
+from pipelines.runs.names import Device
 from pipelines.runs.parts import new_autoencoder, new_prior, specs_of
 from pipelines.runs.recipes import preset
 from pipelines.runs.run import Run
+from pipelines.training.config import FitConfig
 from pipelines.training.devices import devices
-from pipelines.training.fit import FitConfig, Source, Training
+from pipelines.training.fit import Source, Training
 
 
 @dataclass(frozen=True)
@@ -29,8 +31,8 @@ class BenchmarkTraining:
     """measured steps of each stage; medians are stated"""
     json: Path | None = None
     """file to write the rows to"""
-    device: str = "auto"
-    """auto, cpu, cuda or mps"""
+    device: Device = "auto"
+    """the device to run on; auto takes the fastest that is there"""
 
     def rows(self) -> Rows:
         """One row a part, for the networks and batch sizes of the preset: stage 1, encoding, stage 2."""

@@ -8,13 +8,41 @@ from pipelines import files, processes
 from pipelines.console import say
 from pipelines.data.images import Splits
 from pipelines.judging.compare import Exhibits, compare
-from pipelines.judging.comparison import Comparison, read_comparison, write_comparison
+from pipelines.judging.comparison import Comparison, read_comparison, to_dict, write_comparison
+from pipelines.judging.features import inception
 from pipelines.pages.page import Section, section_of, write_page
 from pipelines.pages.plots import write_picture
-from pipelines.pages.tables import write_csv
+from pipelines.pages.tables import table, write_csv
+from pipelines.pages.words import between_runs
 from pipelines.runs.config import MetricsConfig
-from pipelines.runs.parts import weights_of
+from pipelines.runs.latents import training_latents
+from pipelines.runs.options import DEFAULTS, Options
+from pipelines.runs.parts import load_autoencoder, specs_of, weights_of
+from pipelines.runs.phases import train
+from pipelines.runs.priors import open_prior
 from pipelines.runs.run import Run
+
+
+def train_all(run: Run, options: Options = DEFAULTS) -> None:
+    """Every part of a run that is not finished yet, its comparison included.
+
+    Raises UserError when another process works on it.
+    """
+    started = time.monotonic()
+    if run.config.metrics.extractor == "inception":  # what is missing is said before hours of training, not after
+        with run.fabric.rank_zero_first(local=True):  # which may download it
+            inception(run.config.metrics.weights)
+    splits = train(run, options)
+    with run.locked():
+        comparison = finished_comparison(run, splits)
+    say(table(comparison))
+    guided = comparison.priors.get("guided")
+    how = "" if guided is None else f" --guidance {guided.guidance:g}"
+    say(
+        f"everything lies in {run.folder}; look at {run.folder / 'compare' / 'page.html'};"
+        f" more samples: python -m pipelines.generate {run.name} --prior {comparison.generator}{how} --count 64 --out samples.png"
+    )
+    say(f"{time.monotonic() - started:.0f} seconds")
 
 
 def report_folder(run: Run, judging: MetricsConfig, seed: int = 0) -> Path:
@@ -65,3 +93,23 @@ def is_of(comparison: Comparison, run: Run, splits: Splits) -> bool:
     as_configured = comparison.seed == 0 and by_inception == (asked.extractor == "inception")
     as_many = comparison.images == min(asked.images, len(splits.test))
     return as_configured and as_many and comparison.weights in ({}, weights_of(run))  # of an earlier version there are none
+
+
+def check_finished(run: Run) -> None:
+    """Raises UserError early where a part that is compared is not finished."""
+    training_latents(run)
+    specs = specs_of(load_autoencoder(run))
+    open_prior(run, "standard", specs)
+    if run.learned:
+        open_prior(run, "learned", specs)
+
+
+def write_together(path: Path, sections: list[Section], comparisons: dict[str, Comparison]) -> None:
+    """The page of several runs, and the same figures beside it."""
+    findings = between_runs(comparisons)
+    versions = [*comparisons.values()][-1].versions
+    write_page(path, sections, versions, findings)
+    files.write_json(path.with_suffix(".json"), {name: to_dict(comparison) for name, comparison in comparisons.items()})
+    write_csv(path.with_suffix(".csv"), comparisons)
+    say("\n".join(findings))
+    say(f"all runs on one page: {path}")

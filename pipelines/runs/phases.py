@@ -1,7 +1,6 @@
 """The phases of a run's training, one after the other; each goes on where it was, and a finished one is skipped."""
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from lightning_fabric import Fabric
@@ -12,35 +11,18 @@ from pipelines.data import captions
 from pipelines.data.images import Splits
 from pipelines.runs.dataset import examples_of, load_data, write_facts
 from pipelines.runs.latents import encode, encode_training
+from pipelines.runs.options import DEFAULTS, Options
 from pipelines.runs.parts import follow, new_autoencoder, new_prior, specs_of
 from pipelines.runs.run import Run
+from pipelines.training.config import OnNan
 from pipelines.training.devices import devices
-from pipelines.training.fit import OnNan, fit
+from pipelines.training.fit import fit
 from pipelines.training.refine import TwoStage
-from pipelines.training.trackers import GRID_COLUMNS, TrackerKind, Tracking
+from pipelines.training.trackers import GRID_COLUMNS, Tracking
 from stage1_vae.autoencoder import Autoencoder
 from stage2_prior.autoregressive import LearnedPrior
 from stage2_prior.conditions import Caption
 from stage2_prior.latents import LatentDataset, LatentSpec
-
-
-@dataclass(frozen=True)
-class Options:
-    """How to run: no part of the config, and free to change when a run goes on."""
-
-    device: str = "auto"
-    """auto, cpu, cuda or mps"""
-    on_nan: OnNan = "stop"
-    """when a loss or gradient is not a number: stop before it touches a weight, skip the step, or rewind to the last
-    checkpoint and go on with another data order and other noise"""
-    tracker: TrackerKind = "none"
-    """where curves and pictures of the training go, under RUN/track: csv, tensorboard or wandb"""
-    strategy: Literal["ddp", "fsdp"] = "ddp"
-    """under torchrun, what each process holds of the prior in training: ddp all of it, fsdp a share of its weights, gradients
-    and optimizer (FSDP2), for a prior larger than one device trains"""
-
-
-DEFAULTS = Options()
 
 
 def train(run: Run, options: Options = DEFAULTS) -> Splits:

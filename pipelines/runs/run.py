@@ -1,6 +1,5 @@
 """A run: one folder under checkpoints/, with its config and all that is made of it; checkpoints/README.md lists its content."""
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,24 +11,19 @@ from lightning_fabric import Fabric
 
 from pipelines import files, processes
 from pipelines.console import UserError, nearest
-from pipelines.runs.config import RunConfig, check_sizes, differences, from_dict, to_dict
+from pipelines.runs.config import RunConfig, check_sizes, differences, read_config, to_dict
+from pipelines.training.config import check_config
 from pipelines.training.devices import devices
-from pipelines.training.fit import check_config
 from stage2_prior.conditions import ClassLabel, ConditionConfig, Unconditional
 
 CHECKPOINTS = Path("checkpoints")
 UNREADABLE = "unreadable.json"
-WHEREABOUTS = (
-    "data.root:",
-    "data.cache:",
-    "data.in_memory:",
-    "data.skip_unreadable:",
-    "metrics.weights:",
-    "stage1.compile:",
-    "stage2.compile:",
-    "refine.compile:",
-    "metrics.classifier.compile:",
-)  # of the same images and the same training; a run goes on under others
+PHASES = ("stage1", "stage2", "refine")
+FREE = (
+    *("data.root:", "data.cache:", "data.in_memory:", "data.skip_unreadable:", "metrics."),
+    *(f"{phase}.{setting}:" for phase in PHASES for setting in ("compile", "checkpoint_steps")),
+)
+"""Settings of the same images and the same training: a run goes on under others."""
 
 
 @dataclass(frozen=True)
@@ -124,17 +118,9 @@ class Run:
 def refuse_another(path: Path, config: RunConfig) -> None:
     """Raises UserError where a run's config.json is of another config."""
     changed = differences(to_dict(read_config(path)), to_dict(config))
-    changed = [change for change in changed if not change.startswith(WHEREABOUTS)]
+    changed = [change for change in changed if not change.startswith(FREE)]
     if changed:
         raise UserError(
             f"{path.parent} holds a run of another config ({'; '.join(changed)}). Give this one another name with --run,"
             f" or delete {path.parent}."
         )
-
-
-def read_config(path: Path) -> RunConfig:
-    """What is not in the file, because a later version added it, has its default. Raises UserError for another file."""
-    try:
-        return from_dict(json.loads(path.read_text()))
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} cannot be read ({error}); delete {path.parent}, or mend the file") from error

@@ -15,7 +15,8 @@ from pipelines.runs.parts import specs_of
 from pipelines.runs.priors import open_prior
 from pipelines.runs.run import Run
 from pipelines.studies.trained import CHUNK, Findings, Trained
-from pipelines.training.fit import FitConfig, evaluate, fit
+from pipelines.training.config import FitConfig
+from pipelines.training.fit import evaluate, fit
 from stage1_vae.autoencoder import Autoencoder, AutoencoderConfig
 from stage1_vae.bottlenecks import Gaussian
 from stage1_vae.likelihoods import Bernoulli
