@@ -10,29 +10,67 @@ Medians over repeats that alternate between what is compared: the ratios hold on
     metrics    seconds and memory of the figures of one row of a comparison
 """
 
-import tyro
+import sys
+from collections.abc import Callable
+from typing import Any
 
-from pipelines.benchmarks.batches import BenchmarkBatches
-from pipelines.benchmarks.data import BenchmarkData
-from pipelines.benchmarks.metrics import BenchmarkMetrics
-from pipelines.benchmarks.sampling import BenchmarkSampling
-from pipelines.benchmarks.training import BenchmarkTraining
-from pipelines.console import run_command, say
-from pipelines.files import write_json
+from pipelines.console import UserError, first_process, nearest, run_command, say
+
+
+def training() -> Any:
+    from pipelines.benchmarks.training import BenchmarkTraining
+
+    return BenchmarkTraining
+
+
+def data() -> Any:
+    from pipelines.benchmarks.data import BenchmarkData
+
+    return BenchmarkData
+
+
+def sampling() -> Any:
+    from pipelines.benchmarks.sampling import BenchmarkSampling
+
+    return BenchmarkSampling
+
+
+def batches() -> Any:
+    from pipelines.benchmarks.batches import BenchmarkBatches
+
+    return BenchmarkBatches
+
+
+def metrics() -> Any:
+    from pipelines.benchmarks.metrics import BenchmarkMetrics
+
+    return BenchmarkMetrics
+
+
+BENCHMARKS: dict[str, Callable[[], Any]] = {
+    "training": training,
+    "data": data,
+    "sampling": sampling,
+    "batches": batches,
+    "metrics": metrics,
+}
+"""By name; each is imported when it is asked for, since all of it together takes seconds."""
 
 
 def main(arguments: list[str] | None = None) -> None:
-    asked = tyro.extras.subcommand_cli_from_dict(
-        {
-            "training": BenchmarkTraining,
-            "data": BenchmarkData,
-            "sampling": BenchmarkSampling,
-            "batches": BenchmarkBatches,
-            "metrics": BenchmarkMetrics,
-        },
-        prog="python -m pipelines.benchmark",
-        args=arguments,
-    )
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if not arguments or arguments[0] in ("--help", "-h"):
+        if first_process():
+            print(f"{__doc__}\n{{{','.join(BENCHMARKS)}}} --help says the settings of one.")
+        return
+    name, *settings = arguments
+    if name not in BENCHMARKS:
+        raise UserError(f"there is no benchmark {name!r}{nearest(name, BENCHMARKS)}")
+    import tyro
+
+    from pipelines.files import write_json
+
+    asked = tyro.cli(BENCHMARKS[name](), prog=f"python -m pipelines.benchmark {name}", args=settings)
     rows = asked.rows()
     say(asked.table(rows))
     if asked.json is not None:

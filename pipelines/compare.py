@@ -6,13 +6,7 @@ from pathlib import Path
 import tyro
 
 from pipelines.console import UserError, check_seed, first_process, run_command, say
-from pipelines.files import write_json
-from pipelines.pages.comparison import compare
-from pipelines.pages.page import write_page
-from pipelines.pages.tables import table, write_csv
-from pipelines.pages.words import between_runs
-from pipelines.runs.config import ExtractorName
-from pipelines.runs.run import Run
+from pipelines.runs.names import Device, ExtractorName
 
 
 @dataclass(frozen=True)
@@ -23,6 +17,8 @@ class Judging:
     """classifier or inception"""
     weights: Path | None = None
     """file of inception's weights, where they cannot be downloaded"""
+    images: int | None = None
+    """images in every row"""
 
 
 @dataclass(frozen=True)
@@ -36,8 +32,8 @@ class Arguments:
     metrics: Judging = field(default_factory=Judging)
     out: Path = Path("comparison.html")
     """the page of several runs, with .json and .csv beside it; that of each lies in its folder"""
-    device: str = "auto"
-    """auto, cpu, cuda or mps"""
+    device: Device = "auto"
+    """the device to run on; auto takes the fastest that is there"""
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -45,33 +41,39 @@ def main(arguments: list[str] | None = None) -> None:
     if not asked.runs:
         raise UserError("name a run to compare: python -m pipelines.compare RUN [RUN …]")
     check_seed(asked.seed)
+    if asked.metrics.images is not None and asked.metrics.images < 1:
+        raise UserError(f"--metrics.images is a number from 1 up, not {asked.metrics.images}")
     if asked.out.suffix not in (".html", ".htm"):
         raise UserError(f"--out is the file of a page, such as comparison.html, not {asked.out}")
+    compare_runs(asked)
+
+
+def compare_runs(asked: Arguments) -> None:
+    # Slow to import, and --help needs none of it.
+    from pipelines.pages.report import check_finished, report_folder, write_report, write_together
+    from pipelines.pages.tables import table
+    from pipelines.runs.dataset import load_data
+    from pipelines.runs.run import Run
+
     runs = [Run.open(name, asked.device) for name in asked.runs]
     names = [run.folder.name for run in runs]
     if len({*names}) < len(names):
         raise UserError(f"runs on one page have names of their own, not {', '.join(names)}: rename a folder, or leave one out")
-    changed = {name: value for name, value in vars(asked.metrics).items() if value is not None}
     for run in runs:
-        run.config = replace(run.config, metrics=replace(run.config.metrics, **changed))
-        run.training_latents()  # fails early when something is unfinished
-        for name in ("standard", *run.learned):
-            run.prior(name, run.specs(run.load_autoencoder()))
-    sections, everything = [], {}
+        check_finished(run)
+    sections, comparisons = [], {}
     for run in runs:
+        judging = run.config.metrics
+        for name, value in vars(asked.metrics).items():
+            judging = judging if value is None else replace(judging, **{name: value})
         with run.locked():
-            metrics, described = compare(run, run.data(), asked.seed)
-        sections.append(described)
-        everything[run.folder.name] = metrics
-        say(f"{run.folder.name}\n{table(metrics)}")
-        say(f"page, picture and figures: {run.folder / 'compare'}")
+            comparison, section = write_report(run, load_data(run), judging, asked.seed)
+        sections.append(section)
+        comparisons[run.folder.name] = comparison
+        say(f"{run.folder.name}\n{table(comparison)}")
+        say(f"page, picture and figures: {report_folder(run, judging, asked.seed)}")
     if len(runs) > 1:
-        findings = between_runs(everything)
-        write_page(asked.out, sections, metrics["versions"], findings)
-        write_json(asked.out.with_suffix(".json"), everything)
-        write_csv(asked.out.with_suffix(".csv"), everything)
-        say("\n".join(findings))
-        say(f"all runs on one page: {asked.out}")
+        write_together(asked.out, sections, comparisons)
 
 
 if __name__ == "__main__":

@@ -3,26 +3,21 @@
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import torch
 import tyro
-from torch import Tensor
 
-from pipelines import processes
 from pipelines.console import UserError, first_process, nearest, run_command, say
-from pipelines.judging.features import kept_best, trained_classifier
-from pipelines.runs.completion import held_latents, known_pixels, picture_to_complete
-from pipelines.runs.config import Pixels
-from pipelines.runs.pictures import write_images
-from pipelines.runs.run import PRIORS, Run
-from pipelines.runs.sampling import generate, pixel_noise
-from stage1_vae.autoencoder import Autoencoder
-from stage2_prior.autoregressive import LearnedPrior
-from stage2_prior.completion import complete
-from stage2_prior.conditions import ClassLabel
-from stage2_prior.prior import Prior
+from pipelines.runs.names import PRIORS, Device, Pixels, PriorName
 from stage2_prior.sampling import AS_FITTED, CannotSample, Sampling
+
+if TYPE_CHECKING:  # slow to import, and --help needs none of it
+    from torch import Tensor
+
+    from pipelines.runs.run import Run
+    from stage1_vae.autoencoder import Autoencoder
+    from stage2_prior.prior import Prior
 
 
 @dataclass(frozen=True)
@@ -33,9 +28,8 @@ class Arguments:
     """a run's name under checkpoints/, or its path"""
     count: int = 64
     """number of images"""
-    prior: str = "learned"
-    """learned, standard (N(0, I), or uniform codes), gaussian, mixture, unigram, or posterior (not a generator: reconstructs
-    training images)"""
+    prior: PriorName = "learned"
+    """what to draw z from: standard is N(0, I), or uniform codes; posterior is no generator: it reconstructs training images"""
     label: str | None = None
     """class to draw, by its name, from a prior that was trained with class labels; all classes when not given"""
     keep_best: float = 1.0
@@ -59,8 +53,8 @@ class Arguments:
     """images sampled at once"""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """of the learned prior's backbone; its densities and the decoder stay float32"""
-    device: str = "auto"
-    """auto, cpu, cuda or mps"""
+    device: Device = "auto"
+    """the device to run on; auto takes the fastest that is there"""
 
     def check(self) -> None:
         if self.count < 1:
@@ -81,70 +75,85 @@ class Arguments:
             raise UserError(f"there is no prior {self.prior!r}{nearest(self.prior, PRIORS)}")
 
 
-@torch.inference_mode()
-def completions(run: Run, autoencoder: Autoencoder, prior: Prior, asked: Arguments, context: Tensor | None) -> Tensor:
-    """Pictures uint8 N C H W; in a .png, the picture with its hidden part in grey comes first."""
-    assert asked.complete is not None
-    if not isinstance(prior, LearnedPrior):
-        raise UserError(f"--complete needs the learned prior, not {asked.prior}")
-    shape, device = run.facts()["image_shape"], run.fabric.device
-    image, known = picture_to_complete(asked.complete, shape), known_pixels(asked.keep, shape)
-    given, held = held_latents(autoencoder, image, known, device)
-    for mask in held:
-        say(f"held: {int(mask.sum())} of {mask.numel()} latents on the {mask.shape[0]}×{mask.shape[1]} grid")
-    target, seen = autoencoder.likelihood.scale(image[None].to(device)), known.to(device)
-
-    def of_known_pixels(levels: list[Tensor]) -> Tensor:
-        pixels = autoencoder.decode(levels)
-        assert isinstance(pixels, torch.distributions.Independent)
-        return (pixels.base_dist.log_prob(target) * seen).flatten(1).sum(1)
-
-    def completed(indices: Tensor) -> tuple[Tensor, Tensor]:
-        told = None if context is None else context.to(device).expand(len(indices), *context.shape)
-        levels, size = complete(prior, given, held, indices.to(device), asked.seed, asked.particles, told, of_known_pixels)
-        noise = pixel_noise(asked.pixels, asked.seed, indices.to(device), shape)
-        return autoencoder.render(levels, noise).cpu(), size.cpu()
-
-    size = max(1, asked.batch_size // asked.particles)
-    images, sizes = zip(*processes.in_batches(completed, torch.arange(asked.count), size, "completing"))
-    say(f"effective sample size: median {float(torch.cat(sizes).median()):.1f} of {asked.particles} particles")
-    shown = torch.where(known, image, torch.full_like(image, 128))[None]
-    return torch.cat([*([shown] if asked.out.suffix == ".png" else []), *images])
-
-
 def main(arguments: list[str] | None = None) -> None:
     try:
         asked = tyro.cli(Arguments, prog="python -m pipelines.generate", args=arguments, console_outputs=first_process())
     except CannotSample as error:
         raise UserError(str(error)) from error
     asked.check()
+    write_asked(asked)
+
+
+def write_asked(asked: Arguments) -> None:
+    from pipelines.runs.completion import completions
+    from pipelines.runs.parts import load_autoencoder, specs_of
+    from pipelines.runs.pictures import write_images
+    from pipelines.runs.priors import open_prior
+    from pipelines.runs.run import Run
+    from stage2_prior.autoregressive import LearnedPrior
+
     run = Run.open(asked.run, asked.device)
-    autoencoder = run.load_autoencoder()
-    prior = run.prior(asked.prior, run.specs(autoencoder))
+    autoencoder = load_autoencoder(run)
+    prior = open_prior(run, asked.prior, specs_of(autoencoder))
+    context = context_asked(run, asked)
     if isinstance(prior, LearnedPrior):
         for level in prior.levels:
-            level.backbone.to(getattr(torch, asked.dtype))
-    context = run.label(asked.label) if asked.label is not None else None
-    context = run.text(asked.text) if asked.text is not None else context
+            level.backbone.to({"float32": torch.float32, "bfloat16": torch.bfloat16}[asked.dtype])
+    elif context is not None:
+        raise UserError(f"the {asked.prior} prior takes neither label nor text; the learned prior may")
+    if asked.complete is None:
+        write_images(asked.out, drawn(run, autoencoder, prior, asked, context))
+        say(f"{asked.count} images from the {asked.prior} prior of {run.folder}: {asked.out}")
+        return
+    if not isinstance(prior, LearnedPrior):
+        raise UserError(f"--complete needs the learned prior, not {asked.prior}")
+    images, given = completions(
+        autoencoder,
+        prior,
+        asked.complete,
+        asked.keep,
+        asked.count,
+        seed=asked.seed,
+        device=run.fabric.device,
+        batch_size=asked.batch_size,
+        particles=asked.particles,
+        context=context,
+        pixels=asked.pixels,
+    )
+    write_images(asked.out, torch.cat([given[None], images]) if asked.out.suffix == ".png" else images)
+    say(f"{asked.count} completions of {asked.complete}, which keep its {asked.keep}: {asked.out}")
+
+
+def context_asked(run: "Run", asked: Arguments) -> "Tensor | None":
+    """What the prior is to be told. Raises UserError where it takes no such thing, or guidance has nothing to go toward."""
+    from pipelines.runs.conditions import context_of_label, context_of_text
+
+    context = context_of_label(run, asked.label) if asked.label is not None else None
+    context = context_of_text(run, asked.text) if asked.text is not None else context
     if asked.how.guidance and asked.prior == "learned" and run.told == "caption" and not asked.text:
         raise UserError("--guidance goes toward a caption: say which with --text")
-    if context is not None and not isinstance(prior, LearnedPrior):
-        raise UserError(f"the {asked.prior} prior takes neither label nor text; the learned prior may")
-    if asked.complete is not None:
-        write_images(asked.out, completions(run, autoencoder, prior, asked, context))
-        say(f"{asked.count} completions of {asked.complete}, which keep its {asked.keep}: {asked.out}")
-        return
-    drawn = math.ceil(asked.count / asked.keep_best)
-    contexts = None if context is None else context.expand(drawn, *context.shape)
+    return context
+
+
+def drawn(run: "Run", autoencoder: "Autoencoder", prior: "Prior", asked: Arguments, context: "Tensor | None") -> "Tensor":
+    """Images uint8 N C H W, of which a classifier has kept the best where that is asked for."""
+    from pipelines.judging.features import kept_best, trained_classifier
+    from pipelines.runs.dataset import load_data
+    from pipelines.runs.sampling import generate
+    from stage2_prior.autoregressive import LearnedPrior
+    from stage2_prior.conditions import ClassLabel
+
+    count = math.ceil(asked.count / asked.keep_best)
+    contexts = None if context is None else context.expand(count, *context.shape)
     if asked.keep_best < 1:
         if not isinstance(prior, LearnedPrior) or not isinstance(run.condition, ClassLabel):
             raise UserError("--keep-best needs a learned prior that is told labels, to know what the classifier should read")
         if contexts is None:
-            contexts = prior.draw_contexts(torch.arange(drawn, device=run.fabric.device), asked.seed)
+            contexts = prior.draw_contexts(torch.arange(count, device=run.fabric.device), asked.seed)
     samples = generate(
         autoencoder,
         prior,
-        drawn,
+        count,
         seed=asked.seed,
         device=run.fabric.device,
         batch_size=asked.batch_size,
@@ -154,13 +163,12 @@ def main(arguments: list[str] | None = None) -> None:
     )
     if warning := samples.warning():
         say(f"warning: {warning}")
-    images = samples.images
-    if asked.keep_best < 1:
-        assert contexts is not None
-        classifier, _ = trained_classifier(run.fabric, run.config.metrics, run.data(), run.classifiers, seed=1)
-        images = images[kept_best(run.fabric, classifier, images, contexts.cpu(), asked.keep_best)][: asked.count]
-    write_images(asked.out, images)
-    say(f"{asked.count} images from the {asked.prior} prior of {run.folder}: {asked.out}")
+    if asked.keep_best == 1:
+        return samples.images
+    assert contexts is not None
+    classifier, _ = trained_classifier(run.fabric, run.config.metrics, load_data(run), run.classifiers, seed=1)
+    kept = kept_best(run.fabric, classifier, samples.images, contexts.cpu(), asked.keep_best)
+    return samples.images[kept][: asked.count]
 
 
 if __name__ == "__main__":

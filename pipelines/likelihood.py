@@ -3,14 +3,12 @@
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import tyro
 
-from pipelines import files
 from pipelines.console import check_least, check_seed, first_process, run_command, say
-from pipelines.judging.likelihood import likelihood
-from pipelines.pages.likelihood import as_table, printed
-from pipelines.runs.run import Run
+from pipelines.runs.names import PRIORS, Device
 
 
 @dataclass(frozen=True)
@@ -23,16 +21,16 @@ class Arguments:
     """draws of z an image, for the importance-weighted bound; of codes there is only one"""
     images: int = 1000
     """images of the test split; fewer where it has fewer"""
-    prior: tuple[str, ...] = ()
-    """learned, standard, gaussian, mixture, unigram or posterior; all but the last when not given"""
+    prior: Annotated[tuple[str, ...], tyro.conf.arg(metavar="[{" + ",".join(PRIORS) + "} …]")] = ()
+    """which priors; all but posterior when not given"""
     naive: int = 1000
     """draws from each prior for the naive estimate; 0 leaves it out"""
     seed: int = 0
     """seed of the choice of images and of every draw"""
     json: Path | None = None
     """file for the figures"""
-    device: str = "auto"
-    """auto, cpu, cuda or mps"""
+    device: Device = "auto"
+    """the device to run on; auto takes the fastest that is there"""
 
     def check(self) -> None:
         check_least(self, samples=1, images=1, naive=0)
@@ -42,15 +40,23 @@ class Arguments:
 def main(arguments: list[str] | None = None) -> None:
     asked = tyro.cli(Arguments, prog="python -m pipelines.likelihood", args=arguments, console_outputs=first_process())
     asked.check()
+    # Slow to import, and --help needs none of it.
+    from pipelines.files import write_json
+    from pipelines.judging.likelihood import likelihood
+    from pipelines.pages.likelihood import as_table, printed
+    from pipelines.runs.dataset import load_data
+    from pipelines.runs.run import Run
+
     started = time.monotonic()
     run = Run.open(asked.run, asked.device)
     with run.locked():
+        splits = load_data(run)
         result = likelihood(
-            run, run.data(), images=asked.images, samples=asked.samples, naive=asked.naive, priors=asked.prior, seed=asked.seed
+            run, splits, images=asked.images, samples=asked.samples, naive=asked.naive, priors=asked.prior, seed=asked.seed
         )
     say(f"{run.folder.name}\n{printed(as_table(result))}")
     if asked.json is not None:
-        files.write_json(asked.json, {"run": run.folder.name, **result})
+        write_json(asked.json, {"run": run.folder.name, **result})
         say(f"figures: {asked.json}")
     say(f"{time.monotonic() - started:.0f} seconds")
 

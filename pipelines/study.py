@@ -11,52 +11,62 @@ numbers and what they say under RUN/studies/.
 x an image, z a latent, L draws of z; all likelihoods in nats.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import tyro
 
 from pipelines.console import run_command, say
-from pipelines.files import write_file, write_json
-from pipelines.pages.plots import png
-from pipelines.runs.phases import train
-from pipelines.runs.recipes import DEFAULT_PRESET, preset
-from pipelines.runs.run import CHECKPOINTS, Run
-from pipelines.studies.aggregate_posterior import aggregate_posterior
-from pipelines.studies.evidence import evidence
-from pipelines.studies.mean_or_sample import mean_or_sample
-from pipelines.studies.samples_per_image import samples_per_image
-from pipelines.studies.trained import Findings, Trained
+from pipelines.runs.names import DEFAULT_PRESET, Device
 
-STUDIES: dict[str, Callable[[Trained], Findings]] = {
-    "samples-per-image": samples_per_image,
-    "mean-or-sample": mean_or_sample,
-    "evidence": evidence,
-    "aggregate-posterior": aggregate_posterior,
-}
+if TYPE_CHECKING:  # slow to import, and --help needs none of it
+    from pipelines.studies.trained import Findings, Trained
+
+Study = Literal["samples-per-image", "mean-or-sample", "evidence", "aggregate-posterior"]
 
 
 @dataclass(frozen=True)
 class Arguments:
     """Answer a question about VAEs by running one."""
 
-    study: tyro.conf.Positional[Literal["samples-per-image", "mean-or-sample", "evidence", "aggregate-posterior"]]
+    study: tyro.conf.Positional[Study]
     """which question"""
     run: str = DEFAULT_PRESET
     """a run's name under checkpoints/, or its path; mnist5k is trained if it is not there"""
-    device: str = "auto"
-    """auto, cpu, cuda or mps"""
+    device: Device = "auto"
+    """the device to run on; auto takes the fastest that is there"""
+
+
+def answered(study: Study, trained: "Trained") -> "Findings":
+    from pipelines.studies.aggregate_posterior import aggregate_posterior
+    from pipelines.studies.evidence import evidence
+    from pipelines.studies.mean_or_sample import mean_or_sample
+    from pipelines.studies.samples_per_image import samples_per_image
+
+    studies = {
+        "samples-per-image": samples_per_image,
+        "mean-or-sample": mean_or_sample,
+        "evidence": evidence,
+        "aggregate-posterior": aggregate_posterior,
+    }
+    return studies[study](trained)
 
 
 def main(arguments: list[str] | None = None) -> None:
     asked = tyro.cli(Arguments, prog="python -m pipelines.study", args=arguments)
+    from pipelines.files import write_file, write_json
+    from pipelines.pages.plots import png
+    from pipelines.runs.phases import train
+    from pipelines.runs.recipes import preset
+    from pipelines.runs.run import CHECKPOINTS, Run
+    from pipelines.studies.trained import Trained
+
     if asked.run == DEFAULT_PRESET and not (CHECKPOINTS / DEFAULT_PRESET / "config.json").is_file():
         train(Run.create(CHECKPOINTS / DEFAULT_PRESET, preset(DEFAULT_PRESET), asked.device))
     run = Run.open(asked.run, asked.device)
     folder = run.folder / "studies"
     with run.locked():
-        found = STUDIES[asked.study](Trained.of(run))
+        found = answered(asked.study, Trained.of(run))
         write_file(folder / f"{asked.study}.png", png(found.figure))
         write_json(folder / f"{asked.study}.json", {"findings": found.sentences, **found.numbers})
     for sentence in found.sentences:

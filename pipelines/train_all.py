@@ -5,29 +5,46 @@ The same command again goes on where it was: finished parts are skipped, an inte
 
 import os
 import sys
-import time
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from pipelines.console import UserError, first_process, run_command, say
-from pipelines.judging.features import inception
-from pipelines.pages.comparison import compared
-from pipelines.pages.tables import table
-from pipelines.pages.words import generator
-from pipelines.runs.config import RunConfig
-from pipelines.runs.phases import DEFAULTS, Options, train
-from pipelines.runs.recipes import DEFAULT_PRESET, PRESETS, preset
-from pipelines.runs.run import CHECKPOINTS, Run
+from pipelines.console import UserError, first_process, run_command
+from pipelines.runs.names import DATA, DEFAULT_PRESET, RECIPES, preset_name
+
+if TYPE_CHECKING:  # --help without a preset needs none of it
+    from pipelines.runs.config import RunConfig
+    from pipelines.runs.options import Options
+
+HELP = f"""usage: python -m pipelines.train_all [PRESET] [--run NAME] [--config FILE] [overrides]
+
+Train both stages, sample and compare. PRESET is DATA or DATA-RECIPE, {DEFAULT_PRESET} where none is given.
+
+DATA
+{{data}}
+
+RECIPE
+{{recipes}}
+
+--run NAME       name of the run, a folder under checkpoints/, or a path; the preset's name where none is given.
+                 Without a PRESET, a run of that name goes on as it was begun
+--config FILE    take the config.json of any run in place of a preset
+--device {{{{auto,cpu,cuda,mps}}}}   --tracker {{{{none,csv,tensorboard,wandb}}}}   --on-nan {{{{stop,skip,rewind}}}}
+--seed, --mirror, --stage1.steps, --stage2.steps, --autoencoder.bottleneck KIND, --prior.backbone KIND, and so on:
+python -m pipelines.train_all PRESET --help   says every setting with its meaning, unit and default, and all kinds of parts"""
 
 
-def parse(arguments: list[str]) -> tuple[str, RunConfig, Options]:
+def parse(arguments: list[str]) -> "tuple[str, RunConfig, Options]":
     """The run's name, its config, and the options, from the command line."""
-    named = bool(arguments) and not arguments[0].startswith("-")
-    name = arguments[0] if named else DEFAULT_PRESET
-    default = preset(name)
+    from pipelines.runs.config import RunConfig
+    from pipelines.runs.kinds import choose_kinds, kinds_of
+    from pipelines.runs.options import DEFAULTS, Options
+
+    preset = arguments[0] if arguments and not arguments[0].startswith("-") else None
+    name, default, left = beginning(preset, arguments if preset is None else arguments[1:])
+    default, left = choose_kinds(default, left)
 
     @dataclass(frozen=True)
     class Arguments:
@@ -36,12 +53,12 @@ def parse(arguments: list[str]) -> tuple[str, RunConfig, Options]:
         """name of the run, a folder under checkpoints/, or a path; the preset's name when not given"""
         options: Annotated[Options, tyro.conf.arg(name="")] = DEFAULTS
 
-    presets = "\n".join(f"  {key:15} {description}" for key, (description, _) in PRESETS.items())
+    kinds = "\n".join(f"  --{path.replace('_', '-')} {{{','.join(kinds)}}}" for path, kinds in kinds_of(default).items())
     asked = tyro.cli(
         Arguments,
-        prog=f"python -m pipelines.train_all {name}",
-        description=f"Train both stages, sample and compare. Presets:\n\n{presets}",
-        args=arguments[1:] if named else arguments,
+        prog=f"python -m pipelines.train_all {preset or ''}".rstrip(),
+        description=f"Train both stages, sample and compare. Kinds of parts, each with settings of its own:\n\n{kinds}",
+        args=left,
         config=(tyro.conf.AvoidSubcommands,),
         console_outputs=first_process(),
     )
@@ -51,31 +68,66 @@ def parse(arguments: list[str]) -> tuple[str, RunConfig, Options]:
     return asked.run, config, asked.options
 
 
-def train_all(run: Run, options: Options = DEFAULTS) -> None:
-    """Every part of a run that is not finished yet. Raises UserError when another process works on it."""
-    started = time.monotonic()
-    if run.config.metrics.extractor == "inception":  # what is missing is said before hours of training, not after
-        with run.fabric.rank_zero_first(local=True):  # which may download it
-            inception(run.config.metrics.weights)
-    splits = train(run, options)
-    with run.locked():
-        metrics = compared(run, splits)
-    say(table(metrics))
-    guided = metrics["priors"].get("guided", {})
-    how = f" --guidance {guided['guidance']:g}" if guided else ""
-    say(
-        f"everything lies in {run.folder}; look at {run.folder / 'compare' / 'page.html'};"
-        f" more samples: python -m pipelines.generate {run.name} --prior {generator(metrics)}{how} --count 64 --out samples.png"
-    )
-    say(f"{time.monotonic() - started:.0f} seconds")
+def beginning(preset_asked: str | None, arguments: list[str]) -> "tuple[str, RunConfig, list[str]]":
+    """What the overrides are applied to: the run's name, the config of a preset, a file or a run, and the arguments left.
+
+    Raises UserError where both a preset and a file are named.
+    """
+    from pipelines.runs.config import read_config
+    from pipelines.runs.recipes import parts_of, preset
+
+    file, left = taken("--config", arguments)
+    if file is not None and preset_asked is not None:
+        raise UserError(f"name a preset or --config FILE, not both: {preset_asked} and {file}")
+    if file is not None:
+        path = Path(file)
+        if not path.is_file():
+            raise UserError(f"there is no file {path}: --config takes the config.json of a run")
+        return path.resolve().parent.name, read_config(path), left
+    if preset_asked is None:
+        name, _ = taken("--run", arguments)
+        begun = folder_of(name) / "config.json" if name else None
+        if name and begun is not None and begun.is_file():
+            return name, read_config(begun), left
+    asked = preset_asked or DEFAULT_PRESET
+    return preset_name(*parts_of(asked)), preset(asked), left
+
+
+def taken(option: str, arguments: list[str]) -> tuple[str | None, list[str]]:
+    """The value of an option, None where it is not given, and the other arguments."""
+    for index, argument in enumerate(arguments):
+        if argument.startswith(f"{option}="):
+            return argument.partition("=")[2], arguments[:index] + arguments[index + 1 :]
+        if argument == option and index + 1 < len(arguments):
+            return arguments[index + 1], arguments[:index] + arguments[index + 2 :]
+    return None, arguments
+
+
+def folder_of(name: str) -> Path:
+    """Of a run, by its name under checkpoints/ or its path."""
+    return Path(name) if "/" in name or os.sep in name else Path("checkpoints") / name
+
+
+def short_help() -> str:
+    def listed(names: dict[str, str]) -> str:
+        return "\n".join(f"  {name:14} {says}" for name, says in names.items())
+
+    return HELP.format(data=listed(DATA), recipes=listed(RECIPES))
 
 
 def main(arguments: list[str] | None = None) -> None:
-    name, config, options = parse(sys.argv[1:] if arguments is None else arguments)
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments and {*arguments} <= {"--help", "-h"}:
+        if first_process():
+            print(short_help())
+        return
+    name, config, options = parse(arguments)
     if Path(name).name in ("", ".."):
         raise UserError(f"--run names a folder for the run, which {name!r} does not")
-    folder = Path(name) if "/" in name or os.sep in name else CHECKPOINTS / name
-    train_all(Run.create(folder, config, options.device), options)
+    from pipelines.pages.report import train_all
+    from pipelines.runs.run import Run
+
+    train_all(Run.create(folder_of(name), config, options.device), options)
 
 
 if __name__ == "__main__":

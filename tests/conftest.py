@@ -5,11 +5,23 @@ import os
 import pytest
 import torch
 
+from pipelines.data.sets import EmbeddedDigits
 from pipelines.runs.run import Run
 from tests.parts import small_splits, trained_run
 
 os.environ["OMP_NUM_THREADS"] = "1"  # of the commands that tests start
 torch.set_num_threads(1)
+
+
+APART = ("test_presets.py", "test_recipes.py")  # whose tests share little and take long together
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The tests of a file share its fixtures, so they run in one process; those of a few files each where there is room."""
+    for item in items:
+        if item.path.name not in APART:
+            item.add_marker(pytest.mark.xdist_group(item.path.name))
 
 
 @pytest.fixture(scope="module")
@@ -20,5 +32,5 @@ def run(tmp_path_factory) -> Run:
 
 @pytest.fixture
 def small_data(monkeypatch) -> None:
-    """The data set of every run is a small one, of the shape of mnist5k's."""
-    monkeypatch.setattr(Run, "data", lambda self: small_splits((1, 28, 28), 4))
+    """The embedded data set is a small one."""
+    monkeypatch.setattr(EmbeddedDigits, "load", lambda self, report=None: small_splits((1, 28, 28), 4))

@@ -17,12 +17,14 @@ from pipelines import processes
 from pipelines.console import Stopped, UserError
 from pipelines.data.images import ImageSet, Splits
 from pipelines.data.sets import TorchvisionSet
+from pipelines.pages.report import train_all
+from pipelines.runs.latents import encoded
 from pipelines.runs.recipes import preset
-from pipelines.runs.run import Run, encoded
+from pipelines.runs.run import Run
 from pipelines.runs.sampling import generate
-from pipelines.train_all import train_all
+from pipelines.training.config import FitConfig
 from pipelines.training.devices import fabric_for
-from pipelines.training.fit import FitConfig, Training, evaluate, fit
+from pipelines.training.fit import Training, evaluate, fit
 from stage1_vae import bottlenecks, likelihoods
 from stage1_vae.autoencoder import Autoencoder, AutoencoderConfig
 from stage1_vae.bottlenecks import VectorQuantizedBottleneck

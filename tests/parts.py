@@ -8,11 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from pipelines.data.images import ImageSet, Splits, with_validation
+from pipelines.judging.comparison import Comparison
+from pipelines.pages.report import write_report
 from pipelines.runs.config import RunConfig
 from pipelines.runs.phases import train
 from pipelines.runs.recipes import preset
 from pipelines.runs.run import Run
-from pipelines.training.fit import FitConfig
+from pipelines.training.config import FitConfig
 from stage1_vae import bottlenecks, likelihoods
 from stage1_vae.hierarchy import Hierarchical
 from stage1_vae.networks import Convolutional, ConvolutionalFlat, FullyConnected
@@ -132,6 +134,11 @@ def trained_run(folder: Path, name: str, **parts) -> Run:
         run = Run.create(folder / name, config, "cpu")
         train(run)
     return run
+
+
+def compared(run: Run, splits: Splits, seed: int = 0) -> Comparison:
+    """The comparison that the run's config asks for, made anew."""
+    return write_report(run, splits, run.config.metrics, seed)[0]
 
 
 def jacobian(function, inputs: Tensor) -> Tensor:

@@ -23,10 +23,12 @@ from pipelines.data.reading import Stored, Unreadable, content_of, images_under,
 from pipelines.data.sets import EmbeddedDigits, TorchvisionSet
 from pipelines.data.shards import Shards, cache_name
 from pipelines.runs.config import to_dict
+from pipelines.runs.dataset import load_data, write_facts
 from pipelines.runs.recipes import preset
 from pipelines.runs.run import Run
 from pipelines.training import checkpoints
-from pipelines.training.fit import FitConfig, fit
+from pipelines.training.config import FitConfig
+from pipelines.training.fit import fit
 from stage1_vae.autoencoder import AutoencoderConfig
 from stage1_vae.networks import FullyConnected
 
@@ -287,19 +289,19 @@ def test_a_trained_run_goes_on_with_the_same_images_only(tmp_path):
     folder = tmp_path / "images"
     fill(folder, 40)
     run = Run.create(tmp_path / "run", replace(preset("folder"), data=Folder(folder, size=8)), "cpu")
-    run.write_facts(run.data())
+    write_facts(run, load_data(run))
     (folder / "7.png").unlink()
-    run.write_facts(run.data())  # nothing is trained yet: the splits may be drawn anew
+    write_facts(run, load_data(run))  # nothing is trained yet: the splits may be drawn anew
     checkpoints.save(run.folder / "stage1", {"step": 1}, {}, {})
-    assert len(run.data().test) == 4
+    assert len(load_data(run).test) == 4
     (folder / "9.png").rename(folder / "90.png")
     with pytest.raises(UserError, match=r"as many \(33 \+ 2 \+ 4\), but under other names or labels\..* --run"):
-        run.data()
+        load_data(run)
     (folder / "90.png").rename(folder / "9.png")
     (folder / "8.png").write_bytes(b"")
-    run.config = replace(run.config, data=replace(run.config.data, skip_unreadable=True))
+    run = replace(run, config=replace(run.config, data=replace(run.config.data, skip_unreadable=True)))
     with pytest.raises(UserError, match=r"33 \+ 2 \+ 4 of them .*, now there are 32 \+ 2 \+ 4\..* --run"):
-        run.data()
+        load_data(run)
     fill(folder, 45)
     with pytest.raises(UserError, match="now there are"):
         Run.open(str(run.folder), "cpu").data()

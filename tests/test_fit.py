@@ -16,7 +16,8 @@ from pipelines.console import Stopped, UserError
 from pipelines.files import read_tensors
 from pipelines.training import checkpoints
 from pipelines.training import fit as fitting
-from pipelines.training.fit import REWINDS, Average, FitConfig, Order, Training, fit, learning_rate, seed_of
+from pipelines.training.config import FitConfig
+from pipelines.training.fit import REWINDS, Average, Order, Training, fit, learning_rate, seed_of
 
 CONFIG = FitConfig(steps=12, batch_size=4, checkpoint_steps=4, warmup_steps=2, learning_rate=0.05)
 

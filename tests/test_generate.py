@@ -13,20 +13,25 @@ from PIL import Image
 
 from pipelines import generate
 from pipelines.console import UserError
+from pipelines.judging.comparison import read_comparison
 from pipelines.judging.features import FIGURES, FeatureSpace, feature_space
 from pipelines.judging.tradeoffs import STRENGTHS, lowest_fd
-from pipelines.pages.comparison import compare
+from pipelines.pages.report import train_all
 from pipelines.pages.words import notes
 from pipelines.runs import sampling
 from pipelines.runs.completion import held_latents, known_pixels, picture_to_complete
+from pipelines.runs.conditions import context_of_text, contexts_of, label_number
+from pipelines.runs.dataset import load_data
+from pipelines.runs.latents import encode
+from pipelines.runs.parts import load_autoencoder, specs_of
+from pipelines.runs.priors import open_prior
 from pipelines.runs.recipes import preset
 from pipelines.runs.run import Run
-from pipelines.train_all import train_all
 from stage1_vae import bottlenecks
 from stage1_vae.autoencoder import AutoencoderConfig
 from stage2_prior.prior import StandardNormal
 from stage2_prior.sampling import Sampling
-from tests.parts import NETWORKS, shrunk, small_splits
+from tests.parts import NETWORKS, compared, shrunk, small_splits
 
 
 @pytest.fixture(scope="module")
@@ -54,16 +59,15 @@ def test_a_label_by_name_and_guidance(runs, tmp_path):
         assert plain.shape == (6, 28, 28, 1)
         assert (drawn(runs[name], "--label", "2", tmp_path=tmp_path) == plain).all()
         assert (drawn(runs[name], "--label", "2", "--guidance", "50", tmp_path=tmp_path) != plain).any()
-    run = Run.open(runs["mnist-vqvae"], "cpu")
-    run.facts = lambda: {"label_names": ["0 - zero", "Ankle boot"]}
-    assert [int(run.label(name)) for name in ("0", "Zero", "0 - zero", "ankle boot")] == [0, 0, 0, 1]
+    names = ["0 - zero", "Ankle boot"]
+    assert [label_number(name, names) for name in ("0", "Zero", "0 - zero", "ankle boot")] == [0, 0, 0, 1]
     with pytest.raises(UserError, match="no label 'two'.*There are: 0, 1, 2, 3"):
         drawn(runs["mnist-vqvae"], "--label", "two", tmp_path=tmp_path)
 
 
 def test_text(runs, tmp_path):
     run, texts = Run.open(runs["fashion-dalle"], "cpu"), ("a pair of 2s", "a picture of a 3")
-    assert not torch.equal(*map(run.text, texts))
+    assert not torch.equal(*(context_of_text(run, text) for text in texts))
     guided = ["--guidance", "3"]
     one, other = (drawn(runs["fashion-dalle"], "--text", text, *guided, tmp_path=tmp_path) for text in texts)
     assert one.shape == other.shape == (6, 28, 28, 1) and (one != other).any()
@@ -191,24 +195,24 @@ def test_a_stage_1_trained_anew_is_not_mixed_with_an_older_stage_2(tmp_path, mon
 
 def test_the_comparison_of_a_conditional_prior_of_codes(runs):
     for name in ("mnist-vqvae", "fashion-vqvae2", "fashion-dalle"):
-        metrics = json.loads(open(f"{runs[name]}/compare/metrics.json").read())
-        for row in (metrics["priors"]["learned"], metrics["reconstruction"], metrics["real"]):
-            assert 0 <= row["label_read"] <= 1
-        assert all(1 <= level["perplexity"] <= level["codes"] for level in metrics["codes"])
-        shares = [row["kept"] for row in metrics["rejection"]]
-        assert shares == sorted(shares, reverse=True) and len({row["images"] for row in metrics["rejection"]}) == 1
-        best = lowest_fd(metrics["guidance"])["guidance"]
-        assert ("guided" in metrics["priors"]) == (best > 0)
+        comparison = read_comparison(Path(runs[name]) / "compare" / "metrics.json")
+        for row in (comparison.priors["learned"], comparison.reconstruction, comparison.real):
+            assert 0 <= row.label_read <= 1
+        assert all(1 <= level.perplexity <= level.codes for level in comparison.codes)
+        shares = [point.kept for point in comparison.rejection]
+        assert shares == sorted(shares, reverse=True) and len({point.images for point in comparison.rejection}) == 1
+        best = lowest_fd(comparison.guidance).guidance
+        assert ("guided" in comparison.priors) == (best > 0)
         # A fifth of the 120 images are fewer than the 64 features need.
-        assert any(f"the fd of 65 samples of another seed is lowest with {best:g};" in note for note in notes(metrics))
+        assert any(f"the fd of 65 samples of another seed is lowest with {best:g};" in note for note in notes(comparison))
 
 
 def test_with_few_images_no_guidance_is_chosen(runs):
     run = Run.open(runs["mnist-vqvae"], "cpu")
-    splits = run.data()
-    metrics, _ = compare(run, dataclasses.replace(splits, test=splits.test.subset(torch.arange(50))))
+    splits = load_data(run)
+    comparison = compared(run, dataclasses.replace(splits, test=splits.test.subset(torch.arange(50))))
     few = "guidance: not chosen, 10 samples of each strength are too few for a Fréchet distance."
-    assert few in notes(metrics) and "guided" not in metrics["priors"]
+    assert few in notes(comparison) and "guided" not in comparison.priors
 
 
 def test_the_comparison_finds_the_best_guidance(runs, monkeypatch):
@@ -217,19 +221,19 @@ def test_the_comparison_finds_the_best_guidance(runs, monkeypatch):
     for best in (0.0, 2.0):
         distances = itertools.cycle([1 + abs(strength - best) for strength in STRENGTHS])
         monkeypatch.setattr(FeatureSpace, "distance_of", lambda self, features, of=distances: next(of))
-        metrics, _ = compare(run, run.data())
-        tried = [row["guidance"] for row in metrics["guidance"]]
-        assert tried == list(STRENGTHS) and {row["images"] for row in metrics["guidance"]} == {65}
+        comparison = compared(run, load_data(run))
+        tried = [point.guidance for point in comparison.guidance]
+        assert tried == list(STRENGTHS) and {point.images for point in comparison.guidance} == {65}
         page = (run.folder / "compare" / "page.html").read_text()
-        assert ("guided" in metrics["priors"]) == ("guidance 2" in page) == (best > 0)
-    row = metrics["priors"]["guided"]
-    assert row["guidance"] == 2 and 0 <= row["label_read"] <= 1 and row["fd"] != metrics["priors"]["learned"]["fd"]
-    labels = run.contexts(run.data().test)[torch.randperm(120, generator=torch.Generator().manual_seed(0))]
-    autoencoder, space = run.load_autoencoder(), feature_space(run.fabric, run.config.metrics, run.data(), run.classifiers)
-    prior, device = run.prior("learned", run.specs(autoencoder)), run.fabric.device
+        assert ("guided" in comparison.priors) == ("guidance 2" in page) == (best > 0)
+    row = comparison.priors["guided"]
+    assert row.guidance == 2 and 0 <= row.label_read <= 1 and row.fd != comparison.priors["learned"].fd
+    labels = contexts_of(run, load_data(run).test)[torch.randperm(120, generator=torch.Generator().manual_seed(0))]
+    autoencoder, space = load_autoencoder(run), feature_space(run.fabric, run.config.metrics, load_data(run), run.classifiers)
+    prior, device = open_prior(run, "learned", specs_of(autoencoder)), run.fabric.device
     again = sampling.generate(autoencoder, prior, 120, seed=0, device=device, how=Sampling(guidance=2.0), contexts=labels)
     monkeypatch.undo()
-    assert row["fd"] == pytest.approx(space.frechet_distance(again.images, "features"))
+    assert row.fd == pytest.approx(space.frechet_distance(again.images, "features"))
 
 
 def test_a_damaged_tokenizer_is_named(runs, tmp_path):
@@ -249,9 +253,9 @@ def test_a_tokenizer_is_fitted_to_the_training_split_alone(runs):
     path.unlink()
     for part in ("validation", "test"):
         with pytest.raises(UserError, match="there is no .*tokenizer.json.* train_all"):
-            run.encode(run.load_autoencoder(), getattr(splits, part), part)
+            encode(run, load_autoencoder(run), getattr(splits, part), part)
         assert not path.exists()
-    run.encode(run.load_autoencoder(), splits.train, "train")
+    encode(run, load_autoencoder(run), splits.train, "train")
     assert path.read_bytes() == content
 
 
@@ -298,7 +302,7 @@ def test_samples_that_are_not_numbers_are_counted_and_named(runs, tmp_path, monk
     images = drawn(runs["mnist5k"], "--prior", "standard", tmp_path=tmp_path)
     assert (images[2] == 0).all() and "warning: 1 of 6 samples are not numbers and are black" in capsys.readouterr().out
     run = Run.open(runs["mnist5k"], "cpu")
-    metrics, _ = compare(run, run.data())
-    assert metrics["warnings"] == ["standard: 1 of 120 samples are not numbers and are black"]
+    comparison = compared(run, load_data(run))
+    assert comparison.warnings == ["standard: 1 of 120 samples are not numbers and are black"]
     assert "standard: 1 of 120 samples are not numbers" in (run.folder / "compare" / "page.html").read_text()
-    assert all(np.isfinite(metrics["priors"]["standard"][figure]) for figure in FIGURES)
+    assert all(np.isfinite(vars(comparison.priors["standard"])[figure]) for figure in FIGURES)

@@ -6,7 +6,10 @@ import pytest
 import torch
 
 from pipelines.console import UserError
-from pipelines.runs import run as run_module
+from pipelines.runs import latents as latents_module
+from pipelines.runs.dataset import write_facts
+from pipelines.runs.latents import encode, training_latents
+from pipelines.runs.parts import new_autoencoder, specs_of
 from pipelines.runs.recipes import preset
 from pipelines.runs.run import Run
 from pipelines.training.fit import fit
@@ -58,37 +61,37 @@ class Killed(Exception):
 
 
 def test_many_latents_lie_in_several_files(tmp_path, monkeypatch):
-    monkeypatch.setattr(run_module, "ENCODING_BATCH", 10)
+    monkeypatch.setattr(latents_module, "ENCODING_BATCH", 10)
     splits = small_splits((1, 28, 28), 4)
     config = shrunk(preset("mnist5k"))
     run = Run.create(tmp_path / "run", config, "cpu")
-    run.write_facts(splits)
-    autoencoder, folder = run.new_autoencoder(splits.image_shape), run.folder / "latents"
+    write_facts(run, splits)
+    autoencoder, folder = new_autoencoder(run, splits.image_shape), run.folder / "latents"
     fit(run.fabric, autoencoder, splits.train, splits.validation, config.stage1, config.seed, run.folder / "stage1", "stage 1")
-    one = run.encode(autoencoder, splits.train, "train")
+    one = encode(run, autoencoder, splits.train, "train")
     everything = one.posteriors(slice(None))
     assert len(everything[0]["mean"]) == 114 and (folder / "stage1-train.safetensors").is_file()
     if sys.platform == "linux":
         assert str(folder / "stage1-train.safetensors") in open("/proc/self/maps").read(), "read into memory, not mapped"
 
     # Room for 30 images in each file; killed while the third of four is made.
-    (spec,) = run.specs(autoencoder)
-    monkeypatch.setattr(run_module, "SHARD_BYTES", 8 * spec.dimensions * 30)
-    encode, count = type(autoencoder).encode, 0
+    (spec,) = specs_of(autoencoder)
+    monkeypatch.setattr(latents_module, "SHARD_BYTES", 8 * spec.dimensions * 30)
+    encode_images, count = type(autoencoder).encode, 0
 
     def counted(self, images):
         nonlocal count
         count += 1
         if count == 8:
             raise Killed
-        return encode(self, images)
+        return encode_images(self, images)
 
     monkeypatch.setattr(type(autoencoder), "encode", counted)
     with pytest.raises(Killed):
-        run.encode(autoencoder, splits.train, "train")
+        encode(run, autoencoder, splits.train, "train")
     names = [f"stage1-train-0000{number}-of-00004.safetensors" for number in (1, 2, 3, 4)]
     assert [path.name for path in sorted(folder.glob("*train-*"))] == names[:2]
-    several = run.encode(autoencoder, splits.train, "train")
+    several = encode(run, autoencoder, splits.train, "train")
     assert count == 8 + 12 - 6  # the first two were kept
     assert sorted(path.name for path in folder.glob("*train*")) == names
 
@@ -98,7 +101,7 @@ def test_many_latents_lie_in_several_files(tmp_path, monkeypatch):
                 assert torch.equal(tensor, everything[0][name][indices])
 
     same(several)
-    same(run.training_latents())
+    same(training_latents(run))
     batches = []
     for dataset in (one, several):
         torch.manual_seed(0)
@@ -107,11 +110,11 @@ def test_many_latents_lie_in_several_files(tmp_path, monkeypatch):
 
     path = folder / names[1]
     path.write_bytes(path.read_bytes()[:-9])
-    same(run.encode(autoencoder, splits.train, "train"))
+    same(encode(run, autoencoder, splits.train, "train"))
     path.unlink()
     with pytest.raises(UserError, match="not all of it"):
-        run.training_latents()
-    same(run.encode(autoencoder, splits.train, "train"))
+        training_latents(run)
+    same(encode(run, autoencoder, splits.train, "train"))
     fewer = splits.train.subset(torch.arange(25))
-    assert len(run.encode(autoencoder, fewer, "train")) == 25
+    assert len(encode(run, autoencoder, fewer, "train")) == 25
     assert [path.name for path in folder.glob("*train*")] == ["stage1-train.safetensors"]

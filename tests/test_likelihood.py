@@ -13,6 +13,9 @@ from pipelines.console import Stopped, UserError
 from pipelines.judging import likelihood
 from pipelines.judging.likelihood import active_units, mutual_information, rate_maps
 from pipelines.pages.likelihood import columns_of, notes_of
+from pipelines.runs.dataset import load_data
+from pipelines.runs.latents import encode
+from pipelines.runs.parts import load_autoencoder, load_prior, specs_of
 from pipelines.runs.run import Run
 from stage1_vae import bottlenecks, likelihoods
 from stage1_vae.bottlenecks import gaussian_rate
@@ -23,7 +26,7 @@ pytestmark = pytest.mark.usefixtures("small_data")
 
 
 def measured(run: Run, **asked) -> dict:
-    return likelihood.likelihood(run, run.data(), **{"images": 20, "samples": 12, "naive": 50, **asked})
+    return likelihood.likelihood(run, load_data(run), **{"images": 20, "samples": 12, "naive": 50, **asked})
 
 
 def test_what_stage_2_buys_is_the_difference_of_the_rates_on_the_same_draws(run):
@@ -48,12 +51,12 @@ def test_what_stage_2_buys_is_the_difference_of_the_rates_on_the_same_draws(run)
 def test_the_rate_under_the_standard_normal_is_the_closed_form(run):
     """On average over draws; and the maps of it sum to it."""
     result = measured(run, images=1000, samples=30, naive=0, priors=["standard"])
-    latents = run.encode(run.load_autoencoder(), run.data().test, "test")
+    latents = encode(run, load_autoencoder(run), load_data(run).test, "test")
     (posterior,) = latents.levels
     exact = gaussian_rate(posterior["mean"], posterior["std"].log())
     assert result["images"] == 120 and "naive" not in result["priors"]["standard"]
     assert result["priors"]["standard"]["rate"]["nats"] == pytest.approx(float(exact.mean()), rel=0.02)
-    (maps,) = rate_maps(run, latents, run.load_prior(run.specs(run.load_autoencoder())), torch.arange(120), seed=0)
+    (maps,) = rate_maps(run, latents, load_prior(run, specs_of(load_autoencoder(run))), torch.arange(120), seed=0)
     torch.manual_seed(0)
     (z,), _ = latents[torch.arange(120)]
     log_q, log_p = (torch.distributions.Normal(*of).log_prob(z) for of in ((posterior["mean"], posterior["std"]), (0.0, 1.0)))
@@ -98,9 +101,9 @@ def test_codes_over_all_levels(tmp_path):
     assert columns_of(result) == ["rate", "-ELBO", "naive"]
     with pytest.raises(UserError, match="no prior 'posterior' with a density"):
         measured(run, priors=["posterior"])
-    autoencoder = run.load_autoencoder()
-    latents = run.encode(autoencoder, run.data().test, "test")
-    maps = rate_maps(run, latents, run.load_prior(run.specs(autoencoder)), torch.arange(120), seed=0)
+    autoencoder = load_autoencoder(run)
+    latents = encode(run, autoencoder, load_data(run).test, "test")
+    maps = rate_maps(run, latents, load_prior(run, specs_of(autoencoder)), torch.arange(120), seed=0)
     assert [tuple(level["learned"].shape) for level in maps] == [(7, 7), (14, 14)]
     every = measured(run, images=120, naive=0, priors=["learned"])["priors"]["learned"]["rate"]["nats"]
     assert sum(float(level["learned"].sum()) for level in maps) == pytest.approx(every, rel=1e-4)

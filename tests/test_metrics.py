@@ -1,6 +1,8 @@
 """Figures of sample quality against other implementations and known cases; the extractors; rejection."""
 
+import dataclasses
 import io
+import json
 import pickle
 import shutil
 import time
@@ -23,13 +25,14 @@ from torchmetrics.image.kid import poly_mmd
 from pipelines.console import UserError
 from pipelines.data.images import ImageSet
 from pipelines.judging import features, quality
+from pipelines.judging.comparison import Row, Verdict, read_comparison, verdict_of, write_comparison
 from pipelines.judging.features import FIGURES, Classifier, FeatureSpace, Judge, feature_space, inception, kept_best
 from pipelines.judging.quality import Cloud, FrechetDistance, copying_z, error, likeness, nearer, nearest_neighbours, resampled
-from pipelines.pages.comparison import verdict
 from pipelines.runs.config import MetricsConfig
+from pipelines.runs.dataset import load_data
 from pipelines.runs.recipes import preset
 from pipelines.training.devices import fabric_for
-from tests.parts import shrunk, small_splits
+from tests.parts import compared, shrunk, small_splits
 
 
 def points(count: int, at: float, seed: int, features: int = 4) -> torch.Tensor:
@@ -187,8 +190,8 @@ def test_features_are_kept_for_the_same_images_and_network_only(tmp_path, monkey
         second = space(tmp_path, 100)
     assert torch.equal(first.reference, second.reference) and first.description == second.description
     other = space(tmp_path, 90)
-    assert other.description["digest"] == first.description["digest"]
-    assert other.description["reference"] != first.description["reference"] and len(other.reference) == 90
+    assert other.description.digest == first.description.digest
+    assert other.description.reference != first.description.reference and len(other.reference) == 90
 
 
 @pytest.fixture(scope="module")
@@ -319,17 +322,39 @@ def test_a_second_run_waits_for_the_classifier_that_another_is_training(tmp_path
 
 
 def test_the_gap_closed_is_the_share_of_the_way_to_the_reconstructions():
-    figures = {
-        "real": {"fd": 0.5},
-        "reconstruction": {"fd": 2.0},
-        "priors": {"standard": {"fd": 12.0}, "learned": {"fd": 4.0}, "guided": {"fd": 3.0}},
-    }
-    assert verdict(figures, None) == {"gap_closed": pytest.approx(0.8), "gap_closed_guided": pytest.approx(0.9)}
-    withheld = verdict(figures, "three images")
-    assert withheld == {"gap_closed": None, "gap_closed_reason": "no Fréchet distance of three images"}
-    del figures["priors"]["guided"]
-    assert verdict(figures, None) == {"gap_closed": pytest.approx(0.8)}
-    figures["priors"]["standard"]["fd"] = 2.5  # above the reconstructions by no more than real images lie from each other
-    assert verdict(figures, None)["gap_closed"] is None and "no worse" in verdict(figures, None)["gap_closed_reason"]
-    figures["priors"]["learned"] = {"note": "none"}
-    assert verdict(figures, None) == {"gap_closed": None, "gap_closed_reason": "none"}
+    def row(fd: float) -> Row:
+        figures = dict.fromkeys(FIGURES) | {"fd": fd}
+        return Row(**figures, plus_minus={}, copying_z=0.0, distance_to_training=0.0)
+
+    real, reconstruction = row(0.5), row(2.0)
+    priors = {"standard": row(12.0), "learned": row(4.0), "guided": row(3.0)}
+
+    def verdict(withheld: str | None = None) -> Verdict:
+        return verdict_of(real, reconstruction, priors, withheld, "N(0, I)")
+
+    assert verdict() == Verdict(pytest.approx(0.8), guided=pytest.approx(0.9))
+    assert verdict("no Fréchet distance") == Verdict(None, "no Fréchet distance")
+    del priors["guided"]
+    assert verdict() == Verdict(pytest.approx(0.8))
+    priors["standard"] = row(2.5)  # above the reconstructions by no more than real images lie from each other
+    assert verdict().closed is None and "N(0, I) is no worse" in verdict().reason
+
+
+@pytest.mark.usefixtures("small_data")
+def test_a_comparison_comes_back_from_its_file(run, tmp_path):
+    """With what is missing and what is withheld; of a later version it is refused."""
+    splits = load_data(run)
+    made = compared(run, splits)
+    few = compared(run, dataclasses.replace(splits, test=splits.test.subset(torch.arange(3))))
+    without = dataclasses.replace(
+        made, priors={name: row for name, row in made.priors.items() if name != "learned"}, missing={"learned": "none: none"},
+        gap_closed=None, gap_closed_reason="none: none",
+    )  # fmt: skip
+    path = tmp_path / "metrics.json"
+    for comparison in (made, few, without):
+        write_comparison(path, comparison)
+        assert read_comparison(path) == comparison
+    assert json.loads(path.read_text())["priors"]["learned"] == {"note": "none: none"}
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"schema": 99}))
+    with pytest.raises(UserError, match="version 99.* delete it"):
+        read_comparison(path)

@@ -13,11 +13,12 @@ import pytest
 from PIL import Image
 
 from pipelines import compare
+from pipelines.judging.comparison import from_dict
 from pipelines.judging.features import FIGURES
+from pipelines.pages.report import train_all
 from pipelines.pages.words import between_runs
 from pipelines.runs.recipes import preset
 from pipelines.runs.run import Run
-from pipelines.train_all import train_all
 from tests.parts import shrunk, small_splits
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -72,7 +73,7 @@ def test_runs_of_the_same_images_are_compared_in_words_and_others_are_not(compar
     together = json.loads((compared / "both.json").read_text())
     assert list(together) == ["mnist5k", "mnist-vqvae"]
     assert [row["run"] for row in csv.DictReader(open(compared / "both.csv"))].count("mnist-vqvae") > 3
-    (finding,) = between_runs(together)
+    (finding,) = between_runs({name: from_dict(values) for name, values in together.items()})
     assert finding in html.unescape((compared / "both.html").read_text())
     lower, higher = sorted(together, key=lambda run: together[run]["priors"]["learned"]["fd"])
     assert re.search(f"{lower}, drawn from the learned prior, at [\\d.]+ ± .*; {higher}, .* times as far", finding)
@@ -81,7 +82,7 @@ def test_runs_of_the_same_images_are_compared_in_words_and_others_are_not(compar
     together["plain"]["priors"]["learned"] = {"note": "none"}
     together["other"] = copy.deepcopy(together["mnist5k"])
     together["other"]["features"]["reference"]["digest"] = "of other images"
-    finding, warning = between_runs(together)
+    finding, warning = between_runs({name: from_dict(values) for name, values in together.items()})
     assert "plain, drawn from N(0, I), as a plain autoencoder is, at" in finding and "other" not in finding
     assert "Not everything here compares" in warning and warning.endswith("part mnist5k, mnist-vqvae, plain; other.")
 

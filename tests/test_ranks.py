@@ -9,10 +9,11 @@ import pytest
 import torch
 from lightning_fabric import Fabric
 
-from pipelines.pages.comparison import compare
+from pipelines.judging.comparison import to_dict
+from pipelines.runs.dataset import load_data
 from pipelines.training import checkpoints
 from tests import on_ranks
-from tests.parts import random_latents
+from tests.parts import compared, random_latents
 
 ROOT = Path(__file__).parent.parent
 ONE = Fabric(accelerator="cpu")
@@ -107,6 +108,6 @@ def test_a_run_of_two_processes_is_finished_for_one(folder, capsys, monkeypatch)
     metrics = json.loads((folder / "run" / "compare" / "metrics.json").read_text())
     run = on_ranks.run_of_codes(folder / "run")
     assert capsys.readouterr().out.count("skipped") == 3
-    again, _ = compare(run, run.data())
+    again = to_dict(compared(run, load_data(run)))
     assert json.loads(json.dumps(again)) == metrics
     assert (folder / "said").read_text().count("gap closed") == 1, "only one process prints"

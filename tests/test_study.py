@@ -9,12 +9,13 @@ from scipy import stats
 
 from pipelines import study
 from pipelines.console import UserError
+from pipelines.runs.dataset import write_facts
 from pipelines.runs.recipes import preset
 from pipelines.runs.run import Run
 from pipelines.studies import aggregate_posterior, evidence, samples_per_image
 from pipelines.studies.samples_per_image import gradients_of_draws
 from pipelines.studies.trained import Trained
-from pipelines.training.fit import FitConfig
+from pipelines.training.config import FitConfig
 from stage1_vae.bottlenecks import gaussian_rate
 from stage1_vae.bounds import draws, log_likelihoods
 from stage2_prior.heads import gaussian_log_prob
@@ -146,7 +147,7 @@ def test_a_gaussian_for_each_label_is_their_mixture():
 
 def test_a_run_of_codes_is_refused(tmp_path):
     made = Run.create(tmp_path / "codes", shrunk(preset("mnist-vqvae")), "cpu")
-    made.write_facts(small_splits((1, 28, 28), 4))
+    write_facts(made, small_splits((1, 28, 28), 4))
     with pytest.raises(UserError, match="no q"):
         study.main(["evidence", "--run", str(made.folder), "--device", "cpu"])
 

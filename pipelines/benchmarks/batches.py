@@ -7,6 +7,9 @@ import tyro
 
 from pipelines.benchmarks.measuring import Rows
 from pipelines.console import UserError
+from pipelines.runs.names import Device
+from pipelines.runs.parts import load_autoencoder, specs_of
+from pipelines.runs.priors import open_prior
 from pipelines.runs.run import Run
 from pipelines.runs.sampling import generate
 
@@ -27,15 +30,15 @@ class BenchmarkBatches:
     """the two batch sizes"""
     json: Path | None = None
     """file to write the row to"""
-    device: str = "auto"
-    """auto, cpu, cuda or mps"""
+    device: Device = "auto"
+    """the device to run on; auto takes the fastest that is there"""
 
     def rows(self) -> Rows:
         if min(self.count, *self.batch) < 1:
             raise UserError("--count and both of --batch are numbers from 1 up")
         run = Run.open(self.run, self.device)
-        autoencoder = run.load_autoencoder()
-        prior = run.prior("learned", run.specs(autoencoder))
+        autoencoder = load_autoencoder(run)
+        prior = open_prior(run, "learned", specs_of(autoencoder))
         images = [
             generate(autoencoder, prior, self.count, seed=0, device=run.fabric.device, batch_size=size).images.int()
             for size in self.batch

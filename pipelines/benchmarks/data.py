@@ -25,6 +25,7 @@ from pipelines.data.images import ImageSet, Splits
 from pipelines.data.sets import EmbeddedDigits
 from pipelines.data.shards import NEEDS_WEBDATASET, Shards
 from pipelines.runs.config import RunConfig
+from pipelines.runs.names import Device
 from pipelines.runs.recipes import preset
 from pipelines.training.devices import devices
 from pipelines.training.fit import Order, Training
@@ -55,8 +56,8 @@ class BenchmarkData:
     """measured repeats of each part; medians are stated"""
     json: Path | None = None
     """file to write the row to"""
-    device: str = "auto"
-    """auto, cpu, cuda or mps"""
+    device: Device = "auto"
+    """the device to run on; auto takes the fastest that is there"""
 
     def rows(self) -> Rows:
         check_least(self, images=1000, size=1, steps=0, repeats=1)

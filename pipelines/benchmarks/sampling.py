@@ -11,6 +11,7 @@ from torch import Tensor
 
 from pipelines.benchmarks.measuring import Rows, median_seconds, peak_bytes
 from pipelines.console import UserError, nearest, say
+from pipelines.runs.names import Device
 from pipelines.training.devices import devices
 from stage2_prior.autoregressive import AutoregressiveConfig, AutoregressivePrior, BackboneConfig
 from stage2_prior.heads import Categorical, GaussianMixture, HeadConfig
@@ -56,8 +57,8 @@ class BenchmarkSampling:
     """measured repeats; medians are stated"""
     json: Path | None = None
     """file to write the rows to"""
-    device: str = "auto"
-    """auto, cpu, cuda or mps"""
+    device: Device = "auto"
+    """the device to run on; auto takes the fastest that is there"""
 
     def prior(self, grid: tuple[int, int], device: torch.device) -> AutoregressivePrior:
         """With random weights: speed does not depend on them."""

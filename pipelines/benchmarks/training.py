@@ -9,10 +9,16 @@ import torch
 from torch import Tensor
 
 from pipelines.benchmarks.measuring import Rows, median_seconds
+from pipelines.runs.conditions import contexts_of
+from pipelines.runs.dataset import write_facts
+from pipelines.runs.latents import encoded, latent_dataset
+from pipelines.runs.names import Device
+from pipelines.runs.parts import new_autoencoder, new_prior, specs_of
 from pipelines.runs.recipes import preset
-from pipelines.runs.run import Run, encoded, latent_dataset
+from pipelines.runs.run import Run
+from pipelines.training.config import FitConfig
 from pipelines.training.devices import devices
-from pipelines.training.fit import FitConfig, Source, Training
+from pipelines.training.fit import Source, Training
 
 
 @dataclass(frozen=True)
@@ -25,8 +31,8 @@ class BenchmarkTraining:
     """measured steps of each stage; medians are stated"""
     json: Path | None = None
     """file to write the rows to"""
-    device: str = "auto"
-    """auto, cpu, cuda or mps"""
+    device: Device = "auto"
+    """the device to run on; auto takes the fastest that is there"""
 
     def rows(self) -> Rows:
         """One row a part, for the networks and batch sizes of the preset: stage 1, encoding, stage 2."""
@@ -38,8 +44,8 @@ class BenchmarkTraining:
         fabric = devices(self.device, config.precision)
         splits = config.data.load()
         run = Run(folder, config, fabric)
-        run.write_facts(splits)
-        autoencoder = run.new_autoencoder(splits.image_shape)
+        write_facts(run, splits)
+        autoencoder = new_autoencoder(run, splits.image_shape)
         rows = [training_row(run, "stage 1", autoencoder, splits.train, config.stage1, self.repeats)]
 
         autoencoder.eval()
@@ -58,8 +64,8 @@ class BenchmarkTraining:
 
         rows.append(training_summary("encoding", len(subset), median_seconds({"whole": whole, "bare": bare}, self.repeats)))
 
-        dataset = latent_dataset([latents], run.contexts(subset))
-        prior = run.new_prior(run.specs(autoencoder), len(splits.label_names))
+        dataset = latent_dataset([latents], contexts_of(run, subset))
+        prior = new_prior(run, specs_of(autoencoder), len(splits.label_names))
         prior.estimate(dataset)
         return [*rows, training_row(run, "stage 2", prior, dataset, config.stage2, self.repeats)]
 

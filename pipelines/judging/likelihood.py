@@ -33,6 +33,9 @@ from pipelines.console import (
 )
 from pipelines.data.images import Splits
 from pipelines.data.reading import Stored, content_of
+from pipelines.runs.latents import encode
+from pipelines.runs.parts import load_autoencoder, specs_of
+from pipelines.runs.priors import densities, open_prior
 from pipelines.runs.run import Run
 from pipelines.training.fit import seed_of
 from stage1_vae.autoencoder import Autoencoder
@@ -41,7 +44,7 @@ from stage2_prior.autoregressive import LearnedPrior
 from stage2_prior.conditions import Unconditional
 from stage2_prior.heads import gaussian_log_prob
 from stage2_prior.latents import LatentDataset
-from stage2_prior.prior import AggregatePosterior, Prior, baselines
+from stage2_prior.prior import AggregatePosterior, Prior
 
 ACTIVE = 0.01  # variance over images of a posterior's mean, from which on its latent number is in use (Burda et al. 2016)
 DRAWS_AT_ONCE = 4096  # between two looks at the clock and at signals
@@ -68,17 +71,17 @@ def likelihood(
     The figures of each image are kept under RUN/likelihood/, so that the same call goes on where a killed one was.
     Raises UserError where there is no likelihood, and Stopped when a signal asked to end.
     """
-    autoencoder = run.load_autoencoder()
+    autoencoder = load_autoencoder(run)
     if not autoencoder.bottleneck.has_density:
         raise UserError(f"{run.folder} has a deterministic encoder: there is no density q(z|x), so no bound on log p(x)")
-    specs = run.specs(autoencoder)
+    specs = specs_of(autoencoder)
     discrete = specs[0].vocabulary is not None
-    known = [*baselines(specs), *run.learned] + ([] if discrete else ["posterior"])
+    known = densities(run, specs) + ([] if discrete else ["posterior"])
     for name in priors:
         if name not in known:
             raise UserError(f"there is no prior {name!r} with a density over these latents{nearest(name, known)}")
-    fitted = {name: run.prior(name, specs) for name in (priors or [name for name in known if name != "posterior"])}
-    latents = run.encode(autoencoder, splits.test, "test")
+    fitted = {name: open_prior(run, name, specs) for name in (priors or [name for name in known if name != "posterior"])}
+    latents = encode(run, autoencoder, splits.test, "test")
     images = min(images, len(splits.test))
     chosen = torch.randperm(len(splits.test), generator=torch.Generator().manual_seed(seed))[:images]
     samples = 1 if discrete else samples

@@ -2,8 +2,8 @@
 
 from typing import Any
 
+from pipelines.judging.comparison import ROWS, title
 from pipelines.pages.tables import Row, Table
-from pipelines.pages.words import ROWS, title
 
 
 def columns_of(result: dict[str, Any]) -> list[str]:
@@ -64,7 +64,7 @@ def notes_of(result: dict[str, Any]) -> list[str]:
     if {"standard", "learned"} <= priors.keys():
         standard, learned = priors["standard"]["rate"], priors["learned"]["rate"]
         lines.append(
-            f"rate: {standard['nats']:.2f} under {title('standard', result)},"
+            f"rate: {standard['nats']:.2f} under {title('standard', 'codes' in result)},"
             f" {learned['nats']:.2f} under the learned prior. The difference,"
             f" {in_nats(priors['learned']['negative_elbo']['below_standard'])} nats, is what stage 2 buys; the ELBO gains it."
         )
@@ -81,7 +81,7 @@ def notes_of(result: dict[str, Any]) -> list[str]:
 
 
 def as_table(result: dict[str, Any]) -> Table:
-    rows = [Row(name, title(name, result), cells_of(result, name)) for name in ROWS if name in result["priors"]]
+    rows = [Row(name, title(name, "codes" in result), cells_of(result, name)) for name in ROWS if name in result["priors"]]
     return Table(f"Likelihood of {result['images']} held-out images", columns_of(result), rows, notes_of(result))
 
 

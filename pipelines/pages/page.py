@@ -5,15 +5,28 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import jinja2
+import torch
 from torch import Tensor
 
 from pipelines.files import write_file
-from pipelines.pages.plots import Figure, png
+from pipelines.judging.compare import BATCH, SHOWN, Exhibits
+from pipelines.judging.comparison import Comparison
+from pipelines.pages.likelihood import as_table
+from pipelines.pages.plots import (
+    Figure,
+    histogram,
+    nearest_plot,
+    png,
+    projections,
+    rate_plot,
+    tradeoff_plot,
+    training_curves,
+)
 from pipelines.pages.tables import Row, Table
-from pipelines.pages.words import HEADINGS, cell, figures, notes, title, verdict_in_words
+from pipelines.pages.words import HEADINGS, cells, drawn_from, notes, verdict_in_words
+from pipelines.runs.config import RunConfig, to_dict
 from pipelines.runs.pictures import tiled
 
 GRID_COLUMNS = 16
@@ -56,21 +69,113 @@ def chart_picture(heading: str, caption: str, figure: Figure) -> Picture:
     return Picture(heading, caption, data_uri(png(figure)), pixels=False)
 
 
-def section(
-    name: str,
-    metrics: dict[str, Any],
-    seconds: dict[str, float],
-    pictures: list[Picture],
-    config: dict[str, Any],
-    tables: list[Table],
-) -> Section:
-    """The figures of one run, as the page shows them. seconds: per 1,000 images, for each prior."""
-    columns = [*HEADINGS.values(), "s per 1,000"]
-    rows = []
-    for key, values in figures(metrics).items():
-        cells = [cell(values, figure) for figure in HEADINGS] + [f"{seconds[key]:.2f}" if key in seconds else ""]
-        rows.append(Row(key, title(key, metrics), cells))
-    return Section(name, verdict_in_words(metrics), columns, rows, notes(metrics), pictures, json.dumps(config, indent=2), tables)
+def section_of(name: str, comparison: Comparison, exhibits: Exhibits, config: RunConfig) -> Section:
+    """What the page says of one run, made of its comparison and of what is shown beside it alone."""
+    seconds, rows = exhibits.seconds, []
+    for key, shown in cells(comparison).items():
+        rows.append(Row(key, comparison.title(key), [*shown, f"{seconds[key]:.2f}" if key in seconds else ""]))
+    return Section(
+        name=name,
+        verdict=verdict_in_words(comparison),
+        columns=[*HEADINGS.values(), "s per 1,000"],
+        rows=rows,
+        notes=notes(comparison),
+        pictures=pictures_of(comparison, exhibits),
+        config=json.dumps(to_dict(config), indent=2),
+        tables=[as_table(comparison.likelihood)] if comparison.likelihood else [],
+    )
+
+
+def pictures_of(comparison: Comparison, exhibits: Exhibits) -> list[Picture]:
+    """In the order shown."""
+    return [
+        *samples(comparison, exhibits),
+        *reconstructions(exhibits),
+        *copies(comparison, exhibits),
+        *other_rows(comparison, exhibits),
+        *latents(comparison, exhibits),
+        *tradeoffs(comparison),
+        chart_picture("Training", "Loss in nats an image, over steps.", training_curves(exhibits.histories)),
+        *rates(comparison, exhibits),
+    ]
+
+
+def samples(comparison: Comparison, exhibits: Exhibits) -> list[Picture]:
+    made = []
+    for name, images in exhibits.images.items():
+        if name in ("standard", "learned", "guided"):
+            caption = f"The first {len(images)} drawn under seed {comparison.seed}, not chosen."
+            made.append(images_picture(f"Samples: {comparison.title(name)}", caption, images))
+    return made
+
+
+def reconstructions(exhibits: Exhibits) -> list[Picture]:
+    """And interpolations, where there are any."""
+    pairs = torch.stack([exhibits.images[name][:SHOWN] for name in ("real", "reconstruction")]).flatten(0, 1)
+    made = [images_picture("Reconstructions", "Held-out images above, their reconstructions below.", pairs)]
+    if exhibits.interpolations is not None:
+        caption = "From one held-out image to another along a straight line in z: what lies between is not always an image."
+        made.append(images_picture("Interpolations", caption, exhibits.interpolations))
+    return made
+
+
+def copies(comparison: Comparison, exhibits: Exhibits) -> list[Picture]:
+    """Whether samples are copies of training images."""
+    caption = (
+        f"Samples drawn from {drawn_from(comparison)} above, below them the training images nearest in the features that images"
+        " are compared in: copies would be the same image twice."
+    )
+    both = torch.cat([exhibits.images[comparison.generator][:SHOWN], exhibits.nearest])
+    distances = {comparison.title(name): values for name, values in exhibits.distances.items()}
+    share = (
+        "How far images lie from the training set: the share that is nearer than a distance. Copies lie left of held-out images,"
+        " as reconstructions of training images do; what resembles no image lies right of them."
+    )
+    return [
+        images_picture("Nearest training images", caption, both),
+        chart_picture("Memorization", share, nearest_plot(distances)),
+    ]
+
+
+def other_rows(comparison: Comparison, exhibits: Exhibits) -> list[Picture]:
+    shown_before = ("standard", "learned", "guided", "reconstruction")
+    others = {name: images[:SHOWN] for name, images in exhibits.images.items() if name not in shown_before}
+    return [images_picture(comparison.title(name), f"{SHOWN} images.", images) for name, images in others.items()]
+
+
+def latents(comparison: Comparison, exhibits: Exhibits) -> list[Picture]:
+    made = []
+    if exhibits.projections:
+        caption = "Grey: latents of real images, q(z), on its first two principal components. Blue: draws from the prior."
+        made.append(chart_picture("Where each prior puts z", caption, projections(exhibits.projections, comparison)))
+    if exhibits.code_counts:
+        figure = histogram(exhibits.code_counts, comparison)
+        made.append(chart_picture("Use of the codes", "Over the whole test split.", figure))
+    return made
+
+
+def tradeoffs(comparison: Comparison) -> list[Picture]:
+    made = []
+    if comparison.guidance:
+        caption = f"Samples of the learned prior, pushed toward the {comparison.told} by classifier-free guidance; 0 is none."
+        points = {point.guidance: point for point in comparison.guidance if point.guidance is not None}
+        figure = tradeoff_plot(points, "strength of guidance")
+        made.append(chart_picture("Diversity traded for fidelity: guidance", caption, figure))
+    if comparison.rejection:
+        caption = "Of the learned prior's samples, the share that a second classifier is surest of; judged by the first."
+        points = {point.kept: point for point in comparison.rejection if point.kept is not None}
+        made.append(
+            chart_picture("Diversity traded for fidelity: rejection", caption, tradeoff_plot(points, "share of samples kept"))
+        )
+    return made
+
+
+def rates(comparison: Comparison, exhibits: Exhibits) -> list[Picture]:
+    if not exhibits.rate_maps:
+        return []
+    count = min(comparison.images, BATCH)
+    caption = f"Nats of the rate of {count} held-out images at each position of the latent grid, on average."
+    return [chart_picture("Where the rate lies", caption, rate_plot(exhibits.rate_maps, comparison))]
 
 
 def write_page(path: Path, sections: Sequence[Section], versions: dict[str, str], findings: Sequence[str] = ()) -> None:

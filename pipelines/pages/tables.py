@@ -2,23 +2,24 @@
 
 import csv
 import io
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from pipelines.files import write_file
+from pipelines.judging.comparison import Comparison
 from pipelines.judging.features import FIGURES
-from pipelines.pages.words import HEADINGS, cell, figures, notes, title
+from pipelines.pages.words import HEADINGS, cells, notes
 
 
-def table(metrics: dict[str, Any]) -> str:
+def table(comparison: Comparison) -> str:
     """The comparison for the terminal."""
     rows = {"": list(HEADINGS.values())}
-    rows |= {title(name, metrics): [cell(row, figure) for figure in HEADINGS] for name, row in figures(metrics).items()}
+    rows |= {comparison.title(name): shown for name, shown in cells(comparison).items()}
     first = max(map(len, rows))
     widths = [2 + max(map(len, column)) for column in zip(*rows.values())]
     lines = [name.ljust(first) + "".join(text.rjust(width) for text, width in zip(row, widths)) for name, row in rows.items()]
-    return "\n".join(lines + notes(metrics))
+    return "\n".join(lines + notes(comparison))
 
 
 @dataclass(frozen=True)
@@ -38,8 +39,8 @@ class Table:
     notes: list[str]
 
 
-def write_csv(path: Path, runs: dict[str, dict[str, Any]]) -> None:
-    """One row a prior of each run, from their metrics; the same numbers as metrics.json."""
+def write_csv(path: Path, runs: Mapping[str, Comparison]) -> None:
+    """One row a prior of each run; the same numbers as metrics.json."""
     buffer = io.StringIO()
     errors = {f"{figure}_plus_minus": figure for figure in FIGURES}
     bounds = ["rate", "negative_elbo", "importance_weighted"]
@@ -47,12 +48,14 @@ def write_csv(path: Path, runs: dict[str, dict[str, Any]]) -> None:
     columns += ["copying_z", "distance_to_training", "nll", *bounds, "images", "reference_images", "seed", "extractor"]
     writer = csv.DictWriter(buffer, columns, extrasaction="ignore")
     writer.writeheader()
-    for run, metrics in runs.items():
-        known = {"images": metrics["images"], "seed": metrics["seed"], "extractor": metrics["features"]["digest"]}
-        known["reference_images"] = metrics["images_of"]["reference"]
-        likelihood = metrics.get("likelihood", {"priors": {}})["priors"]
-        for key, values in figures(metrics).items():
-            half = {column: values.get("plus_minus", {}).get(figure) for column, figure in errors.items()}
-            nats = {bound: likelihood[key][bound]["nats"] for bound in bounds if bound in likelihood.get(key, {})}
-            writer.writerow({"run": run, "z": key, **known, **half, **values, **nats})
+    for run, comparison in runs.items():
+        known = {"images": comparison.images, "seed": comparison.seed, "extractor": comparison.features.digest}
+        known["reference_images"] = comparison.images_of.reference
+        likelihood = comparison.likelihood["priors"] if comparison.likelihood else {}
+        for name, row in comparison.rows.items():
+            half = {column: row.plus_minus.get(figure) for column, figure in errors.items()}
+            nats = {bound: likelihood[name][bound]["nats"] for bound in bounds if bound in likelihood.get(name, {})}
+            writer.writerow({"run": run, "z": name, **known, **half, **vars(row), **nats})
+        for name in comparison.missing:
+            writer.writerow({"run": run, "z": name, **known})
     write_file(path, buffer.getvalue().encode())

@@ -1,34 +1,10 @@
 """The comparison in words: titles, cells of the table, notes and verdicts."""
 
 import math
-from typing import Any
+from collections.abc import Mapping
 
+from pipelines.judging.comparison import ROWS, Comparison, Row
 from pipelines.judging.tradeoffs import lowest_fd
-
-ROWS = {
-    "real": "real images",
-    "reconstruction": "reconstructions",
-    "standard": "N(0, I)",
-    "gaussian": "fitted Gaussian",
-    "mixture": "Gaussian mixture",
-    "unigram": "unigram of codes",
-    "learned": "learned prior",
-    "guided": "learned, guided",
-    "posterior": "posterior (not a generator)",
-}
-
-
-def figures(metrics: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """The figures of every row of the comparison, in the order shown."""
-    everything = {"real": metrics["real"], "reconstruction": metrics["reconstruction"], **metrics["priors"]}
-    return {name: everything[name] for name in ROWS if name in everything}
-
-
-def title(name: str, metrics: dict[str, Any]) -> str:
-    if name == "guided":
-        return f"learned, guidance {metrics['priors']['guided']['guidance']:g}"
-    return "uniform codes" if name == "standard" and "codes" in metrics else ROWS[name]
-
 
 HEADINGS = {
     "fd": "fd",
@@ -43,13 +19,16 @@ HEADINGS = {
 """Of the columns, in the order shown"""
 
 
-def cell(values: dict[str, Any], figure: str) -> str:
-    """A figure of one row with half its 95 % interval; a dash where it is withheld, nothing where there is none."""
-    if figure not in values:
+def cell(row: Row | None, figure: str) -> str:
+    """A figure of one row with half its 95 % interval; a dash where it is withheld, nothing where there is none.
+
+    row: None where there is no such prior.
+    """
+    if row is None:
         return "none" if figure == "fd" else ""
-    value, half = values[figure], values.get("plus_minus", {}).get(figure)
+    value, half = vars(row)[figure], row.plus_minus.get(figure)
     if value is None:
-        return "–"
+        return "" if figure == "nll" else "–"
     if figure == "nll":
         return f"{value:.1f}"
     # As many decimals as show three digits of the figure or of its error, whichever is larger.
@@ -58,91 +37,113 @@ def cell(values: dict[str, Any], figure: str) -> str:
     return f"{value:.{shown}f}" + ("" if half is None else f" ± {half:.{shown}f}")
 
 
-def generator(metrics: dict[str, Any]) -> str:
-    """The prior that a run is meant to be drawn from."""
-    return "learned" if "fd" in metrics["priors"]["learned"] else "standard"
+def cells(comparison: Comparison) -> dict[str, list[str]]:
+    """For each row of the table, in the order shown, its cells under HEADINGS."""
+    rows: dict[str, Row | None] = {**comparison.rows, **dict.fromkeys(comparison.missing)}
+    return {name: [cell(rows[name], figure) for figure in HEADINGS] for name in ROWS if name in rows}
 
 
-def drawn_from(metrics: dict[str, Any]) -> str:
-    """The same in words."""
-    return "the learned prior" if generator(metrics) == "learned" else title("standard", metrics)
+def drawn_from(comparison: Comparison) -> str:
+    """The prior that the run is meant to be drawn from, in words."""
+    return "the learned prior" if comparison.generator == "learned" else comparison.title("standard")
 
 
-def notes(metrics: dict[str, Any]) -> list[str]:
+def notes(comparison: Comparison) -> list[str]:
     """What the figures are, and those that are not of one prior."""
-    features, count, reference = metrics["features"], metrics["images"], metrics["images_of"]["reference"]
-    name = generator(metrics)
-    values = metrics["priors"][name]
-    accuracy = f", which reads {100 * features['accuracy']:.1f} % of test images right" if "accuracy" in features else ""
+    everything = (about_figures, about_priors, about_codes, about_labels, about_guidance, about_gap)
+    return [line for about in everything for line in about(comparison)]
+
+
+def about_figures(comparison: Comparison) -> list[str]:
+    features, count, reference = comparison.features, comparison.images, comparison.images_of.reference
+    read = "" if features.accuracy is None else f", which reads {100 * features.accuracy:.1f} % of test images right"
     lines = [
-        f"fd: Fréchet distance to {reference} training images, from {count} images a row under seed {metrics['seed']}, in the"
-        f" {features['dimensions']} features of the {features['extractor']} {features['digest']}{accuracy}; lower is better. KID:"
-        f" kernel distance to {min(count, reference)} of them, lower is better. precision and density: how many samples lie among"
-        " training images; recall and coverage: how much of the training images' variety the samples reach; higher is better.",
-        f"±: half of the interval of {metrics['intervals']}; other samples of the same model would fall into it, another training"
+        f"fd: Fréchet distance to {reference} training images, from {count} images a row under seed {comparison.seed}, in the"
+        f" {features.dimensions} features of the {features.extractor} {features.digest}{read}; lower is better. KID:"
+        f" kernel distance to {min(count, reference)} of them, lower is better. precision and density: how many"
+        " samples lie among training images; recall and coverage: how much of the training images' variety the samples reach;"
+        " higher is better.",
+        f"±: half of the interval of {comparison.intervals}; other samples of the same model would fall into it, another training"
         " run need not.",
         "nearer: of pairs of a sample and a held-out image, the share in which the sample lies nearer to its nearest training"
         " image. 0.5: as near as new images are; above: copied (Meehan et al. 2020). Drawn from"
-        f" {drawn_from(metrics)}: z = {values['copying_z']:.1f}, where below -3 would mean copies.",
+        f" {drawn_from(comparison)}: z = {comparison.priors[comparison.generator].copying_z:.1f}, where below -3 would mean"
+        " copies.",
     ]
-    lines += [f"{figure}: withheld, {reason}." for figure, reason in metrics["withheld"].items()]
-    lines += [f"warning: {warning}." for warning in metrics["warnings"]]
-    if "note" in metrics["priors"]["learned"]:
-        lines.append(f"learned prior: {metrics['priors']['learned']['note']}.")
-    if any("nll" in row for row in metrics["priors"].values()):
-        told = f"; the learned prior alone is told the {metrics['told']}" if metrics.get("told") else ""
+    lines += [f"{figure}: withheld, {reason}." for figure, reason in comparison.withheld.items()]
+    return lines + [f"warning: {warning}." for warning in comparison.warnings]
+
+
+def about_priors(comparison: Comparison) -> list[str]:
+    lines = [f"{ROWS[name]}: {why}." for name, why in comparison.missing.items()]
+    if any(row.nll is not None for row in comparison.priors.values()):
+        told = f"; the learned prior alone is told the {comparison.told}" if comparison.told else ""
         lines.append(f"nll of z: nats an image of held-out latents under the prior; lower is better{told}.")
-    lines.append(f"reconstructions: mean squared error {metrics['reconstruction']['mse']:.5f} a pixel, of values in [0, 1].")
-    for level in metrics.get("codes", []):
-        height, width = level["grid"]
-        lines.append(
-            f"codes on the {height}×{width} grid: {level['used']} of {level['codes']} used over the test images,"
-            f" perplexity {level['perplexity']:.0f}."
-        )
-    if "label_read" in metrics["reconstruction"]:
-        read = {row: f"{100 * values['label_read']:.1f} %" for row, values in figures(metrics).items() if "label_read" in values}
-        guided = f", {read['guided']} under guidance" if "guided" in read else ""
-        lines.append(
-            f"labels: the classifier reads the one asked for off {read['learned']} of the learned prior's samples{guided}, and"
-            f" the true one off {read['reconstruction']} of reconstructions and {read['real']} of real images."
-        )
-    if metrics.get("guidance"):
-        tried = metrics["guidance"]
-        strengths, count = ", ".join(f"{row['guidance']:g}" for row in tried), tried[0]["images"]
-        if best := lowest_fd(tried):
-            row = "it has a row of its own" if best["guidance"] else "the learned prior as fitted"
-            lines.append(
-                f"guidance: of {strengths}, the fd of {count} samples of another seed is lowest with {best['guidance']:g}; {row}."
-            )
-        else:
-            lines.append(f"guidance: not chosen, {count} samples of each strength are too few for a Fréchet distance.")
-    if metrics["gap_closed"] is not None:
-        start = title("standard", metrics)
-        guided = f", {metrics['gap_closed_guided']:.3f} under guidance" if "gap_closed_guided" in metrics else ""
-        lines.append(
-            f"gap closed: {metrics['gap_closed']:.3f} of the way from {start} to the decoder's own reconstructions{guided}."
-        )
-    elif name == "learned":
-        lines.append(f"gap closed: none stated, {metrics['gap_closed_reason']}.")
     return lines
 
 
-def between_runs(runs: dict[str, dict[str, Any]]) -> list[str]:
-    """What is to be said of several runs, from their metrics: which lies nearest to the data, and what does not compare."""
-    groups: dict[tuple, dict[str, dict[str, Any]]] = {}
-    for run, metrics in runs.items():
-        features = metrics["features"]
-        judged_by = features["digest"], features["reference"]["digest"], metrics["images"]
-        groups.setdefault(judged_by, {})[run] = metrics
+def about_codes(comparison: Comparison) -> list[str]:
+    lines = [f"reconstructions: mean squared error {comparison.reconstruction.mse:.5f} a pixel, of values in [0, 1]."]
+    for level in comparison.codes:
+        height, width = level.grid
+        lines.append(
+            f"codes on the {height}×{width} grid: {level.used} of {level.codes} used over the test images,"
+            f" perplexity {level.perplexity:.0f}."
+        )
+    return lines
+
+
+def about_labels(comparison: Comparison) -> list[str]:
+    shares = {name: row.label_read for name, row in comparison.rows.items() if row.label_read is not None}
+    if not shares:
+        return []
+    read = {name: f"{100 * share:.1f} %" for name, share in shares.items()}
+    guided = f", {read['guided']} under guidance" if "guided" in read else ""
+    return [
+        f"labels: the classifier reads the one asked for off {read['learned']} of the learned prior's samples{guided}, and"
+        f" the true one off {read['reconstruction']} of reconstructions and {read['real']} of real images."
+    ]
+
+
+def about_guidance(comparison: Comparison) -> list[str]:
+    tried = comparison.guidance
+    if not tried:
+        return []
+    strengths, count = ", ".join(f"{point.guidance:g}" for point in tried), tried[0].images
+    best = lowest_fd(tried)
+    if best is None:
+        return [f"guidance: not chosen, {count} samples of each strength are too few for a Fréchet distance."]
+    row = "it has a row of its own" if best.guidance else "the learned prior as fitted"
+    return [f"guidance: of {strengths}, the fd of {count} samples of another seed is lowest with {best.guidance:g}; {row}."]
+
+
+def about_gap(comparison: Comparison) -> list[str]:
+    if comparison.gap_closed is not None:
+        closed = comparison.gap_closed_guided
+        guided = "" if closed is None else f", {closed:.3f} under guidance"
+        return [
+            f"gap closed: {comparison.gap_closed:.3f} of the way from {comparison.title('standard')} to the decoder's own"
+            f" reconstructions{guided}."
+        ]
+    learned = comparison.generator == "learned"
+    return [f"gap closed: none stated, {comparison.gap_closed_reason}."] if learned else []
+
+
+def between_runs(runs: Mapping[str, Comparison]) -> list[str]:
+    """What is to be said of several runs: which lies nearest to the data, and what does not compare."""
+    groups: dict[tuple, dict[str, Comparison]] = {}
+    for run, comparison in runs.items():
+        judged_by = comparison.features.digest, comparison.features.reference.digest, comparison.images
+        groups.setdefault(judged_by, {})[run] = comparison
     lines = []
     for group in groups.values():
-        found = {run: metrics["priors"][generator(metrics)] for run, metrics in group.items()}
-        ranked = sorted((run for run in found if found[run]["fd"] is not None), key=lambda run: found[run]["fd"])
+        rows = {run: comparison.priors[comparison.generator] for run, comparison in group.items()}
+        ranked = sorted((row.fd, run) for run, row in rows.items() if row.fd is not None)
         parts: list[str] = []
-        for run in ranked:
-            drawn = drawn_from(group[run]) + ", as a plain autoencoder is" * (generator(group[run]) == "standard")
-            times = found[run]["fd"] / found[ranked[0]]["fd"]
-            parts.append(f"{run}, drawn from {drawn}, at {cell(found[run], 'fd')}" + f" ({times:.1f} times as far)" * bool(parts))
+        for fd, run in ranked:
+            drawn = drawn_from(group[run]) + ", as a plain autoencoder is" * (group[run].generator == "standard")
+            times = f" ({fd / ranked[0][0]:.1f} times as far)" if parts else ""
+            parts.append(f"{run}, drawn from {drawn}, at {cell(rows[run], 'fd')}{times}")
         if len(parts) > 1:
             lines.append(f"Fréchet distance from the same training images, in the same features: {'; '.join(parts)}.")
     if len(groups) > 1:
@@ -151,22 +152,24 @@ def between_runs(runs: dict[str, dict[str, Any]]) -> list[str]:
     return lines
 
 
-def verdict_in_words(metrics: dict[str, Any]) -> str:
-    priors, start = metrics["priors"], title("standard", metrics)
-    standard, best = cell(priors["standard"], "fd"), cell(metrics["reconstruction"], "fd")
-    if generator(metrics) == "standard":
+def verdict_in_words(comparison: Comparison) -> str:
+    priors, start = comparison.priors, comparison.title("standard")
+    standard, best = cell(priors["standard"], "fd"), cell(comparison.reconstruction, "fd")
+    if comparison.generator == "standard":
         return (
             f"A plain autoencoder, without a learned prior. Drawn from {start}, its samples lie at a Fréchet distance of"
             f" {standard} from the training images, its reconstructions at {best}."
         )
-    if metrics["gap_closed"] is None:
-        return f"Nothing can be said of what the learned prior buys here: {metrics['gap_closed_reason']}."
-    times, guided = priors["standard"]["fd"] / priors["learned"]["fd"], ""
-    if "guided" in priors:
-        closed, strength = 100 * metrics["gap_closed_guided"], priors["guided"]["guidance"]
-        guided = f", and {closed:.1f} % under a guidance of {strength:g} toward the {metrics['told']} asked for"
+    if comparison.gap_closed is None:
+        return f"Nothing can be said of what the learned prior buys here: {comparison.gap_closed_reason}."
+    distances, guided = [priors[name].fd for name in ("standard", "learned")], ""
+    assert distances[0] is not None and distances[1] is not None
+    if comparison.gap_closed_guided is not None:
+        closed, strength = 100 * comparison.gap_closed_guided, priors["guided"].guidance
+        guided = f", and {closed:.1f} % under a guidance of {strength:g} toward the {comparison.told} asked for"
     return (
         f"Drawn from {start}, samples lie at a Fréchet distance of {standard} from the training images; drawn from the learned"
-        f" prior, at {cell(priors['learned'], 'fd')}: {times:.1f} times nearer. The decoder's own reconstructions lie at {best},"
-        f" so the learned prior closes {100 * metrics['gap_closed']:.1f} % of the gap that {start} leaves{guided}."
+        f" prior, at {cell(priors['learned'], 'fd')}: {distances[0] / distances[1]:.1f} times nearer. The decoder's own"
+        f" reconstructions lie at {best}, so the learned prior closes {100 * comparison.gap_closed:.1f} % of the gap that {start}"
+        f" leaves{guided}."
     )

@@ -10,9 +10,14 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from pipelines import processes
 from pipelines.console import UserError, nearest, say
 from pipelines.data.reading import Unreadable, read_image
+from pipelines.runs.names import Pixels
+from pipelines.runs.sampling import pixel_noise
 from stage1_vae.autoencoder import Autoencoder
+from stage2_prior.autoregressive import LearnedPrior
+from stage2_prior.completion import complete
 
 SIDES = {"top-half": (0, True), "bottom-half": (0, False), "left-half": (1, True), "right-half": (1, False)}
 FILLINGS = 24  # of the hidden pixels, to see which latents they can change
@@ -73,3 +78,47 @@ def held_latents(
         latents.append(level[0])
         held.append(same)
     return latents, held
+
+
+@torch.inference_mode()
+def completions(
+    autoencoder: Autoencoder,
+    prior: LearnedPrior,
+    picture: Path,
+    keep: str,
+    count: int,
+    *,
+    seed: int,
+    device: torch.device,
+    batch_size: int,
+    particles: int,
+    context: Tensor | None,
+    pixels: Pixels,
+) -> tuple[Tensor, Tensor]:
+    """Pictures uint8 N C H W, and what they were given, C H W: the picture with its hidden part in grey.
+
+    keep: which part of the picture is kept, see `known_pixels`; particles: drawn for each completion, to choose one by the
+    density of the latents and pixels that are kept; context: what the prior is told.
+    """
+    shape = autoencoder.image_shape
+    image, known = picture_to_complete(picture, shape), known_pixels(keep, shape)
+    given, held = held_latents(autoencoder, image, known, device)
+    for mask in held:
+        say(f"held: {int(mask.sum())} of {mask.numel()} latents on the {mask.shape[0]}×{mask.shape[1]} grid")
+    target, seen = autoencoder.likelihood.scale(image[None].to(device)), known.to(device)
+
+    def of_known_pixels(levels: list[Tensor]) -> Tensor:
+        likelihood = autoencoder.decode(levels)
+        assert isinstance(likelihood, torch.distributions.Independent)
+        return (likelihood.base_dist.log_prob(target) * seen).flatten(1).sum(1)
+
+    def completed(indices: Tensor) -> tuple[Tensor, Tensor]:
+        told = None if context is None else context.to(device).expand(len(indices), *context.shape)
+        levels, size = complete(prior, given, held, indices.to(device), seed, particles, told, of_known_pixels)
+        noise = pixel_noise(pixels, seed, indices.to(device), shape)
+        return autoencoder.render(levels, noise).cpu(), size.cpu()
+
+    size = max(1, batch_size // particles)
+    images, sizes = zip(*processes.in_batches(completed, torch.arange(count), size, "completing"))
+    say(f"effective sample size: median {float(torch.cat(sizes).median()):.1f} of {particles} particles")
+    return torch.cat(images), torch.where(known, image, torch.full_like(image, 128))

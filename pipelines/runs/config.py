@@ -1,16 +1,17 @@
 """RunConfig, and its reading and writing. The union types of the configs are the registry."""
 
-from dataclasses import dataclass, field, fields, is_dataclass
+import json
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import cattrs
 from cattrs.strategies import configure_tagged_union
 
 from pipelines.console import UserError
 from pipelines.data.sets import DataConfig
-from pipelines.training.devices import Precision
-from pipelines.training.fit import FitConfig
+from pipelines.runs.names import ExtractorName, Pixels
+from pipelines.training.config import FitConfig, Precision
 from stage1_vae.autoencoder import AutoencoderConfig, BottleneckConfig
 from stage1_vae.likelihoods import LikelihoodConfig
 from stage1_vae.networks import NetworkConfig
@@ -18,8 +19,6 @@ from stage2_prior.autoregressive import AutoregressiveConfig, BackboneConfig, Pr
 from stage2_prior.conditions import ConditionConfig
 from stage2_prior.heads import HeadConfig
 
-ExtractorName = Literal["classifier", "inception"]
-Pixels = Literal["mean", "sample"]
 CLASSIFIER = FitConfig(steps=1500, learning_rate=3e-3, checkpoint_steps=500, gradient_clip=10.0)
 
 
@@ -106,3 +105,17 @@ def differences(old: Any, new: Any, name: str = "") -> list[str]:
         keys = [key for key in {**old, **new}]
         return [d for key in keys for d in differences(old.get(key), new.get(key), f"{name}.{key}" if name else key)]
     return [] if old == new else [f"{name}: {old} in the run, {new} asked for"]
+
+
+def read_config(path: Path) -> RunConfig:
+    """What is not in the file, because a later version added it, has its default. Raises UserError for another file."""
+    try:
+        return from_dict(json.loads(path.read_text()))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} cannot be read ({error}); delete {path.parent}, or mend the file") from error
+
+
+def replaced(config: Any, path: str, value: Any) -> Any:
+    """A config in which the part or setting at a dotted path is another."""
+    name, _, rest = path.partition(".")
+    return replace(config, **{name: replaced(vars(config)[name], rest, value) if rest else value})

@@ -1,7 +1,6 @@
-"""The phases of a run, one after the other; each goes on where it was."""
+"""The phases of a run's training, one after the other; each goes on where it was, and a finished one is skipped."""
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from lightning_fabric import Fabric
@@ -10,35 +9,20 @@ from torch import Tensor
 from pipelines.console import UserError, say
 from pipelines.data import captions
 from pipelines.data.images import Splits
-from pipelines.runs.run import EARLY_PRIOR, Run
+from pipelines.runs.dataset import examples_of, load_data, write_facts
+from pipelines.runs.latents import encode, encode_training
+from pipelines.runs.options import DEFAULTS, Options
+from pipelines.runs.parts import EARLY_PRIOR, follow, new_autoencoder, new_prior, specs_of
+from pipelines.runs.run import Run
+from pipelines.training.config import OnNan
 from pipelines.training.devices import devices
-from pipelines.training.fit import OnNan, fit
+from pipelines.training.fit import fit
 from pipelines.training.refine import TwoStage
-from pipelines.training.trackers import GRID_COLUMNS as SHOWN
-from pipelines.training.trackers import TrackerKind, Tracking
+from pipelines.training.trackers import GRID_COLUMNS, Tracking
 from stage1_vae.autoencoder import Autoencoder
 from stage2_prior.autoregressive import LearnedPrior
 from stage2_prior.conditions import Caption
 from stage2_prior.latents import LatentDataset, LatentSpec
-
-
-@dataclass(frozen=True)
-class Options:
-    """How to run: no part of the config, and free to change when a run goes on."""
-
-    device: str = "auto"
-    """auto, cpu, cuda or mps"""
-    on_nan: OnNan = "stop"
-    """when a loss or gradient is not a number: stop before it touches a weight, skip the step, or rewind to the last
-    checkpoint and go on with another data order and other noise"""
-    tracker: TrackerKind = "none"
-    """where curves and pictures of the training go, under RUN/track: csv, tensorboard or wandb"""
-    strategy: Literal["ddp", "fsdp"] = "ddp"
-    """under torchrun, what each process holds of the prior in training: ddp all of it, fsdp a share of its weights, gradients
-    and optimizer (FSDP2), for a prior larger than one device trains"""
-
-
-DEFAULTS = Options()
 
 
 def train(run: Run, options: Options = DEFAULTS) -> Splits:
@@ -48,65 +32,103 @@ def train(run: Run, options: Options = DEFAULTS) -> Splits:
     prior_fabric = devices(options.device, run.config.precision, sharded) if sharded else run.fabric
     if isinstance(run.condition, Caption):  # what is missing is said before hours of training, not after
         captions.library()
-    splits = run.data()
-    autoencoder = run.new_autoencoder(splits.image_shape)
-    prior = run.new_prior(run.specs(autoencoder), len(splits.label_names))
+    splits = load_data(run)
+    autoencoder = new_autoencoder(run, splits.image_shape)
+    prior = new_prior(run, specs_of(autoencoder), len(splits.label_names))
     if run.config.refine is not None:
-        if not run.learned:
-            raise UserError("refining is under a learned prior: it needs stage2.steps above 0")
-        try:
-            TwoStage(autoencoder, prior)
-        except ValueError as error:
-            raise UserError(str(error)) from error
+        check_refining(run, autoencoder, prior)
     with run.locked():  # only now: a config that cannot be built leaves nothing behind
-        finish(run, splits, autoencoder, prior, prior_fabric, options.on_nan, tracking)
+        write_facts(run, splits)
+        say(f"{run.folder}: {len(splits.train)} training, {len(splits.validation)} validation, {len(splits.test)} test images")
+        phases = Phases(run, splits, options.on_nan, tracking)
+        phases.train_autoencoder(autoencoder)
+        latents = phases.encode(autoencoder)
+        if run.learned:
+            phases.train_prior(prior, *latents, autoencoder, prior_fabric)
+        else:
+            say("stage 2: none, stage2.steps is 0")
+        if run.config.refine is not None:
+            phases.refine(autoencoder, prior)
     return splits
 
 
-def finish(
-    run: Run,
-    splits: Splits,
-    autoencoder: Autoencoder,
-    prior: LearnedPrior,
-    prior_fabric: Fabric,
-    on_nan: OnNan,
-    tracking: Tracking,
-) -> None:
-    config, fabric = run.config, run.fabric
-    run.write_facts(splits)
-    say(f"{run.folder}: {len(splits.train)} training, {len(splits.validation)} validation, {len(splits.test)} test images")
-    images, folder = (run.examples(splits.train), splits.validation), run.folder
-    (shown,) = fabric.to_device(splits.validation[slice(SHOWN)])
+def check_refining(run: Run, autoencoder: Autoencoder, prior: LearnedPrior) -> None:
+    """Raises UserError where the two cannot be trained on together."""
+    if not run.learned:
+        raise UserError("refining is under a learned prior: it needs stage2.steps above 0")
+    try:
+        TwoStage(autoencoder, prior)
+    except ValueError as error:
+        raise UserError(str(error)) from error
 
-    def reconstructions(model: Autoencoder) -> dict[str, Tensor]:
-        return {"reconstructions": torch.cat([shown, model.render(model.mean(model.encode(shown)))])}
 
-    def samples(model: LearnedPrior, decoder: Autoencoder = autoencoder) -> dict[str, Tensor]:
-        return {"samples": decoder.render(model.sample(torch.arange(SHOWN, device=fabric.device), seed=0))}
+@dataclass(frozen=True)
+class Phases:
+    """What the phases of one training share."""
 
-    def both(model: TwoStage) -> dict[str, Tensor]:
-        return reconstructions(model.autoencoder) | samples(model.prior, model.autoencoder)
+    run: Run
+    splits: Splits
+    on_nan: OnNan
+    tracking: Tracking
 
-    tracker = tracking.stage("stage1", reconstructions)
-    fit(fabric, autoencoder, *images, config.stage1, config.seed, folder / "stage1", "stage 1", on_nan, tracker)
-    train = run.encode_training(autoencoder, splits.train, "stage1")
-    validation = run.encode(autoencoder, splits.validation, "validation", "stage1")
-    warn_of_unused_codes(train, run.specs(autoencoder))
-    if run.learned:
-        run.follow("stage2", "stage1")
+    def train_autoencoder(self, autoencoder: Autoencoder) -> None:
+        run = self.run
+        tracker = self.tracking.stage("stage1", self.reconstructions)
+        images = examples_of(run, self.splits.train), self.splits.validation
+        folder = run.folder / "stage1"
+        fit(run.fabric, autoencoder, *images, run.config.stage1, run.config.seed, folder, "stage 1", self.on_nan, tracker)
+
+    def encode(self, autoencoder: Autoencoder) -> tuple[LatentDataset, LatentDataset]:
+        """The latents of the training and the validation images, as stage 1 encodes them."""
+        train = encode_training(self.run, autoencoder, self.splits.train, "stage1")
+        validation = encode(self.run, autoencoder, self.splits.validation, "validation", "stage1")
+        warn_of_unused_codes(train, specs_of(autoencoder))
+        return train, validation
+
+    def train_prior(
+        self,
+        prior: LearnedPrior,
+        train: LatentDataset,
+        validation: LatentDataset,
+        autoencoder: Autoencoder,
+        fabric: Fabric,
+    ) -> None:
+        """fabric: the run's, or one over which the prior's weights are sharded."""
+        run = self.run
+        follow(run, "stage2", "stage1")
         prior.estimate(train)
-        # From a sharded prior, no process could sample alone.
-        tracker = tracking.stage("stage2", samples if prior_fabric is fabric else lambda model: {})
-        places = folder / "stage2", "stage 2", on_nan, tracker, folder / EARLY_PRIOR
-        fit(prior_fabric, prior, train, validation, config.stage2, config.seed, *places)
-    else:
-        say("stage 2: none, stage2.steps is 0")
-    if config.refine is not None:
-        run.follow("refined", "stage2")
-        model = TwoStage(autoencoder, prior)
-        tracker = tracking.stage("refined", both)
-        fit(fabric, model, *images, config.refine, config.seed, folder / "refined", "refining both", on_nan, tracker)
-        run.encode_training(autoencoder, splits.train)
+
+        def samples(model: LearnedPrior) -> dict[str, Tensor]:
+            # From a sharded prior, no process could sample alone.
+            return self.samples(model, autoencoder) if fabric is run.fabric else {}
+
+        tracker = self.tracking.stage("stage2", samples)
+        places = run.folder / "stage2", "stage 2", self.on_nan, tracker, run.folder / EARLY_PRIOR
+        fit(fabric, prior, train, validation, run.config.stage2, run.config.seed, *places)
+
+    def refine(self, autoencoder: Autoencoder, prior: LearnedPrior) -> None:
+        """Train both on together, and encode the training images anew."""
+        run = self.run
+        assert run.config.refine is not None
+        follow(run, "refined", "stage2")
+
+        def both(model: TwoStage) -> dict[str, Tensor]:
+            return self.reconstructions(model.autoencoder) | self.samples(model.prior, model.autoencoder)
+
+        tracker = self.tracking.stage("refined", both)
+        images = examples_of(run, self.splits.train), self.splits.validation
+        model, folder = TwoStage(autoencoder, prior), run.folder / "refined"
+        fit(run.fabric, model, *images, run.config.refine, run.config.seed, folder, "refining both", self.on_nan, tracker)
+        encode_training(run, autoencoder, self.splits.train)
+
+    def reconstructions(self, autoencoder: Autoencoder) -> dict[str, Tensor]:
+        """For a tracker: validation images, and what the autoencoder makes of them."""
+        (shown,) = self.run.fabric.to_device(self.splits.validation[slice(GRID_COLUMNS)])
+        return {"reconstructions": torch.cat([shown, autoencoder.render(autoencoder.mean(autoencoder.encode(shown)))])}
+
+    def samples(self, prior: LearnedPrior, autoencoder: Autoencoder) -> dict[str, Tensor]:
+        indices = torch.arange(GRID_COLUMNS, device=self.run.fabric.device)
+        return {"samples": autoencoder.render(prior.sample(indices, seed=0))}
 
 
 def warn_of_unused_codes(latents: LatentDataset, specs: list[LatentSpec]) -> None:

@@ -1,13 +1,18 @@
-"""The presets: a preset fixes the kinds of parts; the command line overrides values."""
+"""Presets: a recipe, which fixes the kinds of parts, on a data set; the command line overrides values.
 
-from dataclasses import replace
+A preset's name is DATA[-RECIPE]. Defaults come from the size of images and data set; what was tuned for a pair stands in TUNED.
+What was tried, and how it went, is in docs/trials.md.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
 
 from pipelines.console import UserError, nearest
-from pipelines.data.folder import Folder
-from pipelines.data.sets import EmbeddedDigits, TorchvisionSet
-from pipelines.data.shards import Shards
-from pipelines.runs.config import CLASSIFIER, MetricsConfig, RunConfig
-from pipelines.training.fit import FitConfig
+from pipelines.data.sets import DataConfig, EmbeddedDigits, Folder, Shards, TorchvisionSet
+from pipelines.runs.config import CLASSIFIER, MetricsConfig, RunConfig, replaced
+from pipelines.runs.names import DATA, DEFAULT_RECIPE, RECIPES, SHORT, preset_name
+from pipelines.training.config import FitConfig
 from stage1_vae import bottlenecks, likelihoods
 from stage1_vae.autoencoder import AutoencoderConfig
 from stage1_vae.hierarchy import Hierarchical
@@ -19,183 +24,212 @@ from stage2_prior.pixelcnn import PixelCNNConfig
 from stage2_prior.pixelsnail import PixelSNAILConfig
 from stage2_prior.transformer import TransformerConfig
 
-# Chosen on MNIST by held-out loss: stage 1 with batches of 64 at 3e-3 reached after 64,000 images what batches of 128 at 1e-3
-# reached after 128,000; stage 2 likewise gained from a higher rate.
-STAGE1 = FitConfig(steps=4000, batch_size=64, learning_rate=3e-3)
-STAGE2 = FitConfig(steps=8000, batch_size=64, learning_rate=4e-3, checkpoint_steps=1000)
-MNIST = RunConfig(data=TorchvisionSet("MNIST"), stage1=STAGE1, stage2=STAGE2)
-MNIST5K = RunConfig(
-    data=EmbeddedDigits(),
-    stage1=FitConfig(steps=1500, learning_rate=3e-3, average_decay=0.995),
-    stage2=replace(STAGE2, steps=1200, learning_rate=2e-3, average_decay=0.995, checkpoint_steps=150),
-    prior=AutoregressiveConfig(PixelCNNConfig(dropout=0.1), condition=ClassLabel()),
-    metrics=MetricsConfig(classifier=replace(CLASSIFIER, steps=400, checkpoint_steps=200, average_decay=0.99)),
+
+@dataclass(frozen=True)
+class DataSet:
+    """A data set, and the trainings and sizes that suit it."""
+
+    config: DataConfig
+    stage1: FitConfig = FitConfig(steps=4000, batch_size=64, learning_rate=3e-3)
+    stage2: FitConfig = FitConfig(steps=8000, batch_size=64, learning_rate=4e-3, checkpoint_steps=1000)
+    network: Convolutional = Convolutional()
+    classifier: FitConfig = CLASSIFIER
+    few: bool = False
+    """a few thousand images: priors need dropout, codebooks are smaller, and compiling takes longer than it saves"""
+    tuned_as: str | None = None
+    """the data set whose tuned values are taken, where none were tuned for this one"""
+
+    @property
+    def dropout(self) -> float:
+        return 0.1 if self.few else 0.0
+
+    @property
+    def codes(self) -> int:
+        return 256 if self.few else 512
+
+
+MNIST = DataSet(TorchvisionSet("MNIST"))
+COLOUR = DataSet(
+    TorchvisionSet("CIFAR10"),
+    stage1=replace(MNIST.stage1, steps=6000, learning_rate=2e-3),
+    stage2=replace(MNIST.stage2, steps=10_000),
+    network=Convolutional(width=96),
+    classifier=replace(CLASSIFIER, steps=2000),
 )
-CIFAR10 = RunConfig(
-    data=TorchvisionSet("CIFAR10"),
-    stage1=replace(STAGE1, steps=6000, learning_rate=2e-3),
-    stage2=replace(STAGE2, steps=10000),
-    autoencoder=AutoencoderConfig(Convolutional(width=96)),
-    metrics=MetricsConfig(classifier=replace(CLASSIFIER, steps=2000)),
-)
-MNIST_BINARY = RunConfig(
-    data=TorchvisionSet("MNIST", binarize=True),
-    stage1=FitConfig(steps=16_000, learning_rate=2e-3, checkpoint_steps=2000),
-    stage2=replace(STAGE2, steps=6000, learning_rate=2e-3),
-    refine=FitConfig(steps=40_000, checkpoint_steps=2000),
-    autoencoder=AutoencoderConfig(ConvolutionalFlat(), bottlenecks.Gaussian(), likelihoods.Bernoulli()),
-    prior=AutoregressiveConfig(TransformerConfig(width=64), GaussianMixture(components=32)),
-    metrics=MetricsConfig(pixels="sample"),
-)
-# On MNIST, 2,500 steps of stage 2 reached 115 nats of the codes a digit with a rate weight of 0, 88 with 1, 79 with 2 and 76 with
-# 4 (by earlier forms of the rule), and reconstructions had a mean squared error of 0.0021, 0.0022, 0.0023 and 0.0024.
-# The classifier reads the label asked for off 94.7 % of the best PixelCNN's samples of digits, and off 95.1 % of a PixelSNAIL's.
-# Logits of 512 codes that depend linearly on 64 or 96 features cannot be just any: a few hundred say more.
+DATA_SETS = {
+    "mnist5k": DataSet(
+        EmbeddedDigits(),
+        stage1=FitConfig(steps=1500, learning_rate=3e-3, average_decay=0.995),
+        stage2=replace(MNIST.stage2, steps=1200, learning_rate=2e-3, average_decay=0.995, checkpoint_steps=150),
+        classifier=replace(CLASSIFIER, steps=400, checkpoint_steps=200, average_decay=0.99),
+        few=True,
+    ),
+    "mnist": MNIST,
+    "fashion-mnist": replace(MNIST, config=TorchvisionSet("FashionMNIST"), stage2=replace(MNIST.stage2, steps=5000)),
+    "cifar10": COLOUR,
+    "folder": replace(COLOUR, config=Folder(), tuned_as="cifar10"),
+    "webdataset": replace(COLOUR, config=Shards(), tuned_as="cifar10"),
+}
+
 WIDE = Categorical(hidden=512)
-VQVAE = replace(
-    MNIST,
-    stage1=replace(STAGE1, steps=8000, compile=True),
-    stage2=replace(STAGE2, steps=10_000, compile=True),
-    autoencoder=AutoencoderConfig(Convolutional(), bottlenecks.VectorQuantized(rate_weight=6.0)),
-    prior=AutoregressiveConfig(PixelSNAILConfig(width=96, dropout=0.1), WIDE, ClassLabel()),
-)
-# Both levels of a VQ-VAE-2; attention in the top prior, as in the paper.
-TOP = AutoregressiveConfig(PixelSNAILConfig(), Categorical(), ClassLabel())
-CODES = AutoregressiveConfig(PixelCNNConfig(), Categorical(), ClassLabel())
-CODEBOOKS = Hierarchical(bottlenecks.VectorQuantized(rate_weight=6.0))
-VQVAE2 = replace(
-    MNIST,
-    autoencoder=AutoencoderConfig(Convolutional(downsample=2), CODEBOOKS),
-    prior=CascadeConfig(TOP, CODES),
-    stage1=replace(STAGE1, steps=3000, compile=True),
-    stage2=replace(STAGE2, steps=6000, checkpoint_steps=500, compile=True),
-)
-CIFAR10_VQVAE2 = replace(
-    CIFAR10,
-    stage1=replace(VQVAE2.stage1, learning_rate=CIFAR10.stage1.learning_rate),
-    stage2=replace(VQVAE2.stage2, steps=5000),
-    autoencoder=replace(VQVAE2.autoencoder, network=Convolutional(width=96, downsample=2)),
-    prior=CascadeConfig(replace(TOP, head=WIDE), replace(CODES, head=WIDE)),
-)
-# On Fashion-MNIST a transformer of width 128 and 4 layers, without dropout, had 79.6 % of its samples read as the caption asks,
-# after 4,000 steps of stage 1; as they are now, both together, 82.5 %.
-DVAE = bottlenecks.GumbelSoftmax()
-DALLE = AutoregressiveConfig(TransformerConfig(width=192, layers=6, dropout=0.1), Categorical(), Caption())
-FASHION = replace(MNIST, data=TorchvisionSet("FashionMNIST"), stage2=replace(STAGE2, steps=5000))
+"""Logits of 512 codes that depend linearly on 64 or 96 features cannot be just any: a few hundred say more."""
+TUNED: dict[str, dict[str, Any]] = {
+    "mnist5k-plain": {"stage1.steps": 3500},
+    "mnist-plain": {"stage1.steps": 26_000},
+    "mnist-vqvae": {"stage1.steps": 8000, "stage2.steps": 10_000},
+    "mnist-vqvae2": {"autoencoder.bottleneck.coarser_rate": 0.25},
+    "fashion-vqvae": {"stage1.steps": 6000},
+    "fashion-vqvae2": {"stage2.steps": 4000},
+    "fashion-dalle": {"stage1.steps": 6000, "stage2.steps": 8000},
+    "cifar10-vqvae2": {"stage1.steps": 3000, "stage2.steps": 5000, "prior.top.head": WIDE, "prior.bottom.head": WIDE},
+}
+"""By preset, what is otherwise than its recipe makes of its data set."""
 
 
-def plain(config: RunConfig, steps: int) -> RunConfig:
+def vae(data: DataSet) -> RunConfig:
+    return RunConfig(
+        data=data.config,
+        stage1=data.stage1,
+        stage2=data.stage2,
+        autoencoder=AutoencoderConfig(data.network),
+        prior=AutoregressiveConfig(PixelCNNConfig(dropout=data.dropout)),
+        metrics=MetricsConfig(classifier=data.classifier),
+    )
+
+
+def givt(data: DataSet) -> RunConfig:
+    prior = AutoregressiveConfig(TransformerConfig(dropout=data.dropout))
+    return replace(vae(data), stage2=replace(data.stage2, learning_rate=1e-3), prior=prior)
+
+
+def vqvae(data: DataSet) -> RunConfig:
+    bottleneck = bottlenecks.VectorQuantized(codes=data.codes, rate_weight=6.0)
+    prior = AutoregressiveConfig(PixelSNAILConfig(width=96, dropout=0.1), WIDE, ClassLabel())
+    if data.few:
+        prior = AutoregressiveConfig(PixelCNNConfig(dropout=data.dropout), Categorical(), ClassLabel())
+    return compiled(data, replace(vae(data), autoencoder=AutoencoderConfig(data.network, bottleneck), prior=prior))
+
+
+def vqvae2(data: DataSet) -> RunConfig:
+    """Attention in the top prior, as in the paper."""
+    config = vae(data)
+    codebooks = Hierarchical(bottlenecks.VectorQuantized(codes=data.codes, rate_weight=6.0))
+    top = AutoregressiveConfig(PixelSNAILConfig(dropout=data.dropout), Categorical(), ClassLabel())
+    bottom = AutoregressiveConfig(PixelCNNConfig(dropout=data.dropout), Categorical(), ClassLabel())
+    config = replace(
+        config,
+        stage1=replace(data.stage1, steps=3 * data.stage1.steps // 4),
+        stage2=replace(data.stage2, steps=3 * data.stage2.steps // 4, checkpoint_steps=min(500, data.stage2.checkpoint_steps)),
+        autoencoder=AutoencoderConfig(replace(data.network, downsample=2), codebooks),
+        prior=CascadeConfig(top, bottom),
+    )
+    return compiled(data, config)
+
+
+def dalle(data: DataSet) -> RunConfig:
+    bottleneck = bottlenecks.GumbelSoftmax(codes=data.codes)
+    config = replace(
+        vae(data),
+        stage2=replace(data.stage2, learning_rate=1e-3),
+        autoencoder=AutoencoderConfig(data.network, bottleneck),
+        prior=AutoregressiveConfig(TransformerConfig(width=192, layers=6, dropout=0.1), Categorical(), Caption()),
+    )
+    return compiled(data, config)
+
+
+def plain(data: DataSet) -> RunConfig:
     """The fair opponent of a learned prior: the same networks with settings that make samples from N(0, I) best.
 
-    Few latent numbers in no grid, each of which says something of the whole image, and a likelihood that forgives blur.
-    steps: of stage 1, which gets the time of both stages of the other; there is no second.
+    Few latent numbers in no grid, each of which says something of the whole image, and a likelihood that forgives blur. Stage 1
+    gets the time of both stages of the other; there is no second.
     """
-    # By fd(standard) on mnist5k, one seed each: 16 numbers were better than 10 after 500 steps and no different after 2,000;
-    # of 10 numbers, β = 3 was worse than 1 and β = 0.5 far worse.
-    bottleneck = bottlenecks.Gaussian(channels=1)
-    network = Convolutional(positions=16)
+    network, bottleneck = replace(data.network, positions=16), bottlenecks.Gaussian(channels=1)
     return replace(
-        config,
-        stage1=replace(config.stage1, steps=steps),
-        stage2=replace(config.stage2, steps=0),
+        vae(data),
+        stage1=replace(data.stage1, steps=2 * (data.stage1.steps + data.stage2.steps)),
+        stage2=replace(data.stage2, steps=0),
         autoencoder=AutoencoderConfig(network, bottleneck, likelihoods.Bernoulli()),
     )
 
 
-PRESETS: dict[str, tuple[str, RunConfig]] = {
-    "mnist5k": ("5,000 real digits that need no download; minutes on 2 cores", MNIST5K),
-    "mnist": ("MNIST, 60,000 digits", MNIST),
-    "fashion-mnist": ("Fashion-MNIST, 60,000 pieces of clothing", FASHION),
-    "mnist5k-plain": ("the opponent of mnist5k: the same networks and time, all for samples from N(0, I)", plain(MNIST5K, 3500)),
-    "mnist-plain": ("the opponent of mnist, likewise", plain(MNIST, 26_000)),
-    "fashion-plain": ("the opponent of fashion-mnist, likewise", plain(FASHION, 18_000)),
-    "cifar10": ("CIFAR-10, 50,000 colour pictures", CIFAR10),
-    "mnist-2d": (
-        "the classic plane of digits: fully connected, two latent numbers",
-        replace(
-            MNIST,
-            stage1=replace(STAGE1, learning_rate=1e-3),
-            stage2=replace(STAGE2, steps=2000),
-            autoencoder=AutoencoderConfig(FullyConnected(), bottlenecks.Gaussian(channels=1), likelihoods.Bernoulli()),
-            prior=AutoregressiveConfig(PixelCNNConfig(layers=2)),
-        ),
-    ),
-    "mnist-binary": (
-        "dynamically binarized MNIST, for the likelihoods that papers quote; a third phase refines both stages",
-        MNIST_BINARY,
-    ),
-    "mnist-givt": (
-        "GIVT: a transformer with a mixture of Gaussians over continuous latents of MNIST",
-        replace(MNIST, stage2=replace(STAGE2, learning_rate=1e-3), prior=AutoregressiveConfig(TransformerConfig())),
-    ),
-    "mnist5k-8bit": (
-        "mnist5k with a probability of 8-bit images as p(x|z), for bits per dimension",
-        replace(MNIST5K, autoencoder=AutoencoderConfig(likelihood=likelihoods.DiscretizedLogistic())),
-    ),
-    "mnist5k-vqvae": (
-        "VQ-VAE on the 5,000 digits that need no download",
-        replace(
-            MNIST5K,
-            autoencoder=AutoencoderConfig(Convolutional(), bottlenecks.VectorQuantized(codes=256, rate_weight=6.0)),
-            prior=AutoregressiveConfig(PixelCNNConfig(dropout=0.1), Categorical(), ClassLabel()),
-        ),
-    ),
-    "fashion-dalle": (
-        "a small DALL-E on Fashion-MNIST: a discrete VAE, and a transformer that is told a caption",
-        replace(
-            MNIST,
-            data=TorchvisionSet("FashionMNIST"),
-            stage1=replace(STAGE1, steps=6000, compile=True),
-            stage2=replace(STAGE2, learning_rate=1e-3, compile=True),
-            autoencoder=AutoencoderConfig(Convolutional(), DVAE),
-            prior=DALLE,
-        ),
-    ),
-    "mnist-vqvae": ("VQ-VAE on MNIST: 512 codes, a class-conditional prior", VQVAE),
-    "fashion-vqvae": (
-        "VQ-VAE on Fashion-MNIST: 512 codes, a class-conditional prior",
-        replace(
-            VQVAE,
-            data=TorchvisionSet("FashionMNIST"),
-            stage1=replace(VQVAE.stage1, steps=6000),
-            stage2=replace(VQVAE.stage2, steps=5000),
-        ),
-    ),
-    "mnist-vqvae2": (
-        "VQ-VAE-2 on MNIST: codes on a 7×7 and a 14×14 grid",
-        # At one price of a nat for both grids, the coarse one used 9 codes: fd 0.86, 92.6 % of labels read. Now 0.59 and 94.6 %.
-        replace(VQVAE2, autoencoder=replace(VQVAE2.autoencoder, bottleneck=replace(CODEBOOKS, coarser_rate=0.25))),
-    ),
-    "fashion-vqvae2": (
-        "VQ-VAE-2 on Fashion-MNIST: codes on a 7×7 and a 14×14 grid",
-        # With 6,000 steps no more samples were read right; fd was 1.15 above the reconstructions' instead of 1.42.
-        replace(VQVAE2, data=TorchvisionSet("FashionMNIST"), stage2=replace(VQVAE2.stage2, steps=4000)),
-    ),
-    "cifar10-vqvae2": ("VQ-VAE-2 on CIFAR-10: codes on an 8×8 and a 16×16 grid", CIFAR10_VQVAE2),
-    "folder": ("your own images: --data.root PATH", replace(CIFAR10, data=Folder())),
-    "folder-vqvae2": (
-        "VQ-VAE-2 of your own images with labels: --data.root PATH, whose subfolders are the labels",
-        replace(CIFAR10_VQVAE2, data=Folder()),
-    ),
-    "folder-dalle": (
-        "a small DALL-E of your own images: --data.root PATH, with a captions.jsonl, or subfolders that name what they show",
-        replace(
-            CIFAR10,
-            data=Folder(),
-            stage1=replace(CIFAR10.stage1, compile=True),
-            stage2=replace(CIFAR10.stage2, learning_rate=1e-3, compile=True),
-            autoencoder=replace(CIFAR10.autoencoder, bottleneck=DVAE),
-            prior=DALLE,
-        ),
-    ),
-    "webdataset": ("your own images in tar files: --data.urls PATTERN", replace(CIFAR10, data=Shards())),
+def plane(data: DataSet) -> RunConfig:
+    return replace(
+        vae(data),
+        stage1=replace(data.stage1, learning_rate=1e-3),
+        stage2=replace(data.stage2, steps=min(2000, data.stage2.steps)),
+        autoencoder=AutoencoderConfig(FullyConnected(), bottlenecks.Gaussian(channels=1), likelihoods.Bernoulli()),
+        prior=AutoregressiveConfig(PixelCNNConfig(layers=2, dropout=data.dropout)),
+    )
+
+
+def binary(data: DataSet) -> RunConfig:
+    """Raises UserError for images that are not known to be grey."""
+    steps, average = data.stage1.steps, data.stage1.average_decay
+    return replace(
+        vae(data),
+        data=binarized(data.config),
+        stage1=FitConfig(4 * steps, learning_rate=2e-3, average_decay=average, checkpoint_steps=steps // 2),
+        stage2=replace(data.stage2, steps=3 * data.stage2.steps // 4, learning_rate=2e-3),
+        refine=FitConfig(10 * steps, average_decay=average, checkpoint_steps=steps // 2),
+        autoencoder=AutoencoderConfig(ConvolutionalFlat(), bottlenecks.Gaussian(), likelihoods.Bernoulli()),
+        prior=AutoregressiveConfig(TransformerConfig(width=64, dropout=data.dropout), GaussianMixture(components=32)),
+        metrics=MetricsConfig(classifier=data.classifier, pixels="sample"),
+    )
+
+
+def binarized(config: DataConfig) -> DataConfig:
+    """Raises UserError for images that are not known to be grey."""
+    if isinstance(config, EmbeddedDigits):
+        return replace(config, binarize=True)
+    if isinstance(config, TorchvisionSet) and config.name != "CIFAR10":
+        return replace(config, binarize=True)
+    raise UserError("the recipe binary draws grey pixels black or white: it is for mnist5k, mnist and fashion-mnist alone")
+
+
+def eight_bit(data: DataSet) -> RunConfig:
+    return replace(vae(data), autoencoder=AutoencoderConfig(data.network, likelihood=likelihoods.DiscretizedLogistic()))
+
+
+def compiled(data: DataSet, config: RunConfig) -> RunConfig:
+    """With both stages compiled, unless that takes longer than it saves."""
+    if data.few:
+        return config
+    return replace(config, stage1=replace(config.stage1, compile=True), stage2=replace(config.stage2, compile=True))
+
+
+MADE_BY: dict[str, Callable[[DataSet], RunConfig]] = {
+    "vae": vae,
+    "givt": givt,
+    "vqvae": vqvae,
+    "vqvae2": vqvae2,
+    "dalle": dalle,
+    "plain": plain,
+    "2d": plane,
+    "binary": binary,
+    "8bit": eight_bit,
 }
 
 
+def parts_of(name: str) -> tuple[str, str]:
+    """The data set and the recipe that a preset's name means. Raises UserError where it is none's."""
+    for known, data in {**{data: data for data in DATA}, **SHORT}.items():
+        for recipe in (*RECIPES, ""):
+            if name == f"{known}-{recipe}".removesuffix("-"):
+                return data, recipe or DEFAULT_RECIPE
+    presets = [preset_name(data, recipe) for data in DATA for recipe in RECIPES]
+    hint = nearest(name, presets).partition(" There are")[0]
+    raise UserError(
+        f"there is no preset {name!r}{hint} A preset is DATA or DATA-RECIPE, of the data {', '.join(DATA)} and the recipes"
+        f" {', '.join(RECIPES)}"
+    )
+
+
 def preset(name: str) -> RunConfig:
-    if name not in PRESETS:
-        raise UserError(f"there is no preset {name!r}{nearest(name, PRESETS)}")
-    return PRESETS[name][1]
-
-
-DEFAULT_PRESET = "mnist5k"
+    """Raises UserError for an unknown name, or a recipe that makes no sense on the data set."""
+    data, recipe = parts_of(name)
+    own = DATA_SETS[data]
+    config = MADE_BY[recipe](own)
+    tuned = TUNED.get(preset_name(data, recipe)) or TUNED.get(preset_name(own.tuned_as or data, recipe), {})
+    for path, value in tuned.items():
+        config = replaced(config, path, value)
+    return config

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from pipelines import processes
 from pipelines.console import UserError, say
-from pipelines.runs.config import Pixels
+from pipelines.runs.names import Pixels
 from stage1_vae.autoencoder import Autoencoder, quantized
 from stage2_prior.prior import Prior
 from stage2_prior.sampling import AS_FITTED, PIXEL_STREAM, CannotSample, Sampling, uniforms

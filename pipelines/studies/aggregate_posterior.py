@@ -10,9 +10,13 @@ from torch import Tensor
 
 from pipelines.judging.likelihood import mutual_information
 from pipelines.pages.plots import pyplot
-from pipelines.runs.run import Run, encoded, latent_dataset
+from pipelines.runs.latents import encode, encode_training, encoded, latent_dataset
+from pipelines.runs.parts import specs_of
+from pipelines.runs.priors import open_prior
+from pipelines.runs.run import Run
 from pipelines.studies.trained import CHUNK, Findings, Trained
-from pipelines.training.fit import FitConfig, evaluate, fit
+from pipelines.training.config import FitConfig
+from pipelines.training.fit import evaluate, fit
 from stage1_vae.autoencoder import Autoencoder, AutoencoderConfig
 from stage1_vae.bottlenecks import Gaussian
 from stage1_vae.likelihoods import Bernoulli
@@ -27,10 +31,10 @@ def aggregate_posterior(trained: Trained) -> Findings:
     run, splits = trained.run, trained.splits
     swept = {name: swept_network(trained, *sizes) for name, sizes in SWEEP.items()}
     with torch.inference_mode():
-        specs = run.specs(trained.autoencoder)
-        train = run.encode_training(trained.autoencoder, splits.train)
-        test = run.encode(trained.autoencoder, splits.test, "test")
-        priors = {name: run.prior(name, specs) for name in ("standard", "gaussian", "mixture", "learned")}
+        specs = specs_of(trained.autoencoder)
+        train = encode_training(run, trained.autoencoder, splits.train)
+        test = encode(run, trained.autoencoder, splits.test, "test")
+        priors = {name: open_prior(run, name, specs) for name in ("standard", "gaussian", "mixture", "learned")}
         if (labels := splits.train.labels) is not None:
             priors["per label"] = gaussian_per_label(train, labels.repeat(len(train) // len(labels)), specs)
         rates = rates_of(run, test, priors)

@@ -6,6 +6,7 @@ import torch
 
 from pipelines.judging.features import feature_space
 from pipelines.pages.plots import pyplot
+from pipelines.runs.dataset import examples_of
 from pipelines.studies.trained import CHUNK, Findings, Trained
 from pipelines.training.fit import fit
 from stage1_vae.bottlenecks import Deterministic, gaussian_rate
@@ -18,7 +19,7 @@ def mean_or_sample(trained: Trained) -> Findings:
     torch.manual_seed(0)
     point = config.build(splits.image_shape)
     folder = run.folder / "studies" / "point-posterior"
-    examples = (run.examples(splits.train), splits.validation)
+    examples = (examples_of(run, splits.train), splits.validation)
     fit(run.fabric, point, *examples, run.config.stage1, run.config.seed, folder, "point posterior")
     space = feature_space(run.fabric, run.config.metrics, splits, run.classifiers)
     images = trained.held_out(200)

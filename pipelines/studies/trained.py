@@ -9,6 +9,9 @@ from torch import Tensor
 from pipelines.console import UserError
 from pipelines.data.images import Splits
 from pipelines.pages.plots import Figure
+from pipelines.runs.dataset import load_data
+from pipelines.runs.parts import load_autoencoder, specs_of
+from pipelines.runs.priors import open_prior
 from pipelines.runs.run import Run
 from stage1_vae.autoencoder import Autoencoder
 from stage1_vae.bottlenecks import Gaussian, gaussian_rate
@@ -36,16 +39,16 @@ class Trained:
     @property
     def learned(self) -> Prior:
         """Raises UserError where there is none."""
-        return self.run.prior("learned", self.run.specs(self.autoencoder))
+        return open_prior(self.run, "learned", specs_of(self.autoencoder))
 
     @classmethod
     def of(cls, run: Run) -> "Trained":
         """Raises UserError where there is no q(z|x) over continuous latents."""
         if not isinstance(run.config.autoencoder.bottleneck, Gaussian):
             raise UserError(f"{run.folder} has no q(z|x) over continuous latents, which this study is about; use mnist5k")
-        autoencoder = run.load_autoencoder()
-        specs = run.specs(autoencoder)
-        return cls(run, run.data(), autoencoder, run.prior("standard", specs))
+        autoencoder = load_autoencoder(run)
+        specs = specs_of(autoencoder)
+        return cls(run, load_data(run), autoencoder, open_prior(run, "standard", specs))
 
     def on_device(self, tensor: Tensor) -> Tensor:
         return self.run.fabric.to_device(tensor)

@@ -3,7 +3,6 @@
 import logging
 import os
 import warnings
-from typing import Literal
 
 import torch
 import torch._functorch.config
@@ -14,8 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 
 from pipelines.console import UserError, nearest, under_torchrun
-
-Precision = Literal["auto", "float32", "bfloat16"]
+from pipelines.training.config import Precision
 
 
 def fabric_for(device: str, precision: Precision, sharded: bool = False) -> Fabric:

@@ -13,7 +13,7 @@ import uuid
 from collections.abc import Callable, Mapping
 from importlib import import_module
 from pathlib import Path
-from typing import Any, Literal, Protocol, SupportsFloat
+from typing import Any, Protocol, SupportsFloat
 
 import torch
 from PIL import Image
@@ -22,9 +22,9 @@ from torchvision.utils import make_grid
 
 from pipelines.console import UserError, first_process
 from pipelines.files import write_file
+from pipelines.training.config import TrackerKind
 from pipelines.training.fit import Tracker
 
-TrackerKind = Literal["none", "csv", "tensorboard", "wandb"]
 GRID_COLUMNS = 16
 Draw = Callable[[Any], dict[str, Tensor]]
 """What a model in training has to show: images by name, uint8 N C H W."""

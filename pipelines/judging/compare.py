@@ -1,0 +1,363 @@
+"""Makes the comparison: draws from every prior of a run through one frozen decoder, and judges what is drawn."""
+
+import platform
+import time
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pipelines import processes
+from pipelines.data.images import Splits
+from pipelines.judging.comparison import CodeUse, Comparison, ImagesOf, Row, title, verdict_of
+from pipelines.judging.features import Classifier, FeatureSpace, Judge, feature_space, logits_of, trained_classifier
+from pipelines.judging.likelihood import likelihood, rate_maps
+from pipelines.judging.quality import intervals, nearest_neighbours
+from pipelines.judging.tradeoffs import Tradeoff, choose_sampling, rejection
+from pipelines.runs.config import MetricsConfig
+from pipelines.runs.latents import encode
+from pipelines.runs.parts import load_autoencoder, specs_of, weights_of
+from pipelines.runs.priors import densities, open_prior
+from pipelines.runs.run import Run
+from pipelines.runs.sampling import Samples, generate, pixel_noise
+from pipelines.training import checkpoints
+from stage1_vae.autoencoder import Autoencoder
+from stage1_vae.bottlenecks import perplexity
+from stage2_prior.autoregressive import LearnedPrior
+from stage2_prior.latents import LatentDataset, LatentSpec
+from stage2_prior.prior import Prior
+from stage2_prior.sampling import AS_FITTED, Sampling
+
+SHOWN = 16  # images in a row of the picture
+GRID = 64  # images kept of each row, to show them
+POINTS = 1000  # draws in a scatter plot
+BATCH = 500
+FEW = 8  # draws of z an image for the likelihood; python -m pipelines.likelihood takes more
+NOT_A_GENERATOR = "not a generator: reconstructs training images"
+NO_LEARNED_PRIOR = "none: this run was trained without a second stage (stage2.steps 0)"
+
+
+@dataclass(frozen=True)
+class Exhibits:
+    """What is shown beside the figures of a comparison. All tensors are on the CPU."""
+
+    images: dict[str, Tensor]
+    """the first GRID of each row, uint8 N C H W"""
+    nearest: Tensor
+    """for the first SHOWN samples of the generator, the nearest training images, uint8 N C H W"""
+    distances: dict[str, Tensor]
+    """to the nearest training image, N each: of real images, of the generator's samples and of the posterior's"""
+    projections: dict[str, Tensor]
+    """each prior's draws on the first two principal components of q(z), POINTS 2; empty where latents have but one number"""
+    code_counts: list[Tensor]
+    """for each level, how often each code is used over the test split, K"""
+    interpolations: Tensor | None
+    """rows of SHOWN images on straight lines in z, uint8 N C H W; None for codes"""
+    rate_maps: list[dict[str, Tensor]]
+    """for each level, where on the latent grid the rate of held-out images lies, h w each, by name; empty without a density"""
+    histories: dict[str, list[dict[str, Any]]]
+    """of each phase of the training, the terms at its checkpoints"""
+    seconds: dict[str, float]
+    """of sampling 1,000 images, for each row and each strength of guidance that was tried"""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is compared: a frozen decoder and its priors, against held-out images, as many of which each prior draws."""
+
+    run: Run
+    splits: Splits
+    judging: MetricsConfig
+    seed: int
+    autoencoder: Autoencoder
+    specs: list[LatentSpec]
+    space: FeatureSpace
+    latents: LatentDataset
+    """of the test split"""
+    chosen: Tensor
+    """which images of the test split, N"""
+    told: Tensor | None
+    """what the learned prior is told of each of them"""
+    priors: dict[str, Prior]
+
+    @classmethod
+    def of(cls, run: Run, splits: Splits, judging: MetricsConfig, seed: int) -> "Subject":
+        autoencoder = load_autoencoder(run)
+        specs = specs_of(autoencoder)
+        space = feature_space(run.fabric, judging, splits, run.classifiers)
+        count = min(judging.images, len(splits.test))
+        chosen = torch.randperm(len(splits.test), generator=torch.Generator().manual_seed(seed))[:count]
+        latents = encode(run, autoencoder, splits.test, "test")
+        told = None if latents.contexts is None or run.told is None else latents.contexts[chosen]
+        priors = {name: open_prior(run, name, specs) for name in (*densities(run, specs), "posterior")}
+        return cls(run, splits, judging, seed, autoencoder, specs, space, latents, chosen, told, priors)
+
+    @property
+    def codes(self) -> list[Tensor]:
+        """Of the whole test split, one tensor for each level; none of continuous latents."""
+        return [posterior["codes"] for posterior in self.latents.sample() if "codes" in posterior]
+
+    @property
+    def labels(self) -> Tensor | None:
+        """Of the chosen images, where the learned prior is told labels or captions of them."""
+        labels = self.splits.test.labels
+        return None if labels is None or self.told is None or not self.run.learned else labels[self.chosen]
+
+
+class Rows:
+    """The images of each row, uint8 N C H W, with what is known of how they were drawn."""
+
+    def __init__(self, subject: Subject):
+        self.subject = subject
+        self.images: dict[str, Tensor] = {}
+        self.points: dict[str, Tensor] = {}
+        """the first latents as the decoder reads them, POINTS D"""
+        self.seconds: dict[str, float] = {}
+        """for 1,000 images"""
+        self.warnings: list[str] = []
+
+    def sampled(self, row: str, prior: Prior, how: Sampling = AS_FITTED, count: int | None = None, seed: int = 0) -> Samples:
+        """`count` samples, as many as there are chosen images when None. seed: added to the subject's own."""
+        subject, started = self.subject, time.perf_counter()
+        count = len(subject.chosen) if count is None else count
+        samples = generate(
+            subject.autoencoder,
+            prior,
+            count,
+            seed=subject.seed + seed,
+            device=subject.run.fabric.device,
+            how=how,
+            contexts=subject.told,
+            pixels=subject.judging.pixels,
+            label=f"sampling {row}",
+        )
+        self.seconds[row] = 1000 * (time.perf_counter() - started) / count
+        if warning := samples.warning():
+            self.warnings.append(f"{row}: {warning}")
+        return samples
+
+
+@dataclass(frozen=True)
+class Judged:
+    """The figures of each row, and what they were made of."""
+
+    rows: dict[str, Row]
+    features: dict[str, Tensor]
+    """N F each"""
+    nearest: dict[str, tuple[Tensor, Tensor]]
+    """for each image the distance to its nearest training image, and which it is, N each; mirror images come after all others"""
+    withheld: dict[str, str]
+
+
+def compare(run: Run, splits: Splits, judging: MetricsConfig, seed: int = 0) -> tuple[Comparison, Exhibits]:
+    """Every prior of a run, judged by as many samples as there are held-out images, and what is shown beside the figures."""
+    subject = Subject.of(run, splits, judging, seed)
+    rows = draw_rows(subject)
+    how, tried = choose_guidance(subject, rows)
+    if how != AS_FITTED:
+        rows.images["guided"] = rows.sampled("guided", subject.priors["learned"], how).images
+    judged = judge(subject, rows)
+    figures = with_nll(subject, judged.rows)
+    figures = with_labels_read(subject, rows, figures)
+    if "guided" in figures:
+        figures["guided"] = replace(figures["guided"], guidance=how.guidance)
+    comparison = comparison_of(subject, rows, replace(judged, rows=figures), tried)
+    return comparison, exhibits_of(subject, rows, judged, comparison)
+
+
+def draw_rows(subject: Subject) -> Rows:
+    """Held-out images, their reconstructions, and samples of every prior."""
+    rows = Rows(subject)
+    rows.images["real"] = subject.splits.test.images[subject.chosen]
+    rows.images["reconstruction"] = reconstruct(subject)
+    for name, prior in subject.priors.items():
+        samples = rows.sampled(name, prior)
+        rows.images[name], rows.points[name] = samples.images, embedded(subject, samples.levels)
+    return rows
+
+
+def choose_guidance(subject: Subject, rows: Rows) -> tuple[Sampling, list[Tradeoff]]:
+    """How the learned prior is drawn best, by other samples than those that are judged, and what was tried."""
+    learned = subject.priors.get("learned")
+    if learned is None or subject.told is None:
+        return AS_FITTED, []
+
+    def drawn(how: Sampling, count: int) -> Tensor:
+        return rows.sampled(f"guidance {how.guidance:g}", learned, how, count, seed=1).images
+
+    return choose_sampling(subject.space, len(subject.chosen), drawn)
+
+
+def judge(subject: Subject, rows: Rows) -> Judged:
+    space = subject.space
+    features = {name: space.features(images, f"features of {name}") for name, images in rows.images.items()}
+    learned_from = space.reference
+    if subject.run.config.mirror:  # a copy may be of either
+        mirrored = space.features(subject.splits.train.images, "features of the mirror images", mirror=True)
+        learned_from = torch.cat([learned_from, mirrored])
+    nearest = {name: nearest_neighbours(values, learned_from) for name, values in features.items()}
+    judge = Judge(space, nearest["real"][0], subject.seed)
+    figures = {name: Row(**judge(values, nearest[name][0])) for name, values in features.items()}
+    error = (rows.images["reconstruction"].double() - rows.images["real"].double()).div(255).square().mean()
+    figures["reconstruction"] = replace(figures["reconstruction"], mse=float(error))
+    figures["posterior"] = replace(figures["posterior"], note=NOT_A_GENERATOR)
+    return Judged(figures, features, nearest, judge.withheld)
+
+
+def with_nll(subject: Subject, figures: dict[str, Row]) -> dict[str, Row]:
+    """The figures, with how well each prior predicts the latents of the chosen images."""
+    if not subject.autoencoder.bottleneck.has_density:
+        return figures
+    priors = {name: prior for name, prior in subject.priors.items() if name != "posterior"}
+    return figures | {name: replace(figures[name], nll=latent_nll(subject, prior)) for name, prior in priors.items()}
+
+
+def with_labels_read(subject: Subject, rows: Rows, figures: dict[str, Row]) -> dict[str, Row]:
+    """The figures, with how often the classifier reads the label asked for, where the learned prior is told one."""
+    labels = subject.labels
+    if labels is None:
+        return figures
+    model = subject.space.model
+    reader = model if isinstance(model, Classifier) else classifier(subject, seed=0)
+    read = {}
+    for name in ("real", "reconstruction", "learned", "guided"):
+        if name in figures:
+            found = logits_of(subject.run.fabric, reader, rows.images[name]).argmax(1)
+            read[name] = replace(figures[name], label_read=float((found == labels).float().mean()))
+    return figures | read
+
+
+def comparison_of(subject: Subject, rows: Rows, judged: Judged, tried: list[Tradeoff]) -> Comparison:
+    """All figures together."""
+    run, splits, figures = subject.run, subject.splits, judged.rows
+    priors = {name: row for name, row in figures.items() if name not in ("real", "reconstruction")}
+    rejected = []
+    if subject.labels is not None:
+        other = classifier(subject, seed=1)
+        drawn, features = rows.images["learned"], judged.features["learned"]
+        rejected = rejection(run, subject.space, other, drawn, features, subject.labels)
+    codes, withheld = subject.codes, None
+    if not run.learned:
+        withheld = NO_LEARNED_PRIOR
+    elif "fd" in judged.withheld:
+        withheld = f"no Fréchet distance of {judged.withheld['fd']}"
+    verdict = verdict_of(figures["real"], figures["reconstruction"], priors, withheld, title("standard", bool(codes)))
+    bounds = None
+    if subject.autoencoder.bottleneck.has_density:
+        bounds = likelihood(run, splits, images=BATCH, samples=FEW, naive=0, seed=subject.seed)
+    return Comparison(
+        real=figures["real"],
+        reconstruction=figures["reconstruction"],
+        priors=priors,
+        missing={} if run.learned else {"learned": NO_LEARNED_PRIOR},
+        guidance=tried,
+        rejection=rejected,
+        codes=[code_use(level, spec) for level, spec in zip(codes, subject.specs)],
+        gap_closed=verdict.closed,
+        gap_closed_reason=verdict.reason,
+        gap_closed_guided=verdict.guided,
+        told=run.told if run.learned else None,
+        images=len(subject.chosen),
+        images_of=ImagesOf(len(splits.train)),
+        seed=subject.seed,
+        weights=weights_of(run),
+        features=subject.space.description,
+        intervals=intervals(subject.space.model.dimensions),
+        withheld=judged.withheld,
+        warnings=rows.warnings,
+        versions={"python": platform.python_version(), "torch": torch.__version__},
+        likelihood=bounds,
+    )
+
+
+def exhibits_of(subject: Subject, rows: Rows, judged: Judged, comparison: Comparison) -> Exhibits:
+    generator, learned, run = comparison.generator, subject.priors.get("learned"), subject.run
+    maps = []
+    if subject.autoencoder.bottleneck.has_density and isinstance(learned, LearnedPrior):
+        maps = rate_maps(run, subject.latents, learned, subject.chosen[:BATCH], subject.seed)
+    lines = len(subject.specs) == 1 and not subject.codes and len(subject.chosen) > 1
+    phases = [phase for phase in ("stage1", "stage2", "refined") if (run.folder / phase).is_dir()]
+    return Exhibits(
+        images={name: images[:GRID] for name, images in rows.images.items()},
+        nearest=nearest_training_images(subject.splits, judged.nearest[generator][1][:SHOWN]),
+        distances={name: judged.nearest[name][0] for name in ("real", generator, "posterior")},
+        projections=projected(rows.points) if min(rows.points["posterior"].shape) > 1 else {},
+        code_counts=[
+            torch.bincount(level.flatten(), minlength=spec.vocabulary or 0) for level, spec in zip(subject.codes, subject.specs)
+        ],
+        interpolations=interpolations(subject) if lines else None,
+        rate_maps=maps,
+        histories={phase: checkpoints.usable(run.folder / phase)[-1].record["history"] for phase in phases},
+        seconds=rows.seconds,
+    )
+
+
+def nearest_training_images(splits: Splits, indices: Tensor) -> Tensor:
+    """Training images by number, uint8 N C H W; those numbered after the last are the mirror images."""
+    mirrored, indices = indices >= len(splits.train), indices % len(splits.train)
+    found = splits.train.images[indices]
+    return torch.where(mirrored[:, None, None, None], found.flip(-1), found)
+
+
+def projected(points: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Latents N D on the first two principal components of q(z), which are those of `posterior`; N 2 each."""
+    reference = points["posterior"]
+    mean = reference.mean(0)
+    torch.manual_seed(0)
+    _, _, directions = torch.pca_lowrank(reference - mean, q=2)
+    return {name: (values - mean) @ directions for name, values in points.items()}
+
+
+@torch.inference_mode()
+def embedded(subject: Subject, levels: list[Tensor]) -> Tensor:
+    """The first latents as the decoder reads them, flattened: POINTS D, on the CPU."""
+    first = [level[:POINTS].to(subject.run.fabric.device) for level in levels]
+    return subject.autoencoder.bottleneck.embed(first).flatten(1).cpu()
+
+
+@torch.inference_mode()
+def interpolations(subject: Subject) -> Tensor:
+    """Straight lines in z between the posteriors' means of pairs of held-out images, of which there are two or more."""
+    autoencoder, pairs = subject.autoencoder, min(3, len(subject.chosen) // 2)
+    posteriors = subject.run.fabric.to_device(subject.latents.posteriors(subject.chosen[: 2 * pairs]))
+    (z,) = autoencoder.mean(posteriors)
+    share = torch.linspace(0, 1, SHOWN, device=z.device)[None, :, None, None, None]
+    between = torch.lerp(z[:pairs, None], z[pairs:, None], share).flatten(0, 1)
+    return autoencoder.render([between]).cpu()
+
+
+@torch.inference_mode()
+def reconstruct(subject: Subject) -> Tensor:
+    """What the decoder makes of a sample z ~ q(z|x), as generation decodes samples; uint8 N C H W."""
+    fabric, autoencoder = subject.run.fabric, subject.autoencoder
+
+    def reconstructed(batch: Tensor) -> Tensor:
+        posteriors = fabric.to_device(subject.latents.posteriors(batch))
+        torch.manual_seed(int(batch[0]))
+        noise = pixel_noise(subject.judging.pixels, 0, fabric.to_device(batch), autoencoder.image_shape)
+        return autoencoder.render(autoencoder.sample(posteriors), noise).cpu()
+
+    return torch.cat(processes.in_batches(reconstructed, subject.chosen, BATCH, "reconstructing"))
+
+
+@torch.inference_mode()
+def latent_nll(subject: Subject, prior: Prior) -> float:
+    """-E_q[log p(z)] in nats an image, over one z ~ q(z|x) of each chosen image; the same draws for every prior."""
+
+    def nats(batch: Tensor) -> float:
+        torch.manual_seed(subject.seed + int(batch[0]))
+        levels, contexts = subject.run.fabric.to_device(subject.latents[batch])
+        return -float(prior.log_prob(levels, contexts).sum())
+
+    return sum(processes.in_batches(nats, subject.chosen, BATCH, "likelihood of latents")) / len(subject.chosen)
+
+
+def classifier(subject: Subject, seed: int) -> Classifier:
+    return trained_classifier(subject.run.fabric, subject.judging, subject.splits, subject.run.classifiers, seed)[0]
+
+
+def code_use(codes: Tensor, spec: LatentSpec) -> CodeUse:
+    assert spec.vocabulary is not None
+    counts = torch.bincount(codes.flatten(), minlength=spec.vocabulary).double()
+    return CodeUse(spec.grid, spec.vocabulary, int((counts > 0).sum()), float(perplexity(counts)))

@@ -1,0 +1,211 @@
+"""The comparison of a run's priors, as data: every figure of it, written to and read from metrics.json.
+
+fd          Fréchet distance; kid, precision, recall, density, coverage: see quality.py
+nearer      share of held-out images that lie farther from the training set than a sample does: 1/2 without memorization
+nll         -E_q[log p(z)] of held-out images' latents under a prior, in nats an image
+gap_closed  (fd(standard) - fd(learned)) / (fd(standard) - fd(reconstruction)): 0 where the learned prior buys nothing,
+            1 where its samples are as near to the data as the decoder's own reconstructions; gap_closed_guided of guided ones
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import cattrs
+from cattrs.gen import make_dict_structure_fn, make_dict_unstructure_fn, override
+
+from pipelines.console import UserError
+from pipelines.files import read_json, write_json
+from pipelines.judging.features import Features
+from pipelines.judging.tradeoffs import Tradeoff
+
+SCHEMA = 1
+ROWS = {
+    "real": "real images",
+    "reconstruction": "reconstructions",
+    "standard": "N(0, I)",
+    "gaussian": "fitted Gaussian",
+    "mixture": "Gaussian mixture",
+    "unigram": "unigram of codes",
+    "learned": "learned prior",
+    "guided": "learned, guided",
+    "posterior": "posterior (not a generator)",
+}
+"""Of the rows, in the order shown."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """The figures of one row; None where a figure is withheld, or has no meaning for it."""
+
+    fd: float | None
+    kid: float | None
+    precision: float | None
+    recall: float | None
+    density: float | None
+    coverage: float | None
+    nearer: float | None
+    plus_minus: dict[str, float]
+    """of each figure above, half of its 95 % interval"""
+    copying_z: float
+    """below about -3 samples are copies of training images (Meehan et al. 2020)"""
+    distance_to_training: float
+    """median distance to the nearest training image"""
+    mse: float | None = None
+    """of reconstructions: mean squared error a pixel, of values in [0, 1]"""
+    nll: float | None = None
+    label_read: float | None = None
+    """share of images off which the classifier reads the label that was asked for"""
+    guidance: float | None = None
+    """strength of classifier-free guidance that the row was drawn with"""
+    note: str | None = None
+
+
+@dataclass(frozen=True)
+class CodeUse:
+    """How the codes of one level are used over the whole test split."""
+
+    grid: tuple[int, int]
+    codes: int
+    used: int
+    perplexity: float
+
+
+@dataclass(frozen=True)
+class ImagesOf:
+    """Where the images of the rows come from."""
+
+    reference: int
+    """training images that all rows are compared with"""
+    real: str = "test split"
+    reconstruction: str = "test split"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """Every prior of a run through one frozen decoder, each row from the same number of images."""
+
+    real: Row
+    reconstruction: Row
+    priors: dict[str, Row]
+    missing: dict[str, str] = field(default_factory=dict)
+    """of priors that there are none of, why"""
+    guidance: list[Tradeoff] = field(default_factory=list)
+    """what was tried to find the best guidance"""
+    rejection: list[Tradeoff] = field(default_factory=list)
+    codes: list[CodeUse] = field(default_factory=list)
+    """one for each level; none of continuous latents"""
+    gap_closed: float | None
+    gap_closed_reason: str | None = None
+    """why there is none"""
+    gap_closed_guided: float | None = None
+    told: Literal["label", "caption"] | None
+    """what the learned prior is told of an image"""
+    images: int
+    """in every row"""
+    images_of: ImagesOf
+    seed: int
+    weights: dict[str, str] = field(default_factory=dict)
+    """digests of the weights that are compared, by the phase that trained them"""
+    features: Features
+    intervals: str
+    """what stands behind an error, in words"""
+    withheld: dict[str, str]
+    """of figures that are withheld, why"""
+    warnings: list[str]
+    versions: dict[str, str]
+    likelihood: dict[str, Any] | None = None
+    """bounds on log p(x), as `likelihood` returns them"""
+    schema: int = SCHEMA
+
+    @property
+    def rows(self) -> dict[str, Row]:
+        """Every row by its name, in the order shown."""
+        everything = {"real": self.real, "reconstruction": self.reconstruction, **self.priors}
+        return {name: everything[name] for name in ROWS if name in everything}
+
+    @property
+    def generator(self) -> str:
+        """The prior that the run is meant to be drawn from."""
+        return "learned" if "learned" in self.priors else "standard"
+
+    def title(self, name: str) -> str:
+        """Of a row."""
+        if name == "guided":
+            return f"learned, guidance {self.priors['guided'].guidance:g}"
+        return title(name, bool(self.codes))
+
+
+def title(name: str, codes: bool) -> str:
+    """Of a row, by its name. codes: whether the latents are codes."""
+    return "uniform codes" if name == "standard" and codes else ROWS[name]
+
+
+def converter() -> cattrs.Converter:
+    made = cattrs.Converter()
+    for kind in (Row, Features, Tradeoff):
+        made.register_unstructure_hook(kind, make_dict_unstructure_fn(kind, made, _cattrs_omit_if_default=True))
+    # The schema is written though it is what is expected; what is missing stands among the priors.
+    written = make_dict_unstructure_fn(
+        Comparison, made, _cattrs_omit_if_default=True, schema=override(omit_if_default=False), missing=override(omit=True)
+    )
+    made.register_unstructure_hook(Comparison, written)
+    made.register_structure_hook(Comparison, make_dict_structure_fn(Comparison, made))
+    return made
+
+
+def to_dict(comparison: Comparison) -> dict[str, Any]:
+    """As JSON holds it."""
+    values = converter().unstructure(comparison)
+    return values | {"priors": values["priors"] | {name: {"note": why} for name, why in comparison.missing.items()}}
+
+
+def from_dict(values: Any) -> Comparison:
+    """Raises ValueError where the values are not a comparison's, or of a later version."""
+    if not isinstance(values, dict) or not isinstance(values.get("priors"), dict):
+        raise ValueError("it holds no comparison")
+    if values.get("schema", SCHEMA) != SCHEMA:
+        raise ValueError(f"it is of version {values['schema']}, and this one reads version {SCHEMA}")
+    missing = {name: row["note"] for name, row in values["priors"].items() if isinstance(row, dict) and row.keys() == {"note"}}
+    priors = {name: row for name, row in values["priors"].items() if name not in missing}
+    try:
+        return converter().structure(values | {"priors": priors, "missing": missing}, Comparison)
+    except cattrs.BaseValidationError as error:
+        raise ValueError("; ".join(cattrs.transform_error(error))) from error
+
+
+def write_comparison(path: Path, comparison: Comparison) -> None:
+    write_json(path, to_dict(comparison))
+
+
+def read_comparison(path: Path) -> Comparison:
+    """Raises UserError where the file holds none."""
+    try:
+        return from_dict(read_json(path))
+    except UserError:
+        raise
+    except ValueError as error:
+        raise UserError(f"{path} cannot be read ({error}); delete it, to have it made again") from error
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """How much of the gap between N(0, I) and the decoder's reconstructions the learned prior closes."""
+
+    closed: float | None
+    reason: str | None = None
+    guided: float | None = None
+
+
+def verdict_of(real: Row, reconstruction: Row, priors: dict[str, Row], withheld: str | None, start: str) -> Verdict:
+    """withheld: why there is no Fréchet distance, or no learned prior; start: what the standard prior is called."""
+    if withheld is not None:
+        return Verdict(None, withheld)
+    distances = {name: row.fd for name, row in {**priors, "reconstruction": reconstruction, "real": real}.items()}
+    known = {name: fd for name, fd in distances.items() if fd is not None}
+    gap = known["standard"] - known["reconstruction"]
+    # The distance of real held-out images is what sampling error alone costs: a gap below it cannot be told from noise.
+    if gap <= max(known["real"], 0.0):
+        return Verdict(None, f"{start} is no worse than the reconstructions, beyond sampling error")
+    closed = {name: (known["standard"] - known[name]) / gap for name in ("learned", "guided") if name in known}
+    return Verdict(closed["learned"], guided=closed.get("guided"))

@@ -1,0 +1,115 @@
+"""The comparison of a run on disk: its figures, its table, its picture and its page."""
+
+import time
+from dataclasses import replace
+from pathlib import Path
+
+from pipelines import files, processes
+from pipelines.console import say
+from pipelines.data.images import Splits
+from pipelines.judging.compare import Exhibits, compare
+from pipelines.judging.comparison import Comparison, read_comparison, to_dict, write_comparison
+from pipelines.judging.features import inception
+from pipelines.pages.page import Section, section_of, write_page
+from pipelines.pages.plots import write_picture
+from pipelines.pages.tables import table, write_csv
+from pipelines.pages.words import between_runs
+from pipelines.runs.config import MetricsConfig
+from pipelines.runs.latents import training_latents
+from pipelines.runs.options import DEFAULTS, Options
+from pipelines.runs.parts import load_autoencoder, specs_of, weights_of
+from pipelines.runs.phases import train
+from pipelines.runs.priors import open_prior
+from pipelines.runs.run import Run
+
+
+def train_all(run: Run, options: Options = DEFAULTS) -> None:
+    """Every part of a run that is not finished yet, its comparison included.
+
+    Raises UserError when another process works on it.
+    """
+    started = time.monotonic()
+    if run.config.metrics.extractor == "inception":  # what is missing is said before hours of training, not after
+        with run.fabric.rank_zero_first(local=True):  # which may download it
+            inception(run.config.metrics.weights)
+    splits = train(run, options)
+    with run.locked():
+        comparison = finished_comparison(run, splits)
+    say(table(comparison))
+    guided = comparison.priors.get("guided")
+    how = "" if guided is None else f" --guidance {guided.guidance:g}"
+    say(
+        f"everything lies in {run.folder}; look at {run.folder / 'compare' / 'page.html'};"
+        f" more samples: python -m pipelines.generate {run.name} --prior {comparison.generator}{how} --count 64 --out samples.png"
+    )
+    say(f"{time.monotonic() - started:.0f} seconds")
+
+
+def report_folder(run: Run, judging: MetricsConfig, seed: int = 0) -> Path:
+    """RUN/compare for the comparison that the run's config asks for; for another seed, extractor or number of images a folder
+    in it, so that none replaces another."""
+    asked = run.config.metrics
+    parts = [f"seed-{seed}"] if seed else []
+    parts += [judging.extractor] if judging.extractor != asked.extractor else []
+    parts += [f"{judging.images}-images"] if judging.images != asked.images else []
+    return run.folder / "compare" / "-".join(parts)
+
+
+def write_report(run: Run, splits: Splits, judging: MetricsConfig, seed: int = 0) -> tuple[Comparison, Section]:
+    """Compare, and write metrics.json, metrics.csv, timing.json, samples.png and page.html; returns also what the page says."""
+    beginning = time.perf_counter()
+    folder, name = report_folder(run, judging, seed), run.folder.name
+    comparison, exhibits = compare(run, splits, judging, seed)
+    metrics = folder / "metrics.json"
+    metrics.unlink(missing_ok=True)  # with it, a comparison is finished
+    write_picture(folder / "samples.png", comparison, exhibits)
+    section = section_of(name, comparison, exhibits, replace(run.config, metrics=judging))
+    write_csv(folder / "metrics.csv", {name: comparison})
+    write_timing(folder / "timing.json", exhibits, time.perf_counter() - beginning)
+    write_page(folder / "page.html", [section], comparison.versions)
+    write_comparison(metrics, comparison)
+    return comparison, section
+
+
+def write_timing(path: Path, exhibits: Exhibits, seconds: float) -> None:
+    files.write_json(path, {"seconds_per_1000_images": exhibits.seconds, "seconds": seconds})
+
+
+def finished_comparison(run: Run, splits: Splits) -> Comparison:
+    """The comparison that the run's config asks for, made unless it is there already."""
+    path = report_folder(run, run.config.metrics) / "metrics.json"
+    if processes.on_first(path.is_file):
+        found = read_comparison(path)
+        if is_of(found, run, splits):
+            say("compare: finished, skipped")
+            return found
+    return write_report(run, splits, run.config.metrics)[0]
+
+
+def is_of(comparison: Comparison, run: Run, splits: Splits) -> bool:
+    """Whether a comparison is of these weights, and judged as the run's config says."""
+    asked = run.config.metrics
+    by_inception = comparison.features.extractor.startswith("inception")
+    as_configured = comparison.seed == 0 and by_inception == (asked.extractor == "inception")
+    as_many = comparison.images == min(asked.images, len(splits.test))
+    return as_configured and as_many and comparison.weights in ({}, weights_of(run))  # of an earlier version there are none
+
+
+def check_finished(run: Run) -> None:
+    """Raises UserError early where a part that is compared is not finished."""
+    training_latents(run)
+    specs = specs_of(load_autoencoder(run))
+    open_prior(run, "standard", specs)
+    if run.learned:
+        open_prior(run, "learned", specs)
+
+
+def write_together(path: Path, sections: list[Section], comparisons: dict[str, Comparison]) -> None:
+    """The page of several runs, and the same figures beside it."""
+    findings = between_runs(comparisons)
+    versions = [*comparisons.values()][-1].versions
+    write_page(path, sections, versions, findings)
+    files.write_json(path.with_suffix(".json"), {name: to_dict(comparison) for name, comparison in comparisons.items()})
+    write_csv(path.with_suffix(".csv"), comparisons)
+    say("\n".join(findings))
+    say(f"all runs on one page: {path}")

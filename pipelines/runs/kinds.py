@@ -1,0 +1,97 @@
+"""The kinds of parts that a config can be made of, chosen by name: --prior.backbone transformer.
+
+The union types of the configs are the registry; a kind is named by its class, in lower case and without Config.
+"""
+
+import re
+from dataclasses import fields, is_dataclass, replace
+from typing import Any, get_args, get_type_hints
+
+from pipelines.console import UserError, nearest
+from pipelines.runs.config import RunConfig, replaced
+from stage1_vae.bottlenecks import Deterministic, Gaussian
+from stage1_vae.hierarchy import Hierarchical
+from stage2_prior.autoregressive import AutoregressiveConfig, CascadeConfig, PriorConfig
+from stage2_prior.heads import Categorical, GaussianMixture, HeadConfig
+
+BOTTLENECK, PRIOR = "autoencoder.bottleneck", "prior"
+
+
+def kinds_of(config: Any, path: str = "") -> dict[str, dict[str, type]]:
+    """For each part of a config of which there are several kinds, by its dotted path, the kinds by name.
+
+    The data set is not among them: a preset names it.
+    """
+    found: dict[str, dict[str, type]] = {}
+    for entry in fields(config):
+        here, value = f"{path}.{entry.name}".removeprefix("."), vars(config)[entry.name]
+        if not is_dataclass(value) or here == "data":
+            continue
+        kinds = [kind for kind in get_args(get_type_hints(type(config))[entry.name]) if is_dataclass(kind)]
+        if len(kinds) > 1:
+            found[here] = {name_of(kind): kind for kind in kinds}  # type: ignore[arg-type, misc]
+        found |= kinds_of(value, here)
+    return found
+
+
+def name_of(kind: type) -> str:
+    """FiniteScalar is finite-scalar, PixelCNNConfig is pixelcnn."""
+    return re.sub(r"(?<=[a-z])(?=[A-Z][a-z])", "-", kind.__name__.removesuffix("Config")).lower()
+
+
+def choose_kinds(config: RunConfig, arguments: list[str]) -> tuple[RunConfig, list[str]]:
+    """A config with the kinds that a command line names, with their default settings, and the arguments that are left.
+
+    Where a bottleneck is chosen, heads and levels of the prior follow, unless they are chosen too. Raises UserError for a kind
+    that there is not.
+    """
+    left, chosen = list(arguments), set()
+    while (found := first_choice(config, left)) is not None:
+        path, kind, start, stop = found
+        part = config
+        for name in path.split("."):
+            part = vars(part)[name]
+        if type(part) is not kind:
+            config = replaced(config, path, kind())
+        chosen.add(path)
+        del left[start:stop]
+    if BOTTLENECK in chosen:
+        config = replace(config, prior=fitting_prior(config, chosen))
+    return config, left
+
+
+def first_choice(config: RunConfig, arguments: list[str]) -> tuple[str, type, int, int] | None:
+    """Of the arguments that choose a kind, the one of the outermost part: its path, the kind, and where it stands."""
+    found = []
+    for path, kinds in kinds_of(config).items():
+        for index, argument in enumerate(arguments):
+            option, equals, value = argument.partition("=")
+            if option.replace("-", "_") != f"__{path}":
+                continue
+            if not equals:
+                value = arguments[index + 1] if index + 1 < len(arguments) else ""
+            if value not in kinds:
+                raise UserError(f"{option} has no kind {value!r}{nearest(value, kinds)}")
+            found.append((path.count("."), path, kinds[value], index, index + (1 if equals else 2)))
+    return min(found, key=lambda choice: choice[:2])[1:] if found else None
+
+
+def fitting_prior(config: RunConfig, chosen: set[str]) -> PriorConfig:
+    """The prior with a head for the latents of a bottleneck that was chosen, and one prior a level where it has several."""
+    bottleneck, prior = config.autoencoder.bottleneck, config.prior
+    continuous, several = isinstance(bottleneck, Deterministic | Gaussian), isinstance(bottleneck, Hierarchical)
+    if PRIOR not in chosen:
+        if several and not isinstance(prior, CascadeConfig):
+            prior = CascadeConfig(prior, prior)
+        elif not several:
+            prior = prior.top
+    if isinstance(prior, AutoregressiveConfig):
+        return prior if "prior.head" in chosen else with_head(prior, continuous)
+    top = prior.top if "prior.top.head" in chosen else with_head(prior.top, continuous)
+    return replace(prior, top=top, bottom=prior.bottom if "prior.bottom.head" in chosen else with_head(prior.bottom, continuous))
+
+
+def with_head(prior: AutoregressiveConfig, continuous: bool) -> AutoregressiveConfig:
+    wanted: type = GaussianMixture if continuous else Categorical
+    head: HeadConfig = prior.head if isinstance(prior.head, wanted) else wanted()
+    return replace(prior, head=head)

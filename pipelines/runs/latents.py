@@ -1,0 +1,93 @@
+"""The latents of a run's images: the posteriors of its autoencoder, encoded once and kept on disk."""
+
+import torch
+from lightning_fabric import Fabric
+from torch import Tensor
+
+from pipelines import files, processes
+from pipelines.console import UserError
+from pipelines.data.images import ImageSet, Mirrored
+from pipelines.runs.conditions import contexts_of
+from pipelines.runs.parts import Phase, finished, last_phase, specs_of
+from pipelines.runs.run import Run
+from pipelines.training.fit import in_order
+from stage1_vae.autoencoder import Autoencoder
+from stage2_prior.latents import Joined, LatentDataset
+
+ENCODING_BATCH = 500
+SHARD_BYTES = 2**28  # of latents in one file
+
+
+def encode(run: Run, autoencoder: Autoencoder, images: ImageSet, part: str, phase: Phase | None = None) -> LatentDataset:
+    """The posteriors of a split, from disk when they were made by these very weights; with their contexts.
+
+    phase: whose weights these are; the last one when None.
+    """
+    phase = last_phase(run, "autoencoder") if phase is None else phase
+    key = f"{finished(run, phase).digest()} {len(images)}"
+    path = run.folder / "latents" / f"{phase}-{part}.safetensors"
+    # Mean and std, or a code of 64 bits: 8 bytes a position either way.
+    batches = max(1, SHARD_BYTES // (ENCODING_BATCH * 8 * sum(spec.dimensions for spec in specs_of(autoencoder))))
+    starts = range(0, len(images), batches * ENCODING_BATCH)
+    paths = files.shards(path, len(starts))
+
+    def clear() -> None:
+        for other in set(files.found_shards(path)) - set(paths):
+            other.unlink()
+
+    processes.on_first(clear)
+    for start, shard in zip(starts, paths):  # so that memory holds one at a time, and a killed process loses but one
+        rows = range(start, min(start + starts.step, len(images)))
+        label = f"encoding {part}" + (f", {rows.start} to {rows.stop} of {len(images)}" if len(paths) > 1 else "")
+        files.cached(shard, key, lambda: encoded(run.fabric, autoencoder, images, label, rows))  # noqa: B023
+    return latent_dataset([files.read_tensors(shard) for shard in paths], contexts_of(run, images, part))
+
+
+def encode_training(run: Run, autoencoder: Autoencoder, images: ImageSet, phase: Phase | None = None) -> LatentDataset:
+    """q(z), which priors are fitted to: the posteriors of the training images, and where the config asks for it of their
+    mirror images."""
+    latents = encode(run, autoencoder, images, "train", phase)
+    if run.config.mirror:
+        latents += encode(run, autoencoder, Mirrored(images, share=1.0), "mirrored", phase)
+    return latents
+
+
+def training_latents(run: Run) -> LatentDataset:
+    """What `encode_training` put down, without contexts."""
+    shards = []
+    for part in ("train", "mirrored") if run.config.mirror else ("train",):
+        path = run.folder / "latents" / f"{last_phase(run, 'autoencoder')}-{part}.safetensors"
+        paths = files.found_shards(path)
+        if not paths or paths != files.shards(path, len(paths)):
+            raise UserError(
+                f"there is no {path}, or not all of it, which tells how images are encoded. Run the train_all command of"
+                f" {run.folder} again."
+            )
+        shards += [files.read_tensors(shard) for shard in paths]
+    return latent_dataset(shards)
+
+
+@torch.inference_mode()
+def encoded(
+    fabric: Fabric, autoencoder: Autoencoder, images: ImageSet, label: str, rows: range | None = None
+) -> dict[str, Tensor]:
+    """The posteriors of images, as tensors named LEVEL.NAME, on the CPU. rows: which; all when None."""
+
+    def posteriors(rows: Tensor) -> dict[str, Tensor]:
+        torch.manual_seed(int(rows[0]))  # some data sets draw their examples
+        (batch,) = in_order(images, rows, ENCODING_BATCH)
+        levels = enumerate(autoencoder.encode(fabric.to_device(batch)))
+        return {f"{level}.{name}": tensor.cpu() for level, posterior in levels for name, tensor in posterior.items()}
+
+    rows = range(len(images)) if rows is None else rows
+    batches = processes.in_batches(posteriors, torch.arange(rows.start, rows.stop), ENCODING_BATCH, label)
+    return {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
+
+
+def latent_dataset(shards: list[dict[str, Tensor]], contexts: Tensor | None = None) -> LatentDataset:
+    """Of posteriors as `encoded` names them, in one or several parts."""
+    levels: dict[int, dict[str, Tensor | Joined]] = {}
+    for key in shards[0]:
+        level, name = key.split(".")
+        levels.setdefault(int(level), {})[name] = shards[0][key] if len(shards) == 1 else Joined([s[key] for s in shards])
+    return LatentDataset([levels[level] for level in sorted(levels)], contexts)

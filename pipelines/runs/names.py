@@ -1,0 +1,43 @@
+"""The names that commands offer, apart from what they stand for, so that --help need not import it."""
+
+from typing import Annotated, Literal
+
+import tyro
+
+DATA = {
+    "mnist5k": "5,000 real digits that need no download; minutes on 2 cores",
+    "mnist": "MNIST, 60,000 digits",
+    "fashion-mnist": "Fashion-MNIST, 60,000 pieces of clothing; fashion for short",
+    "cifar10": "CIFAR-10, 50,000 colour pictures",
+    "folder": "your own images: --data.root PATH",
+    "webdataset": "your own images in tar files: --data.urls PATTERN",
+}
+RECIPES = {
+    "vae": "a VAE and a gated PixelCNN; meant where no recipe is named",
+    "givt": "GIVT: the same VAE and a transformer with a mixture of Gaussians",
+    "vqvae": "VQ-VAE: one grid of codes, and a prior that is told the label",
+    "vqvae2": "VQ-VAE-2: codes on two grids, and a prior that is told the label",
+    "dalle": "a small DALL-E: a discrete VAE, and a transformer that is told a caption",
+    "plain": "the opponent of vae: the same networks and time, all for samples from N(0, I)",
+    "2d": "the classic plane: fully connected, two latent numbers",
+    "binary": "pixels drawn black or white, for the likelihoods that papers quote; a third phase refines both stages",
+    "8bit": "vae with a probability of 8-bit images as p(x|z), for bits per dimension",
+}
+DEFAULT_PRESET, DEFAULT_RECIPE = "mnist5k", "vae"
+SHORT = {"fashion": "fashion-mnist"}
+
+ExtractorName = Literal["classifier", "inception"]
+Pixels = Literal["mean", "sample"]
+DEVICES = ("auto", "cpu", "cuda", "mps")
+PRIORS = ("standard", "gaussian", "mixture", "unigram", "learned", "posterior")
+
+Device = Annotated[str, tyro.conf.arg(metavar="{" + ",".join(DEVICES) + "}")]
+PriorName = Annotated[str, tyro.conf.arg(metavar="{" + ",".join(PRIORS) + "}")]
+
+
+def preset_name(data: str, recipe: str) -> str:
+    """The shortest name of a preset, which is its run's too where none is given."""
+    if recipe == DEFAULT_RECIPE:
+        return data
+    short = next((short for short, long in SHORT.items() if long == data), data)
+    return f"{short}-{recipe}"

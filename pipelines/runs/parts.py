@@ -1,0 +1,124 @@
+"""The networks of a run: built from its config, and loaded from its checkpoints."""
+
+from typing import Literal
+
+import torch
+from torch import nn
+
+from pipelines import files, processes
+from pipelines.console import UserError
+from pipelines.runs.dataset import read_facts
+from pipelines.runs.run import Run
+from pipelines.training import checkpoints
+from pipelines.training.fit import seed_of
+from stage1_vae.autoencoder import Autoencoder
+from stage2_prior.autoregressive import LearnedPrior
+from stage2_prior.latents import LatentSpec
+from stage2_prior.prior import baselines
+
+Part = Literal["autoencoder", "prior"]
+Phase = Literal["stage1", "stage2", "refined"]
+EARLY_PRIOR = "stage2/early.safetensors"  # what autoguidance leads away from
+
+
+def specs_of(autoencoder: Autoencoder) -> list[LatentSpec]:
+    return [LatentSpec(shape, vocabulary) for shape, vocabulary in autoencoder.latents]
+
+
+def new_autoencoder(run: Run, image_shape: tuple[int, int, int]) -> Autoencoder:
+    """Raises UserError when the network cannot take such images."""
+    torch.manual_seed(seed_of(run.config.seed, 1))
+    try:
+        autoencoder = run.config.autoencoder.build(image_shape)
+        specs_of(autoencoder)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    return autoencoder
+
+
+def new_prior(run: Run, specs: list[LatentSpec], classes: int) -> LearnedPrior:
+    """classes: number of labels. Raises UserError when its parts do not fit the latents or the data set."""
+    torch.manual_seed(seed_of(run.config.seed, 2))
+    try:
+        return run.config.prior.build(specs, classes)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
+def load_autoencoder(run: Run) -> Autoencoder:
+    """Raises UserError when stage 1 is not finished, nor refined where the config asks for it."""
+    autoencoder = new_autoencoder(run, read_facts(run).image_shape)
+    load(run, autoencoder, "autoencoder")
+    return autoencoder
+
+
+def load_prior(run: Run, specs: list[LatentSpec]) -> LearnedPrior:
+    """Raises UserError when stage 2 is not finished, nor refined where the config asks for it, or there is none."""
+    if not run.learned:
+        raise UserError(
+            f"{run.folder} has no learned prior: it was trained without a second stage (stage2.steps 0). Draw with"
+            f" --prior standard, or another of {', '.join(baselines(specs))}."
+        )
+    classes = len(read_facts(run).label_names)
+    learned = new_prior(run, specs, classes)
+    load(run, learned, "prior")
+    early = run.folder / EARLY_PRIOR
+    if early.is_file() and run.config.refine is None:  # refined, it is a prior of other latents than early on
+        weaker = new_prior(run, specs, classes)
+        checkpoints.fill(weaker, files.read_tensors(early), early)
+        run.fabric.to_device(weaker).eval()
+        for level, other in zip(learned.levels, weaker.levels):
+            level.guide_by(other)
+    return learned
+
+
+def load(run: Run, model: nn.Module, part: Part) -> None:
+    """The weights to use. Raises UserError when they are not trained to the end, or do not fit."""
+    phase = last_phase(run, part)
+    found = finished(run, phase)
+    tensors = found.model()
+    if phase == "refined":
+        tensors = {name.removeprefix(f"{part}."): x for name, x in tensors.items() if name.startswith(f"{part}.")}
+    checkpoints.fill(model, tensors, found.folder)
+    run.fabric.to_device(model).eval()
+
+
+def last_phase(run: Run, part: Part) -> Phase:
+    """The last phase that trains a part."""
+    if run.config.refine is not None:
+        return "refined"
+    return "stage1" if part == "autoencoder" else "stage2"
+
+
+def finished(run: Run, phase: Phase) -> checkpoints.Checkpoint:
+    """The best checkpoint of a phase. Raises UserError when it is not trained to the end."""
+    config = {"stage1": run.config.stage1, "stage2": run.config.stage2, "refined": run.config.refine}[phase]
+    assert config is not None
+    found = checkpoints.usable(run.folder / phase)
+    if not found or found[-1].step < config.steps:
+        done = f"is at step {found[-1].step} of {config.steps}" if found else "has not been trained"
+        raise UserError(f"{run.folder} is unfinished: {phase} {done}. Run its train_all command again.")
+    return checkpoints.best(found)
+
+
+def weights_of(run: Run) -> dict[str, str]:
+    """The digests of the weights to use, by the phase that trained them."""
+    parts: tuple[Part, ...] = ("autoencoder", "prior") if run.learned else ("autoencoder",)
+    phases = {last_phase(run, part) for part in parts}
+    return {phase: finished(run, phase).digest() for phase in sorted(phases)}
+
+
+def follow(run: Run, phase: Phase, before: Phase) -> None:
+    """Put down after which weights of an earlier phase a phase is trained. Raises UserError where it was after others."""
+    path, now = run.folder / phase / "after.json", {before: finished(run, before).digest()}
+
+    def check() -> None:
+        if not (path.is_file() and any(path.parent.glob("step-*"))):
+            files.write_json(path, now)
+        elif files.read_json(path) != now:
+            raise UserError(
+                f"{path.parent} was trained after another {before} than the one that is there now: delete {path.parent} too,"
+                " to train it anew"
+            )
+
+    processes.on_first(check)

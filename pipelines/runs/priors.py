@@ -1,0 +1,46 @@
+"""The priors of a run, by name: the learned one, those that need no training, and q(z) itself."""
+
+import torch
+from torch import Tensor
+
+from pipelines import files
+from pipelines.console import Progress, UserError, nearest
+from pipelines.runs.latents import training_latents
+from pipelines.runs.parts import finished, last_phase, load_prior
+from pipelines.runs.run import Run
+from pipelines.training.fit import seed_of
+from stage2_prior.latents import LatentSpec
+from stage2_prior.prior import CODE_BASELINES, CONTINUOUS_BASELINES, AggregatePosterior, Prior, baselines
+
+PRIORS = [*{**CONTINUOUS_BASELINES, **CODE_BASELINES}, "learned", "posterior"]
+
+
+def densities(run: Run, specs: list[LatentSpec]) -> list[str]:
+    """The names of the priors that a run has, the learned one last; `posterior`, which is no generator, is not among them."""
+    return [*baselines(specs), *(["learned"] if run.learned else [])]
+
+
+def open_prior(run: Run, name: str, specs: list[LatentSpec]) -> Prior:
+    """A prior by name, fitted. Raises UserError for an unknown name or an unfinished run."""
+    if name == "learned":
+        return load_prior(run, specs)
+    if name == "posterior":
+        return AggregatePosterior(training_latents(run))
+    known = baselines(specs)
+    if name not in known:
+        raise UserError(f"there is no prior {name!r} for these latents{nearest(name, [*known, 'learned', 'posterior'])}")
+    baseline = known[name](specs)
+
+    def fitted() -> dict[str, Tensor]:
+        latents = training_latents(run)
+        with Progress(f"fitting the {name} prior", len(latents), "images") as progress:
+            torch.manual_seed(seed_of(run.config.seed, 3))
+            baseline.estimate(latents)
+            progress.update(len(latents))
+        return baseline.state_dict()
+
+    if name != "standard":
+        key = finished(run, last_phase(run, "autoencoder")).digest()
+        baseline.load_state_dict(files.cached(run.folder / "baselines" / f"{name}.safetensors", key, fitted))
+    run.fabric.to_device(baseline)
+    return baseline.eval()
