@@ -15,7 +15,7 @@ from pipelines import generate
 from pipelines.console import UserError
 from pipelines.judging.comparison import read_comparison
 from pipelines.judging.features import FIGURES, FeatureSpace, feature_space
-from pipelines.judging.tradeoffs import STRENGTHS, lowest_fd
+from pipelines.judging.tradeoffs import described, lowest_fd, ways_to_sample
 from pipelines.pages.report import train_all
 from pipelines.pages.words import notes
 from pipelines.runs import sampling
@@ -30,7 +30,7 @@ from pipelines.runs.run import Run
 from stage1_vae import bottlenecks
 from stage1_vae.autoencoder import AutoencoderConfig
 from stage2_prior.prior import StandardNormal
-from stage2_prior.sampling import Sampling
+from stage2_prior.sampling import AS_FITTED, Sampling
 from tests.parts import NETWORKS, compared, shrunk, small_splits
 
 
@@ -201,38 +201,46 @@ def test_the_comparison_of_a_conditional_prior_of_codes(runs):
         assert all(1 <= level.perplexity <= level.codes for level in comparison.codes)
         shares = [point.kept for point in comparison.rejection]
         assert shares == sorted(shares, reverse=True) and len({point.images for point in comparison.rejection}) == 1
-        best = lowest_fd(comparison.guidance).guidance
-        assert ("guided" in comparison.priors) == (best > 0)
-        # A fifth of the 120 images are fewer than the 64 features need.
-        assert any(f"the fd of 65 samples of another seed is lowest with {best:g};" in note for note in notes(comparison))
+        best = lowest_fd(comparison.sampling).sampling
+        assert ("tuned" in comparison.priors) == (best != AS_FITTED)
+        assert [point.sampling for point in comparison.sampling] == ways_to_sample(contexts=True, weaker=True)
+        assert any(f"network, is lowest with {described(best)};" in note for note in notes(comparison))
 
 
-def test_with_few_images_no_guidance_is_chosen(runs):
+def test_with_few_images_sampling_is_not_tuned(runs):
     run = Run.open(runs["mnist-vqvae"], "cpu")
     splits = load_data(run)
     comparison = compared(run, dataclasses.replace(splits, test=splits.test.subset(torch.arange(50))))
-    few = "guidance: not chosen, 10 samples of each strength are too few for a Fréchet distance."
-    assert few in notes(comparison) and "guided" not in comparison.priors
+    few = "sampling: not tuned, 50 samples of each way to draw are too few for a Fréchet distance."
+    assert few in notes(comparison) and "tuned" not in comparison.priors
 
 
-def test_the_comparison_finds_the_best_guidance(runs, monkeypatch):
-    """By the fd of fewer samples; the row of it is of samples as `generate` draws them."""
+@pytest.mark.parametrize("best", [AS_FITTED, Sampling(0.8), Sampling(guidance=2.0), Sampling(autoguidance=0.5)], ids=described)
+def test_the_comparison_finds_the_best_way_to_draw(runs, monkeypatch, best):
+    """By the fd in the features of another network; the row of it is of samples as `generate` draws them."""
     run = Run.open(runs["fashion-vqvae2"], "cpu")
-    for best in (0.0, 2.0):
-        distances = itertools.cycle([1 + abs(strength - best) for strength in STRENGTHS])
-        monkeypatch.setattr(FeatureSpace, "distance_of", lambda self, features, of=distances: next(of))
+    ways, judges = ways_to_sample(contexts=True, weaker=True), []
+    distances = itertools.cycle([1.0 + (how != best) for how in ways])
+
+    def distance_of(space, features):
+        judges.append(space.description.digest)
+        return next(distances)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(FeatureSpace, "distance_of", distance_of)
         comparison = compared(run, load_data(run))
-        tried = [point.guidance for point in comparison.guidance]
-        assert tried == list(STRENGTHS) and {point.images for point in comparison.guidance} == {65}
-        page = (run.folder / "compare" / "page.html").read_text()
-        assert ("guided" in comparison.priors) == ("guidance 2" in page) == (best > 0)
-    row = comparison.priors["guided"]
-    assert row.guidance == 2 and 0 <= row.label_read <= 1 and row.fd != comparison.priors["learned"].fd
+    assert [point.sampling for point in comparison.sampling] == ways and {point.images for point in comparison.sampling} == {120}
+    assert comparison.features.digest not in judges[: len(ways)]
+    page = (run.folder / "compare" / "page.html").read_text()
+    assert ("tuned" in comparison.priors) == (f"Samples: learned, {described(best)}" in page) == (best != AS_FITTED)
+    if best == AS_FITTED:
+        return
+    row = comparison.priors["tuned"]
+    assert row.sampling == best and 0 <= row.label_read <= 1 and row.fd != comparison.priors["learned"].fd
     labels = contexts_of(run, load_data(run).test)[torch.randperm(120, generator=torch.Generator().manual_seed(0))]
     autoencoder, space = load_autoencoder(run), feature_space(run.fabric, run.config.metrics, load_data(run), run.classifiers)
     prior, device = open_prior(run, "learned", specs_of(autoencoder)), run.fabric.device
-    again = sampling.generate(autoencoder, prior, 120, seed=0, device=device, how=Sampling(guidance=2.0), contexts=labels)
-    monkeypatch.undo()
+    again = sampling.generate(autoencoder, prior, 120, seed=0, device=device, how=best, contexts=labels)
     assert row.fd == pytest.approx(space.frechet_distance(again.images, "features"))
 
 

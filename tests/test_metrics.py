@@ -327,14 +327,14 @@ def test_the_gap_closed_is_the_share_of_the_way_to_the_reconstructions():
         return Row(**figures, plus_minus={}, copying_z=0.0, distance_to_training=0.0)
 
     real, reconstruction = row(0.5), row(2.0)
-    priors = {"standard": row(12.0), "learned": row(4.0), "guided": row(3.0)}
+    priors = {"standard": row(12.0), "learned": row(4.0), "tuned": row(3.0)}
 
     def verdict(withheld: str | None = None) -> Verdict:
         return verdict_of(real, reconstruction, priors, withheld, "N(0, I)")
 
-    assert verdict() == Verdict(pytest.approx(0.8), guided=pytest.approx(0.9))
+    assert verdict() == Verdict(pytest.approx(0.8), tuned=pytest.approx(0.9))
     assert verdict("no Fréchet distance") == Verdict(None, "no Fréchet distance")
-    del priors["guided"]
+    del priors["tuned"]
     assert verdict() == Verdict(pytest.approx(0.8))
     priors["standard"] = row(2.5)  # above the reconstructions by no more than real images lie from each other
     assert verdict().closed is None and "N(0, I) is no worse" in verdict().reason

@@ -48,7 +48,10 @@ def test_the_page_needs_nothing_else(compared):
         assert all(heading in text for heading in ("Samples: N(0, I)", "Samples: learned prior", "Training", "What was run"))
     assert "Likelihood of 120 held-out images" in text and "Where the rate lies" in text
     assert "uniform codes" in text and "Use of the codes" in text
-    assert all(f"Diversity traded for fidelity: {way}" in text for way in ("guidance", "rejection"))
+    assert all(
+        f"Diversity traded for fidelity: {way}" in text for way in ("temperature", "guidance", "autoguidance", "rejection")
+    )
+    assert "Samples by label" in text
 
 
 def test_json_csv_and_page_say_the_same(compared):

@@ -38,6 +38,7 @@ from pipelines.training.fit import fit
 from stage1_vae import bottlenecks
 from stage2_prior.autoregressive import AutoregressivePrior
 from stage2_prior.prior import CODE_BASELINES, CONTINUOUS_BASELINES
+from stage2_prior.sampling import AS_FITTED
 from tests.parts import compared, shrunk, small_splits
 
 LISTING = Path(__file__).parent.parent / "checkpoints" / "README.md"
@@ -65,8 +66,8 @@ def test_end_to_end(name, tmp_path, monkeypatch, capsys):
     metrics = json.loads((run.folder / "compare" / "metrics.json").read_text())
     discrete = "codes" in metrics
     known = [name for name in PRIORS if name not in (CONTINUOUS_BASELINES if discrete else CODE_BASELINES) or name == "standard"]
-    guided, best = metrics["priors"].pop("guided", None), lowest_fd(comparison_from_dict(metrics).guidance)
-    assert (guided is not None) == bool(best and best.guidance)
+    tuned, best = metrics["priors"].pop("tuned", None), lowest_fd(comparison_from_dict(metrics).sampling)
+    assert (tuned is not None) == bool(best and best.sampling != AS_FITTED)
     assert set(metrics["priors"]) == set(known)
     if not run.learned:
         assert "stage2.steps 0" in metrics["priors"].pop("learned")["note"]

@@ -11,6 +11,7 @@ from torch import distributions
 from stage2_prior.autoregressive import AutoregressiveConfig
 from stage2_prior.heads import MINIMUM_LOG_STD, GaussianMixture, truncated
 from stage2_prior.latents import LatentDataset, LatentSpec, draw
+from stage2_prior.pixelcnn import PixelCNNConfig
 from stage2_prior.prior import CODE_BASELINES, CONTINUOUS_BASELINES, AggregatePosterior, GaussianMixturePrior, baselines
 from stage2_prior.sampling import AS_FITTED, CannotSample, Sampling, uniforms
 from tests.parts import BACKBONES, HEADS, LEARNED, random_latents, random_prior, spec_for

@@ -11,10 +11,18 @@ from torch import Tensor
 from pipelines import processes
 from pipelines.data.images import Splits
 from pipelines.judging.comparison import CodeUse, Comparison, ImagesOf, Row, title, verdict_of
-from pipelines.judging.features import Classifier, FeatureSpace, Judge, feature_space, logits_of, trained_classifier
+from pipelines.judging.features import (
+    Classifier,
+    FeatureSpace,
+    Judge,
+    choosing_space,
+    feature_space,
+    logits_of,
+    trained_classifier,
+)
 from pipelines.judging.likelihood import likelihood, rate_maps
 from pipelines.judging.quality import intervals, nearest_neighbours
-from pipelines.judging.tradeoffs import Tradeoff, choose_sampling, rejection
+from pipelines.judging.tradeoffs import Tradeoff, choose_sampling, described, rejection, ways_to_sample
 from pipelines.runs.config import MetricsConfig
 from pipelines.runs.latents import encode
 from pipelines.runs.parts import load_autoencoder, specs_of, weights_of
@@ -31,6 +39,7 @@ from stage2_prior.sampling import AS_FITTED, Sampling
 
 SHOWN = 16  # images in a row of the picture
 GRID = 64  # images kept of each row, to show them
+A_LABEL, MOST_LABELS = 16, 12  # samples shown of a label, and labels
 POINTS = 1000  # draws in a scatter plot
 BATCH = 500
 FEW = 8  # draws of z an image for the likelihood; python -m pipelines.likelihood takes more
@@ -44,6 +53,8 @@ class Exhibits:
 
     images: dict[str, Tensor]
     """the first GRID of each row, uint8 N C H W"""
+    by_label: dict[str, Tensor]
+    """for each label, the first A_LABEL samples of the tuned row, or of the learned one, that were drawn as it; uint8 N C H W"""
     nearest: Tensor
     """for the first SHOWN samples of the generator, the nearest training images, uint8 N C H W"""
     distances: dict[str, Tensor]
@@ -59,7 +70,7 @@ class Exhibits:
     histories: dict[str, list[dict[str, Any]]]
     """of each phase of the training, the terms at its checkpoints"""
     seconds: dict[str, float]
-    """of sampling 1,000 images, for each row and each strength of guidance that was tried"""
+    """of sampling 1,000 images, for each row and each way to draw that was tried"""
 
 
 @dataclass(frozen=True)
@@ -154,14 +165,14 @@ def compare(run: Run, splits: Splits, judging: MetricsConfig, seed: int = 0) -> 
     """Every prior of a run, judged by as many samples as there are held-out images, and what is shown beside the figures."""
     subject = Subject.of(run, splits, judging, seed)
     rows = draw_rows(subject)
-    how, tried = choose_guidance(subject, rows)
+    how, tried = tuned_sampling(subject, rows)
     if how != AS_FITTED:
-        rows.images["guided"] = rows.sampled("guided", subject.priors["learned"], how).images
+        rows.images["tuned"] = rows.sampled("tuned", subject.priors["learned"], how).images
     judged = judge(subject, rows)
     figures = with_nll(subject, judged.rows)
     figures = with_labels_read(subject, rows, figures)
-    if "guided" in figures:
-        figures["guided"] = replace(figures["guided"], guidance=how.guidance)
+    if "tuned" in figures:
+        figures["tuned"] = replace(figures["tuned"], sampling=how)
     comparison = comparison_of(subject, rows, replace(judged, rows=figures), tried)
     return comparison, exhibits_of(subject, rows, judged, comparison)
 
@@ -177,16 +188,19 @@ def draw_rows(subject: Subject) -> Rows:
     return rows
 
 
-def choose_guidance(subject: Subject, rows: Rows) -> tuple[Sampling, list[Tradeoff]]:
-    """How the learned prior is drawn best, by other samples than those that are judged, and what was tried."""
+def tuned_sampling(subject: Subject, rows: Rows) -> tuple[Sampling, list[Tradeoff]]:
+    """How the learned prior is drawn best, by other samples and another network than those that judge, and what was tried."""
     learned = subject.priors.get("learned")
-    if learned is None or subject.told is None:
+    if not isinstance(learned, LearnedPrior):
         return AS_FITTED, []
 
     def drawn(how: Sampling, count: int) -> Tensor:
-        return rows.sampled(f"guidance {how.guidance:g}", learned, how, count, seed=1).images
+        return rows.sampled(described(how), learned, how, count, seed=1).images
 
-    return choose_sampling(subject.space, len(subject.chosen), drawn)
+    run = subject.run
+    space = choosing_space(run.fabric, subject.judging, subject.splits, run.classifiers)
+    ways = ways_to_sample(contexts=subject.told is not None, weaker=learned.levels[0].weaker is not None)
+    return choose_sampling(space, ways, len(subject.chosen), drawn)
 
 
 def judge(subject: Subject, rows: Rows) -> Judged:
@@ -221,7 +235,7 @@ def with_labels_read(subject: Subject, rows: Rows, figures: dict[str, Row]) -> d
     model = subject.space.model
     reader = model if isinstance(model, Classifier) else classifier(subject, seed=0)
     read = {}
-    for name in ("real", "reconstruction", "learned", "guided"):
+    for name in ("real", "reconstruction", "learned", "tuned"):
         if name in figures:
             found = logits_of(subject.run.fabric, reader, rows.images[name]).argmax(1)
             read[name] = replace(figures[name], label_read=float((found == labels).float().mean()))
@@ -251,12 +265,12 @@ def comparison_of(subject: Subject, rows: Rows, judged: Judged, tried: list[Trad
         reconstruction=figures["reconstruction"],
         priors=priors,
         missing={} if run.learned else {"learned": NO_LEARNED_PRIOR},
-        guidance=tried,
+        sampling=tried,
         rejection=rejected,
         codes=[code_use(level, spec) for level, spec in zip(codes, subject.specs)],
         gap_closed=verdict.closed,
         gap_closed_reason=verdict.reason,
-        gap_closed_guided=verdict.guided,
+        gap_closed_tuned=verdict.tuned,
         told=run.told if run.learned else None,
         images=len(subject.chosen),
         images_of=ImagesOf(len(splits.train)),
@@ -280,6 +294,7 @@ def exhibits_of(subject: Subject, rows: Rows, judged: Judged, comparison: Compar
     phases = [phase for phase in ("stage1", "stage2", "refined") if (run.folder / phase).is_dir()]
     return Exhibits(
         images={name: images[:GRID] for name, images in rows.images.items()},
+        by_label=by_label(subject, rows.images),
         nearest=nearest_training_images(subject.splits, judged.nearest[generator][1][:SHOWN]),
         distances={name: judged.nearest[name][0] for name in ("real", generator, "posterior")},
         projections=projected(rows.points) if min(rows.points["posterior"].shape) > 1 else {},
@@ -291,6 +306,16 @@ def exhibits_of(subject: Subject, rows: Rows, judged: Judged, comparison: Compar
         histories={phase: checkpoints.usable(run.folder / phase)[-1].record["history"] for phase in phases},
         seconds=rows.seconds,
     )
+
+
+def by_label(subject: Subject, images: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The first samples of each label, where there are labels and each has as many."""
+    labels, names = subject.labels, subject.splits.label_names[:MOST_LABELS]
+    if labels is None:
+        return {}
+    drawn = images["tuned"] if "tuned" in images else images["learned"]
+    found = {name: drawn[labels == number][:A_LABEL] for number, name in enumerate(names)}
+    return {name: samples for name, samples in found.items() if len(samples) == A_LABEL}
 
 
 def nearest_training_images(splits: Splits, indices: Tensor) -> Tensor:

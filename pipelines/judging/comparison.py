@@ -4,7 +4,8 @@ fd          Fréchet distance; kid, precision, recall, density, coverage: see qu
 nearer      share of held-out images that lie farther from the training set than a sample does: 1/2 without memorization
 nll         -E_q[log p(z)] of held-out images' latents under a prior, in nats an image
 gap_closed  (fd(standard) - fd(learned)) / (fd(standard) - fd(reconstruction)): 0 where the learned prior buys nothing,
-            1 where its samples are as near to the data as the decoder's own reconstructions; gap_closed_guided of guided ones
+            1 where its samples are as near to the data as the decoder's own reconstructions; gap_closed_tuned is of
+            samples that are drawn in the best way that was tried
 """
 
 from dataclasses import dataclass, field
@@ -17,7 +18,8 @@ from cattrs.gen import make_dict_structure_fn, make_dict_unstructure_fn, overrid
 from pipelines.console import UserError
 from pipelines.files import read_json, write_json
 from pipelines.judging.features import Features
-from pipelines.judging.tradeoffs import Tradeoff
+from pipelines.judging.tradeoffs import Tradeoff, described
+from stage2_prior.sampling import Sampling
 
 SCHEMA = 1
 ROWS = {
@@ -28,7 +30,7 @@ ROWS = {
     "mixture": "Gaussian mixture",
     "unigram": "unigram of codes",
     "learned": "learned prior",
-    "guided": "learned, guided",
+    "tuned": "learned, tuned",
     "posterior": "posterior (not a generator)",
 }
 """Of the rows, in the order shown."""
@@ -56,8 +58,8 @@ class Row:
     nll: float | None = None
     label_read: float | None = None
     """share of images off which the classifier reads the label that was asked for"""
-    guidance: float | None = None
-    """strength of classifier-free guidance that the row was drawn with"""
+    sampling: Sampling | None = None
+    """how the row was drawn, where not as the prior was fitted"""
     note: str | None = None
 
 
@@ -90,15 +92,15 @@ class Comparison:
     priors: dict[str, Row]
     missing: dict[str, str] = field(default_factory=dict)
     """of priors that there are none of, why"""
-    guidance: list[Tradeoff] = field(default_factory=list)
-    """what was tried to find the best guidance"""
+    sampling: list[Tradeoff] = field(default_factory=list)
+    """the ways to draw from the learned prior that were tried, to find the best"""
     rejection: list[Tradeoff] = field(default_factory=list)
     codes: list[CodeUse] = field(default_factory=list)
     """one for each level; none of continuous latents"""
     gap_closed: float | None
     gap_closed_reason: str | None = None
     """why there is none"""
-    gap_closed_guided: float | None = None
+    gap_closed_tuned: float | None = None
     told: Literal["label", "caption"] | None
     """what the learned prior is told of an image"""
     images: int
@@ -131,8 +133,9 @@ class Comparison:
 
     def title(self, name: str) -> str:
         """Of a row."""
-        if name == "guided":
-            return f"learned, guidance {self.priors['guided'].guidance:g}"
+        how = self.rows[name].sampling if name in self.rows else None
+        if how is not None:
+            return f"learned, {described(how)}"
         return title(name, bool(self.codes))
 
 
@@ -143,7 +146,7 @@ def title(name: str, codes: bool) -> str:
 
 def converter() -> cattrs.Converter:
     made = cattrs.Converter()
-    for kind in (Row, Features, Tradeoff):
+    for kind in (Sampling, Row, Features, Tradeoff):
         made.register_unstructure_hook(kind, make_dict_unstructure_fn(kind, made, _cattrs_omit_if_default=True))
     # The schema is written though it is what is expected; what is missing stands among the priors.
     written = make_dict_unstructure_fn(
@@ -194,7 +197,7 @@ class Verdict:
 
     closed: float | None
     reason: str | None = None
-    guided: float | None = None
+    tuned: float | None = None
 
 
 def verdict_of(real: Row, reconstruction: Row, priors: dict[str, Row], withheld: str | None, start: str) -> Verdict:
@@ -207,5 +210,5 @@ def verdict_of(real: Row, reconstruction: Row, priors: dict[str, Row], withheld:
     # The distance of real held-out images is what sampling error alone costs: a gap below it cannot be told from noise.
     if gap <= max(known["real"], 0.0):
         return Verdict(None, f"{start} is no worse than the reconstructions, beyond sampling error")
-    closed = {name: (known["standard"] - known[name]) / gap for name in ("learned", "guided") if name in known}
-    return Verdict(closed["learned"], guided=closed.get("guided"))
+    closed = {name: (known["standard"] - known[name]) / gap for name in ("learned", "tuned") if name in known}
+    return Verdict(closed["learned"], tuned=closed.get("tuned"))

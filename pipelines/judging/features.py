@@ -10,7 +10,7 @@ network of published figures. The reference is the training split.
 import hashlib
 import io
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -267,21 +267,26 @@ def inception(weights: Path | None) -> tuple[Inception, dict[str, Any]]:
         raise UserError(f"{source} does not hold the weights of this network; {get_it}") from error
 
 
-def feature_space(fabric: Fabric, config: MetricsConfig, splits: Splits, cache: Path) -> FeatureSpace:
+def feature_space(fabric: Fabric, config: MetricsConfig, splits: Splits, cache: Path, seed: int = 0) -> FeatureSpace:
     """The features that the config names; those of a network of random weights where there are no labels to classify.
 
-    Raises UserError where the weights of `inception` are not to be had.
+    seed: of a classifier's training, or of random weights. Raises UserError where the weights of `inception` are not to be had.
     """
     model: nn.Module
     if config.extractor == "inception":
         with fabric.rank_zero_first(local=True):  # which may download them
             model, description = inception(config.weights)
     elif splits.label_names:
-        model, description = trained_classifier(fabric, config, splits, cache, seed=0)
+        model, description = trained_classifier(fabric, config, splits, cache, seed)
     else:
-        torch.manual_seed(0)
-        model, description = Classifier(splits.image_shape[0], 2), {"extractor": "random network, seed 0 (no labels)"}
+        torch.manual_seed(seed)
+        model, description = Classifier(splits.image_shape[0], 2), {"extractor": f"random network, seed {seed} (no labels)"}
     return FeatureSpace(fabric.to_device(model), description, splits.train, fabric, cache)
+
+
+def choosing_space(fabric: Fabric, config: MetricsConfig, splits: Splits, cache: Path) -> FeatureSpace:
+    """The features that settings are chosen by: of another network than the one that reports."""
+    return feature_space(fabric, replace(config, extractor="classifier"), splits, cache, seed=1)
 
 
 @torch.inference_mode()

@@ -1,11 +1,12 @@
-"""Diversity traded for fidelity, of a prior that is told labels or captions: by rejection, and by guidance.
+"""Diversity traded for fidelity, of the learned prior: by temperature, by guidance, and by rejection.
 
 Along each, every row is judged by the same number of images: figures of different numbers do not compare.
 """
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -15,16 +16,21 @@ from pipelines.judging.quality import FEWEST, Cloud, likeness
 from pipelines.runs.run import Run
 from stage2_prior.sampling import AS_FITTED, Sampling
 
+T = TypeVar("T")
+
 SHARES = (1.0, 0.75, 0.5, 0.25, 0.1)  # of samples kept by rejection
-STRENGTHS = (0.0, 0.25, 0.5, 1.0, 2.0)  # of guidance
+TEMPERATURES = (0.9, 0.8)
+GUIDANCE = (0.25, 0.5, 1.0, 2.0)
+AUTOGUIDANCE = (0.25, 0.5, 1.0, 1.5)
+ENOUGH = 1000  # samples that a way to draw is judged by, where a row of the comparison has as many
 
 
 @dataclass(frozen=True, kw_only=True)
 class Tradeoff:
     """Figures of samples at one point along a trade-off; fd is None where there are too few images."""
 
-    guidance: float | None = None
-    """strength of classifier-free guidance, where that is varied"""
+    sampling: Sampling | None = None
+    """how the samples were drawn, where that is varied"""
     kept: float | None = None
     """share of samples kept, where that is varied"""
     fd: float | None
@@ -36,26 +42,41 @@ class Tradeoff:
     images: int
 
 
-def choose_sampling(space: FeatureSpace, count: int, drawn: Callable[[Sampling, int], Tensor]) -> tuple[Sampling, list[Tradeoff]]:
-    """How the learned prior is drawn best, by the lowest Fréchet distance, and what was tried: guidance of different STRENGTHS.
+def ways_to_sample(contexts: bool, weaker: bool) -> list[Sampling]:
+    """The ways to draw from a learned prior that are tried, as it was fitted first.
 
-    count: images that a row of the comparison is judged by; here a fifth as many are drawn, or as many as the features need.
+    contexts: whether it is told any; weaker: whether it has a weaker copy.
+    """
+    ways = [AS_FITTED, *(Sampling(temperature) for temperature in TEMPERATURES)]
+    ways += [Sampling(guidance=strength) for strength in GUIDANCE if contexts]
+    return ways + [Sampling(autoguidance=strength) for strength in AUTOGUIDANCE if weaker]
+
+
+def described(how: Sampling) -> str:
+    """A way to draw, in words."""
+    return ", ".join(f"{name} {value:g}" for name, value in departures(how).items()) or "as fitted"
+
+
+def departures(how: Sampling) -> dict[str, float]:
+    """By which settings a way to draw departs from the density as fitted."""
+    return {field.name: getattr(how, field.name) for field in fields(how) if getattr(how, field.name) != field.default}
+
+
+def choose_sampling(
+    space: FeatureSpace, ways: list[Sampling], count: int, drawn: Callable[[Sampling, int], Tensor]
+) -> tuple[Sampling, list[Tradeoff]]:
+    """How the learned prior is drawn best, by the lowest Fréchet distance, and what was tried.
+
+    space: of another network than the one that judges the comparison, so that what is chosen does not flatter the figures.
+    count: images that a row of the comparison is judged by; here ENOUGH of them are drawn, or a fifth as many if that is more.
     drawn: as many images, uint8 N C H W, drawn in a way; other ones than those that the comparison judges.
     As fitted, where nothing is better, or there are too few images to tell.
     """
-    few = math.ceil(count / 5) if space.withheld(count) else max(math.ceil(count / 5), space.fewest)
-    tried = guidance(space, lambda strength: drawn(Sampling(guidance=strength), few))
+    few = max(math.ceil(count / 5), min(count, ENOUGH))
+    some = {how: space.features(drawn(how, few), f"features of {described(how)}") for how in ways}
+    tried = [replace(point, sampling=how) for how, point in along(some, space).items()]
     best = lowest_fd(tried)
-    return (AS_FITTED if best is None else Sampling(guidance=best.guidance or 0.0)), tried
-
-
-def guidance(space: FeatureSpace, drawn: Callable[[float], Tensor]) -> list[Tradeoff]:
-    """All of the samples, drawn with classifier-free guidance of different STRENGTHS (Ho and Salimans 2022).
-
-    drawn: images uint8 N C H W of one strength. Empty where there are too few images.
-    """
-    some = {strength: space.features(drawn(strength), f"features under guidance {strength:g}") for strength in STRENGTHS}
-    return [replace(point, guidance=strength) for strength, point in along(some, space).items()]
+    return (best.sampling if best and best.sampling else AS_FITTED), tried
 
 
 def rejection(
@@ -73,7 +94,7 @@ def rejection(
     return [replace(point, kept=share) for share, point in along(some, space).items()]
 
 
-def along(features: dict[float, Tensor], space: FeatureSpace) -> dict[float, Tradeoff]:
+def along(features: dict[T, Tensor], space: FeatureSpace) -> dict[T, Tradeoff]:
     """The figures for each value of what is varied, from as many features N F each; none where there are too few images."""
     (number,) = {len(some) for some in features.values()}
     if min(number, len(space.reference)) < FEWEST:
@@ -81,8 +102,16 @@ def along(features: dict[float, Tensor], space: FeatureSpace) -> dict[float, Tra
     reference = Cloud.of(space.reference[torch.randperm(len(space.reference), generator=seeded())[:number]])
     points = {}
     for value, some in features.items():
-        figures = {figure: float(found) for figure, found in likeness(reference, some).items()}
-        points[value] = Tradeoff(fd=space.distance_of(some), images=number, **figures)
+        found = {name: float(figure) for name, figure in likeness(reference, some).items()}
+        points[value] = Tradeoff(
+            fd=space.distance_of(some),
+            kid=found["kid"],
+            precision=found["precision"],
+            recall=found["recall"],
+            density=found["density"],
+            coverage=found["coverage"],
+            images=number,
+        )
     return points
 
 

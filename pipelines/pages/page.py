@@ -13,6 +13,7 @@ from torch import Tensor
 from pipelines.files import write_file
 from pipelines.judging.compare import BATCH, SHOWN, Exhibits
 from pipelines.judging.comparison import Comparison
+from pipelines.judging.tradeoffs import departures
 from pipelines.pages.likelihood import as_table
 from pipelines.pages.plots import (
     Figure,
@@ -30,6 +31,12 @@ from pipelines.runs.config import RunConfig, to_dict
 from pipelines.runs.pictures import tiled
 
 GRID_COLUMNS = 16
+WAYS = {
+    "temperature": "Below 1 it sharpens every conditional of the prior.",
+    "guidance": "Classifier-free guidance: toward the context, away from the same prior told nothing.",
+    "autoguidance": "Autoguidance: away from the same prior after an eighth of its training.",
+}
+"""to draw from the learned prior, and what each does"""
 
 
 @dataclass(frozen=True)
@@ -103,9 +110,13 @@ def pictures_of(comparison: Comparison, exhibits: Exhibits) -> list[Picture]:
 def samples(comparison: Comparison, exhibits: Exhibits) -> list[Picture]:
     made = []
     for name, images in exhibits.images.items():
-        if name in ("standard", "learned", "guided"):
+        if name in ("standard", "learned", "tuned"):
             caption = f"The first {len(images)} drawn under seed {comparison.seed}, not chosen."
             made.append(images_picture(f"Samples: {comparison.title(name)}", caption, images))
+    if exhibits.by_label:
+        best = comparison.title("tuned" if "tuned" in comparison.priors else "learned")
+        caption = f"A row for each {comparison.told}: {', '.join(exhibits.by_label)}. Drawn from: {best}."
+        made.append(images_picture("Samples by label", caption, torch.cat([*exhibits.by_label.values()])))
     return made
 
 
@@ -138,7 +149,7 @@ def copies(comparison: Comparison, exhibits: Exhibits) -> list[Picture]:
 
 
 def other_rows(comparison: Comparison, exhibits: Exhibits) -> list[Picture]:
-    shown_before = ("standard", "learned", "guided", "reconstruction")
+    shown_before = ("standard", "learned", "tuned", "reconstruction")
     others = {name: images[:SHOWN] for name, images in exhibits.images.items() if name not in shown_before}
     return [images_picture(comparison.title(name), f"{SHOWN} images.", images) for name, images in others.items()]
 
@@ -156,11 +167,12 @@ def latents(comparison: Comparison, exhibits: Exhibits) -> list[Picture]:
 
 def tradeoffs(comparison: Comparison) -> list[Picture]:
     made = []
-    if comparison.guidance:
-        caption = f"Samples of the learned prior, pushed toward the {comparison.told} by classifier-free guidance; 0 is none."
-        points = {point.guidance: point for point in comparison.guidance if point.guidance is not None}
-        figure = tradeoff_plot(points, "strength of guidance")
-        made.append(chart_picture("Diversity traded for fidelity: guidance", caption, figure))
+    for kind, explained in WAYS.items():
+        ways = {how: point for point in comparison.sampling if (how := point.sampling) is not None}
+        points = {getattr(how, kind): point for how, point in ways.items() if departures(how).keys() <= {kind}}
+        if len(points) > 1:
+            caption = f"Samples of the learned prior. {explained} Judged in the features of another network than the table's."
+            made.append(chart_picture(f"Diversity traded for fidelity: {kind}", caption, tradeoff_plot(points, kind)))
     if comparison.rejection:
         caption = "Of the learned prior's samples, the share that a second classifier is surest of; judged by the first."
         points = {point.kept: point for point in comparison.rejection if point.kept is not None}

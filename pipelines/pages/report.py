@@ -10,6 +10,7 @@ from pipelines.data.images import Splits
 from pipelines.judging.compare import Exhibits, compare
 from pipelines.judging.comparison import Comparison, read_comparison, to_dict, write_comparison
 from pipelines.judging.features import inception
+from pipelines.judging.tradeoffs import departures
 from pipelines.pages.page import Section, section_of, write_page
 from pipelines.pages.plots import write_picture
 from pipelines.pages.tables import table, write_csv
@@ -36,8 +37,9 @@ def train_all(run: Run, options: Options = DEFAULTS) -> None:
     with run.locked():
         comparison = finished_comparison(run, splits)
     say(table(comparison))
-    guided = comparison.priors.get("guided")
-    how = "" if guided is None else f" --guidance {guided.guidance:g}"
+    tuned = comparison.priors.get("tuned")
+    settings = departures(tuned.sampling) if tuned is not None and tuned.sampling is not None else {}
+    how = "".join(f" --{name} {value:g}" for name, value in settings.items())
     say(
         f"everything lies in {run.folder}; look at {run.folder / 'compare' / 'page.html'};"
         f" more samples: python -m pipelines.generate {run.name} --prior {comparison.generator}{how} --count 64 --out samples.png"

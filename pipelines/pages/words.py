@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping
 
 from pipelines.judging.comparison import ROWS, Comparison, Row
-from pipelines.judging.tradeoffs import lowest_fd
+from pipelines.judging.tradeoffs import described, lowest_fd
 
 HEADINGS = {
     "fd": "fd",
@@ -50,7 +50,7 @@ def drawn_from(comparison: Comparison) -> str:
 
 def notes(comparison: Comparison) -> list[str]:
     """What the figures are, and those that are not of one prior."""
-    everything = (about_figures, about_priors, about_codes, about_labels, about_guidance, about_gap)
+    everything = (about_figures, about_priors, about_codes, about_labels, about_sampling, about_gap)
     return [line for about in everything for line in about(comparison)]
 
 
@@ -98,32 +98,42 @@ def about_labels(comparison: Comparison) -> list[str]:
     if not shares:
         return []
     read = {name: f"{100 * share:.1f} %" for name, share in shares.items()}
-    guided = f", {read['guided']} under guidance" if "guided" in read else ""
+    tuned = f", {read['tuned']} drawn with {described_tuned(comparison)}" if "tuned" in read else ""
     return [
-        f"labels: the classifier reads the one asked for off {read['learned']} of the learned prior's samples{guided}, and"
+        f"labels: the classifier reads the one asked for off {read['learned']} of the learned prior's samples{tuned}, and"
         f" the true one off {read['reconstruction']} of reconstructions and {read['real']} of real images."
     ]
 
 
-def about_guidance(comparison: Comparison) -> list[str]:
-    tried = comparison.guidance
+def described_tuned(comparison: Comparison) -> str:
+    """How the tuned row was drawn."""
+    how = comparison.priors["tuned"].sampling
+    assert how is not None
+    return described(how)
+
+
+def about_sampling(comparison: Comparison) -> list[str]:
+    tried = [point for point in comparison.sampling if point.sampling is not None]
     if not tried:
         return []
-    strengths, count = ", ".join(f"{point.guidance:g}" for point in tried), tried[0].images
+    ways, count = "; ".join(described(point.sampling) for point in tried if point.sampling), tried[0].images
     best = lowest_fd(tried)
-    if best is None:
-        return [f"guidance: not chosen, {count} samples of each strength are too few for a Fréchet distance."]
-    row = "it has a row of its own" if best.guidance else "the learned prior as fitted"
-    return [f"guidance: of {strengths}, the fd of {count} samples of another seed is lowest with {best.guidance:g}; {row}."]
+    if best is None or best.sampling is None:
+        return [f"sampling: not tuned, {count} samples of each way to draw are too few for a Fréchet distance."]
+    row = "it has a row of its own" if "tuned" in comparison.priors else "so there is no other row"
+    return [
+        f"sampling: of {ways}, the fd of {count} samples of another seed, in the features of another network, is lowest with"
+        f" {described(best.sampling)}; {row}."
+    ]
 
 
 def about_gap(comparison: Comparison) -> list[str]:
     if comparison.gap_closed is not None:
-        closed = comparison.gap_closed_guided
-        guided = "" if closed is None else f", {closed:.3f} under guidance"
+        closed = comparison.gap_closed_tuned
+        tuned = "" if closed is None else f", {closed:.3f} with {described_tuned(comparison)}"
         return [
             f"gap closed: {comparison.gap_closed:.3f} of the way from {comparison.title('standard')} to the decoder's own"
-            f" reconstructions{guided}."
+            f" reconstructions{tuned}."
         ]
     learned = comparison.generator == "learned"
     return [f"gap closed: none stated, {comparison.gap_closed_reason}."] if learned else []
@@ -162,14 +172,13 @@ def verdict_in_words(comparison: Comparison) -> str:
         )
     if comparison.gap_closed is None:
         return f"Nothing can be said of what the learned prior buys here: {comparison.gap_closed_reason}."
-    distances, guided = [priors[name].fd for name in ("standard", "learned")], ""
+    distances, tuned = [priors[name].fd for name in ("standard", "learned")], ""
     assert distances[0] is not None and distances[1] is not None
-    if comparison.gap_closed_guided is not None:
-        closed, strength = 100 * comparison.gap_closed_guided, priors["guided"].guidance
-        guided = f", and {closed:.1f} % under a guidance of {strength:g} toward the {comparison.told} asked for"
+    if comparison.gap_closed_tuned is not None:
+        tuned = f", and {100 * comparison.gap_closed_tuned:.1f} % drawn with {described_tuned(comparison)}"
     return (
         f"Drawn from {start}, samples lie at a Fréchet distance of {standard} from the training images; drawn from the learned"
         f" prior, at {cell(priors['learned'], 'fd')}: {distances[0] / distances[1]:.1f} times nearer. The decoder's own"
         f" reconstructions lie at {best}, so the learned prior closes {100 * comparison.gap_closed:.1f} % of the gap that {start}"
-        f" leaves{guided}."
+        f" leaves{tuned}."
     )

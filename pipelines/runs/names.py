@@ -13,7 +13,7 @@ DATA = {
     "webdataset": "your own images in tar files: --data.urls PATTERN",
 }
 RECIPES = {
-    "vae": "a VAE and a gated PixelCNN; meant where no recipe is named",
+    "vae": "a VAE and a PixelSNAIL, a gated PixelCNN with attention; meant where no recipe is named",
     "givt": "GIVT: the same VAE and a transformer with a mixture of Gaussians",
     "vqvae": "VQ-VAE: one grid of codes, and a prior that is told the label",
     "vqvae2": "VQ-VAE-2: codes on two grids, and a prior that is told the label",

@@ -18,7 +18,7 @@ from stage1_vae.autoencoder import AutoencoderConfig
 from stage1_vae.hierarchy import Hierarchical
 from stage1_vae.networks import Convolutional, ConvolutionalFlat, FullyConnected
 from stage2_prior.autoregressive import AutoregressiveConfig, CascadeConfig
-from stage2_prior.conditions import Caption, ClassLabel
+from stage2_prior.conditions import Caption, ClassLabel, ConditionConfig, Unconditional
 from stage2_prior.heads import Categorical, GaussianMixture
 from stage2_prior.pixelcnn import PixelCNNConfig
 from stage2_prior.pixelsnail import PixelSNAILConfig
@@ -36,12 +36,18 @@ class DataSet:
     classifier: FitConfig = CLASSIFIER
     few: bool = False
     """a few thousand images: priors need dropout, codebooks are smaller, and compiling takes longer than it saves"""
+    labelled: bool = True
+    """images have labels, for priors to be told"""
     tuned_as: str | None = None
     """the data set whose tuned values are taken, where none were tuned for this one"""
 
     @property
     def dropout(self) -> float:
         return 0.1 if self.few else 0.0
+
+    @property
+    def condition(self) -> ConditionConfig:
+        return ClassLabel() if self.labelled else Unconditional()
 
     @property
     def codes(self) -> int:
@@ -67,8 +73,8 @@ DATA_SETS = {
     "mnist": MNIST,
     "fashion-mnist": replace(MNIST, config=TorchvisionSet("FashionMNIST"), stage2=replace(MNIST.stage2, steps=5000)),
     "cifar10": COLOUR,
-    "folder": replace(COLOUR, config=Folder(), tuned_as="cifar10"),
-    "webdataset": replace(COLOUR, config=Shards(), tuned_as="cifar10"),
+    "folder": replace(COLOUR, config=Folder(), labelled=False, tuned_as="cifar10"),
+    "webdataset": replace(COLOUR, config=Shards(), labelled=False, tuned_as="cifar10"),
 }
 
 WIDE = Categorical(hidden=512)
@@ -92,13 +98,13 @@ def vae(data: DataSet) -> RunConfig:
         stage1=data.stage1,
         stage2=data.stage2,
         autoencoder=AutoencoderConfig(data.network),
-        prior=AutoregressiveConfig(PixelCNNConfig(dropout=data.dropout)),
+        prior=AutoregressiveConfig(PixelSNAILConfig(dropout=data.dropout), condition=data.condition, input_noise=0.5),
         metrics=MetricsConfig(classifier=data.classifier),
     )
 
 
 def givt(data: DataSet) -> RunConfig:
-    prior = AutoregressiveConfig(TransformerConfig(dropout=data.dropout))
+    prior = AutoregressiveConfig(TransformerConfig(dropout=data.dropout), condition=data.condition)
     return replace(vae(data), stage2=replace(data.stage2, learning_rate=1e-3), prior=prior)
 
 
