@@ -17,22 +17,28 @@ if TYPE_CHECKING:
     from stage2_prior.steps import Blocks, Stacks
 
 VERSION = 3  # of steps.c
+# Of pyproject.toml, the fastest first.
+BUILDS = "compiled_steps_avx512", "compiled_steps_avx2", "compiled_steps", "compiled_steps_one_thread"
 ROWS_A_THREAD = 16  # of a batch; for fewer, another thread costs more than it saves
 BLOCK_ROWS_A_THREAD = 8  # of blocks of attention, which do more for a row
 
 
 @cache
 def library() -> ctypes.CDLL | None:
-    """steps.c as it was compiled at installation; None where it was not, or was for another processor."""
-    spec = find_spec("stage2_prior.compiled_steps")
-    if spec is None or spec.origin is None:
-        return None
-    compiled = ctypes.CDLL(spec.origin)
-    if version_of(compiled) != VERSION:
+    """steps.c as it was compiled at installation for this processor; None where it was not."""
+    found = [find_spec(f"stage2_prior.{build}") for build in BUILDS]
+    installed = [ctypes.CDLL(spec.origin) for spec in found if spec is not None and spec.origin is not None]
+    current = [compiled for compiled in installed if version_of(compiled) == VERSION]
+    for compiled in current:
+        if compiled.runs_here():
+            return declared(compiled)
+    if len(current) < len(installed):
         warnings.warn("steps.c is not what was installed, so sampling is slower: pip install -e . again", stacklevel=2)
-        return None
-    if not compiled.runs_here():
-        return None
+    return None
+
+
+def declared(compiled: ctypes.CDLL) -> ctypes.CDLL:
+    """With the types of its functions' arguments."""
     number: Any = ctypes.c_ssize_t
     address: Any = ctypes.c_void_p
     compiled.gated_row.argtypes = [number] * 7 + [address] * 9 + [number]
