@@ -5,34 +5,38 @@ B batch, D width, L layers, K codes or mixture components, C latent channels.
 
 import ctypes
 import warnings
+from collections.abc import Sequence
 from functools import cache
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-if TYPE_CHECKING:
-    from stage2_prior.steps import Blocks, Stacks
-
 VERSION = 3  # of steps.c
+# Of pyproject.toml, the fastest first.
+BUILDS = "compiled_steps_avx512", "compiled_steps_avx2", "compiled_steps", "compiled_steps_one_thread"
 ROWS_A_THREAD = 16  # of a batch; for fewer, another thread costs more than it saves
 BLOCK_ROWS_A_THREAD = 8  # of blocks of attention, which do more for a row
 
 
 @cache
 def library() -> ctypes.CDLL | None:
-    """steps.c as it was compiled at installation; None where it was not, or was for another processor."""
-    spec = find_spec("stage2_prior.compiled_steps")
-    if spec is None or spec.origin is None:
-        return None
-    compiled = ctypes.CDLL(spec.origin)
-    if version_of(compiled) != VERSION:
+    """steps.c as it was compiled at installation for this processor; None where it was not."""
+    found = [find_spec(f"stage2_prior.{build}") for build in BUILDS]
+    installed = [ctypes.CDLL(spec.origin) for spec in found if spec is not None and spec.origin is not None]
+    current = [compiled for compiled in installed if version_of(compiled) == VERSION]
+    for compiled in current:
+        if compiled.runs_here():
+            return declared(compiled)
+    if len(current) < len(installed):
         warnings.warn("steps.c is not what was installed, so sampling is slower: pip install -e . again", stacklevel=2)
-        return None
-    if not compiled.runs_here():
-        return None
+    return None
+
+
+def declared(compiled: ctypes.CDLL) -> ctypes.CDLL:
+    """With the types of its functions' arguments."""
     number: Any = ctypes.c_ssize_t
     address: Any = ctypes.c_void_p
     compiled.gated_row.argtypes = [number] * 7 + [address] * 9 + [number]
@@ -67,29 +71,39 @@ def threads_for(batch: int, rows: int = ROWS_A_THREAD) -> int:
     return min(torch.get_num_threads(), -(-batch // rows))
 
 
-def compiled_steps(stacks: "Stacks") -> "CompiledSteps | None":
-    compiled = library_for(stacks.inputs, stacks.inputs.shape[-1])
-    return None if compiled is None else CompiledSteps(stacks, compiled)
+def compiled_steps(
+    weights: Sequence[Tensor], row_features: Tensor, rows: Tensor, seen: Tensor, features: Tensor, inputs: Tensor
+) -> "CompiledSteps | None":
+    """See CompiledSteps."""
+    compiled = library_for(features, features.shape[-1])
+    return None if compiled is None else CompiledSteps(weights, row_features, rows, seen, features, inputs, compiled)
 
 
 class CompiledSteps:
-    """`row` and `step` of Stacks, on the same tensors."""
+    """`step_row` and `step` of Stacks in steps.py, on the same tensors. weights: StepWeights."""
 
-    def __init__(self, stacks: "Stacks", compiled: ctypes.CDLL):
+    def __init__(
+        self,
+        weights: Sequence[Tensor],
+        row_features: Tensor,
+        rows: Tensor,
+        seen: Tensor,
+        features: Tensor,
+        inputs: Tensor,
+        compiled: ctypes.CDLL,
+    ):
         self.gated_row, self.gated_steps = compiled.gated_row, compiled.gated_steps
-        (layers, m, _, batch, width), columns = stacks.rows.shape, len(stacks.row)
+        (layers, m, padded, batch, width), columns = rows.shape, len(row_features)
         threads, block = torch.get_num_threads(), ctypes.c_int.in_dll(compiled, "block").value
-        self.scratch = stacks.rows.new_empty(threads * block * 2 * width)
-        row_features, features = address(stacks.row_features), address(stacks.features)
-        rows, self.seen, self.inputs = map(address, (stacks.rows, stacks.seen, stacks.inputs))
-        weights = tuple(map(address, stacks.weights))
-        of_row, of_step = weights[:5], weights[5:]  # of the vertical and of the horizontal stack
-        sizes = layers, batch, width, columns, m, stacks.kernel
-        self.of_row = *sizes, row_features, rows, self.seen, *of_row, address(self.scratch), threads
-        self.of_step, self.rest = (batch, width, m, features), (*of_step, threads_for(batch))
-        self.seen_layer, seen_column = stacks.seen.stride()[:2]
-        self.inputs_layer, self.inputs_row, inputs_column = stacks.inputs.stride()[:3]
-        self.seen_bytes, self.inputs_bytes = (stacks.seen.element_size() * stride for stride in (seen_column, inputs_column))
+        self.scratch = rows.new_empty(threads * block * 2 * width)
+        sizes = layers, batch, width, columns, m, padded - columns + 1
+        # The first five weights are of the vertical stack, the others of the horizontal one.
+        self.of_row = *sizes, *map(address, (row_features, rows, seen, *weights[:5], self.scratch)), threads
+        self.of_step, self.rest = (batch, width, m, address(features)), (*map(address, weights[5:]), threads_for(batch))
+        self.seen, self.inputs = address(seen), address(inputs)
+        self.seen_layer, seen_column = seen.stride()[:2]
+        self.inputs_layer, self.inputs_row, inputs_column = inputs.stride()[:3]
+        self.seen_bytes, self.inputs_bytes = (seen.element_size() * stride for stride in (seen_column, inputs_column))
 
     def row(self, place: int) -> None:
         """Stacks.step_row."""
@@ -103,22 +117,26 @@ class CompiledSteps:
         )
 
 
-def compiled_blocks(blocks: "Blocks") -> "CompiledBlocks | None":
-    compiled = library_for(blocks.keys, blocks.keys.shape[2])
-    return None if compiled is None else CompiledBlocks(blocks, compiled)
+def compiled_blocks(weights: Sequence[Tensor], heads: int, keys: Tensor, values: Tensor) -> "CompiledBlocks | None":
+    """See CompiledBlocks."""
+    compiled = library_for(keys, keys.shape[2])
+    return None if compiled is None else CompiledBlocks(weights, heads, keys, values, compiled)
 
 
 class CompiledBlocks:
-    """`step` of Blocks, on the same tensors; the keys of a head lie in them in an order of its own."""
+    """`step` of Blocks in steps.py, on the same tensors; the keys of a head lie in them in an order of its own.
 
-    def __init__(self, blocks: "Blocks", compiled: ctypes.CDLL):
+    weights: BlockWeights, of which the last is `contract`.
+    """
+
+    def __init__(self, weights: Sequence[Tensor], heads: int, keys: Tensor, values: Tensor, compiled: ctypes.CDLL):
         self.attention_steps = compiled.attention_steps
-        (_, images_heads, d, room), (_, width, inner) = blocks.keys.shape, blocks.weights.expand.shape
+        (_, images_heads, d, room), (_, inner, width) = keys.shape, weights[-1].shape
         batch = images_heads * d // width
         threads = threads_for(batch, BLOCK_ROWS_A_THREAD)
-        self.scratch = blocks.keys.new_empty(batch * (4 * width + inner) + threads * room)
-        self.sizes = batch, width, blocks.heads, inner, room
-        kept = blocks.keys, blocks.values, *blocks.weights, self.scratch
+        self.scratch = keys.new_empty(batch * (4 * width + inner) + threads * room)
+        self.sizes = batch, width, heads, inner, room
+        kept = keys, values, *weights, self.scratch
         self.rest = *map(address, kept), threads
 
     def step(self, x: Tensor, position: int, first: int, last: int) -> None:

@@ -114,7 +114,7 @@ class PixelCNN(nn.Module):
 
     @torch.no_grad()
     def begin(self, batch: int, grid: tuple[int, int], map: Tensor | None = None, prefix: Tensor | None = None) -> Stacks:
-        return Stacks(self.layers, batch, grid, pooled(map, prefix))
+        return Stacks([layer.step_weights() for layer in self.layers], batch, grid, pooled(map, prefix))
 
     @torch.no_grad()
     def step(self, previous: Tensor | None, position: int, state: Stacks) -> Tensor:

@@ -116,7 +116,7 @@ class PixelSNAIL(nn.Module):
 
     @torch.no_grad()
     def begin(self, batch: int, grid: tuple[int, int], map: Tensor | None = None, prefix: Tensor | None = None) -> State:
-        stacks = Stacks(self.layers, batch, grid, map)
+        stacks = Stacks([layer.step_weights() for layer in self.layers], batch, grid, map)
         tokens = () if prefix is None else prefix.unbind(1)
         weights, heads = [block.step_weights() for block in self.blocks], self.blocks[0].attention.heads
         attention = Blocks(weights, heads, batch, len(tokens) + grid[0] * grid[1])

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Hashable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from stage2_prior.layers import Backbone
+from stage2_prior.layers import Backbone
 
 Graph = tuple[torch.cuda.CUDAGraph, list["Tensor | None"], Tensor]  # with the tensors it reads, and the one it writes
 MOST_POSITIONS = 1024  # of a grid; for more, a graph takes long to make and much memory

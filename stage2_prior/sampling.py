@@ -10,18 +10,16 @@ batch, in any number of processes and on any device. The sample drawn with it is
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from stage2_prior.layers import Backbone
 from stage2_prior.replay import MOST_POSITIONS, Replayed, replayed
-
-if TYPE_CHECKING:
-    from stage2_prior.heads import Head
-    from stage2_prior.layers import Backbone
 
 WORD = 0xFFFFFFFF  # the low 32 bits of an int64
 # Streams of the noise, beside those of the latents: level l uses stream l. Choices use two.
@@ -140,6 +138,20 @@ class Sampling:
 
 
 AS_FITTED = Sampling()
+
+
+class Head(Protocol):
+    """What the loop asks of a head: see Head in heads.py."""
+
+    def parameters(self) -> Iterator[nn.Parameter]: ...
+
+    def uniforms(self, how: Sampling) -> int: ...
+
+    def begin(self, uniforms: Tensor, how: Sampling) -> Any: ...
+
+    def draw(self, features: Tensor, position: int, state: Any, weaker: Any = None) -> Tensor: ...
+
+    def embed(self, values: Tensor) -> Tensor: ...
 
 
 class Conditioned(NamedTuple):

@@ -17,11 +17,16 @@
 #define THREAD 0
 #endif
 
-/* A tile of sums fits into the registers: 32 of 512 bits, or 16 of 256. */
-#ifdef __AVX512F__
+/* Vectors as wide as the registers of the processor that this is compiled for, and tiles of sums that fit into these: into 32 with
+   AVX-512 and on ARM, elsewhere into 16. */
+#if defined(__AVX512F__)
 enum { LANES = 16, ROWS = 4, VECTORS = 4 };
+#elif defined(__AVX__)
+enum { LANES = 8, ROWS = 4, VECTORS = 2 };
+#elif defined(__aarch64__)
+enum { LANES = 4, ROWS = 4, VECTORS = 4 };
 #else
-enum { LANES = 16, ROWS = 4, VECTORS = 1 };
+enum { LANES = 4, ROWS = 2, VECTORS = 4 };
 #endif
 enum { SUMS = 4 };
 enum { BLOCK = 32 }; /* rows whose sums, with the weights of a tile, stay in the first-level cache */
@@ -349,11 +354,15 @@ void attention_steps(size first, size last, size batch, size width, size heads, 
 const int lanes = LANES, block = BLOCK; /* for the callers */
 const int steps_version = 3; /* of the functions' arguments and the layouts that they take: compiled.py expects the same */
 
-/* Whether this processor has what the one had that this was compiled on: an installation may be shared by several machines. */
+/* Whether this is a build for this processor, which has all that it was compiled for. Vectors of x86 without AVX are for
+   processors without it only: elsewhere torch's operations are faster. */
 int runs_here(void) {
     int runs = 1;
 #if defined(__x86_64__) || defined(__i386__)
     __builtin_cpu_init();
+#ifndef __AVX__
+    runs = !__builtin_cpu_supports("avx");
+#endif
 #ifdef __FMA__
     runs = runs && __builtin_cpu_supports("fma");
 #endif

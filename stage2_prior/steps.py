@@ -7,7 +7,7 @@ What is kept lies so that everything is a matrix product. On CPUs these are smal
 computing them; so where the installation found a C compiler, compiled.py takes a row or a position through all layers at once.
 """
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from einops import rearrange
@@ -15,9 +15,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from stage2_prior.compiled import compiled_blocks, compiled_steps
-
-if TYPE_CHECKING:
-    from stage2_prior.pixelcnn import GatedLayer
 
 WHOLE = 16  # room for keys and values comes in so many positions: whole vectors of steps.c
 
@@ -42,14 +39,14 @@ class StepWeights(NamedTuple):
 class Stacks:
     """A sequence of L gated layers, position by position: everything that they keep between steps.
 
-    map: B D h w or 1 D h w, or with axes of 1.
+    weights: of each layer. map: B D h w or 1 D h w, or with axes of 1.
     """
 
-    def __init__(self, layers: "list[GatedLayer]", batch: int, grid: tuple[int, int], map: Tensor | None):
-        conv, (_, width) = layers[0].vertical.conv, grid
-        new, d, (m, self.kernel) = conv.weight.new_zeros, conv.in_channels, conv.kernel_size
-        weights = zip(*(layer.step_weights() for layer in layers))
-        self.weights = StepWeights(*(torch.stack(kind).contiguous() for kind in weights))  # steps.c reads them as they lie
+    def __init__(self, weights: list[StepWeights], batch: int, grid: tuple[int, int], map: Tensor | None):
+        # Contiguous: steps.c reads them as they lie.
+        self.weights = StepWeights(*(torch.stack(kind).contiguous() for kind in zip(*weights)))
+        (layers, m, _, _), d, width = self.weights.vertical.shape, self.weights.output.shape[-1], grid[1]
+        new, self.kernel = self.weights.output.new_zeros, 2 * m - 1
         self.row = new(width, batch, d)  # the inputs of this row, filled from left to right
         map = new(1, d, *grid) if map is None else map.to(self.row.dtype).expand(-1, -1, *grid)
         self.map = list(rearrange(map, "b d h w -> h w b d").contiguous())  # for each row, w B D or w 1 D
@@ -57,15 +54,15 @@ class Stacks:
         # Normalized inputs of the vertical stack's layers in this row and the m-1 above, a ring, with zeros left and right of the
         # grid; what the vertical stack gives this row; normalized inputs of the horizontal stack's layers in this row, with
         # zeros left of the grid.
-        self.rows = new(len(layers), m, width + self.kernel - 1, batch, d)
-        self.seen = new(len(layers), width, batch, 2 * d)
-        self.inputs = new(len(layers), batch, m - 1 + width, d)
+        self.rows = new(layers, m, width + self.kernel - 1, batch, d)
+        self.seen = new(layers, width, batch, 2 * d)
+        self.inputs = new(layers, batch, m - 1 + width, d)
         # Features that go through all layers in place: the vertical stack's of a row, the horizontal stack's at a position.
         self.row_features, self.features = new(width, batch, d), new(batch, d)
         # Views, made once: of each column, and of the columns that its kernel reaches.
         self.columns, self.places = list(self.row), list(self.inputs[:, :, m - 1 :].unbind(2))
         self.reached = self.inputs.flatten(2).unfold(2, m * d, d).unbind(2)
-        self.compiled = compiled_steps(self)
+        self.compiled = compiled_steps(self.weights, self.row_features, self.rows, self.seen, self.features, self.inputs)
         if self.compiled is None:
             self.above, self.gated = new(width * batch, 2 * d), new(batch, d)
             # The kernel's rows in the order of the ring, for each place of this row in it.
@@ -141,7 +138,7 @@ class Blocks:
         d, room, new = width // heads, positions + -positions % WHOLE, self.weights.norm.new_zeros
         self.keys, self.values = new(layers, batch * heads, d, room), new(layers, batch * heads, room, d)
         self.layers = list(zip(*self.weights, self.keys, self.values))
-        self.compiled = compiled_blocks(self)
+        self.compiled = compiled_blocks(self.weights, heads, self.keys, self.values)
 
     def step(self, x: Tensor, position: int, first: int = 0, last: int | None = None) -> Tensor:
         """Blocks first … last-1 at one position, B D, in place: takes its keys and values in, and reads those so far."""

@@ -1,7 +1,11 @@
-"""The draws of heads in C: those of torch's operations. Of the gated layers' steps, see test_backbones.py."""
+"""The draws of heads in C: those of torch's operations; and all of steps.c in every build. Of the steps in the build that was
+installed, see test_backbones.py."""
 
+import ctypes
 import itertools
 import shutil
+import subprocess
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -10,8 +14,13 @@ import torch
 from stage2_prior import compiled
 from stage2_prior.heads import Categorical, GaussianMixture
 from stage2_prior.latents import LatentSpec
+from stage2_prior.pixelcnn import PixelCNNConfig
+from stage2_prior.pixelsnail import PixelSNAILConfig
 from stage2_prior.sampling import AS_FITTED, uniforms
+from stage2_prior.transformer import TransformerConfig
 from tests.parts import randomized
+
+ROOT = Path(__file__).parent.parent
 
 
 @pytest.mark.skipif(shutil.which("gcc") is None, reason="no compiler at installation, none of its work here")
@@ -66,3 +75,75 @@ def test_an_older_installation_is_told_of_and_not_used(monkeypatch):
         monkeypatch.setattr(compiled, "VERSION", compiled.VERSION + 1)
         with pytest.warns(UserWarning, match="pip install -e . again"):
             assert compiled.library.__wrapped__() is None
+
+
+@pytest.mark.skipif(shutil.which("gcc") is None, reason="no compiler")
+@pytest.mark.parametrize("name", compiled.BUILDS)
+def test_every_build_does_what_torch_does(name, tmp_path, monkeypatch):
+    """With vectors of 16, 8 and 4, as far as this machine can run them, at widths of one vector and of several."""
+    build = built(name, tmp_path)
+    lanes, library = compiled.lanes(build), compiled.library
+    configs = [
+        PixelCNNConfig(width=lanes, layers=2, kernel=5),
+        PixelCNNConfig(width=5 * lanes, layers=2),
+        PixelSNAILConfig(width=2 * lanes, blocks=2, layers=1, heads=2),
+        TransformerConfig(width=3 * lanes, layers=2, heads=1),
+    ]
+    before = torch.get_num_threads()
+    for config, threads, batch in itertools.product(configs, (1, 2), (1, 7, 33)):
+        backbone, head = randomized(config.build().eval(), scale=0.2), Categorical().build(LatentSpec((3, 4), 9), config.width)
+        noise = uniforms(0, torch.arange(batch), torch.arange(12), 1)
+        results = []
+        torch.set_num_threads(threads)
+        try:
+            for used in (build, None):
+                monkeypatch.setattr(compiled, "library", lambda used=used: used)
+                results.append(drawn(backbone, randomized(head), noise, used is not None))
+        finally:
+            torch.set_num_threads(before)
+            monkeypatch.setattr(compiled, "library", library)
+        (features, codes), (expected, expected_codes) = results
+        assert torch.allclose(features, expected, rtol=1e-4, atol=1e-5) and codes.equal(expected_codes)
+
+
+def built(name: str, folder: Path) -> ctypes.CDLL:
+    """steps.c as pyproject.toml has it compiled under a name."""
+    tomllib = pytest.importorskip("tomllib")
+    setuptools = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    (module,) = (module for module in setuptools["ext-modules"] if module["name"] == f"stage2_prior.{name}")
+    sources, flags, path = [ROOT / source for source in module["sources"]], module["extra-compile-args"], folder / f"{name}.so"
+    done = subprocess.run(["gcc", "-shared", "-fPIC", *flags, *sources, "-o", path, "-lm"], capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip(f"this compiler makes no {name}: {done.stderr}")
+    build = ctypes.CDLL(str(path))
+    # The last two need no more than any processor has, even where others are faster.
+    if not build.runs_here() and name in compiled.BUILDS[:2]:
+        pytest.skip(f"this processor runs no {name}")
+    return compiled.declared(build)
+
+
+@torch.no_grad()
+def drawn(backbone, head, noise: torch.Tensor, in_c: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Features and codes of a grid of 3×4, position by position."""
+    state, draws, previous, features, codes = backbone.begin(len(noise), (3, 4)), head.begin(noise, AS_FITTED), None, [], []
+    assert (draws.compiled is not None) == in_c
+    for position in range(12):
+        features.append(backbone.step(previous, position, state).clone())
+        codes.append(head.draw(features[-1], position, draws))
+        previous = head.embed(codes[-1])
+    return torch.stack(features), torch.stack(codes)
+
+
+@pytest.mark.parametrize("last_runs", [True, False])
+def test_the_first_build_for_this_processor_is_used(last_runs, monkeypatch, recwarn):
+    """Of those that are installed. One of another version is not; it is told of where nothing else is left."""
+    versions = {"of another version": compiled.VERSION + 1}
+    processors = {"for another processor": False, "last": last_runs}
+    names = iter(["of another version", "for another processor", None, "last"])
+    monkeypatch.setattr(compiled, "find_spec", lambda name: SimpleNamespace(origin=next(names)))
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: SimpleNamespace(name=name, runs_here=lambda: processors[name]))
+    monkeypatch.setattr(compiled, "version_of", lambda build: versions.get(build.name, compiled.VERSION))
+    monkeypatch.setattr(compiled, "declared", lambda build: build)
+    used = compiled.library.__wrapped__()
+    assert (used is not None and used.name == "last") == last_runs
+    assert len(recwarn) == (0 if last_runs else 1)
