@@ -5,7 +5,7 @@ import os
 import pytest
 import torch
 
-from pipelines.data.sets import EmbeddedDigits
+from pipelines.data.sets import EmbeddedDigits, TorchvisionSet
 from pipelines.runs.run import Run
 from tests.parts import small_splits, trained_run
 
@@ -32,5 +32,6 @@ def run(tmp_path_factory) -> Run:
 
 @pytest.fixture
 def small_data(monkeypatch) -> None:
-    """The embedded data set is a small one."""
-    monkeypatch.setattr(EmbeddedDigits, "load", lambda self, report=None: small_splits((1, 28, 28), 4))
+    """The data set of every run is a small one, of the shape of mnist5k's."""
+    for kind in (EmbeddedDigits, TorchvisionSet):
+        monkeypatch.setattr(kind, "load", lambda self, report=None: small_splits((1, 28, 28), 4))

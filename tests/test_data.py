@@ -264,10 +264,10 @@ def test_a_run_that_was_refused_goes_on_with_permission(tmp_path):
     (folder / "7.png").write_bytes(b"")
     config = replace(preset("folder"), data=Folder(folder, size=8))
     with pytest.raises(UserError, match="7.png"):
-        Run.create(run, config, "cpu").data()
+        load_data(Run.create(run, config, "cpu"))
     assert [path.name for path in run.iterdir()] == ["unreadable.json"]
     allowed = replace(config, data=replace(config.data, skip_unreadable=True))
-    splits = Run.create(run, allowed, "cpu").data()
+    splits = load_data(Run.create(run, allowed, "cpu"))
     assert sum(map(len, parts(splits))) == 19
     files.write_json(run / "config.json", to_dict(config))
     Run.create(run, replace(allowed, data=replace(allowed.data, in_memory=0)), "cpu")  # the same images: the same run
@@ -304,7 +304,7 @@ def test_a_trained_run_goes_on_with_the_same_images_only(tmp_path):
         load_data(run)
     fill(folder, 45)
     with pytest.raises(UserError, match="now there are"):
-        Run.open(str(run.folder), "cpu").data()
+        load_data(Run.open(str(run.folder), "cpu"))
 
 
 def test_images_on_disk_are_named_by_their_shape_too(tmp_path):

@@ -8,10 +8,6 @@ import tyro
 from pipelines.benchmarks.measuring import Rows
 from pipelines.console import UserError
 from pipelines.runs.names import Device
-from pipelines.runs.parts import load_autoencoder, specs_of
-from pipelines.runs.priors import open_prior
-from pipelines.runs.run import Run
-from pipelines.runs.sampling import generate
 
 
 @dataclass(frozen=True)
@@ -36,6 +32,12 @@ class BenchmarkBatches:
     def rows(self) -> Rows:
         if min(self.count, *self.batch) < 1:
             raise UserError("--count and both of --batch are numbers from 1 up")
+        # Slow to import, and --help needs none of it.
+        from pipelines.runs.parts import load_autoencoder, specs_of
+        from pipelines.runs.priors import open_prior
+        from pipelines.runs.run import Run
+        from pipelines.runs.sampling import generate
+
         run = Run.open(self.run, self.device)
         autoencoder = load_autoencoder(run)
         prior = open_prior(run, "learned", specs_of(autoencoder))

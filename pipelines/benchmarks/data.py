@@ -11,10 +11,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from lightning_fabric import Fabric
 from PIL import Image
 from torch import Tensor
 
@@ -24,11 +23,13 @@ from pipelines.data.folder import Folder
 from pipelines.data.images import ImageSet, Splits
 from pipelines.data.sets import EmbeddedDigits
 from pipelines.data.shards import NEEDS_WEBDATASET, Shards
-from pipelines.runs.config import RunConfig
 from pipelines.runs.names import Device
-from pipelines.runs.recipes import preset
-from pipelines.training.devices import devices
-from pipelines.training.fit import Order, Training
+
+if TYPE_CHECKING:  # slow to import, and --help needs none of it
+    from lightning_fabric import Fabric
+
+    from pipelines.runs.config import RunConfig
+    from pipelines.training.fit import Training
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,8 @@ class BenchmarkData:
     """the device to run on; auto takes the fastest that is there"""
 
     def rows(self) -> Rows:
+        from pipelines.runs.recipes import preset
+
         check_least(self, images=1000, size=1, steps=0, repeats=1)
         if self.folder is not None and not self.folder.is_dir():
             raise UserError(f"--folder is a folder that is there, not {self.folder}")
@@ -83,6 +86,10 @@ class BenchmarkData:
         return 1 if self.size == DIGITS else 3
 
     def measured(self, folder: Path) -> dict[str, Any]:
+        from pipelines.runs.recipes import preset
+        from pipelines.training.devices import devices
+        from pipelines.training.fit import Order
+
         config = preset(self.preset)
         fabric = devices(self.device, config.precision)
         started, cpu = time.perf_counter(), time.process_time()
@@ -132,12 +139,14 @@ class BenchmarkData:
         }
 
     def training(
-        self, fabric: Fabric, config: RunConfig, splits: Splits, sources: dict[str, ImageSet]
+        self, fabric: "Fabric", config: "RunConfig", splits: Splits, sources: dict[str, ImageSet]
     ) -> tuple[dict[str, float], dict[str, float]]:
         """Of some steps of stage 1 from each source: seconds, and processor time, which other work leaves alone."""
+        from pipelines.training.fit import Training
+
         core: dict[str, list[float]] = {name: [] for name in sources}
 
-        def some_steps(name: str, training: Training, steps: Iterator[int]) -> None:
+        def some_steps(name: str, training: "Training", steps: Iterator[int]) -> None:
             started = time.process_time()
             for step in itertools.islice(steps, self.steps):
                 training.step(step)

@@ -12,7 +12,6 @@ from torch import Tensor
 from pipelines.benchmarks.measuring import Rows, median_seconds, peak_bytes
 from pipelines.console import UserError, nearest, say
 from pipelines.runs.names import Device
-from pipelines.training.devices import devices
 from stage2_prior.autoregressive import AutoregressiveConfig, AutoregressivePrior, BackboneConfig
 from stage2_prior.heads import Categorical, GaussianMixture, HeadConfig
 from stage2_prior.latents import LatentSpec
@@ -70,6 +69,8 @@ class BenchmarkSampling:
 
     def rows(self) -> Rows:
         """One row for each thread count and grid; then one row with the exponent of growth."""
+        from pipelines.training.devices import devices  # slow to import
+
         device = devices(self.device).device
         for name, known in ((self.backbone, BACKBONES), (self.head, HEADS)):
             if name not in known:

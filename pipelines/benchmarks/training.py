@@ -3,22 +3,18 @@
 import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from pipelines.benchmarks.measuring import Rows, median_seconds
-from pipelines.runs.conditions import contexts_of
-from pipelines.runs.dataset import write_facts
-from pipelines.runs.latents import encoded, latent_dataset
 from pipelines.runs.names import Device
-from pipelines.runs.parts import new_autoencoder, new_prior, specs_of
-from pipelines.runs.recipes import preset
-from pipelines.runs.run import Run
 from pipelines.training.config import FitConfig
-from pipelines.training.devices import devices
-from pipelines.training.fit import Source, Training
+
+if TYPE_CHECKING:  # slow to import, and --help needs none of it
+    from pipelines.runs.run import Run
+    from pipelines.training.fit import Source
 
 
 @dataclass(frozen=True)
@@ -40,6 +36,14 @@ class BenchmarkTraining:
             return self.rows_in(Path(folder))
 
     def rows_in(self, folder: Path) -> Rows:
+        from pipelines.runs.conditions import contexts_of
+        from pipelines.runs.dataset import write_facts
+        from pipelines.runs.latents import encoded, latent_dataset
+        from pipelines.runs.parts import new_autoencoder, new_prior, specs_of
+        from pipelines.runs.recipes import preset
+        from pipelines.runs.run import Run
+        from pipelines.training.devices import devices
+
         config = preset(self.preset)
         fabric = devices(self.device, config.precision)
         splits = config.data.load()
@@ -83,8 +87,12 @@ class BenchmarkTraining:
         return "\n".join(lines)
 
 
-def training_row(run: Run, part: str, model: torch.nn.Module, source: Source, config: FitConfig, repeats: int) -> dict[str, Any]:
+def training_row(
+    run: "Run", part: str, model: torch.nn.Module, source: "Source", config: FitConfig, repeats: int
+) -> dict[str, Any]:
     """`fit`'s own steps against forward, backward and optimizer step on one fixed batch; and its checkpoints."""
+    from pipelines.training.fit import Training
+
     fabric, done = run.fabric, 0
     training = Training(fabric, model, source, source, replace(config, steps=10**6), 0, run.folder / part, part)
     model.train()

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torchmetrics.image.fid import FrechetInceptionDistance
 
 RESAMPLES = 100
 RESAMPLES_OF_WIDE = 10  # of the Fréchet distance, which takes seconds in more features than the next line says
@@ -125,6 +124,8 @@ class FrechetDistance:
     """The Fréchet distance between Gaussians of two sets of features (Heusel et al. 2017), by torchmetrics."""
 
     def __init__(self, reference: Tensor):
+        from torchmetrics.image.fid import FrechetInceptionDistance  # slow to import
+
         self.metric = FrechetInceptionDistance(
             GivenFeatures(reference.shape[1]), reset_real_features=False, sync_on_compute=False
         )  # of several processes each has all the features
