@@ -27,8 +27,8 @@ class Network(Protocol):
 class Convolutional:
     """Residual convolutional encoder and decoder, after VQ-VAE (van den Oord et al. 2017, section 4.1).
 
-    Where we deviate: a group normalization before each residual block, SiLU in place of ReLU, and residual blocks on every
-    grid, not on the latent grid alone.
+    Where we deviate: a normalization before each residual block, SiLU in place of ReLU, and residual blocks on every grid, not on
+    the latent grid alone.
     """
 
     width: int = 64
@@ -100,16 +100,29 @@ class Convolutional:
         return nn.Sequential(*layers)
 
 
-GROUPS = 8  # of channels that are normalized together, each of four or more
+class ChannelNorm(nn.Module):
+    """Layer normalization of every position's channels by themselves (Ba et al. 2016).
+
+    Unlike a group normalization, it leaves each latent what its own part of the image makes it: hidden pixels that are far away
+    change nothing, which completion rests on.
+    """
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.norm = nn.LayerNorm(channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """B F h w to B F h w."""
+        return self.norm(x.movedim(1, -1)).movedim(-1, 1)
 
 
 class ResidualBlock(nn.Module):
-    """x + conv1×1(SiLU(conv3×3(SiLU(norm(x))))), the norm over groups of channels (Wu and He 2018)."""
+    """x + conv1×1(SiLU(conv3×3(SiLU(norm(x)))))."""
 
     def __init__(self, channels: int):
         super().__init__()
         self.layers = nn.Sequential(
-            nn.GroupNorm(math.gcd(GROUPS, channels // 4) if channels % 4 == 0 else 1, channels),
+            ChannelNorm(channels),
             nn.SiLU(),
             nn.Conv2d(channels, channels, 3, padding=1),
             nn.SiLU(),

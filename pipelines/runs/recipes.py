@@ -31,7 +31,7 @@ class DataSet:
 
     config: DataConfig
     stage1: FitConfig = FitConfig(steps=4000, batch_size=64, learning_rate=3e-3)
-    stage2: FitConfig = FitConfig(steps=8000, batch_size=64, learning_rate=4e-3, checkpoint_steps=1000)
+    stage2: FitConfig = FitConfig(steps=8000, batch_size=64, learning_rate=2e-3, checkpoint_steps=1000)
     network: Convolutional = Convolutional()
     classifier: FitConfig = CLASSIFIER
     few: bool = False
@@ -66,12 +66,16 @@ DATA_SETS = {
     "mnist5k": DataSet(
         EmbeddedDigits(),
         stage1=FitConfig(steps=1500, learning_rate=3e-3, average_decay=0.995),
-        stage2=replace(MNIST.stage2, steps=1200, learning_rate=2e-3, average_decay=0.995, checkpoint_steps=150),
+        stage2=replace(MNIST.stage2, steps=1200, average_decay=0.995, checkpoint_steps=150),
         classifier=replace(CLASSIFIER, steps=400, checkpoint_steps=200, average_decay=0.99),
         few=True,
     ),
     "mnist": MNIST,
-    "fashion-mnist": replace(MNIST, config=TorchvisionSet("FashionMNIST"), stage2=replace(MNIST.stage2, steps=5000)),
+    "fashion-mnist": replace(
+        MNIST,
+        config=TorchvisionSet("FashionMNIST"),
+        stage2=replace(MNIST.stage2, steps=5000),
+    ),
     "cifar10": COLOUR,
     "folder": replace(COLOUR, config=Folder(), labelled=False, tuned_as="cifar10"),
     "webdataset": replace(COLOUR, config=Shards(), labelled=False, tuned_as="cifar10"),
@@ -84,6 +88,7 @@ TUNED: dict[str, dict[str, Any]] = {
     "mnist-plain": {"stage1.steps": 26_000},
     "mnist-vqvae": {"stage1.steps": 8000, "stage2.steps": 10_000},
     "mnist-vqvae2": {"autoencoder.bottleneck.coarser_rate": 0.25},
+    "fashion-mnist": {"stage1.steps": 8000},
     "fashion-vqvae": {"stage1.steps": 6000},
     "fashion-vqvae2": {"stage2.steps": 4000},
     "fashion-dalle": {"stage1.steps": 6000, "stage2.steps": 8000},
