@@ -29,6 +29,7 @@ from pipelines.runs.recipes import preset
 from pipelines.runs.run import Run
 from stage1_vae import bottlenecks
 from stage1_vae.autoencoder import AutoencoderConfig
+from stage2_prior.conditions import Unconditional
 from stage2_prior.prior import StandardNormal
 from stage2_prior.sampling import AS_FITTED, Sampling
 from tests.parts import NETWORKS, compared, shrunk, small_splits
@@ -36,12 +37,14 @@ from tests.parts import NETWORKS, compared, shrunk, small_splits
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """A conditional, a hierarchical, a captioned and a continuous run, shrunk, on images of four classes."""
+    """A run of labels, one of several levels, one of captions and one that is told nothing, shrunk, on images of four classes."""
     folder = tmp_path_factory.mktemp("runs")
     made = {}
     with pytest.MonkeyPatch.context() as patch:
         for name in ("mnist-vqvae", "fashion-vqvae2", "fashion-dalle", "mnist5k"):
             config = shrunk(preset(name))
+            if name == "mnist5k":
+                config = dataclasses.replace(config, prior=dataclasses.replace(config.prior, condition=Unconditional()))
             patch.setattr(type(config.data), "load", lambda self, report=None: small_splits((1, 28, 28), 4))
             made[name] = Run.create(folder / name, config, "cpu")
             train_all(made[name])
