@@ -118,25 +118,27 @@ def test_held_in_front_is_exact_with_one_particle(backbone):
 
 @pytest.mark.parametrize("held", [[[False, False], [True, True]], [[False, True], [False, True]], [[False, True], [True, False]]])
 def test_held_behind_is_approached_with_more_particles(held):
-    prior = random_prior(LatentSpec((2, 2), vocabulary=3), "pixelcnn", "categorical", scale=0.9)
+    prior = random_prior(LatentSpec((2, 2), vocabulary=3), "pixelcnn", "categorical")
+    randomized(prior, 0.7, seed=2)  # weights under which what is held says much of what comes before
     known = [torch.tensor(held)], [torch.tensor([[2, 0], [1, 2]])]
     assert distance(prior, *known, particles=1) > 0.1  # looking ahead matters here
     assert distance(prior, *known, particles=64) < 0.05
 
 
-def told_a_label(*specs: LatentSpec):
+def told_a_label(*specs: LatentSpec, scale: float = 0.7, seed: int = 2):
     """A prior of codes, told one of three labels that are not equally frequent."""
     level = AutoregressiveConfig(BACKBONES["pixelcnn"], Categorical(), ClassLabel())
     config = level if len(specs) == 1 else CascadeConfig(level, level)
-    prior = randomized(config.build(list(specs), classes=3).double().eval(), 0.7)
+    prior = randomized(config.build(list(specs), classes=3).double().eval(), scale, seed)
     prior.levels[0].condition.estimate(torch.tensor([0] * 5 + [1] * 3 + [2] * 2))
     return prior
 
 
-@pytest.mark.parametrize("held", [[[True, True], [False, False]], [[False, True], [True, False]]])
-def test_a_label_that_is_not_given_is_weighed_by_what_is_held(held):
+# Weights under which what is held says much of the label.
+@pytest.mark.parametrize(("held", "seed"), [([[True, True], [False, False]], 3), ([[False, True], [True, False]], 2)])
+def test_a_label_that_is_not_given_is_weighed_by_what_is_held(held, seed):
     """So even where everything held comes first, one particle will not do."""
-    prior = told_a_label(LatentSpec((2, 2), vocabulary=3))
+    prior = told_a_label(LatentSpec((2, 2), vocabulary=3), scale=0.6, seed=seed)
     known = [torch.tensor(held)], [torch.tensor([[2, 0], [1, 2]])]
     assert distance(prior, *known, particles=1, count=1500) > 0.1
     assert distance(prior, *known, particles=32, count=1500) < 0.03

@@ -26,7 +26,9 @@ def all_priors(spec: LatentSpec) -> dict:
     dataset = LatentDataset([{name: tensor.double() for name, tensor in level.items()} for level in dataset.levels])
     few = LatentDataset([{name: tensor[:20] for name, tensor in level.items()} for level in dataset.levels])
     priors = {name: make([spec]).double() for name, make in CONTINUOUS_BASELINES.items()} | {"posterior": AggregatePosterior(few)}
-    priors |= {f"{backbone}-{head}": random_prior(spec, backbone, head) for backbone, head in LEARNED if head != "categorical"}
+    priors |= {
+        f"{backbone}-{head}": random_prior(spec, backbone, head, scale=0.2) for backbone, head in LEARNED if head != "categorical"
+    }
     for name in CONTINUOUS_BASELINES:
         priors[name].estimate(dataset)
     return priors

@@ -15,6 +15,7 @@ from pipelines.runs.options import Options
 from pipelines.runs.recipes import DATA_SETS, MADE_BY, TUNED, parts_of, preset
 from pipelines.train_all import main, parse, short_help
 from stage2_prior.autoregressive import AutoregressiveConfig
+from stage2_prior.conditions import Unconditional
 from stage2_prior.latents import LatentSpec
 from stage2_prior.prior import CODE_BASELINES, CONTINUOUS_BASELINES
 from tests.parts import BACKBONES, HEADS, LEARNED, shrunk, small_splits
@@ -217,3 +218,8 @@ def test_help_without_a_preset_fits_on_one_screen(capsys):
     said = capsys.readouterr().out
     assert said == short_help() + "\n" and said.count("\n") <= 40 and max(map(len, said.splitlines())) <= 130
     assert all(name in said for name in (*DATA, *RECIPES, "--config", "PRESET --help"))
+
+
+def test_a_prior_can_be_told_nothing_by_name():
+    _, config, _ = parse(["mnist5k", "--prior.condition", "none"])
+    assert config.prior.condition == Unconditional() and config.prior.head == preset("mnist5k").prior.head

@@ -12,6 +12,7 @@ from pipelines.runs.config import RunConfig, replaced
 from stage1_vae.bottlenecks import Deterministic, Gaussian
 from stage1_vae.hierarchy import Hierarchical
 from stage2_prior.autoregressive import AutoregressiveConfig, CascadeConfig, PriorConfig
+from stage2_prior.conditions import Unconditional
 from stage2_prior.heads import Categorical, GaussianMixture, HeadConfig
 
 BOTTLENECK, PRIOR = "autoencoder.bottleneck", "prior"
@@ -35,7 +36,9 @@ def kinds_of(config: Any, path: str = "") -> dict[str, dict[str, type]]:
 
 
 def name_of(kind: type) -> str:
-    """FiniteScalar is finite-scalar, PixelCNNConfig is pixelcnn."""
+    """FiniteScalar is finite-scalar, PixelCNNConfig is pixelcnn; a prior that is told nothing has the condition none."""
+    if kind is Unconditional:
+        return "none"
     return re.sub(r"(?<=[a-z])(?=[A-Z][a-z])", "-", kind.__name__.removesuffix("Config")).lower()
 
 
