@@ -34,7 +34,8 @@ def aggregate_posterior(trained: Trained) -> Findings:
         specs = specs_of(trained.autoencoder)
         train = encode_training(run, trained.autoencoder, splits.train)
         test = encode(run, trained.autoencoder, splits.test, "test")
-        priors = {name: open_prior(run, name, specs) for name in ("standard", "gaussian", "mixture", "learned")}
+        priors = {name: open_prior(run, name, specs) for name in ("standard", "gaussian", "mixture")}
+        priors["learned"] = trained.learned
         if (labels := splits.train.labels) is not None:
             priors["per label"] = gaussian_per_label(train, labels.repeat(len(train) // len(labels)), specs)
         rates = rates_of(run, test, priors)

@@ -15,7 +15,9 @@ from pipelines.runs.priors import open_prior
 from pipelines.runs.run import Run
 from stage1_vae.autoencoder import Autoencoder
 from stage1_vae.bottlenecks import Gaussian, gaussian_rate
+from stage2_prior.autoregressive import LearnedPrior
 from stage2_prior.prior import Prior
+from stage2_prior.sampling import AS_FITTED, Sampling
 
 CHUNK = 500
 
@@ -25,6 +27,24 @@ class Findings:
     sentences: list[str]
     numbers: dict[str, Any]
     figure: Figure
+
+
+class ToldNothing(Prior):
+    """A learned prior without a context of any image, so that it compares with priors that have none."""
+
+    def __init__(self, prior: LearnedPrior):
+        super().__init__()
+        self.prior = prior
+
+    def nothing(self, batch: int) -> Tensor | None:
+        condition = self.prior.levels[0].condition
+        return None if condition is None else condition.nothing(batch)
+
+    def log_prob(self, levels: list[Tensor], contexts: Tensor | None = None) -> Tensor:
+        return self.prior.log_prob(levels, self.nothing(len(levels[0])))
+
+    def sample(self, indices: Tensor, seed: int, how: Sampling = AS_FITTED, contexts: Tensor | None = None) -> list[Tensor]:
+        return self.prior.sample(indices, seed, how, self.nothing(len(indices)))
 
 
 @dataclass(frozen=True)
@@ -38,8 +58,10 @@ class Trained:
 
     @property
     def learned(self) -> Prior:
-        """Raises UserError where there is none."""
-        return open_prior(self.run, "learned", specs_of(self.autoencoder))
+        """Told nothing of any image. Raises UserError where there is none."""
+        prior = open_prior(self.run, "learned", specs_of(self.autoencoder))
+        assert isinstance(prior, LearnedPrior)
+        return ToldNothing(prior)
 
     @classmethod
     def of(cls, run: Run) -> "Trained":
