@@ -204,6 +204,8 @@ class VectorQuantizedBottleneck(Codes):
         self.register_buffer("counts", torch.zeros(config.codes))  # how often each code is chosen in a batch, on average
         self.register_buffer("sums", torch.zeros(config.codes, config.channels))  # of the encoder outputs that chose it
         self.use = CodeUse(config.codes)  # unlike `counts`, not touched by revival
+        # What happens in these depends on values, so torch.compile leaves them out. Not by decorators: they import its compiler.
+        self.begin, self.update = map(torch.compiler.disable, (self.set_up, self.move))
 
     def forward(self, features: Tensor, progress: float) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         encoded = full_precision(self.project(features))
@@ -233,15 +235,13 @@ class VectorQuantizedBottleneck(Codes):
         with torch.autocast(vectors.device.type, enabled=False):
             return torch.addmm(cost, vectors.flatten(0, -2), self.codebook.T, alpha=-2).argmin(1).view(vectors.shape[:-1])
 
-    @torch.compiler.disable  # what happens depends on values
-    def begin(self, vectors: Tensor) -> None:
+    def set_up(self, vectors: Tensor) -> None:
         """Set the codebook up from the first batch."""
         if not self.counts.any():
             self.replace(torch.ones_like(self.counts, dtype=torch.bool), vectors)
 
-    @torch.compiler.disable
     @torch.no_grad()
-    def update(self, vectors: Tensor, codes: Tensor, revive: bool) -> None:
+    def move(self, vectors: Tensor, codes: Tensor, revive: bool) -> None:
         """Move the averages and the codebook (van den Oord et al. 2017, equations 6 to 8); revive what nobody chooses."""
         counts = total(torch.bincount(codes, minlength=self.vocabulary).to(self.counts))
         sums = total(torch.zeros_like(self.sums).index_add_(0, codes, vectors))
