@@ -112,9 +112,6 @@ class Gaussian:
     """weight of the rate in the loss; 1 is the ELBO (Higgins et al. 2017)"""
     samples: int = 1
     """samples of z for each image in the ELBO; averaged are the log-likelihoods, never the reconstructions"""
-    warmup_share: float = 0.0
-    """share of the training in which the weight of the rate rises from 0, against posterior collapse: channels that the decoder
-    does not use yet are not given up (KL warm-up: Bowman et al. 2016, Sønderby et al. 2016)"""
 
     def build(self, features: int) -> "GaussianBottleneck":
         return GaussianBottleneck(self, features)
@@ -127,18 +124,15 @@ class GaussianBottleneck(Continuous):
         super().__init__()
         if config.samples < 1:
             raise ValueError(f"the ELBO needs at least 1 sample of z for each image, not {config.samples}")
-        if not 0 <= config.warmup_share <= 1:
-            raise ValueError(f"the weight of the rate rises in a share of the training from 0 to 1, not {config.warmup_share}")
         self.latent_channels = config.channels
-        self.beta, self.samples, self.warmup_share = config.beta, config.samples, config.warmup_share
+        self.beta, self.samples = config.beta, config.samples
         self.project = nn.Conv2d(features, 2 * config.channels, 1)
 
     def forward(self, features: Tensor, progress: float) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         mean, log_std = full_precision(self.project(features)).chunk(2, dim=1)
         rate = gaussian_rate(mean, log_std)
         noise = torch.randn(self.samples, *mean.shape, dtype=mean.dtype, device=mean.device)
-        risen = min(1.0, progress / self.warmup_share) if self.training and self.warmup_share else 1.0
-        return mean + log_std.exp() * noise, risen * self.beta * rate, {"rate": rate}
+        return mean + log_std.exp() * noise, self.beta * rate, {"rate": rate}
 
     def posterior(self, features: Tensor) -> list[Posterior]:
         mean, log_std = full_precision(self.project(features)).chunk(2, dim=1)
