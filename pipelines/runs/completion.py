@@ -21,7 +21,9 @@ from stage2_prior.completion import complete
 
 SIDES = {"top-half": (0, True), "bottom-half": (0, False), "left-half": (1, True), "right-half": (1, False)}
 FILLINGS = 24  # of the hidden pixels, to see which latents they can change
-SMALL_CHANGE = 0.1  # of a channel's spread over the grid: no more than this leaves a continuous latent as it was
+# Of a channel's spread over the grid, or of the posterior's standard deviation where that is larger, as in channels that say
+# nothing: no more than this leaves a continuous latent as it was.
+SMALL_CHANGE = 0.1
 
 
 def picture_to_complete(path: Path, image_shape: tuple[int, int, int]) -> Tensor:
@@ -73,7 +75,7 @@ def held_latents(
         if "codes" in posterior:
             same = (level == level[:1]).all(0)
         else:
-            spread = level[0].flatten(1).std(1)[:, None, None]
+            spread = torch.maximum(level[0].flatten(1).std(1)[:, None, None], posterior["std"][0])
             same = ((level - level[:1]).abs() <= SMALL_CHANGE * spread).all(0).all(0)
         latents.append(level[0])
         held.append(same)
