@@ -48,8 +48,6 @@ class AutoregressiveConfig:
         """classes: number of labels of the data set, 0 for none. Raises ValueError where the parts do not fit."""
         if len(specs) > 1:
             raise ValueError(f"{len(specs)} levels of latents need a prior for each: a CascadeConfig")
-        if not 0 <= self.input_noise < math.inf:
-            raise ValueError(f"the noise on a prior's inputs is a number from 0 up, not {self.input_noise}")
         return AutoregressivePrior(specs, self, classes)
 
 
@@ -61,6 +59,8 @@ class AutoregressivePrior(Prior):
 
     def __init__(self, specs: list[LatentSpec], config: AutoregressiveConfig, classes: int = 0):
         super().__init__()
+        if not 0 <= config.input_noise < math.inf:
+            raise ValueError(f"the noise on a prior's inputs is a number from 0 up, not {config.input_noise}")
         *coarser, self.spec = specs
         self.level = len(coarser)
         self.backbone = config.backbone.build()

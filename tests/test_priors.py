@@ -9,12 +9,12 @@ from scipy import stats
 from torch import distributions
 
 from stage2_prior.autoregressive import AutoregressiveConfig
-from stage2_prior.heads import MINIMUM_LOG_STD, GaussianMixture, truncated
+from stage2_prior.heads import MINIMUM_LOG_STD, Categorical, GaussianMixture, truncated
 from stage2_prior.latents import LatentDataset, LatentSpec, draw
 from stage2_prior.pixelcnn import PixelCNNConfig
 from stage2_prior.prior import CODE_BASELINES, CONTINUOUS_BASELINES, AggregatePosterior, GaussianMixturePrior, baselines
 from stage2_prior.sampling import AS_FITTED, CannotSample, Sampling, uniforms
-from tests.parts import BACKBONES, HEADS, LEARNED, random_latents, random_prior, spec_for
+from tests.parts import BACKBONES, HEADS, LEARNED, random_latents, random_prior, randomized, spec_for
 
 TINY = {"two-positions": LatentSpec((1, 1, 2)), "two-rows": LatentSpec((1, 2, 1)), "two-channels": LatentSpec((2, 1, 1))}
 FALSE_ALARM = 1e-4  # the stated error rate of each statistical test; seeds are fixed
@@ -463,3 +463,49 @@ def test_a_latent_data_set_draws_afresh():
 def test_a_latent_spec_refuses_what_fits_no_kind(shape, vocabulary):
     with pytest.raises(ValueError, match="does not fit"):
         LatentSpec(shape, vocabulary)
+
+
+# Noise on the inputs
+
+
+@pytest.mark.parametrize(("backbone", "head"), LEARNED)
+def test_noise_falls_on_what_is_fed_and_never_on_what_is_predicted(backbone, head):
+    """The first position is fed nothing, so its density stays as it is; that of the others moves."""
+    prior = random_prior(spec_for(head, (3, 4)), backbone, head)
+    levels, _ = random_latents(20, prior.spec)[torch.arange(20)]
+    levels = [level.double() if head == "mixture" else level for level in levels]
+    torch.manual_seed(0)
+    with torch.no_grad():
+        clean, noisy = (prior.log_prob_by_position(levels, noise=noise).flatten(1) for noise in (0.0, 1.0))
+    assert torch.equal(clean[:, 0], noisy[:, 0])
+    assert (clean[:, 1:] != noisy[:, 1:]).any(0).all()
+
+
+@pytest.mark.parametrize(("backbone", "head"), LEARNED)
+def test_noise_ends_after_three_quarters_of_the_training_and_is_never_there_in_evaluation(backbone, head):
+    config = AutoregressiveConfig(BACKBONES[backbone], HEADS[head], input_noise=0.5)
+    prior = randomized(config.build([spec_for(head, (3, 4))]).double(), 0.3)
+    levels, _ = random_latents(20, prior.spec)[torch.arange(20)]
+    levels = [level.double() if head == "mixture" else level for level in levels]
+    with torch.no_grad():
+        clean = -prior.log_prob(levels).mean()
+        for progress, training, same in ((0.0, True, False), (0.5, True, False), (0.75, True, True), (0.0, False, True)):
+            torch.manual_seed(0)
+            assert torch.equal(prior.train(training)(levels, progress=progress)["loss"], clean) == same
+
+
+def test_the_noise_is_as_large_as_it_says():
+    gaussian = GaussianMixture().build(LatentSpec((2, 50, 50)), 4)
+    codes = Categorical().build(LatentSpec((50, 50), vocabulary=5), 4)
+    noise = torch.tensor([0.0, 0.2, 0.5]).view(3, 1, 1)
+    torch.manual_seed(0)
+    added = gaussian.perturbed(torch.zeros(3, 50, 50, 2), noise)
+    assert torch.allclose(added.flatten(1).std(1), noise.flatten(), rtol=0.05)
+    changed = (codes.perturbed(torch.zeros(3, 50, 50, dtype=torch.int64), noise) != 0).double().flatten(1).mean(1)
+    assert torch.allclose(changed, 0.8 * noise.flatten().double(), atol=0.03)  # a fifth of the random codes are the same
+
+
+@pytest.mark.parametrize("noise", [-0.1, math.nan, math.inf])
+def test_noise_that_makes_no_sense_is_refused(noise):
+    with pytest.raises(ValueError, match="noise on a prior's inputs is a number from 0 up"):
+        AutoregressiveConfig(input_noise=noise).build([LatentSpec((2, 2, 2))])
