@@ -126,9 +126,13 @@ def shrunk_prior(prior: PriorConfig) -> PriorConfig:
 
 
 def trained_run(folder: Path, name: str, **parts) -> Run:
-    """A shrunk run of a preset with other parts of the autoencoder, without its comparison."""
+    """A shrunk run of a preset with other parts of the autoencoder, without its comparison.
+
+    Its stage 1 takes as many steps as give latents something to say of the images.
+    """
     config = shrunk(preset(name))
-    config = dataclasses.replace(config, autoencoder=dataclasses.replace(config.autoencoder, **parts))
+    stage1 = dataclasses.replace(config.stage1, steps=40, checkpoint_steps=20)
+    config = dataclasses.replace(config, stage1=stage1, autoencoder=dataclasses.replace(config.autoencoder, **parts))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(type(config.data), "load", lambda self, report=None: small_splits((1, 28, 28), 4))
         run = Run.create(folder / name, config, "cpu")

@@ -187,7 +187,7 @@ def test_finite_scalar_embeds_in_training_what_it_decodes_from_codes():
 
 @pytest.mark.parametrize("name", ["vector-quantized", "finite-scalar", "hierarchical", "hierarchical-3"])
 def test_what_the_decoder_reads_held_out_is_what_the_codes_embed(name):
-    torch.manual_seed(0)
+    torch.manual_seed(3)
     model = BOTTLENECKS[name].build(6)
     features = 3 * torch.randn(10, 6, 8, 8)
     model(features, 0)  # sets the codebooks up

@@ -30,7 +30,7 @@ def measured(run: Run, **asked) -> dict:
 
 
 def test_what_stage_2_buys_is_the_difference_of_the_rates_on_the_same_draws(run):
-    result = measured(run)
+    result = measured(run, samples=20)  # whole groups of 10, so that the average of their bounds lies below that of all 20
     priors = result["priors"]
     assert set(priors) == {"standard", "gaussian", "mixture", "learned"}
     for name, values in priors.items():
@@ -39,9 +39,11 @@ def test_what_stage_2_buys_is_the_difference_of_the_rates_on_the_same_draws(run)
             difference = priors["standard"]["rate"]["nats"] - values["rate"]["nats"]
             assert values["negative_elbo"]["below_standard"]["nats"] == pytest.approx(difference, abs=1e-3)
         bounds = list(values["by_samples"].values())
-        assert list(values["by_samples"]) == ["1", "10", "12"] and bounds == sorted(bounds, reverse=True)
+        assert list(values["by_samples"]) == ["1", "10", "20"] and bounds == sorted(bounds, reverse=True)
         assert bounds[0] == values["negative_elbo"]["nats"] and bounds[-1] == values["importance_weighted"]["nats"]
-        assert 1 <= values["effective_samples"] <= 12 and 1 <= values["naive"]["effective_samples"] <= 50.001
+        assert 1 <= values["effective_samples"] <= 20
+        assert ("naive" in values) == (name != "learned")  # which is told the label
+        assert name == "learned" or 1 <= values["naive"]["effective_samples"] <= 50.001
         assert values["negative_elbo"]["error"] > 0
     latents = result["latents"]
     assert 0 <= latents["mutual_information"]["nats"] <= latents["log_n"] + 1e-3

@@ -174,9 +174,9 @@ def test_the_prior_follows_the_bottleneck_that_is_chosen(kind):
 def test_a_chosen_kind_takes_overrides_and_the_same_kind_keeps_its_settings():
     config = parse(["mnist", "--prior.backbone", "transformer", "--prior.backbone.width", "24"])[1]
     assert type(config.prior.backbone).__name__ == "TransformerConfig" and config.prior.backbone.width == 24
-    assert parse(["mnist5k", "--prior.backbone", "pixelcnn"])[1] == preset("mnist5k")
-    config = parse(["mnist", "--prior.top.backbone", "pixelsnail", "--prior", "cascade"])[1]
-    assert type(config.prior.top.backbone).__name__ == "PixelSNAILConfig"
+    assert parse(["mnist5k", "--prior.backbone", "pixelsnail"])[1] == preset("mnist5k")
+    config = parse(["mnist", "--prior.top.backbone", "transformer", "--prior", "cascade"])[1]
+    assert type(config.prior.top.backbone).__name__ == "TransformerConfig"
     with pytest.raises(UserError, match="no kind 'transfomer' - did you mean 'transformer'"):
         choose_kinds(preset("mnist"), ["--prior.backbone", "transfomer"])
     with pytest.raises(UserError, match="has no kind ''"):
