@@ -145,7 +145,8 @@ def test_a_position_is_held_only_when_all_its_channels_stay():
 
     class Doubled:
         def encode(self, images):
-            return [{"mean": torch.cat([images / 255, torch.zeros_like(images, dtype=torch.float32)], 1)}]
+            mean = torch.cat([images / 255, torch.zeros_like(images, dtype=torch.float32)], 1)
+            return [{"mean": mean, "std": torch.zeros_like(mean)}]
 
         def mean(self, posteriors):
             return [posterior["mean"] for posterior in posteriors]
