@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from pipelines.data.images import ImageSet, Splits, with_validation
+from pipelines.judging import tradeoffs
 from pipelines.judging.comparison import Comparison
 from pipelines.pages.report import write_report
 from pipelines.runs.config import RunConfig
@@ -123,6 +124,12 @@ def shrunk_prior(prior: PriorConfig) -> PriorConfig:
     if isinstance(prior, CascadeConfig):
         return dataclasses.replace(prior, top=shrunk_prior(prior.top), bottom=shrunk_prior(prior.bottom))
     return dataclasses.replace(prior, backbone=dataclasses.replace(prior.backbone, width=8, layers=2))
+
+
+def fewer_ways_to_draw(patch: pytest.MonkeyPatch) -> None:
+    """The comparison tries one temperature and one strength of each guidance, for the time's sake."""
+    for ways, one in (("TEMPERATURES", 0.8), ("GUIDANCE", 2.0), ("AUTOGUIDANCE", 0.5)):
+        patch.setattr(tradeoffs, ways, (one,))
 
 
 def trained_run(folder: Path, name: str, **parts) -> Run:

@@ -19,7 +19,7 @@ from pipelines.pages.report import train_all
 from pipelines.pages.words import between_runs
 from pipelines.runs.recipes import preset
 from pipelines.runs.run import Run
-from tests.parts import shrunk, small_splits
+from tests.parts import fewer_ways_to_draw, shrunk, small_splits
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
@@ -29,6 +29,7 @@ def compared(tmp_path_factory):
     """Two runs of different kinds, and the page of both."""
     folder = tmp_path_factory.mktemp("page")
     with pytest.MonkeyPatch.context() as patch:
+        fewer_ways_to_draw(patch)
         runs = []
         for name in ("mnist5k", "mnist-vqvae"):
             config = shrunk(preset(name))

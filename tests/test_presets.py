@@ -17,7 +17,6 @@ from pipelines import generate
 from pipelines.console import UserError
 from pipelines.data.folder import Folder
 from pipelines.data.images import ImageSet, Mirrored
-from pipelines.judging import tradeoffs
 from pipelines.judging.comparison import from_dict as comparison_from_dict
 from pipelines.judging.comparison import read_comparison
 from pipelines.judging.comparison import to_dict as comparison_to_dict
@@ -40,7 +39,7 @@ from stage1_vae import bottlenecks
 from stage2_prior.autoregressive import AutoregressivePrior
 from stage2_prior.prior import CODE_BASELINES, CONTINUOUS_BASELINES
 from stage2_prior.sampling import AS_FITTED
-from tests.parts import compared, shrunk, small_splits
+from tests.parts import compared, fewer_ways_to_draw, shrunk, small_splits
 
 LISTING = Path(__file__).parent.parent / "checkpoints" / "README.md"
 README = Path(__file__).parents[1] / "README.md"
@@ -55,8 +54,7 @@ def images_of(name: str) -> tuple[int, int, int]:
 def train(name: str, config: RunConfig, monkeypatch, classes: int = 4, through=train_all) -> Run:
     splits = small_splits(images_of(name), classes)
     monkeypatch.setattr(type(config.data), "load", lambda self, report=None: splits)
-    for ways, one in (("TEMPERATURES", 0.9), ("GUIDANCE", 0.5), ("AUTOGUIDANCE", 1.0)):  # of each kind one, for the time's sake
-        monkeypatch.setattr(tradeoffs, ways, (one,))
+    fewer_ways_to_draw(monkeypatch)
     run = Run.create(CHECKPOINTS / name, config, "cpu")
     through(run)
     return run
