@@ -98,7 +98,9 @@ def write_asked(asked: Arguments) -> None:
     context = context_asked(run, asked)
     if isinstance(prior, LearnedPrior):
         for level in prior.levels:
-            level.backbone.to({"float32": torch.float32, "bfloat16": torch.bfloat16}[asked.dtype])
+            for one in (level, level.weaker):
+                if one is not None:
+                    one.backbone.to({"float32": torch.float32, "bfloat16": torch.bfloat16}[asked.dtype])
     elif context is not None:
         raise UserError(f"the {asked.prior} prior takes neither label nor text; the learned prior may")
     if asked.complete is None:

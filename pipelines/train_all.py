@@ -98,7 +98,9 @@ def taken(option: str, arguments: list[str]) -> tuple[str | None, list[str]]:
     for index, argument in enumerate(arguments):
         if argument.startswith(f"{option}="):
             return argument.partition("=")[2], arguments[:index] + arguments[index + 1 :]
-        if argument == option and index + 1 < len(arguments):
+        if argument == option and index + 1 == len(arguments):
+            raise UserError(f"{option} needs a value after it")
+        if argument == option:
             return arguments[index + 1], arguments[:index] + arguments[index + 2 :]
     return None, arguments
 

@@ -185,7 +185,7 @@ def sample_grid(
     draw = partial(draw_grid, modules, grid, how)
     if indices.device.type != "cuda" or len(positions) > MOST_POSITIONS:
         return draw(uniform, *told)
-    return replayed.setdefault(prior.backbone, Replayed())((*modules, grid, how), modules, draw, [uniform, *told])
+    return replayed.setdefault(prior.backbone, Replayed())((grid, how), modules, draw, [uniform, *told])
 
 
 @torch.no_grad()

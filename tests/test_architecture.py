@@ -2,7 +2,6 @@
 
 import ast
 import re
-from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -105,24 +104,6 @@ def test_every_module_of_pipelines_lies_in_a_room_that_says_what_lives_there():
         assert not name.startswith("pipelines.") or layer_of(name) is not None
         if path.name == "__init__.py" and name.startswith("pipelines"):
             assert ast.get_docstring(ast.parse(path.read_text())), path
-
-
-@pytest.mark.parametrize("room", ["stage1_vae", "stage2_prior"])
-def test_no_circle_of_imports_within_a_stage(room):
-    """Imports for type checking count too."""
-    imports = {f"{room}.{path.stem}": modules(path) for path in (ROOT / room).glob("*.py")}
-    TopologicalSorter({name: found & imports.keys() for name, found in imports.items()}).prepare()
-
-
-def modules(path: Path) -> set[str]:
-    """All that a file imports, by their full names."""
-    names = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            names |= {str(node.module), *(f"{node.module}.{alias.name}" for alias in node.names)}
-    return names
 
 
 def test_nothing_is_read_by_pickle():

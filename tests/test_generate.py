@@ -319,3 +319,26 @@ def test_samples_that_are_not_numbers_are_counted_and_named(runs, tmp_path, monk
     assert comparison.warnings == ["standard: 1 of 120 samples are not numbers and are black"]
     assert "standard: 1 of 120 samples are not numbers" in (run.folder / "compare" / "page.html").read_text()
     assert all(np.isfinite(vars(comparison.priors["standard"])[figure]) for figure in FIGURES)
+
+
+def test_a_damaged_early_prior_costs_autoguidance_and_nothing_else(runs, tmp_path, capsys):
+    early = Path(runs["mnist-vqvae"]) / "stage2" / "early.safetensors"
+    content = early.read_bytes()
+    plain = drawn(runs["mnist-vqvae"], "--label", "1", tmp_path=tmp_path)
+    early.write_bytes(content[:-100])
+    try:
+        assert (drawn(runs["mnist-vqvae"], "--label", "1", tmp_path=tmp_path) == plain).all()
+        assert "early.safetensors is damaged, so there is no autoguidance" in capsys.readouterr().out
+        with pytest.raises(UserError, match="no weaker copy"):
+            drawn(runs["mnist-vqvae"], "--label", "1", "--autoguidance", "1", tmp_path=tmp_path)
+    finally:
+        early.write_bytes(content)
+    assert (drawn(runs["mnist-vqvae"], "--label", "1", "--autoguidance", "20", tmp_path=tmp_path) != plain).any()
+
+
+def test_a_prior_that_was_best_as_early_has_no_weaker_copy(runs, monkeypatch):
+    run = Run.open(runs["mnist-vqvae"], "cpu")
+    specs = specs_of(load_autoencoder(run))
+    assert open_prior(run, "learned", specs).weaker is not None
+    monkeypatch.setattr("pipelines.runs.parts.early_step", lambda config: config.steps)
+    assert open_prior(run, "learned", specs).weaker is None

@@ -179,7 +179,7 @@ def test_a_chosen_kind_takes_overrides_and_the_same_kind_keeps_its_settings():
     assert type(config.prior.top.backbone).__name__ == "TransformerConfig"
     with pytest.raises(UserError, match="no kind 'transfomer' - did you mean 'transformer'"):
         choose_kinds(preset("mnist"), ["--prior.backbone", "transfomer"])
-    with pytest.raises(UserError, match="has no kind ''"):
+    with pytest.raises(UserError, match="--prior.backbone needs a kind: pixelcnn, pixelsnail, transformer"):
         choose_kinds(preset("mnist"), ["--prior.backbone"])
 
 

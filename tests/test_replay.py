@@ -4,6 +4,8 @@ A graph is a list of kernels with the places that they read and write. The stand
 replays it into the same tensors; what a capture would not survive, because it waits for a value, is refused.
 """
 
+import gc
+import weakref
 from functools import partial
 
 import pytest
@@ -12,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
 from stage2_prior import compiled
-from stage2_prior.replay import Replayed
+from stage2_prior.replay import Replayed, replayed
 from stage2_prior.sampling import AS_FITTED, Sampling, draw_grid, uniforms
 from tests.parts import LEARNED, random_prior, spec_for
 
@@ -132,3 +134,14 @@ def test_a_device_that_cannot_capture_draws_all_the_same(monkeypatch):
         for seed in range(4):
             assert same(replayed("kind", modules, draw, inputs(seed)), draw(*inputs(seed)))
     assert len(tries) == 1
+
+
+def test_a_graph_goes_with_its_backbone(monkeypatch):
+    """Nothing that is kept for replays holds on to the weights."""
+    prior, modules, draw, inputs = setting("pixelcnn", "mixture", AS_FITTED)
+    for seed in range(2):
+        replayed.setdefault(prior.backbone, Replayed())(((3, 4), AS_FITTED), modules, draw, inputs(seed))
+    gone = weakref.ref(prior.backbone)
+    del prior, modules, draw, inputs
+    gc.collect()
+    assert gone() is None

@@ -112,7 +112,7 @@ def read_config(path: Path) -> RunConfig:
     try:
         return from_dict(json.loads(path.read_text()))
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} cannot be read ({error}); delete {path.parent}, or mend the file") from error
+        raise UserError(f"{path} cannot be read as the config.json of a run ({error}); mend the file, or name another") from error
 
 
 def replaced(config: Any, path: str, value: Any) -> Any:

@@ -73,6 +73,8 @@ def first_choice(config: RunConfig, arguments: list[str]) -> tuple[str, type, in
                 continue
             if not equals:
                 value = arguments[index + 1] if index + 1 < len(arguments) else ""
+            if not value or value.startswith("--"):
+                raise UserError(f"{option} needs a kind: {', '.join(kinds)}")
             if value not in kinds:
                 raise UserError(f"{option} has no kind {value!r}{nearest(value, kinds)}")
             found.append((path.count("."), path, kinds[value], index, index + (1 if equals else 2)))

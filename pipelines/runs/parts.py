@@ -1,16 +1,18 @@
 """The networks of a run: built from its config, and loaded from its checkpoints."""
 
+import copy
+from pathlib import Path
 from typing import Literal
 
 import torch
 from torch import nn
 
 from pipelines import files, processes
-from pipelines.console import UserError
+from pipelines.console import UserError, say
 from pipelines.runs.dataset import read_facts
 from pipelines.runs.run import Run
 from pipelines.training import checkpoints
-from pipelines.training.fit import seed_of
+from pipelines.training.fit import early_step, seed_of
 from stage1_vae.autoencoder import Autoencoder
 from stage2_prior.autoregressive import LearnedPrior
 from stage2_prior.latents import LatentSpec
@@ -63,13 +65,22 @@ def load_prior(run: Run, specs: list[LatentSpec]) -> LearnedPrior:
     learned = new_prior(run, specs, classes)
     load(run, learned, "prior")
     early = run.folder / EARLY_PRIOR
-    if early.is_file() and run.config.refine is None:  # refined, it is a prior of other latents than early on
-        weaker = new_prior(run, specs, classes)
-        checkpoints.fill(weaker, files.read_tensors(early), early)
-        run.fabric.to_device(weaker).eval()
-        for level, other in zip(learned.levels, weaker.levels):
-            level.guide_by(other)
+    # Refined, it is a prior of other latents than early on; and the best checkpoint may be no later than the early one.
+    if early.is_file() and run.config.refine is None and finished(run, "stage2").step > early_step(run.config.stage2):
+        guide(run, learned, early)
     return learned
+
+
+def guide(run: Run, learned: LearnedPrior, early: Path) -> None:
+    """Keep the prior as it was early in its training beside it, for autoguidance. A damaged file is left out, with a warning."""
+    weaker = copy.deepcopy(learned)
+    try:
+        checkpoints.fill(weaker, files.read_tensors(early), early)
+    except UserError:
+        say(f"warning: {early} is damaged, so there is no autoguidance; delete it to go on without this warning")
+        return
+    for level, other in zip(learned.levels, weaker.eval().levels):
+        level.guide_by(other)
 
 
 def load(run: Run, model: nn.Module, part: Part) -> None:

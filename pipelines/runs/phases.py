@@ -103,7 +103,8 @@ class Phases:
             return self.samples(model, autoencoder) if fabric is run.fabric else {}
 
         tracker = self.tracking.stage("stage2", samples)
-        places = run.folder / "stage2", "stage 2", self.on_nan, tracker, run.folder / EARLY_PRIOR
+        early = run.folder / EARLY_PRIOR if run.config.refine is None else None  # refined, it would be a prior of other latents
+        places = run.folder / "stage2", "stage 2", self.on_nan, tracker, early
         fit(fabric, prior, train, validation, run.config.stage2, run.config.seed, *places)
 
     def refine(self, autoencoder: Autoencoder, prior: LearnedPrior) -> None:

@@ -84,6 +84,11 @@ class NotANumber(UserError):
     """A loss or gradient is not a number. No weight or buffer was touched."""
 
 
+def early_step(config: FitConfig) -> int:
+    """After which step the weights for autoguidance are kept."""
+    return math.ceil(EARLY * config.steps)
+
+
 def learning_rate(config: FitConfig, step: int) -> float:
     warmup = min(1.0, (step + 1) / max(config.warmup_steps, 1))
     return config.learning_rate * warmup * 0.5 * (1 + math.cos(math.pi * step / config.steps))
@@ -277,7 +282,7 @@ class Training:
                     continue
                 step += 1
                 progress.update(rate, terms)
-                if self.early is not None and step == math.ceil(EARLY * config.steps):
+                if self.early is not None and step == early_step(config):
                     self.write_early(self.early)
                 if step % CURVE_STEPS == 0:
                     self.tracker.scalars(step, "train", terms)

@@ -21,7 +21,9 @@ class TwoStage(nn.Module):
         if any(vocabulary is not None for _, vocabulary in autoencoder.latents) or not autoencoder.bottleneck.has_density:
             raise ValueError("only a Gaussian bottleneck can be refined under its prior: its samples pass a gradient on")
         if any(level.condition is not None for level in prior.levels):
-            raise ValueError("refining is for priors that are told nothing but z: without a condition")
+            raise ValueError(
+                "refining is for priors that are told nothing but z: use --prior.condition none, or --refine.steps 0"
+            )
         self.autoencoder, self.prior = autoencoder, prior
 
     def forward(self, images: Tensor, progress: float = 0.0) -> dict[str, Tensor]:
