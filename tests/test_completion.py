@@ -70,7 +70,8 @@ def test_a_single_particle_is_what_whole_forward_passes_would_draw(backbone, hea
     latent = latent.float() if head == "mixture" else latent
     with torch.no_grad():
         (drawn,), sizes = complete(prior, [latent], [mask], torch.arange(4), 3, particles=1)
-        assert torch.allclose(drawn[..., mask], latent[..., mask].expand(4, *latent[..., mask].shape), rtol=1e-6)
+        # Standardized and back, a latent near 0 is known to the rounding of the shift, 0.3 · 2⁻²⁴, not to that of itself.
+        assert torch.allclose(drawn[..., mask], latent[..., mask].expand(4, *latent[..., mask].shape), rtol=1e-6, atol=1e-7)
         assert (sizes == 1).all()
         values = prior.head.values(drawn)
         features = prior.backbone(prior.head.embed(values).movedim(-1, 1), prior.position).movedim(1, -1)
