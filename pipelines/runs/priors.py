@@ -10,9 +10,7 @@ from pipelines.runs.parts import finished, last_phase, load_prior
 from pipelines.runs.run import Run
 from pipelines.training.fit import seed_of
 from stage2_prior.latents import LatentSpec
-from stage2_prior.prior import CODE_BASELINES, CONTINUOUS_BASELINES, AggregatePosterior, Prior, baselines
-
-PRIORS = [*{**CONTINUOUS_BASELINES, **CODE_BASELINES}, "learned", "posterior"]
+from stage2_prior.prior import AggregatePosterior, Prior, baselines
 
 
 def densities(run: Run, specs: list[LatentSpec]) -> list[str]:
