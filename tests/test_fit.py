@@ -59,7 +59,8 @@ def assert_equal(whole, resumed):
     for a, b in ((whole.model(), resumed.model()), (whole.training(), resumed.training())):
         assert a.keys() == b.keys()
         assert all(torch.equal(a[name], b[name]) for name in a)
-    assert dict(whole.record, time=None) == dict(resumed.record, time=None)
+    times = {"time": None, "seconds": None}
+    assert whole.record | times == resumed.record | times
 
 
 class Killed(Exception):
@@ -85,6 +86,14 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, monkeypatch, saves)
     monkeypatch.setattr(checkpoints, "save", save)
     _, resumed = train(tmp_path / "killed")
     assert_equal(whole, resumed)
+
+
+def test_a_checkpoint_counts_the_seconds_of_training_of_all_starts(tmp_path):
+    _, first = train(tmp_path, dataclasses.replace(CONFIG, steps=4))
+    later = first.record | {"seconds": 1000.0}
+    checkpoints.save(tmp_path, later, first.model(), first.training())
+    _, second = train(tmp_path)
+    assert 0 < first.record["seconds"] < 100 and 1000 < second.record["seconds"] < 1100
 
 
 @pytest.mark.parametrize("change", ["no moments", "another shape", "no number", "too many"])

@@ -263,6 +263,7 @@ class Training:
     def run(self, checkpoints: list[checkpoints.Checkpoint]) -> list[checkpoints.Checkpoint]:
         """Train to the end from the last of these checkpoints; returns those that are kept."""
         config, step, self.kept = self.config, 0, checkpoints
+        self.began = time.monotonic() - (checkpoints[-1].record.get("seconds", 0.0) if checkpoints else 0.0)
         if checkpoints:
             step = self.restore(checkpoints[-1])
             say(f"{self.label}: going on from step {step}")
@@ -438,7 +439,8 @@ class Training:
         for index, state in self.optimizer.state_dict()["state"].items():
             training |= {f"optimizer.{index}.{name}": value for name, value in state.items()}
         training = sharding.on_cpu(training)
-        record = {"step": step, "held_out": held_out, "history": self.history, "rewinds": self.rewinds, "time": time.time()}
+        times = {"time": time.time(), "seconds": time.monotonic() - self.began}  # of training, all starts together
+        record = {"step": step, "held_out": held_out, "history": self.history, "rewinds": self.rewinds, **times}
 
         def write() -> list[checkpoints.Checkpoint]:
             saved = checkpoints.save(self.folder, record, weights, training)
