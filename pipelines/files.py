@@ -5,6 +5,9 @@ Nothing is read by pickle.
 
 import json
 import os
+import re
+import secrets
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +19,14 @@ from torch import Tensor
 
 from pipelines import processes
 from pipelines.console import UserError, first_process, say
+
+try:
+    import fcntl
+except ImportError:  # on Windows, where what killed writers left stays
+    fcntl = None  # type: ignore[assignment]
+
+PARTIAL = re.compile(r"\.(?P<name>.+?)(?:\.[0-9a-f]{8})?\.partial", re.DOTALL)
+"""Name of what is written aside: each writer's own. An earlier version had one for all writers of a file."""
 
 
 def flush(path: Path) -> None:
@@ -38,9 +49,76 @@ def write_flushed(path: Path, content: bytes) -> None:
         raise
 
 
-def beside(path: Path) -> Path:
-    """Where a file or folder is written before it is renamed: the same place every time, so that a kill leaves no litter."""
-    return path.with_name(f".{path.name}.partial")
+@contextmanager
+def aside(path: Path, folder: bool = False) -> Iterator[Path]:
+    """A new file or folder beside `path`, to be renamed to it: deleted where that does not happen.
+
+    It is locked as long as it is written. So what killed writers of the same path have left is known, and deleted first.
+    """
+    clear_partial(path.parent, re.escape(path.name))
+    while True:
+        made = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
+        try:
+            made.mkdir() if folder else made.touch(exist_ok=False)
+            lock = locked(made)
+            break
+        except (BlockingIOError, FileNotFoundError):  # another writer was faster, and took it for what a killed one had left
+            if not path.parent.is_dir():
+                raise
+    try:
+        yield made
+    finally:
+        delete(made)
+        if lock is not None:
+            os.close(lock)
+
+
+def locked(path: Path) -> int | None:
+    """A descriptor by which this process alone holds a file or folder; closed, it does so no longer. None without locks here.
+
+    Raises BlockingIOError where another process holds it, FileNotFoundError where it is gone.
+    """
+    if fcntl is None:
+        return None
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.stat(path)
+    except (BlockingIOError, FileNotFoundError):
+        os.close(descriptor)
+        raise
+    except OSError:  # a file system without locks
+        os.close(descriptor)
+        return None
+    return descriptor
+
+
+def partial_of(path: Path) -> str | None:
+    """The name of the file or folder that one written aside was to become; None for another."""
+    match = PARTIAL.fullmatch(path.name)
+    return match["name"] if match else None
+
+
+def clear_partial(folder: Path, names: str) -> None:
+    """Delete what killed writers have left of the files and folders whose names fit a pattern."""
+    for path in folder.iterdir() if folder.is_dir() else ():
+        name = partial_of(path)
+        if name is not None and re.fullmatch(names, name):
+            try:
+                lock = locked(path)
+            except OSError:
+                continue
+            if lock is not None:
+                delete(path)
+                os.close(lock)
+
+
+def delete(path: Path) -> None:
+    """A file or folder, where it is there."""
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def write_file(path: Path, content: bytes) -> None:
@@ -48,13 +126,10 @@ def write_file(path: Path, content: bytes) -> None:
     if not first_process():
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = beside(path)
-    try:
-        write_flushed(aside, content)
-        os.replace(aside, path)
+    with aside(path) as made:
+        write_flushed(made, content)
+        os.replace(made, path)
         flush(path.parent)
-    finally:
-        aside.unlink(missing_ok=True)
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -8,6 +8,7 @@ import os
 import pickle
 import random
 import resource
+import signal
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -239,9 +240,33 @@ def test_a_damaged_one_is_written_anew(tmp_path):
 
 def test_what_a_killed_process_left_is_cleared(tmp_path):
     saved = save(tmp_path, 1)
-    (tmp_path / ".step-0000002.partial").mkdir()
+    for name in (".step-0000002.partial", ".step-0000002.0123abcd.partial", ".mine.0123abcd.partial"):
+        (tmp_path / name).mkdir()
     assert checkpoints.prune(tmp_path, [saved]) == [saved]
-    assert [path.name for path in tmp_path.iterdir()] == ["step-0000001"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".mine.0123abcd.partial", "step-0000001"]
+
+
+def test_many_writers_of_one_file_all_succeed(tmp_path):
+    path, contents = tmp_path / "samples.png", [bytes([number]) * 20_000 for number in range(8)]
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda number: files.write_file(path, contents[number % 8]), range(300)))
+    assert path.read_bytes() in contents and [*tmp_path.iterdir()] == [path]
+
+
+@pytest.mark.parametrize("folder", [False, True])
+def test_what_a_killed_writer_left_is_deleted_by_the_next_and_what_is_being_written_is_not(tmp_path, folder):
+    path = tmp_path / "x"
+    process = os.fork()
+    if process == 0:
+        with files.aside(path, folder):
+            os.kill(os.getpid(), signal.SIGKILL)
+    os.waitpid(process, 0)
+    (left,) = tmp_path.iterdir()
+    with files.aside(path, folder) as made:
+        assert not left.exists()
+        with files.aside(path, folder) as other:
+            assert {*tmp_path.iterdir()} == {made, other}
+    assert not [*tmp_path.iterdir()]
 
 
 def test_the_best_is_of_lowest_loss_and_among_equals_the_newest(tmp_path):

@@ -277,8 +277,8 @@ def test_a_run_that_was_refused_goes_on_with_permission(tmp_path):
 
 def test_a_run_that_was_killed_while_its_config_was_written_goes_on(tmp_path):
     for name in ("config.json", "unreadable.json"):
-        files.beside(tmp_path / "run" / name).parent.mkdir(exist_ok=True)
-        files.beside(tmp_path / "run" / name).write_text("{")
+        (tmp_path / "run").mkdir(exist_ok=True)
+        (tmp_path / "run" / f".{name}.0123abcd.partial").write_text("{")
     Run.create(tmp_path / "run", preset("mnist5k"), "cpu")
     (tmp_path / "run" / "x.partial").touch()
     with pytest.raises(UserError, match="holds no run"):

@@ -42,8 +42,8 @@ class Run:
         if path.exists():
             refuse_another(path, config)
         elif folder.exists():
-            early = [path, folder / UNREADABLE]  # what is written first; a kill may leave part of it
-            if not (folder.is_dir() and {*folder.iterdir()} <= {*early, *map(files.beside, early)}):
+            early = ("config.json", UNREADABLE)  # what is written first; a kill may leave part of it
+            if not folder.is_dir() or any((files.partial_of(inner) or inner.name) not in early for inner in folder.iterdir()):
                 raise UserError(f"{folder} is not empty and holds no run; give another name with --run")
         fabric = devices(device, config.precision)
         check_sizes(config)

@@ -21,7 +21,7 @@ import safetensors.torch
 from torch import Tensor, nn
 
 from pipelines.console import UserError, say
-from pipelines.files import beside, flush, packed, read_tensors, write_flushed
+from pipelines.files import aside, clear_partial, flush, packed, read_tensors, write_flushed
 from pipelines.training import sharding
 
 CHECKSUMS = "checksums.json"
@@ -75,25 +75,21 @@ class Checkpoint:
 def save(folder: Path, record: dict[str, Any], model: dict[str, Tensor], training: dict[str, Tensor]) -> Checkpoint:
     """Write `folder`/step-N whole or not at all. Raises OSError when the disk does not take it; older ones are untouched."""
     target = folder / f"step-{record['step']:07d}"
-    aside = beside(target)
     contents = {
         "model.safetensors": safetensors.torch.save(packed(model)),
         "training.safetensors": safetensors.torch.save(packed(training)),
         "config.json": json.dumps(record).encode(),
     }
     contents[CHECKSUMS] = json.dumps({name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}).encode()
-    try:
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    with aside(target, folder=True) as made:
         for name, content in contents.items():
-            write_flushed(aside / name, content)
-        flush(aside)
+            write_flushed(made / name, content)
+        flush(made)
         if target.exists():  # an unusable one, or the very same
             shutil.rmtree(target)
-        os.rename(aside, target)
+        os.rename(made, target)
         flush(folder)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
     return Checkpoint(target, record)
 
 
@@ -148,6 +144,7 @@ def prune(folder: Path, checkpoints: list[Checkpoint], keep_last: int = 2) -> li
     """
     lasting = [c for c in checkpoints if c is checkpoints[-1] or c.record["held_out"] is not None]
     kept = [c for c in lasting if c in lasting[-keep_last:] or c is best(lasting)]
-    for path in {*folder.glob("step-*"), *folder.glob(".step-*")} - {c.folder for c in kept}:
+    for path in {*folder.glob("step-*")} - {c.folder for c in kept}:
         shutil.rmtree(path, ignore_errors=True)
+    clear_partial(folder, r"step-\d+")
     return kept
