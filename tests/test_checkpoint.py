@@ -35,6 +35,10 @@ def save(folder, step, loss=1.0, value=0.0):
     )
 
 
+def to_go_on_from(folder):
+    return [found.step for found in checkpoints.resumable(checkpoints.usable(folder))]
+
+
 def test_comes_back_as_saved(tmp_path):
     save(tmp_path, 5, value=2.5)
     (found,) = checkpoints.usable(tmp_path)
@@ -56,7 +60,7 @@ def test_a_damaged_one_is_named_and_the_one_before_is_used(tmp_path, capsys, nam
     else:
         flipped = content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
         path.write_bytes({"truncate": content[:middle], "flip": flipped, "empty": b""}[damage])
-    assert [found.step for found in checkpoints.usable(tmp_path)] == [1]
+    assert to_go_on_from(tmp_path) == [1]
     assert "step-0000002" in capsys.readouterr().out
 
 
@@ -73,10 +77,10 @@ def test_every_truncation_and_every_flipped_bit_is_detected(tmp_path, capsys):
         place = generator.randrange(len(content))
         flipped = content[:place] + bytes([content[place] ^ 1 << generator.randrange(8)]) + content[place + 1 :]
         path.write_bytes(content[:place] if trial < 200 else flipped)
-        assert [found.step for found in checkpoints.usable(tmp_path)] == [1], (path.name, place, trial)
+        assert to_go_on_from(tmp_path) == [1], (path.name, place, trial)
         path.write_bytes(content)
     capsys.readouterr()
-    assert [found.step for found in checkpoints.usable(tmp_path)] == [1, 2]
+    assert to_go_on_from(tmp_path) == [1, 2]
 
 
 class Boom:
@@ -152,8 +156,18 @@ def test_a_record_that_is_none_is_refused(tmp_path, record):
 def test_no_good_one_is_an_error_that_says_what_to_do(tmp_path):
     save(tmp_path, 1)
     (tmp_path / "step-0000001" / "model.safetensors").write_bytes(b"")
-    with pytest.raises(UserError, match="model.safetensors.*Delete"):
+    with pytest.raises(UserError, match="model.safetensors.*delete"):
         checkpoints.usable(tmp_path)
+
+
+def test_weights_alone_are_enough_to_use_but_not_to_go_on(tmp_path, capsys):
+    for step in (1, 2):
+        save(tmp_path, step, value=float(step))
+        (tmp_path / f"step-000000{step}" / "training.safetensors").unlink()
+    assert [found.step for found in checkpoints.usable(tmp_path)] == [1, 2] and not capsys.readouterr().out
+    with pytest.raises(UserError, match="enough to draw.*step-0000002/training.safetensors is missing.*another --run") as told:
+        checkpoints.resumable(checkpoints.usable(tmp_path))
+    assert "elete" not in str(told.value)
 
 
 @contextmanager

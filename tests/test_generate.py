@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from pipelines import generate
+from pipelines import generate, likelihood
 from pipelines.console import UserError
 from pipelines.judging.comparison import read_comparison
 from pipelines.judging.features import FIGURES, FeatureSpace, feature_space
@@ -55,6 +55,21 @@ def runs(tmp_path_factory):
 def drawn(*arguments: str, tmp_path) -> np.ndarray:
     generate.main([*arguments, "--count", "6", "--out", str(tmp_path / "x.npz"), "--device", "cpu"])
     return np.load(tmp_path / "x.npz")["arr_0"].astype(int)
+
+
+def test_weights_alone_are_enough_to_draw_and_to_compare(runs, tmp_path, capsys):
+    run = shutil.copytree(runs["mnist-vqvae"], tmp_path / "run")
+    before = drawn(str(run), tmp_path=tmp_path)
+    for path in run.glob("stage*/step-*/training.safetensors"):
+        path.unlink()
+    assert (drawn(str(run), tmp_path=tmp_path) == before).all()
+    likelihood.main([str(run), "--images", "4", "--naive", "0", "--device", "cpu"])
+    capsys.readouterr()
+    train_all(Run.open(str(run), "cpu"))
+    assert capsys.readouterr().out.count("finished, skipped") == 3
+    shutil.rmtree(max(run.glob("stage2/step-*")))
+    with pytest.raises(UserError, match="stage2 has weights, which are enough to draw"):
+        train_all(Run.open(str(run), "cpu"))
 
 
 def test_a_label_by_name_and_guidance(runs, tmp_path):

@@ -5,7 +5,8 @@
                 config.json            step, held-out terms, history
                 checksums.json         SHA-256 of each file above
 
-Nothing is read by pickle. A folder whose checksums do not fit is never used.
+The weights alone are enough to use a model; only training needs the rest. Nothing is read by pickle. A file whose checksum
+does not fit is never used.
 """
 
 import hashlib
@@ -25,6 +26,7 @@ from pipelines.files import aside, clear_partial, flush, packed, read_tensors, w
 from pipelines.training import sharding
 
 CHECKSUMS = "checksums.json"
+TRAINING = "training.safetensors"
 
 
 def fill(model: nn.Module, tensors: dict[str, Tensor], path: Path) -> None:
@@ -61,7 +63,7 @@ class Checkpoint:
         return read_tensors(self.folder / "model.safetensors")
 
     def training(self) -> dict[str, Tensor]:
-        return read_tensors(self.folder / "training.safetensors")
+        return read_tensors(self.folder / TRAINING)
 
     def load_into(self, model: nn.Module) -> None:
         """Put the weights to use into a model. Raises UserError when they are another model's."""
@@ -77,7 +79,7 @@ def save(folder: Path, record: dict[str, Any], model: dict[str, Tensor], trainin
     target = folder / f"step-{record['step']:07d}"
     contents = {
         "model.safetensors": safetensors.torch.save(packed(model)),
-        "training.safetensors": safetensors.torch.save(packed(training)),
+        TRAINING: safetensors.torch.save(packed(training)),
         "config.json": json.dumps(record).encode(),
     }
     contents[CHECKSUMS] = json.dumps({name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}).encode()
@@ -93,21 +95,30 @@ def save(folder: Path, record: dict[str, Any], model: dict[str, Tensor], trainin
     return Checkpoint(target, record)
 
 
-def check(folder: Path) -> Checkpoint:
-    """Read and verify one checkpoint folder. Raises UserError naming the file that is missing, truncated or altered."""
+def verify(folder: Path, *names: str) -> None:
+    """Raises UserError naming the file of a checkpoint that is missing, truncated or altered."""
     try:
         checksums = json.loads((folder / CHECKSUMS).read_text())
-        for name in ("model.safetensors", "training.safetensors", "config.json"):
-            if hashlib.sha256((folder / name).read_bytes()).hexdigest() != checksums[name]:
+        for name in names:
+            if hashlib.sha256((folder / name).read_bytes()).hexdigest() != checksums.get(name):
                 raise UserError(f"{folder / name} is truncated or altered: its checksum does not fit")
+    except FileNotFoundError as error:
+        raise UserError(f"{error.filename} is missing") from error
+
+
+def check(folder: Path) -> Checkpoint:
+    """Read one checkpoint folder, and verify all but the state of the training, which only training needs.
+
+    Raises UserError naming the file that is missing, truncated or altered.
+    """
+    try:
+        verify(folder, "model.safetensors", "config.json")
         found = Checkpoint(folder, json.loads((folder / "config.json").read_text()))
         history, counts = found.record.get("history", []), (found.step, found.record.get("rewinds", 0))
         counted = all(isinstance(count, int) and count >= 0 for count in counts)
         if not (counted and isinstance(history, list) and isinstance(found.loss, float)):
             raise ValueError("not a checkpoint's record")
         return found
-    except FileNotFoundError as error:
-        raise UserError(f"{error.filename} is missing") from error
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         if isinstance(error, UserError):
             raise
@@ -115,7 +126,7 @@ def check(folder: Path) -> Checkpoint:
 
 
 def usable(folder: Path) -> list[Checkpoint]:
-    """The good checkpoints of a stage, oldest first; each bad one is named and left out.
+    """The checkpoints of a stage whose weights are good, oldest first; each bad one is named and left out.
 
     Raises UserError when there are checkpoints and none is good.
     """
@@ -126,10 +137,36 @@ def usable(folder: Path) -> list[Checkpoint]:
         except UserError as error:
             bad.append(str(error))
     if bad and not good:
-        raise UserError(f"no usable checkpoint in {folder}: {'; '.join(bad)}. Delete {folder} to train this part again.")
+        raise UserError(
+            f"no usable checkpoint in {folder}: {'; '.join(bad)}. Copy the run again from where it came; or, where its data are"
+            f" here, delete {folder} to train this part again."
+        )
     for message in bad:
         say(f"warning: {message}; using {good[-1].folder.name} instead")
     return good
+
+
+def resumable(found: list[Checkpoint]) -> list[Checkpoint]:
+    """Of usable checkpoints those up to the newest that training can go on from; each one after it is named.
+
+    Raises UserError where there are some, and none has the state of its training.
+    """
+    bad = []
+    for last in range(len(found), 0, -1):
+        try:
+            verify(found[last - 1].folder, TRAINING)
+        except UserError as error:
+            bad.append(str(error))
+            continue
+        for message in bad:
+            say(f"warning: {message}; going on from {found[last - 1].folder.name} instead")
+        return found[:last]
+    if bad:
+        raise UserError(
+            f"{found[-1].folder.parent} has weights, which are enough to draw, but not the state of the optimizer, without which"
+            f" training cannot go on: {'; '.join(bad)}. Bring that file back, or train another run: train_all with another --run."
+        )
+    return []
 
 
 def best(checkpoints: list[Checkpoint]) -> Checkpoint:

@@ -213,6 +213,7 @@ def fit(
     """
     done = processes.on_first(lambda: checkpoints.usable(folder))
     if not done or done[-1].step < config.steps:
+        done = processes.on_first(lambda: checkpoints.resumable(done))
         # What has been sharded stays so; the caller's model is not.
         trained = copy.deepcopy(model) if isinstance(fabric.strategy, ModelParallelStrategy) else model
         done = Training(fabric, trained, train, held_out, config, seed, folder, label, on_nan, tracker, early).run(done)
@@ -455,7 +456,7 @@ class Training:
         raw = {name.removeprefix("model."): tensor for name, tensor in training.items() if name.startswith("model.")}
         with self.average.in_use():
             last.load_into(self.model)
-        checkpoints.fill(self.model, raw, last.folder / "training.safetensors")
+        checkpoints.fill(self.model, raw, last.folder / checkpoints.TRAINING)
         parameters = {str(index): parameter for index, parameter in enumerate(self.model.parameters())}
         found: dict[str, dict[str, Tensor]] = {}
         for key, tensor in training.items():
