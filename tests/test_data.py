@@ -19,7 +19,8 @@ from pipelines.console import UserError
 from pipelines.data import reading
 from pipelines.data.folder import Folder
 from pipelines.data.images import Binarized, ImageSet, Mirrored, Splits, split
-from pipelines.data.reading import Stored, Unreadable, content_of, images_under, read_image
+from pipelines.data.layout import images_under
+from pipelines.data.reading import Stored, Unreadable, content_of, read_image
 from pipelines.data.sets import EmbeddedDigits, TorchvisionSet
 from pipelines.data.shards import Shards, cache_name
 from pipelines.runs.config import to_dict
@@ -628,5 +629,5 @@ def test_captions_of_one_part_alone_are_refused(tmp_path):
         fill(tmp_path / part, 12)
     lines = [json.dumps({"file_name": f"{index}.png", "text": "t"}) for index in range(12)]
     (tmp_path / "test" / "captions.jsonl").write_text("\n".join(lines))
-    with pytest.raises(UserError, match="only the images for testing have captions"):
+    with pytest.raises(UserError, match="only the images for test have captions"):
         Folder(tmp_path, size=8).load()

@@ -2,23 +2,25 @@
 
 import json
 import os
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from pipelines.console import UserError
+from pipelines.console import UserError, say
 from pipelines.data.images import ImageSet, Splits
+from pipelines.data.layout import label_of, labels_in, listed, parts_of, some
 from pipelines.data.own import FEWEST_IMAGES, OwnImages
-from pipelines.data.reading import IMAGE_ENDINGS, FolderFiles, Stored, images_under, printable
+from pipelines.data.reading import IMAGE_ENDINGS, FolderFiles, Stored
 
 
 @dataclass(frozen=True)
 class Folder(OwnImages):
     """Your own images, of any size and aspect: resized and cropped to squares. Subfolders are labels.
 
-    Folders named `train` and `test` at the top are taken as the splits; else a tenth of the images is held out. A file
-    captions.jsonl in such a folder gives captions: a line {"file_name": "sub/a.png", "text": "…"} for each image.
+    Folders named `train`, `test` and perhaps `val` at the top are taken as the splits; else a tenth of the images is held
+    out. A file captions.jsonl in such a folder gives captions: a line {"file_name": "sub/a.png", "text": "…"} for each image.
     """
 
     root: Path | None = None
@@ -31,27 +33,28 @@ class Folder(OwnImages):
         if not self.root.is_dir():
             raise UserError(f"there is no folder {self.root}: give your folder of images with --data.root PATH")
         self.check()
-        parts = (
-            [self.root / "train", self.root / "test"] if all((self.root / p).is_dir() for p in ("train", "test")) else [self.root]
-        )
-        found = [images_under(part) for part in parts]
-        for part, names in zip(parts, found):
-            if len(names) < FEWEST_IMAGES:
+        left_out: Counter[str] = Counter()
+        parts = parts_of(self.root, left_out)
+        if left_out:
+            say(f"left out of {self.root}: {listed(left_out)}")
+        for part in parts.values():
+            if len(part.names) < FEWEST_IMAGES:
                 raise UserError(
-                    f"{part} holds {len(names)} images; at least {FEWEST_IMAGES} are needed ({', '.join(sorted(IMAGE_ENDINGS))})"
+                    f"{part.folder} holds {len(part.names)} images; at least {FEWEST_IMAGES} are needed"
+                    f" ({', '.join(sorted(IMAGE_ENDINGS))})"
                 )
-        label_names = sorted({label for names in found for label in map(label_of, names)})
-        if len(label_names) == 1 or "" in label_names:
-            label_names = []  # one folder of pictures, or pictures outside the labelled ones: no labels
+        label_names, why_none = labels_in([*parts.values()])
+        if why_none:
+            say(f"no labels: {why_none}")
         number = {label: index for index, label in enumerate(label_names)}
-        sets = [
-            ImageSet(
-                Stored(FolderFiles(part, names), self.channels, self.size),
-                torch.tensor([number[label_of(name)] for name in names]) if label_names else None,
-                read_captions(part, names),
+        sets = {
+            split: ImageSet(
+                Stored(FolderFiles(part.folder, part.names), self.channels, self.size),
+                torch.tensor([number[label_of(name)] for name in part.names]) if label_names else None,
+                read_captions(part.folder, part.names),
             )
-            for part, names in zip(parts, found)
-        ]
+            for split, part in parts.items()
+        }
         return self.splits(sets, str(self.root), label_names, report)
 
 
@@ -76,12 +79,6 @@ def read_captions(folder: Path, names: list[str]) -> list[str] | None:
                 ) from error
     without = [name for name in names if name not in captions]
     if without:
-        listed = ", ".join(map(printable, without[:5]))
-        raise UserError(f"{len(without)} of {len(names)} images under {folder} have no caption in {file.name}: {listed}")
+        count = f"{len(without)} of {len(names)} images"
+        raise UserError(f"{count} under {folder} have no caption in {file.name}: {some(without, 5)}")
     return [captions[name] for name in names]
-
-
-def label_of(name: str) -> str:
-    """The first folder in the name of an image; empty when there is none."""
-    first, separator, _ = name.partition(os.sep)
-    return first if separator else ""

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from pipelines.console import UserError, say
 from pipelines.data.images import ImageSet, Splits, split, with_validation
+from pipelines.data.layout import some
 from pipelines.data.reading import Stored
 from pipelines.files import write_json
 
@@ -37,14 +38,21 @@ class OwnImages:
         if self.size < 1:
             raise UserError(f"--data.size is a number of pixels above 0, not {self.size}")
 
-    def splits(self, sets: list[ImageSet], where: str, label_names: list[str], report: Path | None) -> Splits:
-        """Of the sets for training and for testing, or of one, a tenth of which is held out. Raises as `readable`, and where only
-        one set has captions."""
-        if len({images.captions is None for images in sets}) > 1:
-            raise UserError(f"of {where}, only the images for {'training' if sets[0].captions else 'testing'} have captions")
-        listed, (sets, unreadable) = sets, readable(sets, where, self.skip_unreadable, self.in_memory, report)
-        train, test = sets if len(sets) == 2 else split(sets[0], max(1, round(FOLDER_TEST_SHARE * len(sets[0]))))
-        return with_validation(train, test, label_names, listing_of(listed, unreadable, label_names))
+    def splits(self, sets: dict[str, ImageSet], where: str, label_names: list[str], report: Path | None) -> Splits:
+        """Of the sets for `train`, `test` and perhaps `validation`; or of `all`, a tenth of which is held out. Raises as
+        `readable`, and where only some sets have captions."""
+        captioned = [split for split, images in sets.items() if images.captions is not None]
+        if captioned and len(captioned) < len(sets):
+            raise UserError(f"of {where}, only the images for {' and '.join(captioned)} have captions")
+        read, unreadable = readable([*sets.values()], where, self.skip_unreadable, self.in_memory, report)
+        listing = listing_of([*sets.values()], unreadable, label_names)
+        parts = dict(zip(sets, read))
+        if "all" in parts:
+            everything = parts.pop("all")
+            parts["train"], parts["test"] = split(everything, max(1, round(FOLDER_TEST_SHARE * len(everything))))
+        if "validation" in parts:
+            return Splits(parts["train"], parts["validation"], parts["test"], label_names, listing)
+        return with_validation(parts["train"], parts["test"], label_names, listing)
 
 
 def listing_of(sets: list[ImageSet], left_out: list[dict[int, str]], label_names: list[str]) -> str:
@@ -129,7 +137,3 @@ def known_unreadable(report: Path, listing: str) -> list[dict[int, str]] | None:
         return None
     say(f"all images were read before; delete {report} to have them read again")
     return known
-
-
-def some(names: list[str]) -> str:
-    return ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")

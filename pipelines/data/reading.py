@@ -111,32 +111,6 @@ def printable(path: str) -> str:
     return os.fsencode(path).decode(errors="replace")
 
 
-def images_under(folder: Path) -> list[str]:
-    """Names of the images under a folder, relative to it, in the order of their parts. No file is looked into.
-
-    Raises UserError for a subfolder that cannot be read.
-    """
-    names: list[str] = []
-
-    def walk(inner: str) -> None:
-        try:
-            with os.scandir(os.path.join(folder, inner)) as listing:
-                entries = sorted(listing, key=lambda entry: entry.name)
-        except OSError as error:
-            raise UserError(f"the folder {printable(str(folder / inner))} cannot be read: {error.strerror}") from error
-        prefix = inner and inner + os.sep
-        for entry in entries:
-            if entry.is_dir(follow_symlinks=False):
-                walk(prefix + entry.name)
-            elif os.path.splitext(entry.name)[1].lower() in IMAGE_ENDINGS:
-                # A link is followed only when it is read: a broken one is an image that cannot be read.
-                if entry.is_symlink() or entry.is_file(follow_symlinks=False):
-                    names.append(prefix + entry.name)
-
-    walk("")
-    return names
-
-
 SAID = ("cls", "txt", "json")  # what is read of a sample beside its image
 
 

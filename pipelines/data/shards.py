@@ -34,14 +34,14 @@ class Shards(OwnImages):
         if self.urls is None:
             raise UserError("the preset webdataset needs your shards: --data.urls 'data/train-{000..099}.tar'")
         self.check()
-        patterns = [self.urls] if self.test_urls is None else [self.urls, self.test_urls]
-        found = [self.samples(pattern) for pattern in patterns]
+        patterns = {"all": self.urls} if self.test_urls is None else {"train": self.urls, "test": self.test_urls}
+        found = [self.samples(pattern) for pattern in patterns.values()]
         labels, label_names = labels_of([members for _, members in found])
-        sets = [
-            ImageSet(Stored(TarFiles(*part), self.channels, self.size), part_labels, captions_in(part[1]))
-            for part, part_labels in zip(found, labels)
-        ]
-        return self.splits(sets, " and ".join(patterns), label_names, report)
+        sets = {
+            split: ImageSet(Stored(TarFiles(*part), self.channels, self.size), part_labels, captions_in(part[1]))
+            for split, part, part_labels in zip(patterns, found, labels)
+        }
+        return self.splits(sets, " and ".join(patterns.values()), label_names, report)
 
     def samples(self, pattern: str) -> tuple[list[str], list[Member]]:
         """The local files of a pattern, and what is in them."""

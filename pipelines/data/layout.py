@@ -1,0 +1,156 @@
+"""What lies in a folder of images: which files are pictures, which folders are splits, and what is left out."""
+
+import os
+import re
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipelines.console import UserError
+from pipelines.data.reading import IMAGE_ENDINGS, printable
+
+SPLITS = {
+    "train": "train|training",
+    "test": "test|testing",
+    "validation": "val|valid|validation|dev|eval|evaluation",
+}
+"""Usual names of the folders of a split, in any case; `SUFFIX` may follow, as in train2017 or test_images."""
+SUFFIX = r"[-_ ]?(set|split|images|imgs|data|\d{4})?"
+SYSTEM = {
+    *("__macosx", "__pycache__", "@eadir", "@recycle", "@tmp", "#recycle", "#snapshot", "$recycle.bin", "lost+found"),
+    "system volume information",
+}
+"""Folders, in small letters, that systems and tools make. Names that begin with a dot are hidden in any case."""
+NOUNS = ("folder", "image", "file", "link")
+
+
+@dataclass(frozen=True)
+class Part:
+    """The images of one split. names: relative to the folder, in the order of their parts."""
+
+    folder: Path
+    names: list[str]
+
+
+def skipped(name: str) -> bool:
+    """Whether a folder's or a file's name is hidden, or a system's."""
+    return name.startswith(".") or name.lower() in SYSTEM
+
+
+def images_under(folder: Path, left_out: Counter[str] | None = None) -> list[str]:
+    """Names of the images under a folder, relative to it, in the order of their parts. No file is looked into.
+
+    left_out: takes the number of what is left out, by its kind. Raises UserError for a subfolder that cannot be read.
+    """
+    names: list[str] = []
+    left_out = Counter() if left_out is None else left_out
+
+    def walk(inner: str) -> None:
+        prefix = inner and inner + os.sep
+        for entry in entries_of(os.path.join(folder, inner)):
+            is_image = os.path.splitext(entry.name)[1].lower() in IMAGE_ENDINGS
+            if entry.is_dir(follow_symlinks=False):
+                if skipped(entry.name):
+                    left_out["hidden or system folder"] += 1
+                else:
+                    walk(prefix + entry.name)
+            # A link is followed only when it is read: a broken one is an image that cannot be read.
+            elif is_image and (entry.is_symlink() or entry.is_file(follow_symlinks=False)):
+                if skipped(entry.name):
+                    left_out["hidden image"] += 1
+                else:
+                    names.append(prefix + entry.name)
+
+    walk("")
+    return names
+
+
+def entries_of(folder: str) -> list["os.DirEntry[str]"]:
+    """What is in a folder, by name. Raises UserError where it cannot be read."""
+    try:
+        with os.scandir(folder) as listing:
+            return sorted(listing, key=lambda entry: entry.name)
+    except OSError as error:
+        raise UserError(f"the folder {printable(folder)} cannot be read: {error.strerror}") from error
+
+
+def parts_of(root: Path, left_out: Counter[str]) -> dict[str, Part]:
+    """The splits of a folder by name, train and test and perhaps validation; or all its images as `all`.
+
+    A folder that alone holds everything is entered. Without test images, those for validation are the test images.
+
+    Raises UserError where two folders are the same split, or none is for training.
+    """
+    names = images_under(root, left_out)
+    while True:
+        splits = splits_in(root)
+        first = {name.partition(os.sep)[0] for name in names if os.sep in name}
+        if not first or len(first) > 1 or any(os.sep not in name for name in names):
+            break
+        (only,) = first
+        within = [name.removeprefix(only + os.sep) for name in names]
+        if len(splits) > 1 or all(os.sep not in name for name in within):
+            break
+        root, names = root / only, within
+    if splits and {*splits} >= first and "train" not in {*splits.values()} and len(splits) > 1:
+        raise UserError(f"{root} holds {' and '.join(sorted(splits))}, but no folder for training: name it {root / 'train'}")
+    if "train" not in splits.values() or len({*splits.values()}) < 2:
+        return {"all": Part(root, names)}
+    parts: dict[str, Part] = {}
+    for folder, split in splits.items():
+        if split in parts:
+            raise UserError(f"{root} holds two folders of {split} images, {parts[split].folder.name} and {folder}: join them")
+        within = [name.removeprefix(folder + os.sep) for name in names if name.startswith(folder + os.sep)]
+        parts[split] = Part(root / folder, within)
+    beside = len(names) - sum(len(part.names) for part in parts.values())
+    if beside:
+        left_out[f"beside {' and '.join(splits)}"] += beside
+    if "test" not in parts:
+        parts["test"] = parts.pop("validation")
+    return {split: parts[split] for split in SPLITS if split in parts}
+
+
+def splits_in(folder: Path) -> dict[str, str]:
+    """The folders in a folder that are named as a split, and as which."""
+    found = {}
+    for entry in entries_of(str(folder)):
+        for split, usual in SPLITS.items():
+            if entry.is_dir() and re.fullmatch(f"({usual}){SUFFIX}", entry.name.lower()):
+                found[entry.name] = split
+    return found
+
+
+def labels_in(parts: list[Part]) -> tuple[list[str], str]:
+    """The names of the labels, the first folders in the images' names, sorted; and why there are none, or nothing.
+
+    parts: those for training first.
+    """
+    found = [set(map(label_of, part.names)) for part in parts]
+    labels = set().union(*found)
+    if labels <= {""}:
+        return [], ""
+    if "" in labels:
+        outside = [os.path.join(part.folder, name) for part in parts for name in part.names if not label_of(name)]
+        lie = f"{len(outside)} of {sum(len(part.names) for part in parts)} images lie in no subfolder"
+        return [], f"{lie}: {some(outside, 3)}"
+    if len(labels) == 1:
+        return [], f"all images lie in one subfolder, {printable(*labels)}"
+    for part, own in zip(parts, found):
+        if not own & found[0]:
+            return [], f"{part.folder} and {parts[0].folder} have no subfolder in common"
+    return sorted(labels), ""
+
+
+def label_of(name: str) -> str:
+    """The first folder in the name of an image; empty when there is none."""
+    first, separator, _ = name.partition(os.sep)
+    return first if separator else ""
+
+
+def listed(left_out: Counter[str]) -> str:
+    """As in "300 .heic, 2 linked folders"."""
+    return ", ".join(f"{n} {kind}{'s' if n > 1 and kind.endswith(NOUNS) else ''}" for kind, n in left_out.most_common())
+
+
+def some(names: list[str], count: int = 10) -> str:
+    return ", ".join(map(printable, names[:count])) + (f" and {len(names) - count} more" if len(names) > count else "")
