@@ -31,6 +31,7 @@ RECIPE
 --run NAME       name of the run, a folder under checkpoints/, or a path; the preset's name where none is given.
                  Without a PRESET, a run of that name goes on as it was begun
 --config FILE    take the config.json of any run in place of a preset
+--stage1-from RUN  take over the stage 1 of another run and train only the prior; without a PRESET, with RUN's settings
 --device {{{{auto,cpu,cuda,mps}}}}   --tracker {{{{none,csv,tensorboard,wandb}}}}   --on-nan {{{{stop,skip,rewind}}}}
 --seed, --mirror, --stage1.steps, --stage2.steps, --autoencoder.bottleneck KIND, --prior.backbone KIND, and so on:
 python -m pipelines.train_all PRESET --help   says every setting with its meaning, unit and default, and all kinds of parts"""
@@ -71,10 +72,11 @@ def parse(arguments: list[str]) -> "tuple[str, RunConfig, Options]":
 def beginning(preset_asked: str | None, arguments: list[str]) -> "tuple[str, RunConfig, list[str]]":
     """What the overrides are applied to: the run's name, the config of a preset, a file or a run, and the arguments left.
 
-    Raises UserError where both a preset and a file are named.
+    Raises UserError where both a preset and a file are named, or a run that shares a stage 1 is not.
     """
     from pipelines.runs.config import read_config
     from pipelines.runs.recipes import parts_of, preset
+    from pipelines.runs.run import Run
 
     file, left = taken("--config", arguments)
     if file is not None and preset_asked is not None:
@@ -89,6 +91,10 @@ def beginning(preset_asked: str | None, arguments: list[str]) -> "tuple[str, Run
         begun = folder_of(name) / "config.json" if name else None
         if name and begun is not None and begun.is_file():
             return name, read_config(begun), left
+        if (source := taken("--stage1-from", arguments)[0]) is not None:
+            if name is None:
+                raise UserError("--stage1-from begins a new run: name it with --run NAME")
+            return name, Run.open(source, "cpu").config, left
     asked = preset_asked or DEFAULT_PRESET
     return preset_name(*parts_of(asked)), preset(asked), left
 

@@ -18,6 +18,9 @@ class Options:
     checkpoint and go on with another data order and other noise"""
     tracker: TrackerKind = "none"
     """where curves and pictures of the training go, under RUN/track: csv, tensorboard or wandb"""
+    stage1_from: str | None = None
+    """run whose stage 1 this one takes over, by its name or path: its encoder, decoder and latents, of which the disk holds one
+    copy. Only the prior is trained"""
     strategy: Literal["ddp", "fsdp"] = "ddp"
     """under torchrun, what each process holds of the prior in training: ddp all of it, fsdp a share of its weights, gradients
     and optimizer (FSDP2), for a prior larger than one device trains"""

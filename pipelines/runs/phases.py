@@ -9,11 +9,12 @@ from torch import Tensor
 from pipelines.console import UserError, say
 from pipelines.data import captions
 from pipelines.data.images import Splits
-from pipelines.runs.dataset import examples_of, load_data, write_facts
+from pipelines.runs.dataset import examples_of, load_data, refuse_other_images, write_facts
 from pipelines.runs.latents import encode, encode_training
 from pipelines.runs.options import DEFAULTS, Options
 from pipelines.runs.parts import EARLY_PRIOR, follow, new_autoencoder, new_prior, specs_of
 from pipelines.runs.run import Run
+from pipelines.runs.sharing import check_source, share_stage1
 from pipelines.training.config import OnNan
 from pipelines.training.devices import devices
 from pipelines.training.fit import fit
@@ -32,13 +33,20 @@ def train(run: Run, options: Options = DEFAULTS) -> Splits:
     prior_fabric = devices(options.device, run.config.precision, sharded) if sharded else run.fabric
     if isinstance(run.condition, Caption):  # what is missing is said before hours of training, not after
         captions.library()
+    source = None if options.stage1_from is None else Run.open(options.stage1_from, options.device)
+    if source is not None:
+        check_source(run, source)
     splits = load_data(run)
+    if source is not None:
+        refuse_other_images(source, splits)
     autoencoder = new_autoencoder(run, splits.image_shape)
     prior = new_prior(run, specs_of(autoencoder), len(splits.label_names))
     if run.config.refine is not None:
         check_refining(run, autoencoder, prior)
     with run.locked():  # only now: a config that cannot be built leaves nothing behind
         write_facts(run, splits)
+        if source is not None:
+            share_stage1(run, source)
         say(f"{run.folder}: {len(splits.train)} training, {len(splits.validation)} validation, {len(splits.test)} test images")
         phases = Phases(run, splits, options.on_nan, tracking)
         phases.train_autoencoder(autoencoder)
