@@ -10,7 +10,7 @@ from pathlib import Path
 
 from pipelines import processes
 from pipelines.console import UserError, say
-from pipelines.files import beside
+from pipelines.files import aside
 from pipelines.runs.config import differences, to_dict
 from pipelines.runs.parts import finished
 from pipelines.runs.run import FREE, Run
@@ -50,10 +50,11 @@ def share_stage1(run: Run, source: Run) -> None:
         for checkpoint in checkpoints.usable(source.folder / "stage1"):
             target = run.folder / "stage1" / checkpoint.folder.name
             if not target.exists():  # whole or not at all, as a checkpoint is written
-                shutil.rmtree(beside(target), ignore_errors=True)
-                for path in checkpoint.folder.iterdir():
-                    link(path, beside(target) / path.name)
-                os.rename(beside(target), target)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                with aside(target, folder=True) as made:
+                    for path in checkpoint.folder.iterdir():
+                        link(path, made / path.name)
+                    os.rename(made, target)
         say(f"stage 1: that of {source.folder}")
 
     processes.on_first(share)
