@@ -17,10 +17,11 @@ from webdataset import TarWriter
 from pipelines import files
 from pipelines.console import UserError
 from pipelines.data import reading
+from pipelines.data.decoding import Unreadable, read_image
 from pipelines.data.folder import Folder
 from pipelines.data.images import Binarized, ImageSet, Mirrored, Splits, split
 from pipelines.data.layout import images_under
-from pipelines.data.reading import Stored, Unreadable, content_of, read_image
+from pipelines.data.reading import Stored, content_of
 from pipelines.data.sets import EmbeddedDigits, TorchvisionSet
 from pipelines.data.shards import Shards, cache_name
 from pipelines.runs.config import to_dict

@@ -1,14 +1,17 @@
 """Folders and shards as people have them: what is read, what is left out, and what is said of it."""
 
+import io
 import re
+import tarfile
 from pathlib import Path
 
 import pytest
-from PIL import Image
+from PIL import Image, features
 
 from pipelines.console import UserError
 from pipelines.data.folder import Folder
 from pipelines.data.images import Splits
+from pipelines.data.shards import Shards
 
 
 def fill(folder: Path, count: int = 12, first: int = 0, ending: str = "png") -> None:
@@ -108,3 +111,108 @@ def test_hidden_and_system_folders_are_no_classes(tmp_path, capsys):
     splits = loaded(tmp_path)
     assert splits.label_names == ["circle", "square"] and sum(splits.sizes.values()) == 24
     assert f"left out of {tmp_path}: 5 hidden or system folders, 1 hidden image\n" in capsys.readouterr().out
+
+
+# What is left out
+
+
+def test_linked_folders_are_followed_once(tmp_path, capsys):
+    labelled(tmp_path / "elsewhere")
+    root = tmp_path / "images"
+    fill(root / "star")
+    for name in ("circle", "square"):
+        (root / name).symlink_to(tmp_path / "elsewhere" / name)
+    (root / "star" / "round").symlink_to(root)
+    (tmp_path / "elsewhere" / "circle" / "again").symlink_to(tmp_path / "elsewhere")
+    (root / "again").symlink_to(root / "star")
+    splits = loaded(root)
+    assert splits.label_names == ["circle", "square", "star"] and sum(splits.sizes.values()) == 36
+    assert "left out of" in (said := capsys.readouterr().out) and "3 linked folders" in said
+
+
+def test_endings_that_are_not_read_are_said(tmp_path, capsys):
+    fill(tmp_path)
+    for name in ("a.heic", "b.HEIC", "notes.txt", "LICENSE", "captions.jsonl.gz", ".DS_Store", "Thumbs.db"):
+        (tmp_path / name).write_bytes(b"something")
+    assert sum(loaded(tmp_path).sizes.values()) == 12
+    assert f"left out of {tmp_path}: 2 .heic, 1 unknown file, 1 .gz, 1 .txt\n" in capsys.readouterr().out
+
+
+def test_images_of_other_endings_or_none_are_read(tmp_path):
+    fill(tmp_path)
+    content = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(content, "JPEG")
+    for name in ("a.jfif", "b.jpe", "d41d8cd98f00b204"):
+        (tmp_path / name).write_bytes(content.getvalue())
+    if features.check("avif"):
+        Image.new("RGB", (8, 8)).save(tmp_path / "a.avif")
+    assert sum(loaded(tmp_path).sizes.values()) == 15 + features.check("avif")
+
+
+# Shards
+
+
+def png(index: int) -> bytes:
+    content = io.BytesIO()
+    Image.new("RGB", (8, 8), (index, 10, 20)).save(content, "PNG")
+    return content.getvalue()
+
+
+def tar(path: Path, files: list[tuple[str, bytes | str]]) -> str:
+    """files: names, and what they hold, or the name that they are a hard link to."""
+    with tarfile.open(path, "w") as written:
+        for name, content in files:
+            member = tarfile.TarInfo(name)
+            if isinstance(content, str):
+                member.type, member.linkname = tarfile.LNKTYPE, content
+                written.addfile(member)
+            else:
+                member.size = len(content)
+                written.addfile(member, io.BytesIO(content))
+    return str(path)
+
+
+def reds(splits: Splits) -> list[int]:
+    return sorted(int(red) for part in (splits.train, splits.validation, splits.test) for red in part.images[:, 0, 4, 4])
+
+
+IMAGES = [(f"{i:02d}.png", png(i)) for i in range(20)]
+LABELS = [(f"{i:02d}.cls", str(i % 2).encode()) for i in range(20)]
+CAPTIONS = [(f"{i:02d}.txt", b"a drawing") for i in range(20)]
+
+
+@pytest.mark.parametrize("kind", ["unsorted", "concatenated", "dots", "linked", "same name"])
+def test_shards_of_any_order_and_names_are_read(tmp_path, capsys, kind):
+    def dotted(files):
+        return [(f"photo.{name}", content) for name, content in files]
+
+    files = {
+        "unsorted": IMAGES + LABELS + CAPTIONS,
+        "concatenated": IMAGES[:12] + LABELS[:12] + CAPTIONS[:12],
+        "dots": dotted(IMAGES + LABELS + CAPTIONS),
+        "linked": IMAGES + LABELS + CAPTIONS + [("20.png", "07.png"), ("20.cls", b"1"), ("20.txt", b"a drawing")],
+        "same name": [(name.replace(name[:2], "x"), c) for row in zip(IMAGES, LABELS, CAPTIONS) for name, c in row],
+    }
+    path = Path(tar(tmp_path / "0.tar", files[kind]))
+    if kind == "concatenated":
+        second = Path(tar(tmp_path / "1.tar", IMAGES[12:] + LABELS[12:] + CAPTIONS[12:]))
+        path.write_bytes(path.read_bytes() + second.read_bytes())
+    splits = Shards(str(path), size=8).load()
+    assert reds(splits) == sorted([*range(20), *([7] if kind == "linked" else [])])
+    assert splits.label_names == ["0", "1"] and splits.train.captions == ["a drawing"] * len(splits.train)
+    for part in (splits.train, splits.test):
+        assert (part.images[:, 0, 4, 4] % 2 == part.labels).all()
+    assert ("19 samples whose name is that of another" in capsys.readouterr().out) == (kind == "same name")
+
+
+def test_samples_that_lack_a_part_are_said(tmp_path, capsys):
+    files = IMAGES + LABELS[1:] + CAPTIONS[2:] + [("98.cls", b"0"), ("03.mask.png", png(0)), ("99.png", "nowhere.png")]
+    splits = Shards(tar(tmp_path / "0.tar", files), size=8).load()
+    assert reds(splits) == [*range(20)] and splits.train.labels is None and splits.train.captions is None
+    said = capsys.readouterr().out
+    for line in (
+        "left out of .*0.tar: 1 broken link, 1 .mask.png, 1 imageless sample",
+        "no labels: 1 of 20 samples have no cls: 00",
+        "no captions: 2 of 20 samples have neither txt nor json with one: 00, 01",
+    ):
+        assert re.search(line, said), said

@@ -9,10 +9,11 @@ from pathlib import Path
 import torch
 
 from pipelines.console import UserError, say
+from pipelines.data.decoding import IMAGE_ENDINGS
 from pipelines.data.images import ImageSet, Splits
 from pipelines.data.layout import label_of, labels_in, listed, parts_of, some
 from pipelines.data.own import FEWEST_IMAGES, OwnImages
-from pipelines.data.reading import IMAGE_ENDINGS, FolderFiles, Stored
+from pipelines.data.reading import FolderFiles, Stored
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipelines.console import UserError
-from pipelines.data.reading import IMAGE_ENDINGS, printable
+from pipelines.data.decoding import IMAGE_ENDINGS
+from pipelines.data.reading import printable
 
 SPLITS = {
     "train": "train|training",
@@ -21,7 +22,10 @@ SYSTEM = {
     "system volume information",
 }
 """Folders, in small letters, that systems and tools make. Names that begin with a dot are hidden in any case."""
-NOUNS = ("folder", "image", "file", "link")
+NO_PICTURES = {"captions.jsonl", "thumbs.db", "desktop.ini"}
+BEGINNINGS = (b"\x89PNG\r\n", b"\xff\xd8\xff", b"GIF8", b"II*\0", b"MM\0*")
+NOUNS = ("folder", "image", "file", "link", "sample")
+LISTED = 6  # kinds of what is left out, of which a line tells
 
 
 @dataclass(frozen=True)
@@ -38,31 +42,56 @@ def skipped(name: str) -> bool:
 
 
 def images_under(folder: Path, left_out: Counter[str] | None = None) -> list[str]:
-    """Names of the images under a folder, relative to it, in the order of their parts. No file is looked into.
+    """Names of the images under a folder, relative to it, in the order of their parts. No file is looked into but those
+    whose name has no ending.
 
-    left_out: takes the number of what is left out, by its kind. Raises UserError for a subfolder that cannot be read.
+    Links to folders are followed, unless they lead to what is walked through already. left_out: takes the number of what is
+    left out, by its kind. Raises UserError for a subfolder that cannot be read.
     """
     names: list[str] = []
     left_out = Counter() if left_out is None else left_out
 
-    def walk(inner: str) -> None:
+    def walk(inner: str, roots: list[str]) -> None:
+        """roots: where the folder that is walked, and the links on the way here, really lie."""
         prefix = inner and inner + os.sep
         for entry in entries_of(os.path.join(folder, inner)):
-            is_image = os.path.splitext(entry.name)[1].lower() in IMAGE_ENDINGS
-            if entry.is_dir(follow_symlinks=False):
+            ending = os.path.splitext(entry.name)[1].lower()
+            if entry.is_dir():
+                linked = [os.path.realpath(entry.path)] if entry.is_symlink() else []
                 if skipped(entry.name):
                     left_out["hidden or system folder"] += 1
+                elif any(within(a, b) or within(b, a) for a in linked for b in roots):
+                    left_out["linked folder"] += 1
                 else:
-                    walk(prefix + entry.name)
+                    walk(prefix + entry.name, roots + linked)
             # A link is followed only when it is read: a broken one is an image that cannot be read.
-            elif is_image and (entry.is_symlink() or entry.is_file(follow_symlinks=False)):
+            elif not (entry.is_symlink() or entry.is_file(follow_symlinks=False)) or entry.name.lower() in NO_PICTURES:
+                continue
+            elif ending in IMAGE_ENDINGS or not ending and begins_as_image(entry.path):
                 if skipped(entry.name):
                     left_out["hidden image"] += 1
                 else:
                     names.append(prefix + entry.name)
+            elif not skipped(entry.name):
+                left_out[ending or "unknown file"] += 1
 
-    walk("")
+    walk("", [os.path.realpath(folder)])
     return names
+
+
+def within(path: str, folder: str) -> bool:
+    """Whether a path is a folder, or leads into it."""
+    return f"{path}{os.sep}".startswith(f"{folder.rstrip(os.sep)}{os.sep}")
+
+
+def begins_as_image(path: str) -> bool:
+    """Whether a file begins with the bytes of a format that is read."""
+    try:
+        with open(path, "rb") as file:
+            begin = file.read(16)
+    except OSError:
+        return False
+    return begin.startswith(BEGINNINGS) or begin[:4] == b"RIFF" and begin[8:12] == b"WEBP"
 
 
 def entries_of(folder: str) -> list["os.DirEntry[str]"]:
@@ -148,8 +177,11 @@ def label_of(name: str) -> str:
 
 
 def listed(left_out: Counter[str]) -> str:
-    """As in "300 .heic, 2 linked folders"."""
-    return ", ".join(f"{n} {kind}{'s' if n > 1 and kind.endswith(NOUNS) else ''}" for kind, n in left_out.most_common())
+    """As in "300 .heic, 2 hidden or system folders"."""
+    kinds = left_out.most_common()
+    told = [f"{count} {kind}{'s' if count > 1 and kind.endswith(NOUNS) else ''}" for kind, count in kinds[:LISTED]]
+    more = sum(count for _, count in kinds[LISTED:])
+    return ", ".join(told) + (f" and {more} more" if more else "")
 
 
 def some(names: list[str], count: int = 10) -> str:

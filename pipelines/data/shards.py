@@ -3,16 +3,19 @@
 import hashlib
 import json
 import re
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from pipelines.console import UserError
+from pipelines.console import UserError, say
 from pipelines.data.images import ImageSet, Splits
+from pipelines.data.layout import listed, some
 from pipelines.data.own import FEWEST_IMAGES, OwnImages
-from pipelines.data.reading import Member, Stored, TarFiles, members_of
+from pipelines.data.reading import Stored
+from pipelines.data.tars import Member, TarFiles, members_of
 
 
 @dataclass(frozen=True)
@@ -62,7 +65,13 @@ class Shards(OwnImages):
                 paths.append(cache.get_file(url) if REMOTE.match(url) else url.removeprefix("file://").removeprefix("file:"))
             except (OSError, ValueError) as error:
                 raise UserError(f"the shard {url} cannot be copied to {self.cache}/ ({error})") from error
-        members = members_of(paths, base_plus_ext)
+        left_out: Counter[str] = Counter()
+        members = members_of(paths, base_plus_ext, left_out)
+        if left_out:
+            say(f"left out of {pattern}: {listed(left_out)}")
+        repeated = len(members) - len({(member.shard, member.key) for member in members})
+        if repeated:
+            say(f"{pattern} holds {repeated} samples whose name is that of another in the same shard: all are used")
         if len(members) < FEWEST_IMAGES:
             raise UserError(f"{pattern} holds {len(members)} images; at least {FEWEST_IMAGES} are needed")
         return paths, members
@@ -82,7 +91,11 @@ def labels_of(parts: list[list[Member]]) -> tuple[list[Tensor | None], list[str]
 
     Nor are there any where all have the same, which says nothing.
     """
-    if not all("cls" in member.said for members in parts for member in members):
+    without = [member.key for members in parts for member in members if "cls" not in member.said]
+    total = sum(map(len, parts))
+    if 0 < len(without) < total:
+        say(f"no labels: {len(without)} of {total} samples have no cls: {some(without, 3)}")
+    if without:
         return [None for _ in parts], []
     texts = [[member.said["cls"].decode(errors="replace").strip() for member in members] for members in parts]
     known = {text for part in texts for text in part}
@@ -95,14 +108,17 @@ def labels_of(parts: list[list[Member]]) -> tuple[list[Tensor | None], list[str]
 
 def captions_in(members: list[Member]) -> list[str] | None:
     """What the samples' txt says, or the `caption` of their json; None unless all have one."""
-    captions = []
-    for member in members:
-        caption = member.said.get("txt")
-        if caption is None:
-            try:
-                captions.append(str(json.loads(member.said["json"])["caption"]))
-            except (ValueError, KeyError, TypeError):
-                return None
-        else:
-            captions.append(caption.decode(errors="replace").strip())
-    return captions
+    captions = [caption_in(member) for member in members]
+    without = [member.key for member, caption in zip(members, captions) if caption is None]
+    if 0 < len(without) < len(members):
+        say(f"no captions: {len(without)} of {len(members)} samples have neither txt nor json with one: {some(without, 3)}")
+    return None if without else [caption for caption in captions if caption is not None]
+
+
+def caption_in(member: Member) -> str | None:
+    if "txt" in member.said:
+        return member.said["txt"].decode(errors="replace").strip()
+    try:
+        return str(json.loads(member.said["json"])["caption"])
+    except (ValueError, KeyError, TypeError):
+        return None

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pipelines import processes
 from pipelines.console import UserError, nearest, say
-from pipelines.data.reading import Unreadable, read_image
+from pipelines.data.decoding import Unreadable, read_image
 from pipelines.runs.names import Pixels
 from pipelines.runs.sampling import pixel_noise
 from stage1_vae.autoencoder import Autoencoder

@@ -1,0 +1,158 @@
+"""Tar files of samples, as WebDataset has them: which images are in them, and what else a sample says."""
+
+import io
+import os
+import posixpath
+import tarfile
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import BinaryIO, NamedTuple
+
+import numpy as np
+
+from pipelines.console import Progress, UserError
+from pipelines.data.decoding import IMAGE_ENDINGS
+from pipelines.data.reading import printable
+
+SAID = ("cls", "txt", "json")  # what is read of a sample beside its image
+SplitName = Callable[[str], tuple[str | None, str | None]]
+CHUNK = 2**20  # bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """Where the image of one sample lies in a list of tar files, and what else its sample says."""
+
+    key: str
+    shard: int
+    offset: int
+    size: int
+    said: dict[str, bytes]
+
+
+class TarFiles:
+    """Members of tar files that are not compressed, read where they lie."""
+
+    def __init__(self, paths: list[str], members: list[Member]):
+        self.paths, self.names = paths, [member.key for member in members]
+        self.shards, self.offsets, self.sizes = (
+            np.array([(m.shard, m.offset, m.size) for m in members], np.int64).reshape(-1, 3).T
+        )
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def name(self, index: int) -> str:
+        return printable(f"{self.paths[self.shards[index]]}: {self.names[index]}")
+
+    def open(self, index: int) -> BinaryIO:
+        with open(self.paths[self.shards[index]], "rb") as file:
+            file.seek(self.offsets[index])
+            return io.BytesIO(file.read(self.sizes[index]))
+
+
+class Entry(NamedTuple):
+    """A file in a tar file: where it lies, in bytes, and what it holds where that is a label or a caption."""
+
+    name: str
+    offset: int
+    size: int
+    content: bytes
+
+
+def members_of(paths: list[str], split_name: SplitName, left_out: Counter[str]) -> list[Member]:
+    """The samples with an image in WebDataset shards, in the order in which they begin there. No image is read.
+
+    split_name: into the key of the sample and the kind; left_out: takes the number of what is left out, by its kind. Raises
+    UserError for a file that is not a tar file, is compressed, or is cut off.
+    """
+    found: list[Member] = []
+    with Progress("reading the index of the shards", len(paths), "shards") as progress:
+        for shard, path in enumerate(paths):
+            try:
+                entries = [*entries_of(path, left_out)]
+            except (OSError, tarfile.TarError, ValueError) as error:
+                raise UserError(
+                    f"{path} cannot be read as a tar file without compression ({error}). Mend or remove it, or copy it again."
+                ) from error
+            members, others = samples(entries, shard, split_name)
+            if not members:  # keys with dots in them
+                members, others = samples(entries, shard, posixpath.splitext)
+            found += members
+            left_out.update(others)
+            progress.update(1)
+    return found
+
+
+def entries_of(path: str, left_out: Counter[str]) -> Iterator[Entry]:
+    """The files in a tar file, or in several that were written one after the other into one file; links as what they name."""
+    places: dict[str, Entry] = {}
+    length = os.path.getsize(path)
+    begin: int | None = 0
+    with open(path, "rb") as file:
+        while begin is not None:
+            file.seek(begin)
+            with tarfile.open(fileobj=file, mode="r:") as tar:
+                for member in tar:
+                    tar.members = []  # type: ignore[attr-defined]  # which it would keep
+                    if member.isreg():
+                        said = member.name.rpartition(".")[2].lower() in SAID
+                        content = tar.extractfile(member) if said else None
+                        found = Entry(member.name, member.offset_data, member.size, content.read() if content else b"")
+                    elif member.islnk() or member.issym():
+                        within = posixpath.dirname(member.name) if member.issym() else ""
+                        target = places.get(posixpath.normpath(posixpath.join(within, member.linkname)))
+                        if target is None:
+                            left_out["broken link"] += 1
+                            continue
+                        found = target._replace(name=member.name)
+                    else:
+                        continue
+                    places[posixpath.normpath(member.name)] = found
+                    yield found
+                end = tar.offset
+            file.seek(end)  # the library stops without a word at anything that is not a member
+            if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+                raise ValueError(f"damaged or cut off at byte {end}")
+            begin = after_zeros(file, length)
+
+
+def after_zeros(file: BinaryIO, length: int) -> int | None:
+    """Where the first block with content begins, from here on; None where there is none."""
+    while (begin := file.tell()) < length:
+        blocks = file.read(CHUNK)
+        if content := blocks.lstrip(b"\0"):
+            return begin + (len(blocks) - len(content)) // tarfile.BLOCKSIZE * tarfile.BLOCKSIZE
+    return None
+
+
+def samples(entries: list[Entry], shard: int, split_name: SplitName) -> tuple[list[Member], Counter[str]]:
+    """Of one shard, in whatever order its files come; and what is left out. A name that comes again begins another sample."""
+    everything: list[dict[str, Entry]] = []
+    current: dict[str, dict[str, Entry]] = {}
+    keys: list[str] = []
+    left_out: Counter[str] = Counter()
+    for entry in entries:
+        key, kind = split_name(entry.name)
+        if not key or not kind or posixpath.basename(key).startswith("."):
+            continue
+        kind = kind.lower().lstrip(".")
+        if key not in current or kind in current[key]:
+            current[key] = {}
+            everything.append(current[key])
+            keys.append(key)
+        current[key][kind] = entry
+        if f".{kind}" not in IMAGE_ENDINGS and kind not in SAID:
+            left_out[f".{kind}"] += 1
+    found = []
+    for key, sample in zip(keys, everything):
+        images = [entry for kind, entry in sample.items() if f".{kind}" in IMAGE_ENDINGS]
+        if not images:
+            left_out["imageless sample"] += 1
+            continue
+        if len(images) > 1:
+            left_out["second image"] += len(images) - 1
+        said = {kind: entry.content for kind, entry in sample.items() if kind in SAID}
+        found.append(Member(key, shard, images[-1].offset, images[-1].size, said))
+    return found, left_out
