@@ -2,13 +2,14 @@
 
 import difflib
 import errno
+import io
 import os
 import signal
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
-from typing import SupportsFloat
+from typing import ClassVar, SupportsFloat, TextIO
 
 from tqdm import tqdm
 
@@ -24,6 +25,8 @@ def first_process() -> bool:
 
 SPEAKING_SECONDS = 5.0
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS)
+UNREAD = (errno.EPIPE, errno.EIO)  # the reader of a pipe has ended; the terminal is gone
+SIGPIPE = getattr(signal, "SIGPIPE", 13)
 PATH = (errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG)
 
 
@@ -40,16 +43,22 @@ class Stopped(Exception):
 
 
 class Signals:
-    """While entered, the first SIGTERM, SIGINT or SIGUSR1 (a cluster's warning) is only noted; a second one acts as ever."""
+    """While entered, the first SIGTERM, SIGINT, SIGUSR1 (a cluster's warning) or SIGHUP (a closed terminal) is only noted.
 
-    NAMES = ("SIGTERM", "SIGINT", "SIGUSR1")  # the last is not everywhere
+    So is that nobody reads the output any more (SIGPIPE). A second one acts as ever. What is ignored, as under nohup, stays so.
+    """
+
+    NAMES = ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP")  # the last two are not everywhere
     NOTED = tuple(getattr(signal, name) for name in NAMES if hasattr(signal, name))
+    entered: ClassVar["Signals | None"] = None
 
     def __enter__(self) -> "Signals":
         self.received: int | None = None
         self.before = {}
+        Signals.entered = self
         if threading.current_thread() is threading.main_thread():  # Python lets no other thread handle signals
-            self.before = {number: signal.signal(number, self.note) for number in self.NOTED}
+            heeded = [number for number in self.NOTED if signal.getsignal(number) is not signal.SIG_IGN]
+            self.before = {number: signal.signal(number, self.note) for number in heeded}
         return self
 
     def note(self, number: int, frame: object) -> None:
@@ -57,6 +66,7 @@ class Signals:
         self.__exit__()
 
     def __exit__(self, *_: object) -> None:
+        Signals.entered = None
         for number, handler in self.before.items():
             signal.signal(number, handler)
 
@@ -84,10 +94,14 @@ def check_seed(seed: int) -> None:
 
 def run_command(main: Callable[[], None]) -> None:
     """Run an entry point; a user's mistake, a full disk or a bad path is one sentence and exit code 2, a signal 128 + it."""
+    prepare_output()
     try:
         main()
     except UserError as error:
         sys.exit(fail(str(error)))
+    except BrokenPipeError:  # of a print
+        unread(sys.stdout)
+        sys.exit(128 + SIGPIPE)
     except OSError as error:
         if error.errno not in DISK + PATH:
             raise
@@ -110,17 +124,46 @@ def fail(message: str) -> int:
 def last_words(message: str) -> None:
     """Before a process ends: printed once a machine, since a missing folder or device can be a matter of one."""
     if not under_torchrun() or os.environ["LOCAL_RANK"] == "0":
-        print(message, file=sys.stderr, flush=True)
+        try:
+            print(message, file=sys.stderr, flush=True)
+        except OSError:
+            unread(sys.stderr)
     else:
         time.sleep(SPEAKING_SECONDS)  # torchrun ends all processes as soon as one ends: not this one first
 
 
+def prepare_output() -> None:
+    """A stream that is closed is one that nobody reads; what a terminal cannot show is shown as a question mark."""
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
+
+
+def unread(stream: TextIO) -> None:
+    """Nobody reads a stream any more: what else is written to it goes nowhere."""
+    with open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), stream.fileno())
+
+
 def say(message: str) -> None:
-    """One line for the person, and for the log."""
+    """One line for the person, and for the log.
+
+    Raises Stopped where nobody reads it any more; a training goes on to its next checkpoint first.
+    """
     if not first_process():
         return
-    tqdm.write(message, file=sys.stdout)
-    sys.stdout.flush()
+    try:
+        tqdm.write(message, file=sys.stdout)
+        sys.stdout.flush()
+    except OSError as error:
+        if error.errno not in UNREAD:
+            raise
+        unread(sys.stdout)
+        if Signals.entered is None:
+            raise Stopped("nobody reads the output any more; the same command does the rest", SIGPIPE) from error
+        Signals.entered.note(SIGPIPE, None)
 
 
 class Progress:

@@ -12,7 +12,7 @@ import torch
 from lightning_fabric import Fabric
 from torch import nn
 
-from pipelines.console import Stopped, UserError
+from pipelines.console import Signals, Stopped, UserError, say
 from pipelines.files import read_tensors
 from pipelines.training import checkpoints
 from pipelines.training import fit as fitting
@@ -297,23 +297,41 @@ def test_rewinding_ends_when_it_does_not_help(tmp_path, capsys):
     assert [found.step for found in checkpoints.usable(tmp_path)] == [4]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
-def test_a_signal_saves_and_the_run_goes_on_as_if_never_stopped(tmp_path, number):
+@contextlib.contextmanager
+def unread_output():
+    """Standard output is a pipe whose reader has ended, as of `train_all | head`."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as output, contextlib.redirect_stdout(output):
+        yield
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP, signal.SIGPIPE])
+def test_a_signal_or_an_end_of_the_output_saves_and_the_run_goes_on_as_if_never_stopped(tmp_path, number):
     _, whole = train(tmp_path / "whole")
 
     class Signalled(Noisy):
         def forward(self, x, progress=0.0):
             if self.training and round(progress * CONFIG.steps) == 5:
-                os.kill(os.getpid(), number)
+                say("a line") if number == signal.SIGPIPE else os.kill(os.getpid(), number)
             return super().forward(x, progress)
 
-    handler = signal.getsignal(number)
-    with pytest.raises(Stopped, match="saved at test, step 6 of 12") as stopped:
+    handler = signal.SIG_IGN if number == signal.SIGPIPE else signal.default_int_handler
+    before = signal.signal(number, handler)
+    with pytest.raises(Stopped, match="saved at test, step 6 of 12") as stopped, unread_output():
         train(tmp_path / "stopped", model=Signalled())
-    assert stopped.value.signal == number and signal.getsignal(number) == handler
+    assert stopped.value.signal == number and signal.signal(number, before) == handler
     assert [c.step for c in checkpoints.usable(tmp_path / "stopped")] == [4, 6]
     _, resumed = train(tmp_path / "stopped")
     assert_equal(whole, resumed)
+
+
+def test_a_signal_that_is_ignored_stays_so(tmp_path):
+    """As of a closed terminal, under nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    with Signals() as signals:
+        os.kill(os.getpid(), signal.SIGHUP)
+    assert signals.received is None and signal.signal(signal.SIGHUP, before) == signal.SIG_IGN
 
 
 def test_seeds_differ():

@@ -1,0 +1,36 @@
+"""What a person sees, on any terminal and without one."""
+
+import io
+import os
+import subprocess
+import sys
+
+import pytest
+
+from pipelines.console import run_command, say
+
+SPEAKS = "from pipelines.console import run_command, say; run_command(lambda: [say('4×4 images'), say('done')])"
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
+def test_what_a_terminal_cannot_show_is_replaced(monkeypatch, encoding):
+    shown = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(shown, encoding))
+    run_command(lambda: say("4×4, 猫, \udcff"))
+    cat = "猫" if encoding == "utf-8" else "?"
+    assert shown.getvalue().decode(encoding) == f"4{'?' if encoding == 'ascii' else '×'}4, {cat}, ?\n"
+
+
+@pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&- <&-"])
+def test_without_an_output_the_work_is_done(tmp_path, closed):
+    script = SPEAKS.replace("say('done')", f"open({str(tmp_path / 'done')!r}, 'w').close()")
+    done = subprocess.run(f'"{sys.executable}" -c "{script}" {closed}', shell=True, capture_output=True, text=True)
+    assert done.returncode == 0 and "Traceback" not in done.stderr and (tmp_path / "done").exists()
+
+
+def test_where_nobody_reads_the_output_a_command_ends_as_others_do():
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run([sys.executable, "-c", SPEAKS], stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    assert done.returncode == 141 and "Traceback" not in done.stderr and "BrokenPipeError" not in done.stderr
