@@ -61,19 +61,17 @@ def compare_runs(asked: Arguments) -> None:
         raise UserError(f"runs on one page have names of their own, not {', '.join(names)}: rename a folder, or leave one out")
     for run in runs:
         check_finished(run)
-    sections, comparisons = [], {}
+    reports = {}
     for run in runs:
         judging = run.config.metrics
         for name, value in vars(asked.metrics).items():
             judging = judging if value is None else replace(judging, **{name: value})
         with run.locked():
-            comparison, section = write_report(run, load_data(run), judging, asked.seed)
-        sections.append(section)
-        comparisons[run.folder.name] = comparison
-        say(f"{run.folder.name}\n{table(comparison)}")
+            report = reports[run.folder.name] = write_report(run, load_data(run), judging, asked.seed)
+        say(f"{run.folder.name}\n{table(report.comparison)}")
         say(f"page, picture and figures: {report_folder(run, judging, asked.seed)}")
     if len(runs) > 1:
-        write_together(asked.out, sections, comparisons)
+        write_together(asked.out, reports)
 
 
 if __name__ == "__main__":

@@ -58,6 +58,10 @@ class Prior(nn.Module, ABC):
     def estimate(self, dataset: LatentDataset) -> None:
         """Fit what is not trained by gradient. N(0, I) has nothing to fit."""
 
+    def fitted_numbers(self) -> int:
+        """How many numbers are trained or fitted."""
+        return sum(parameter.numel() for parameter in self.parameters())
+
 
 def only(levels: list[T]) -> T:
     """The single level of a one-level prior."""
@@ -134,6 +138,11 @@ class GaussianMixturePrior(Prior):
         covariances = torch.from_numpy(mixture.covariances_)
         self.factors[:components] = (torch.linalg.cholesky(covariances) if self.full else covariances.sqrt()).to(self.factors)
 
+    def fitted_numbers(self) -> int:
+        dimensions = self.means.shape[1]
+        scales = dimensions * (dimensions + 1) // 2 if self.full else dimensions
+        return self.components * (1 + dimensions + scales) - 1  # weights sum to one
+
     def log_prob(self, levels: list[Tensor], contexts: Tensor | None = None) -> Tensor:
         value = only(levels).flatten(1)
         per_component = []
@@ -184,6 +193,9 @@ class IndependentCodes(Prior):
                 for codes in posterior["codes"].long().split(1000):
                     counts += torch.bincount((cells + codes).flatten(), minlength=table.numel()).view_as(table)
                 table.copy_((counts / counts.sum(-1, keepdim=True)).log())
+
+    def fitted_numbers(self) -> int:
+        return sum(table[..., 1:].numel() for table in self.tables()) if self.fitted else 0
 
     def log_prob(self, levels: list[Tensor], contexts: Tensor | None = None) -> Tensor:
         total = torch.zeros(len(levels[0]), device=levels[0].device)

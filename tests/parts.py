@@ -149,7 +149,7 @@ def trained_run(folder: Path, name: str, **parts) -> Run:
 
 def compared(run: Run, splits: Splits, seed: int = 0) -> Comparison:
     """The comparison that the run's config asks for, made anew."""
-    return write_report(run, splits, run.config.metrics, seed)[0]
+    return write_report(run, splits, run.config.metrics, seed).comparison
 
 
 def jacobian(function, inputs: Tensor) -> Tensor:

@@ -17,8 +17,12 @@ from pipelines.judging.comparison import from_dict
 from pipelines.judging.features import FIGURES
 from pipelines.pages.report import train_all
 from pipelines.pages.words import between_runs
+from pipelines.runs.config import replaced
+from pipelines.runs.options import Options
+from pipelines.runs.phases import train
 from pipelines.runs.recipes import preset
 from pipelines.runs.run import Run
+from stage2_prior.transformer import TransformerConfig
 from tests.parts import fewer_ways_to_draw, shrunk, small_splits
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -26,7 +30,7 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shuti
 
 @pytest.fixture(scope="module")
 def compared(tmp_path_factory):
-    """Two runs of different kinds, and the page of both."""
+    """Two runs of different kinds, another prior on the stage 1 of the first, and the page of all three."""
     folder = tmp_path_factory.mktemp("page")
     with pytest.MonkeyPatch.context() as patch:
         fewer_ways_to_draw(patch)
@@ -36,6 +40,9 @@ def compared(tmp_path_factory):
             patch.setattr(type(config.data), "load", lambda self, report=None: small_splits((1, 28, 28), 4))
             runs.append(Run.create(folder / name, config, "cpu"))
             train_all(runs[-1])
+        other = replaced(runs[0].config, "prior.backbone", TransformerConfig(width=8, layers=2, heads=2))
+        runs.append(Run.create(folder / "attention", other, "cpu"))
+        train(runs[-1], Options(device="cpu", stage1_from=str(runs[0].folder)))
         compare.main([*(str(run.folder) for run in runs), "--out", str(folder / "both.html"), "--device", "cpu"])
     return folder
 
@@ -46,7 +53,8 @@ def test_the_page_needs_nothing_else(compared):
         sources = re.findall(r'(?:src|href)="([^"]*)"', text)
         assert sources and all(source.startswith("data:") for source in sources)
         assert "http://" not in text and "https://" not in text
-        assert all(heading in text for heading in ("Samples: N(0, I)", "Samples: learned prior", "Training", "What was run"))
+        start = "uniform codes" if page.stem == "both" else "N(0, I)"  # those that share a decoder have one picture
+        assert all(heading in text for heading in (f"Samples: {start}", "Samples: learned prior", "Training", "What was run"))
     assert "Likelihood of 120 held-out images" in text and "Where the rate lies" in text
     assert "uniform codes" in text and "Use of the codes" in text
     assert all(
@@ -75,11 +83,11 @@ def test_json_csv_and_page_say_the_same(compared):
 
 def test_runs_of_the_same_images_are_compared_in_words_and_others_are_not(compared):
     together = json.loads((compared / "both.json").read_text())
-    assert list(together) == ["mnist5k", "mnist-vqvae"]
+    assert list(together) == ["mnist5k", "mnist-vqvae", "attention"]
     assert [row["run"] for row in csv.DictReader(open(compared / "both.csv"))].count("mnist-vqvae") > 3
     (finding,) = between_runs({name: from_dict(values) for name, values in together.items()})
     assert finding in html.unescape((compared / "both.html").read_text())
-    lower, higher = sorted(together, key=lambda run: together[run]["priors"]["learned"]["fd"])
+    lower, _, higher = sorted(together, key=lambda run: together[run]["priors"]["learned"]["fd"])
     assert re.search(f"{lower}, drawn from the learned prior, at [\\d.]+ ± .*; {higher}, .* times as far", finding)
 
     together["plain"] = copy.deepcopy(together["mnist5k"])
@@ -88,7 +96,32 @@ def test_runs_of_the_same_images_are_compared_in_words_and_others_are_not(compar
     together["other"]["features"]["reference"]["digest"] = "of other images"
     finding, warning = between_runs({name: from_dict(values) for name, values in together.items()})
     assert "plain, drawn from N(0, I), as a plain autoencoder is, at" in finding and "other" not in finding
-    assert "Not everything here compares" in warning and warning.endswith("part mnist5k, mnist-vqvae, plain; other.")
+    assert "Not everything here compares" in warning and warning.endswith("part mnist5k, mnist-vqvae, attention, plain; other.")
+
+
+def test_priors_that_share_a_decoder_stand_in_one_table_sorted(compared):
+    page, together = (compared / "both.html").read_text(), json.loads((compared / "both.json").read_text())
+    assert page.count("<h2>") == 2 and "<h2>mnist5k, attention: one decoder</h2>" in page
+    section = page.split("one decoder</h2>")[1].split("<h2>")[0]
+    table = [re.findall("<td>(.*?)</td>", row) for row in re.findall("<tr.*?</tr>", section, re.DOTALL)][1:]
+    titles = [cells[0] for cells in table]
+    assert titles[:3] == ["real images", "reconstructions", "posterior (not a generator)"] and len({*titles}) == len(titles)
+    assert {"N(0, I)", "PixelSNAIL (mnist5k)", "Transformer (attention)"} <= {*titles}
+    distances = [float(cells[1].split(" ")[0]) for cells in table[3:]]
+    assert distances == sorted(distances)
+    assert section.count("data:image/png") == 2  # one picture of all, and the curves
+
+    # The paired differences: zero for the best, and for the others those of the means.
+    rows = {("attention", "learned"): together["attention"]["priors"]["learned"]}
+    rows |= {("mnist5k", name): row for name, row in together["mnist5k"]["priors"].items() if "nll" in row}
+    best = min(row["nll"] for row in rows.values())
+    for row in rows.values():
+        assert row["nats_above_best"]["nats"] == pytest.approx(row["nll"] - best, abs=1e-6)
+        assert (row["nats_above_best"]["plus_minus"] > 0) == (row["nll"] > best)
+    columns = {cells[0]: cells[-4:] for cells in table}
+    assert columns["N(0, I)"][1] == "0" and columns["N(0, I)"][2] == ""  # nothing fitted, no time
+    assert all(float(columns[name][2]) > 0 for name in ("PixelSNAIL (mnist5k)", "Transformer (attention)"))
+    assert int(columns["fitted Gaussian"][1].replace(",", "")) == 196 + 196 * 197 // 2
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no chromium here")

@@ -24,6 +24,7 @@ from pipelines.judging.likelihood import likelihood, rate_maps
 from pipelines.judging.quality import intervals, nearest_neighbours
 from pipelines.judging.tradeoffs import Tradeoff, choose_sampling, described, rejection, ways_to_sample
 from pipelines.runs.config import MetricsConfig
+from pipelines.runs.kinds import name_of_prior
 from pipelines.runs.latents import encode
 from pipelines.runs.parts import load_autoencoder, specs_of, weights_of
 from pipelines.runs.priors import densities, open_prior
@@ -71,6 +72,10 @@ class Exhibits:
     """of each phase of the training, the terms at its checkpoints"""
     seconds: dict[str, float]
     """of sampling 1,000 images, for each row and each way to draw that was tried"""
+    training_seconds: dict[str, float]
+    """of each phase of the training, where its checkpoint tells"""
+    nats: dict[str, Tensor]
+    """of each prior, -log p(z) of one draw of each chosen image's latents, N each, float64; the same draws for all"""
 
 
 @dataclass(frozen=True)
@@ -126,6 +131,8 @@ class Rows:
         """the first latents as the decoder reads them, POINTS D"""
         self.seconds: dict[str, float] = {}
         """for 1,000 images"""
+        self.nats: dict[str, Tensor] = {}
+        """of each prior, -log p(z) of the chosen images' latents, N"""
         self.warnings: list[str] = []
 
     def sampled(self, row: str, prior: Prior, how: Sampling = AS_FITTED, count: int | None = None, seed: int = 0) -> Samples:
@@ -169,7 +176,8 @@ def compare(run: Run, splits: Splits, judging: MetricsConfig, seed: int = 0) -> 
     if how != AS_FITTED:
         rows.images["tuned"] = rows.sampled("tuned", subject.priors["learned"], how).images
     judged = judge(subject, rows)
-    figures = with_nll(subject, judged.rows)
+    rows.nats = nats_of_latents(subject)
+    figures = with_nats(subject, rows.nats, judged.rows)
     figures = with_labels_read(subject, rows, figures)
     if "tuned" in figures:
         figures["tuned"] = replace(figures["tuned"], sampling=how)
@@ -219,12 +227,14 @@ def judge(subject: Subject, rows: Rows) -> Judged:
     return Judged(figures, features, nearest, judge.withheld)
 
 
-def with_nll(subject: Subject, figures: dict[str, Row]) -> dict[str, Row]:
-    """The figures, with how well each prior predicts the latents of the chosen images."""
-    if not subject.autoencoder.bottleneck.has_density:
-        return figures
-    priors = {name: prior for name, prior in subject.priors.items() if name != "posterior"}
-    return figures | {name: replace(figures[name], nll=latent_nll(subject, prior)) for name, prior in priors.items()}
+def with_nats(subject: Subject, nats: dict[str, Tensor], figures: dict[str, Row]) -> dict[str, Row]:
+    """The figures, with the size of each prior, and how well it predicts the latents of the chosen images."""
+    sized = {
+        name: replace(figures[name], parameters=prior.fitted_numbers())
+        for name, prior in subject.priors.items()
+        if name != "posterior"
+    }
+    return figures | {name: replace(row, nll=float(nats[name].mean()) if name in nats else None) for name, row in sized.items()}
 
 
 def with_labels_read(subject: Subject, rows: Rows, figures: dict[str, Row]) -> dict[str, Row]:
@@ -271,6 +281,7 @@ def comparison_of(subject: Subject, rows: Rows, judged: Judged, tried: list[Trad
         gap_closed=verdict.closed,
         gap_closed_reason=verdict.reason,
         gap_closed_tuned=verdict.tuned,
+        prior=name_of_prior(run.config.prior) if run.learned else "learned prior",
         told=run.told if run.learned else None,
         images=len(subject.chosen),
         images_of=ImagesOf(len(splits.train)),
@@ -292,6 +303,7 @@ def exhibits_of(subject: Subject, rows: Rows, judged: Judged, comparison: Compar
         maps = rate_maps(run, subject.latents, learned, subject.chosen[:BATCH], subject.seed)
     lines = len(subject.specs) == 1 and not subject.codes and len(subject.chosen) > 1
     phases = [phase for phase in ("stage1", "stage2", "refined") if (run.folder / phase).is_dir()]
+    records = {phase: checkpoints.usable(run.folder / phase)[-1].record for phase in phases}
     return Exhibits(
         images={name: images[:GRID] for name, images in rows.images.items()},
         by_label=by_label(subject, rows.images),
@@ -303,8 +315,10 @@ def exhibits_of(subject: Subject, rows: Rows, judged: Judged, comparison: Compar
         ],
         interpolations=interpolations(subject) if lines else None,
         rate_maps=maps,
-        histories={phase: checkpoints.usable(run.folder / phase)[-1].record["history"] for phase in phases},
+        histories={phase: record["history"] for phase, record in records.items()},
         seconds=rows.seconds,
+        training_seconds={name: record["seconds"] for name, record in records.items() if "seconds" in record},
+        nats=rows.nats,
     )
 
 
@@ -367,15 +381,22 @@ def reconstruct(subject: Subject) -> Tensor:
 
 
 @torch.inference_mode()
-def latent_nll(subject: Subject, prior: Prior) -> float:
-    """-E_q[log p(z)] in nats an image, over one z ~ q(z|x) of each chosen image; the same draws for every prior."""
+def nats_of_latents(subject: Subject) -> dict[str, Tensor]:
+    """For each prior -log p(z) in nats, of one z ~ q(z|x) of each chosen image, N, float64; the same draws for every prior.
 
-    def nats(batch: Tensor) -> float:
+    None of latents without a density.
+    """
+
+    def nats(batch: Tensor) -> dict[str, Tensor]:
         torch.manual_seed(subject.seed + int(batch[0]))
         levels, contexts = subject.run.fabric.to_device(subject.latents[batch])
-        return -float(prior.log_prob(levels, contexts).sum())
+        return {name: -prior.log_prob(levels, contexts).double().cpu() for name, prior in priors.items()}
 
-    return sum(processes.in_batches(nats, subject.chosen, BATCH, "likelihood of latents")) / len(subject.chosen)
+    if not subject.autoencoder.bottleneck.has_density:
+        return {}
+    priors = {name: prior for name, prior in subject.priors.items() if name != "posterior"}
+    batches = processes.in_batches(nats, subject.chosen, BATCH, "likelihood of latents")
+    return {name: torch.cat([batch[name] for batch in batches]) for name in priors}
 
 
 def classifier(subject: Subject, seed: int) -> Classifier:

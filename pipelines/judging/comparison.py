@@ -56,6 +56,8 @@ class Row:
     mse: float | None = None
     """of reconstructions: mean squared error a pixel, of values in [0, 1]"""
     nll: float | None = None
+    parameters: int | None = None
+    """of a prior: numbers that were trained or fitted"""
     label_read: float | None = None
     """share of images off which the classifier reads the label that was asked for"""
     sampling: Sampling | None = None
@@ -101,6 +103,8 @@ class Comparison:
     gap_closed_reason: str | None = None
     """why there is none"""
     gap_closed_tuned: float | None = None
+    prior: str = "learned prior"
+    """what the learned prior is, such as PixelSNAIL"""
     told: Literal["label", "caption"] | None
     """what the learned prior is told of an image"""
     images: int
@@ -130,6 +134,12 @@ class Comparison:
     def generator(self) -> str:
         """The prior that the run is meant to be drawn from."""
         return "learned" if "learned" in self.priors else "standard"
+
+    @property
+    def best(self) -> str | None:
+        """Of the rows that are drawn from a prior, the one nearest to the training images; None where there is no such figure."""
+        distances = {name: row.fd for name, row in self.priors.items() if name != "posterior" and row.fd is not None}
+        return min(distances, key=distances.__getitem__) if distances else None
 
     def title(self, name: str) -> str:
         """Of a row."""

@@ -2,7 +2,7 @@
 
 import base64
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,11 +13,13 @@ from torch import Tensor
 from pipelines.files import write_file
 from pipelines.judging.compare import BATCH, SHOWN, Exhibits
 from pipelines.judging.comparison import Comparison
+from pipelines.judging.together import above_best, ranking
 from pipelines.judging.tradeoffs import departures
 from pipelines.pages.likelihood import as_table
 from pipelines.pages.plots import (
     Figure,
     histogram,
+    lines,
     nearest_plot,
     png,
     projections,
@@ -26,7 +28,17 @@ from pipelines.pages.plots import (
     training_curves,
 )
 from pipelines.pages.tables import Row, Table
-from pipelines.pages.words import HEADINGS, cells, drawn_from, notes, verdict_in_words
+from pipelines.pages.words import (
+    HEADINGS,
+    about_measures,
+    about_several,
+    cell,
+    cells,
+    drawn_from,
+    notes,
+    verdict_in_words,
+    verdict_of_several,
+)
 from pipelines.runs.config import RunConfig, to_dict
 from pipelines.runs.pictures import tiled
 
@@ -80,7 +92,8 @@ def section_of(name: str, comparison: Comparison, exhibits: Exhibits, config: Ru
     """What the page says of one run, made of its comparison and of what is shown beside it alone."""
     seconds, rows = exhibits.seconds, []
     for key, shown in cells(comparison).items():
-        rows.append(Row(key, comparison.title(key), [*shown, f"{seconds[key]:.2f}" if key in seconds else ""]))
+        shown = [*shown, f"{seconds[key]:.2f}" if key in seconds else ""]
+        rows.append(Row("best" if key == comparison.best else key, comparison.title(key), shown))
     return Section(
         name=name,
         verdict=verdict_in_words(comparison),
@@ -90,6 +103,36 @@ def section_of(name: str, comparison: Comparison, exhibits: Exhibits, config: Ru
         pictures=pictures_of(comparison, exhibits),
         config=json.dumps(to_dict(config), indent=2),
         tables=[as_table(comparison.likelihood)] if comparison.likelihood else [],
+    )
+
+
+def section_of_several(
+    comparisons: Mapping[str, Comparison], exhibits: Mapping[str, Exhibits], configs: Mapping[str, RunConfig]
+) -> Section:
+    """What a page says of several runs that share a decoder: every prior in one table and one picture, the nearest first."""
+    entries = ranking(comparisons, exhibits)
+    gaps, rows = above_best(entries), []
+    for place, entry in enumerate(entries):
+        shown = [cell(entry.row, figure) for figure in HEADINGS]
+        above = "" if place not in gaps else "best" if gaps[place][0] == 0 else "+{:.1f} ± {:.1f}".format(*gaps[place])
+        size = "" if entry.row.parameters is None else f"{entry.row.parameters:,}"
+        times = ["" if time is None else f"{time:.3g}" for time in (entry.seconds_to_train, entry.seconds_to_draw)]
+        first = entry.generates and not any(before.generates for before in entries[:place])
+        rows.append(Row("best" if first else entry.key, entry.title, [*shown, above, size, *times]))
+    curves = {run: found.histories["stage2"] for run, found in exhibits.items() if "stage2" in found.histories}
+    picture = lines([(entry.title, entry.row.fd, entry.images) for entry in entries])
+    return Section(
+        name=f"{', '.join(comparisons)}: one decoder",
+        verdict=verdict_of_several(entries),
+        columns=[*HEADINGS.values(), "nats above the best", "parameters", "s to train", "s per 1,000"],
+        rows=rows,
+        notes=[*about_measures(next(iter(comparisons.values()))), *about_several(comparisons)],
+        pictures=[
+            chart_picture("Samples of every prior", f"The first {SHOWN} of each, not chosen.", picture),
+            chart_picture("Training of the priors", "Loss in nats an image, over steps.", training_curves(curves)),
+        ],
+        config=json.dumps({run: to_dict(config) for run, config in configs.items()}, indent=2),
+        tables=[],
     )
 
 

@@ -1,6 +1,7 @@
 """Figures and pictures, by matplotlib."""
 
 import io
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -86,15 +87,20 @@ def tradeoff_plot(points: dict[float, Tradeoff], label: str) -> Figure:
 
 def write_picture(path: Path, comparison: Comparison, exhibits: Exhibits) -> None:
     """One line of images for each row, its fd beside it."""
-    shown = {name: exhibits.images[name][:SHOWN] for name in comparison.rows}
-    columns = max(len(images) for images in shown.values())
+    rows = comparison.rows.items()
+    write_file(path, png(lines([(comparison.title(name), row.fd, exhibits.images[name]) for name, row in rows])))
+
+
+def lines(rows: Sequence[tuple[str, float | None, Tensor]]) -> Figure:
+    """One line of images for each row: its title, its fd, and its images, uint8 N C H W, of which the first SHOWN are shown."""
+    shown = [(title, fd, images[:SHOWN]) for title, fd, images in rows]
+    columns = max(len(images) for _, _, images in shown)
     figure, axes = pyplot.subplots(len(shown), 1, figsize=(2.6 + 0.55 * columns, 0.68 * len(shown)), squeeze=False)
-    for axis, (name, images) in zip(axes[:, 0], shown.items()):
+    for axis, (title, fd, images) in zip(axes[:, 0], shown):
         grid = make_grid(images, nrow=columns, padding=1, pad_value=128)
         axis.imshow(grid.permute(1, 2, 0).numpy(), interpolation="nearest")
-        fd = comparison.rows[name].fd
         axis.set_title(
-            comparison.title(name) + ("" if fd is None else f"\nfd {fd:.1f}"),
+            title + ("" if fd is None else f"\nfd {fd:.1f}"),
             x=-0.01,
             y=0.5,
             ha="right",
@@ -103,7 +109,7 @@ def write_picture(path: Path, comparison: Comparison, exhibits: Exhibits) -> Non
         )
         axis.axis("off")
     figure.subplots_adjust(left=0.2, right=0.995, top=0.99, bottom=0.01, hspace=0.06)
-    write_file(path, png(figure))
+    return figure
 
 
 def png(figure: Figure) -> bytes:

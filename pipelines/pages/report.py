@@ -1,7 +1,7 @@
 """The comparison of a run on disk: its figures, its table, its picture and its page."""
 
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pipelines import files, processes
@@ -10,12 +10,13 @@ from pipelines.data.images import Splits
 from pipelines.judging.compare import Exhibits, compare
 from pipelines.judging.comparison import Comparison, read_comparison, to_dict, write_comparison
 from pipelines.judging.features import inception
+from pipelines.judging.together import above_best, ranking, sharing
 from pipelines.judging.tradeoffs import departures
-from pipelines.pages.page import Section, section_of, write_page
+from pipelines.pages.page import Section, section_of, section_of_several, write_page
 from pipelines.pages.plots import write_picture
-from pipelines.pages.tables import table, write_csv
+from pipelines.pages.tables import aligned, table, write_csv
 from pipelines.pages.words import between_runs
-from pipelines.runs.config import MetricsConfig
+from pipelines.runs.config import MetricsConfig, RunConfig
 from pipelines.runs.latents import training_latents
 from pipelines.runs.options import DEFAULTS, Options
 from pipelines.runs.parts import load_autoencoder, specs_of, weights_of
@@ -57,24 +58,37 @@ def report_folder(run: Run, judging: MetricsConfig, seed: int = 0) -> Path:
     return run.folder / "compare" / "-".join(parts)
 
 
-def write_report(run: Run, splits: Splits, judging: MetricsConfig, seed: int = 0) -> tuple[Comparison, Section]:
-    """Compare, and write metrics.json, metrics.csv, timing.json, samples.png and page.html; returns also what the page says."""
+@dataclass(frozen=True)
+class Report:
+    """A comparison that was written, and what its page is made of."""
+
+    comparison: Comparison
+    exhibits: Exhibits
+    config: RunConfig
+
+    def section(self, name: str) -> Section:
+        return section_of(name, self.comparison, self.exhibits, self.config)
+
+
+def write_report(run: Run, splits: Splits, judging: MetricsConfig, seed: int = 0) -> Report:
+    """Compare, and write metrics.json, metrics.csv, timing.json, samples.png and page.html."""
     beginning = time.perf_counter()
     folder, name = report_folder(run, judging, seed), run.folder.name
     comparison, exhibits = compare(run, splits, judging, seed)
     metrics = folder / "metrics.json"
     metrics.unlink(missing_ok=True)  # with it, a comparison is finished
     write_picture(folder / "samples.png", comparison, exhibits)
-    section = section_of(name, comparison, exhibits, replace(run.config, metrics=judging))
+    report = Report(comparison, exhibits, replace(run.config, metrics=judging))
     write_csv(folder / "metrics.csv", {name: comparison})
     write_timing(folder / "timing.json", exhibits, time.perf_counter() - beginning)
-    write_page(folder / "page.html", [section], comparison.versions)
+    write_page(folder / "page.html", [report.section(name)], comparison.versions)
     write_comparison(metrics, comparison)
-    return comparison, section
+    return report
 
 
 def write_timing(path: Path, exhibits: Exhibits, seconds: float) -> None:
-    files.write_json(path, {"seconds_per_1000_images": exhibits.seconds, "seconds": seconds})
+    times = {"seconds_per_1000_images": exhibits.seconds, "seconds_of_training": exhibits.training_seconds, "seconds": seconds}
+    files.write_json(path, times)
 
 
 def finished_comparison(run: Run, splits: Splits) -> Comparison:
@@ -85,7 +99,7 @@ def finished_comparison(run: Run, splits: Splits) -> Comparison:
         if is_of(found, run, splits):
             say("compare: finished, skipped")
             return found
-    return write_report(run, splits, run.config.metrics)[0]
+    return write_report(run, splits, run.config.metrics).comparison
 
 
 def is_of(comparison: Comparison, run: Run, splits: Splits) -> bool:
@@ -106,12 +120,25 @@ def check_finished(run: Run) -> None:
         open_prior(run, "learned", specs)
 
 
-def write_together(path: Path, sections: list[Section], comparisons: dict[str, Comparison]) -> None:
-    """The page of several runs, and the same figures beside it."""
-    findings = between_runs(comparisons)
-    versions = [*comparisons.values()][-1].versions
-    write_page(path, sections, versions, findings)
-    files.write_json(path.with_suffix(".json"), {name: to_dict(comparison) for name, comparison in comparisons.items()})
+def write_together(path: Path, reports: dict[str, Report]) -> None:
+    """The page of several runs, by their names, and the same figures beside it. Runs that share a decoder share a table."""
+    comparisons = {run: report.comparison for run, report in reports.items()}
+    findings, sections = between_runs(comparisons), []
+    figures = {run: to_dict(comparison) for run, comparison in comparisons.items()}
+    for runs in sharing(comparisons):
+        if len(runs) == 1:
+            sections.append(reports[runs[0]].section(runs[0]))
+            continue
+        group = {run: comparisons[run] for run in runs}, {run: reports[run].exhibits for run in runs}
+        sections.append(section_of_several(*group, {run: reports[run].config for run in runs}))
+        say("\n".join([sections[-1].name, *aligned(sections[-1].columns, sections[-1].rows), sections[-1].verdict]))
+        entries = ranking(*group)
+        for place, (nats, half) in above_best(entries).items():
+            entry = entries[place]
+            for run in runs if entry.run is None else [entry.run]:
+                figures[run]["priors"][entry.key]["nats_above_best"] = {"nats": nats, "plus_minus": half}
+    write_page(path, sections, next(iter(comparisons.values())).versions, findings)
+    files.write_json(path.with_suffix(".json"), figures)
     write_csv(path.with_suffix(".csv"), comparisons)
     say("\n".join(findings))
     say(f"all runs on one page: {path}")

@@ -14,12 +14,15 @@ from pipelines.pages.words import HEADINGS, cells, notes
 
 def table(comparison: Comparison) -> str:
     """The comparison for the terminal."""
-    rows = {"": list(HEADINGS.values())}
-    rows |= {comparison.title(name): shown for name, shown in cells(comparison).items()}
-    first = max(map(len, rows))
-    widths = [2 + max(map(len, column)) for column in zip(*rows.values())]
-    lines = [name.ljust(first) + "".join(text.rjust(width) for text, width in zip(row, widths)) for name, row in rows.items()]
-    return "\n".join(lines + notes(comparison))
+    rows = [Row(name, comparison.title(name), shown) for name, shown in cells(comparison).items()]
+    return "\n".join(aligned([*HEADINGS.values()], rows) + notes(comparison))
+
+
+def aligned(columns: list[str], rows: "list[Row]") -> list[str]:
+    """The lines of a table for the terminal."""
+    all_cells = [["", *columns], *([row.title, *row.cells] for row in rows)]
+    first, *widths = (max(map(len, column)) for column in zip(*all_cells))
+    return [title.ljust(first) + "".join(c.rjust(2 + width) for c, width in zip(rest, widths)) for title, *rest in all_cells]
 
 
 @dataclass(frozen=True)
@@ -45,7 +48,17 @@ def write_csv(path: Path, runs: Mapping[str, Comparison]) -> None:
     errors = {f"{figure}_plus_minus": figure for figure in FIGURES}
     bounds = ["rate", "negative_elbo", "importance_weighted"]
     columns = ["run", "z", *(column for pair in zip(FIGURES, errors) for column in pair)]
-    columns += ["copying_z", "distance_to_training", "nll", *bounds, "images", "reference_images", "seed", "extractor"]
+    columns += [
+        "copying_z",
+        "distance_to_training",
+        "nll",
+        "parameters",
+        *bounds,
+        "images",
+        "reference_images",
+        "seed",
+        "extractor",
+    ]
     writer = csv.DictWriter(buffer, columns, extrasaction="ignore")
     writer.writeheader()
     for run, comparison in runs.items():

@@ -1,9 +1,10 @@
 """The comparison in words: titles, cells of the table, notes and verdicts."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from pipelines.judging.comparison import ROWS, Comparison, Row
+from pipelines.judging.together import Entry
 from pipelines.judging.tradeoffs import described, lowest_fd
 
 HEADINGS = {
@@ -54,10 +55,11 @@ def notes(comparison: Comparison) -> list[str]:
     return [line for about in everything for line in about(comparison)]
 
 
-def about_figures(comparison: Comparison) -> list[str]:
+def about_measures(comparison: Comparison) -> list[str]:
+    """What the figures are, and their errors."""
     features, count, reference = comparison.features, comparison.images, comparison.images_of.reference
     read = "" if features.accuracy is None else f", which reads {100 * features.accuracy:.1f} % of test images right"
-    lines = [
+    return [
         f"fd: Fréchet distance to {reference} training images, from {count} images a row under seed {comparison.seed}, in the"
         f" {features.dimensions} features of the {features.extractor} {features.digest}{read}; lower is better. KID:"
         f" kernel distance to {min(count, reference)} of them, lower is better. precision and density: how many"
@@ -65,6 +67,12 @@ def about_figures(comparison: Comparison) -> list[str]:
         " higher is better.",
         f"±: half of the interval of {comparison.intervals}; other samples of the same model would fall into it, another training"
         " run need not.",
+    ]
+
+
+def about_figures(comparison: Comparison) -> list[str]:
+    lines = [
+        *about_measures(comparison),
         "nearer: of pairs of a sample and a held-out image, the share in which the sample lies nearer to its nearest training"
         " image. 0.5: as near as new images are; above: copied (Meehan et al. 2020). Drawn from"
         f" {drawn_from(comparison)}: z = {comparison.priors[comparison.generator].copying_z:.1f}, where below -3 would mean"
@@ -160,6 +168,31 @@ def between_runs(runs: Mapping[str, Comparison]) -> list[str]:
         listed = "; ".join(", ".join(group) for group in groups.values())
         lines.append(f"Not everything here compares: other images, other features or another number of images part {listed}.")
     return lines
+
+
+def about_several(comparisons: Mapping[str, Comparison]) -> list[str]:
+    """Of the table of several runs that share a decoder."""
+    lines = [
+        "nats above the best: what a prior needs more for the latents of an image than the best one; ±: half of its 95 %"
+        " interval, over the same draws of the same held-out images.",
+        "s to train: of stage 2 alone. parameters: numbers trained or fitted.",
+    ]
+    told = [f"{run} the {found.told}" for run, found in comparisons.items() if found.told]
+    return lines + ([f"Some priors are told more than z: {', '.join(told)}."] if told else [])
+
+
+def verdict_of_several(entries: Sequence[Entry]) -> str:
+    """entries: as `ranking` gives them."""
+    priors = [entry for entry in entries if entry.generates and entry.row.fd is not None]
+    if not priors:
+        return "Too few images for a Fréchet distance: no prior can be named the best."
+    best = priors[0]
+    reconstruction = next(entry for entry in entries if entry.key == "reconstruction")
+    ahead = f"; next is {priors[1].title}, at {cell(priors[1].row, 'fd')}" if len(priors) > 1 else ""
+    return (
+        f"Of {len(priors)} ways to draw z for one decoder, {best.title} lies nearest to the training images, at a Fréchet"
+        f" distance of {cell(best.row, 'fd')}{ahead}. The decoder's own reconstructions lie at {cell(reconstruction.row, 'fd')}."
+    )
 
 
 def verdict_in_words(comparison: Comparison) -> str:

@@ -42,6 +42,13 @@ def name_of(kind: type) -> str:
     return re.sub(r"(?<=[a-z])(?=[A-Z][a-z])", "-", kind.__name__.removesuffix("Config")).lower()
 
 
+def name_of_prior(prior: PriorConfig) -> str:
+    """What a learned prior is, for people: PixelSNAIL; of several levels all, coarse to fine, such as PixelSNAIL + PixelCNN."""
+    if isinstance(prior, CascadeConfig):
+        return " + ".join(dict.fromkeys(name_of_prior(level) for level in (prior.top, prior.bottom)))
+    return type(prior.backbone).__name__.removesuffix("Config")
+
+
 def choose_kinds(config: RunConfig, arguments: list[str]) -> tuple[RunConfig, list[str]]:
     """A config with the kinds that a command line names, with their default settings, and the arguments that are left.
 

@@ -1,0 +1,95 @@
+"""Priors that share one frozen decoder, of several runs, in one ranking."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from pipelines.judging.compare import Exhibits
+from pipelines.judging.comparison import Comparison, Row
+from pipelines.judging.tradeoffs import described
+from stage2_prior.sampling import AS_FITTED
+
+COMMON = ("real", "reconstruction", "posterior")
+"""Rows that are no prior's to draw from: they stand on top."""
+OWN = ("learned", "tuned")
+"""Rows that each run has its own of; the others are the same in all that share a decoder."""
+Z = 1.96  # standard errors of a 95 % interval
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One row of the ranking."""
+
+    key: str
+    """of the row in its own run"""
+    run: str | None
+    """whose prior it is; None of what all share"""
+    title: str
+    row: Row
+    images: Tensor
+    """uint8 N C H W"""
+    seconds_to_draw: float | None
+    """1,000 images"""
+    seconds_to_train: float | None
+    nats: Tensor | None
+    """-log p(z) of the same draws of held-out latents under each prior, one an image; None where it has none of its own"""
+
+    @property
+    def generates(self) -> bool:
+        """Whether its images are drawn from a prior."""
+        return self.key not in COMMON
+
+
+def sharing(comparisons: Mapping[str, Comparison]) -> list[list[str]]:
+    """The runs, grouped by what is compared: one decoder, judged by the same images and features under one seed."""
+    groups: dict[tuple, list[str]] = {}
+    for run, found in comparisons.items():
+        decoder = found.weights.get("refined") or found.weights.get("stage1") or run
+        judged_by = found.features.digest, found.features.reference.digest, found.images, found.seed
+        groups.setdefault((decoder, *judged_by), []).append(run)
+    return [*groups.values()]
+
+
+def ranking(comparisons: Mapping[str, Comparison], exhibits: Mapping[str, Exhibits]) -> list[Entry]:
+    """Real images and reconstructions, then every prior by its Fréchet distance; of several runs that share a decoder.
+
+    What all runs have alike, such as N(0, I), stands there once.
+    """
+    common: list[Entry] = []
+    priors: list[Entry] = []
+    for run, comparison in comparisons.items():
+        for key, row in comparison.rows.items():
+            own = key in OWN
+            if not own and any(entry.key == key for entry in [*common, *priors]):
+                continue
+            found = exhibits[run]
+            name = f"{comparison.prior} ({run})"
+            own_titles = {"learned": name, "tuned": f"{name}, {described(row.sampling or AS_FITTED)}"}
+            entry = Entry(
+                key,
+                run if own else None,
+                own_titles[key] if own else comparison.title(key),
+                row,
+                found.images[key],
+                found.seconds.get(key),
+                found.training_seconds.get("stage2") if own else None,
+                found.nats.get(key),
+            )
+            (common if key in COMMON else priors).append(entry)
+    return common + sorted(priors, key=lambda entry: float("inf") if entry.row.fd is None else entry.row.fd)
+
+
+def above_best(entries: Sequence[Entry]) -> dict[int, tuple[float, float]]:
+    """By the place in the ranking, how many nats an image a prior needs more than the best one, and half of the 95 % interval.
+
+    Paired: every prior sees the same draws of the same held-out latents, so that what is hard for all falls out.
+    """
+    known = {place: entry.nats for place, entry in enumerate(entries) if entry.nats is not None}
+    if not known:
+        return {}
+    best = min(known.values(), key=lambda nats: float(nats.mean()))
+    gaps = {place: nats - best for place, nats in known.items()}
+    return {
+        place: (float(gap.mean()), Z * float(gap.std()) / len(gap) ** 0.5 if len(gap) > 1 else 0.0) for place, gap in gaps.items()
+    }
