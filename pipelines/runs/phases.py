@@ -6,17 +6,19 @@ import torch
 from lightning_fabric import Fabric
 from torch import Tensor
 
+from pipelines import processes
 from pipelines.console import UserError, say
 from pipelines.data import captions
 from pipelines.data.images import Splits
 from pipelines.runs.dataset import examples_of, load_data, refuse_other_images, write_facts
 from pipelines.runs.latents import encode, encode_training
+from pipelines.runs.longer import keep_shorter
 from pipelines.runs.options import DEFAULTS, Options
 from pipelines.runs.parts import EARLY_PRIOR, follow, new_autoencoder, new_prior, specs_of
 from pipelines.runs.run import Run
 from pipelines.runs.sharing import check_source, share_stage1
 from pipelines.training.config import OnNan
-from pipelines.training.devices import devices
+from pipelines.training.devices import devices, resolved
 from pipelines.training.fit import fit
 from pipelines.training.refine import TwoStage
 from pipelines.training.trackers import GRID_COLUMNS, Tracking
@@ -44,9 +46,11 @@ def train(run: Run, options: Options = DEFAULTS) -> Splits:
     if run.config.refine is not None:
         check_refining(run, autoencoder, prior)
     with run.locked():  # only now: a config that cannot be built leaves nothing behind
+        processes.on_first(lambda: keep_shorter(run))
         write_facts(run, splits)
         if source is not None:
             share_stage1(run, source)
+        warn_of_slow_precision(run, options.device)
         say(f"{run.folder}: {len(splits.train)} training, {len(splits.validation)} validation, {len(splits.test)} test images")
         phases = Phases(run, splits, options.on_nan, tracking)
         phases.train_autoencoder(autoencoder)
@@ -58,6 +62,14 @@ def train(run: Run, options: Options = DEFAULTS) -> Splits:
         if run.config.refine is not None:
             phases.refine(autoencoder, prior)
     return splits
+
+
+def warn_of_slow_precision(run: Run, device: str) -> None:
+    if run.config.precision == "bfloat16" and resolved("auto", device) != "bfloat16":
+        say(
+            f"warning: {run.folder} is trained in bfloat16, which this device does not multiply in: it goes on in it, but slowly."
+            " Another run with --precision float32 is faster here."
+        )
 
 
 def check_refining(run: Run, autoencoder: Autoencoder, prior: LearnedPrior) -> None:

@@ -1,8 +1,9 @@
 """A run: one folder under checkpoints/, with its config and all that is made of it; checkpoints/README.md lists its content."""
 
+import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -13,7 +14,7 @@ from pipelines import files, processes
 from pipelines.console import UserError, nearest
 from pipelines.runs.config import RunConfig, check_sizes, differences, read_config, to_dict
 from pipelines.training.config import check_config
-from pipelines.training.devices import devices
+from pipelines.training.devices import devices, resolved
 from stage2_prior.conditions import ClassLabel, ConditionConfig, Unconditional
 
 CHECKPOINTS = Path("checkpoints")
@@ -40,12 +41,15 @@ class Run:
         """
         path = folder / "config.json"
         if path.exists():
+            if config.precision == "auto":
+                config = replace(config, precision=read_config(path).precision)
             refuse_another(path, config)
         elif folder.exists():
             early = ("config.json", UNREADABLE)  # what is written first; a kill may leave part of it
             if not folder.is_dir() or any((files.partial_of(inner) or inner.name) not in early for inner in folder.iterdir()):
                 raise UserError(f"{folder} is not empty and holds no run; give another name with --run")
         fabric = devices(device, config.precision)
+        config = replace(config, precision=resolved(config.precision, device))  # the same on every machine that it goes on on
         check_sizes(config)
         for part in (config.stage1, config.stage2, config.refine, config.metrics.classifier):
             if part is not None:
@@ -64,7 +68,8 @@ class Run:
             raise UserError(f"there is no run {name!r}{hint}")
         folder = folder if folder.name not in ("", "..") else folder.resolve()
         config = read_config(folder / "config.json")
-        return cls(folder, config, devices(device, config.precision))
+        fabric = devices(device, config.precision)
+        return cls(folder, replace(config, precision=resolved(config.precision, device)), fabric)
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -115,12 +120,22 @@ class Run:
         return "label" if isinstance(self.condition, ClassLabel) else "caption"
 
 
+def longer(before: RunConfig, now: RunConfig) -> list[str]:
+    """The phases that are to take more steps than before."""
+    steps = {phase: [part and part.steps for part in (getattr(before, phase), getattr(now, phase))] for phase in PHASES}
+    return [phase for phase, (old, new) in steps.items() if old is not None and new is not None and new > old]
+
+
 def refuse_another(path: Path, config: RunConfig) -> None:
-    """Raises UserError where a run's config.json is of another config."""
-    changed = differences(to_dict(read_config(path)), to_dict(config))
-    changed = [change for change in changed if not change.startswith(FREE)]
+    """Raises UserError where a run's config.json is of another config, which is not just of a longer training."""
+    before = read_config(path)
+    if before.precision == "auto":  # an earlier version did not put down what it used
+        before = replace(before, precision=config.precision)
+    free = FREE + tuple(f"{phase}.steps:" for phase in longer(before, config))
+    changed = [change for change in differences(to_dict(before), to_dict(config)) if not change.startswith(free)]
     if changed:
+        folder = shlex.quote(str(path.parent))
         raise UserError(
-            f"{path.parent} holds a run of another config ({'; '.join(changed)}). Give this one another name with --run,"
-            f" or delete {path.parent}."
+            f"{path.parent} holds a run of another config ({'; '.join(changed)}). To go on with it as it was begun:"
+            f" python -m pipelines.train_all --run {folder}. To train another one, give it another name with --run."
         )

@@ -60,8 +60,9 @@ def share_stage1(run: Run, source: Run) -> None:
     processes.on_first(share)
 
 
-def link(path: Path, target: Path) -> None:
+def link(path: str | Path, target: str | Path) -> None:
     """A hard link; a copy where the file system has none, or the target lies on another."""
+    target = Path(target)
     target.parent.mkdir(parents=True, exist_ok=True)
     if target.exists():
         return

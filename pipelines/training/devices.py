@@ -16,17 +16,23 @@ from pipelines.console import UserError, nearest, under_torchrun
 from pipelines.training.config import Precision
 
 
+def resolved(precision: Precision, device: str) -> Precision:
+    """What an auto precision stands for on a device: bfloat16 where it multiplies in it."""
+    if precision != "auto":
+        return precision
+    if device in ("auto", "cuda") and torch.cuda.is_available():
+        return "bfloat16" if torch.cuda.is_bf16_supported() else "float32"
+    cpu = torch.cpu.get_capabilities()
+    return "bfloat16" if cpu.get("avx512_bf16") or cpu.get("amx_bf16") else "float32"
+
+
 def fabric_for(device: str, precision: Precision, sharded: bool = False) -> Fabric:
-    """Where and how to train. device: a Lightning accelerator's name; auto precision: see RunConfig.
+    """Where and how to train. device: a Lightning accelerator's name; auto precision: see `resolved`.
 
     Under torchrun, connects its processes. sharded: each holds a share of weights and optimizer, not all of them.
     Raises UserError when a machine has fewer devices than processes.
     """
     on_gpu = device in ("auto", "cuda") and torch.cuda.is_available()
-    if precision == "auto":
-        cpu = torch.cpu.get_capabilities()
-        native = torch.cuda.is_bf16_supported() if on_gpu else cpu.get("avx512_bf16") or cpu.get("amx_bf16")
-        precision = "bfloat16" if native else "float32"
     processes, here = (int(os.environ[name]) if under_torchrun() else 1 for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
     if on_gpu and here > torch.cuda.device_count():
         raise UserError(f"{here} processes need as many CUDA devices; here are {torch.cuda.device_count()}")
@@ -37,14 +43,14 @@ def fabric_for(device: str, precision: Precision, sharded: bool = False) -> Fabr
         warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
     elif sharded:
         raise UserError("weights can be sharded over two or more processes only: torchrun --nproc-per-node N -m pipelines.…")
+    logging.getLogger("lightning_fabric").setLevel(logging.WARNING)  # of precision and processes, also where nothing is trained
     fabric = Fabric(
         accelerator=device,
         devices=here,
         num_nodes=processes // here,
         strategy=strategy,
-        precision="bf16-mixed" if precision == "bfloat16" else "32-true",
+        precision="bf16-mixed" if resolved(precision, device) == "bfloat16" else "32-true",
     )
-    logging.getLogger("lightning_fabric").setLevel(logging.WARNING)  # what else it tells of every process is no news
     fabric.launch()
     return fabric
 

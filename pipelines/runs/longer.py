@@ -1,0 +1,65 @@
+"""A run that is trained longer than before: what it was stays as a run beside it, and what depends on the longer phase goes.
+
+The longer phase goes on from its last checkpoint. Its schedules are shares of the steps, so from there on they are those of the
+longer training: the learning rate rises to what the longer one has at that step, and decays again.
+"""
+
+import os
+import shutil
+from pathlib import Path
+
+from pipelines import files
+from pipelines.console import UserError, say
+from pipelines.runs.config import read_config
+from pipelines.runs.run import Run, longer
+from pipelines.runs.sharing import link
+from pipelines.training import checkpoints
+
+FOLDERS = {"stage1": "stage1", "stage2": "stage2", "refine": "refined"}  # in the order of training
+SAID = {"stage1": "stage 1", "stage2": "stage 2", "refine": "refining"}
+AFTER = ("baselines", "compare", "likelihood", "studies")  # what is made of the weights of any phase
+
+
+def keep_shorter(run: Run) -> None:
+    """Where a run is trained longer than its config.json says: keep it as it was, and drop what depends on the longer phase.
+
+    A phase that had not ended only goes on. Raises UserError where something else has the name of what is kept.
+    """
+    path = run.folder / "config.json"
+    if not path.is_file():
+        return
+    before = read_config(path)
+    for phase in longer(before, run.config):
+        steps, made = getattr(before, phase).steps, checkpoints.usable(run.folder / FOLDERS[phase])
+        if steps and not (made and made[-1].step >= steps):
+            continue
+        aside = run.folder.with_name(f"{run.folder.name}-{phase}-{steps}")
+        if aside.exists() and not same(aside, run.folder):
+            raise UserError(f"{run.folder} as it was would be kept as {aside}, which is there already: rename or delete that")
+        if not aside.exists():
+            keep(run.folder, aside)
+        later = [*FOLDERS.values()][[*FOLDERS].index(phase) + 1 :]
+        gone = [name for name in (*later, *AFTER) if (run.folder / name).is_dir()]
+        for name in gone:
+            shutil.rmtree(run.folder / name)
+        now = getattr(run.config, phase).steps
+        say(
+            f"{run.folder} is trained longer, {SAID[phase]} from {steps} to {now} steps. As it was it stays as {aside};"
+            f" made anew: {', '.join(gone) or 'nothing'}"
+        )
+        return
+
+
+def keep(folder: Path, aside: Path) -> None:
+    """A copy of a run, but for its curves; in no more room where the disk has hard links: no other file is changed in place."""
+    ignored = shutil.ignore_patterns("track", ".*")
+    with files.aside(aside, folder=True) as made:
+        shutil.copytree(folder, made, copy_function=link, ignore=ignored, dirs_exist_ok=True)
+        os.rename(made, aside)
+
+
+def same(aside: Path, folder: Path) -> bool:
+    """Whether a killed process has put this run there."""
+    names = sorted(path.relative_to(folder) for path in (folder / "stage1").glob("step-*/checksums.json"))
+    pairs = [(folder / name, aside / name) for name in (Path("config.json"), *names)]
+    return all(there.is_file() and there.read_bytes() == here.read_bytes() for here, there in pairs)
