@@ -121,6 +121,7 @@ def write_asked(asked: Arguments) -> None:
         particles=asked.particles,
         context=context,
         pixels=asked.pixels,
+        background=getattr(run.config.data, "background", "white"),
     )
     write_images(asked.out, torch.cat([given[None], images]) if asked.out.suffix == ".png" else images)
     say(f"{asked.count} completions of {asked.complete}, which keep its {asked.keep}: {asked.out}")

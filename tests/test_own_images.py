@@ -5,13 +5,17 @@ import re
 import tarfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image, features
 
 from pipelines.console import UserError
+from pipelines.data.decoding import read_image
 from pipelines.data.folder import Folder
 from pipelines.data.images import Splits
+from pipelines.data.reading import content_of
 from pipelines.data.shards import Shards
+from pipelines.runs.completion import known_pixels
 
 
 def fill(folder: Path, count: int = 12, first: int = 0, ending: str = "png") -> None:
@@ -147,6 +151,62 @@ def test_images_of_other_endings_or_none_are_read(tmp_path):
     if features.check("avif"):
         Image.new("RGB", (8, 8)).save(tmp_path / "a.avif")
     assert sum(loaded(tmp_path).sizes.values()) == 15 + features.check("avif")
+
+
+# Transparency
+
+
+def transparent(kind: str, mode: str) -> bytes:
+    """A black bar on a ground that is transparent, and white noise where it can be."""
+    content = io.BytesIO()
+    image = Image.new("RGBA", (8, 8), (255, 0, 255, 0))
+    image.paste((0, 0, 0, 255), (0, 0, 4, 8))
+    if mode == "P":
+        image = image.convert("P")
+        image.save(content, kind, transparency=image.getpixel((7, 7)))
+    elif mode == "L":
+        image = Image.new("L", (8, 8), 77)
+        image.paste(0, (0, 0, 4, 8))
+        image.save(content, kind, transparency=77)
+    elif mode == "I;16":
+        values = np.full((8, 8), 40_000, np.uint16)
+        values[:, :4] = 0
+        Image.fromarray(values).save(content, kind, transparency=40_000)
+    else:
+        image.convert(mode).save(content, kind, **({"lossless": True} if kind == "WEBP" else {}))
+    return content.getvalue()
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize(
+    ("kind", "mode"),
+    [("PNG", mode) for mode in ("RGBA", "LA", "P", "L", "I;16")] + [("GIF", "RGBA"), ("WEBP", "RGBA"), ("TIFF", "RGBA")],
+)
+def test_a_background_shows_through_transparent_pixels(kind, mode, channels):
+    content = transparent(kind, mode)
+    for background, shown in (("white", 255), ("#202020", 32)):
+        pixels, said = read_image(io.BytesIO(content), 8, channels, background=background)
+        assert (pixels[:, :, :3] == 0).all() and (pixels[:, :, 5:] == shown).all() and said == {"transparent"}
+
+
+def test_transparent_images_are_said_once(tmp_path, capsys):
+    fill(tmp_path)
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.png").write_bytes(transparent("PNG", "RGBA"))
+    for in_memory in (1.0, 0.0):
+        splits = loaded(tmp_path, background="black", in_memory=in_memory)
+        assert sum(int((part.images[:] == 0).flatten(1).all(1).sum()) for part in (splits.train, splits.test)) == 2
+    assert capsys.readouterr().out.count("--data.background shows there") == 2  # one of each loading
+    assert content_of(loaded(tmp_path, in_memory=0.0).train.images) != content_of(splits.train.images)
+    with pytest.raises(UserError, match="--data.background is a colour .* not 'invisible'"):
+        loaded(tmp_path, background="invisible")
+
+
+def test_transparent_parts_of_a_mask_are_not_kept(tmp_path):
+    mask = Image.new("RGBA", (8, 8), (255, 255, 255, 0))
+    mask.paste((255, 255, 255, 255), (0, 0, 8, 4))
+    mask.save(tmp_path / "mask.png")
+    assert known_pixels(str(tmp_path / "mask.png"), (3, 8, 8)).tolist() == [[True] * 8] * 4 + [[False] * 8] * 4
 
 
 # Shards

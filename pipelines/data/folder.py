@@ -50,7 +50,7 @@ class Folder(OwnImages):
         number = {label: index for index, label in enumerate(label_names)}
         sets = {
             split: ImageSet(
-                Stored(FolderFiles(part.folder, part.names), self.channels, self.size),
+                Stored(FolderFiles(part.folder, part.names), self.channels, self.size, self.background),
                 torch.tensor([number[label_of(name)] for name in part.names]) if label_names else None,
                 read_captions(part.folder, part.names),
             )

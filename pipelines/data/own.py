@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from PIL import ImageColor
 from torch import Tensor
 
 from pipelines.console import UserError, say
+from pipelines.data.decoding import SAID
 from pipelines.data.images import ImageSet, Splits, split, with_validation
 from pipelines.data.layout import some
 from pipelines.data.reading import Stored
@@ -29,6 +31,8 @@ class OwnImages:
     """height and width of an image, in pixels"""
     channels: Literal[1, 3] = 3
     """1 for grey, 3 for colour"""
+    background: str = "white"
+    """colour behind transparent pixels, by its name or as #rrggbb"""
     skip_unreadable: bool = False
     """use the readable images when some cannot be read"""
     in_memory: float = 1.0
@@ -37,6 +41,10 @@ class OwnImages:
     def check(self) -> None:
         if self.size < 1:
             raise UserError(f"--data.size is a number of pixels above 0, not {self.size}")
+        try:
+            ImageColor.getrgb(self.background)
+        except ValueError as error:
+            raise UserError(f"--data.background is a colour by its name or as #rrggbb, not {self.background!r}") from error
 
     def splits(self, sets: dict[str, ImageSet], where: str, label_names: list[str], report: Path | None) -> Splits:
         """Of the sets for `train`, `test` and perhaps `validation`; or of `all`, a tenth of which is held out. Raises as
@@ -87,19 +95,21 @@ def readable(
     known = None if fits or report is None else known_unreadable(report, listing)
     if known is None:
         known = [{} for _ in sets]
-        animated = []
+        said: dict[str, list[str]] = {name: [] for name in SAID}
         for number, images in enumerate(stored):
-            pixels[number], known[number], moving = images.read_all(f"reading {where}", keep=fits)
-            animated += [images.files.name(index) for index in moving]
-        if animated:
-            say(f"{len(animated)} images are animated; of each, the first frame is used: {some(animated)}")
+            pixels[number], known[number], so_are = images.read_all(f"reading {where}", keep=fits)
+            for name, so in so_are.items():
+                said[name] += [images.files.name(index) for index in so]
+        for name, (what, then) in SAID.items():
+            if said[name]:
+                say(f"{len(said[name])} images are {what}; of each, {then}: {some(said[name], 3)}")
         if report is not None and (any(known) or not fits or report.exists()):
             rows = [
                 {"part": number, "index": index, "file": images.files.name(index), "reason": found[index]}
                 for number, (images, found) in enumerate(zip(stored, known))
                 for index in sorted(found)
             ]
-            write_json(report, {"listing": listing, "unreadable": rows, "animated": animated})
+            write_json(report, {"listing": listing, "unreadable": rows, **said})
     total, count = sum(map(len, sets)), sum(map(len, known))
     if count:
         names = [images.files.name(index) for images, found in zip(stored, known) for index in sorted(found)]

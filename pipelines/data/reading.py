@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from pipelines.console import Progress, UserError, say
-from pipelines.data.decoding import Unreadable, read_image
+from pipelines.data.decoding import SAID, Unreadable, read_image
 
 READERS = min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
 CHUNK = 1000  # images read at once where all are read
@@ -75,10 +75,10 @@ def printable(path: str) -> str:
 class Reading:
     """Images on their way: threads fill `images`, uint8 B C H W; `unreadable` has the reason for each that is left out."""
 
-    def __init__(self, pool: ThreadPoolExecutor, files: Files, rows: Tensor, images: Tensor):
-        self.files, self.rows, self.images = files, rows, images
+    def __init__(self, pool: ThreadPoolExecutor, files: Files, rows: Tensor, images: Tensor, background: str):
+        self.files, self.rows, self.images, self.background = files, rows, images, background
         self.unreadable: dict[int, str] = {}
-        self.animated: list[int] = []
+        self.said: dict[str, list[int]] = {name: [] for name in SAID}
         self.pixels = images.numpy()
         numbers = list(enumerate(rows.tolist()))
         self.jobs = [pool.submit(self.fill, numbers[reader::READERS]) for reader in range(min(READERS, len(numbers)))]
@@ -87,9 +87,10 @@ class Reading:
         _, channels, size, _ = self.pixels.shape
         for position, index in numbers:
             try:
-                self.pixels[position], animated = read_image(self.files.open(index), size, channels)
-                if animated:
-                    self.animated.append(index)
+                opened = self.files.open(index)
+                self.pixels[position], said = read_image(opened, size, channels, background=self.background)
+                for name in said:
+                    self.said[name].append(index)
             except (Unreadable, OSError) as error:
                 self.unreadable[index] = str(error)
 
@@ -105,8 +106,8 @@ class Stored:
     Indexing raises UserError for an image that cannot be read.
     """
 
-    def __init__(self, files: Files, channels: int, size: int):
-        self.files, self.channels, self.size = files, channels, size
+    def __init__(self, files: Files, channels: int, size: int, background: str = "white"):
+        self.files, self.channels, self.size, self.background = files, channels, size, background
         self.rows = torch.arange(len(files))
         self.pool = ThreadPoolExecutor(READERS, "reader")
         self.ahead: Reading | None = None
@@ -126,7 +127,7 @@ class Stored:
 
     def reading(self, rows: Tensor, images: Tensor | None = None) -> Reading:
         images = torch.empty(len(rows), *self.shape[1:], dtype=torch.uint8) if images is None else images
-        return Reading(self.pool, self.files, rows, images)
+        return Reading(self.pool, self.files, rows, images, self.background)
 
     def prefetch(self, indices: Tensor | slice) -> None:
         """Start to read what will be asked for next."""
@@ -137,9 +138,11 @@ class Stored:
         if ahead is None or not torch.equal(ahead.rows, rows):
             ahead = self.reading(rows)
         unreadable = ahead.finished().unreadable
-        if ahead.animated and not self.told:
-            say(f"{self.files.name(ahead.animated[0])} is animated: of it, and of any other such image, the first frame is used")
-            self.told.add("animated")
+        for name, so in ahead.said.items():
+            if so and name not in self.told:
+                self.told.add(name)
+                what, then = SAID[name]
+                say(f"{self.files.name(so[0])} is {what}: of it, and of any other such image, {then}")
         if unreadable:
             index, reason = min(unreadable.items())
             more = f" and {len(unreadable) - 1} more of these {len(rows)}" if len(unreadable) > 1 else ""
@@ -151,19 +154,21 @@ class Stored:
             )
         return ahead.images
 
-    def read_all(self, label: str, keep: bool) -> tuple[Tensor | None, dict[int, str], list[int]]:
-        """Every image, uint8 N C H W, or None unless they are to be kept; why which cannot be read; which are animated."""
+    def read_all(self, label: str, keep: bool) -> tuple[Tensor | None, dict[int, str], dict[str, list[int]]]:
+        """Every image, uint8 N C H W, or None unless they are to be kept; why which cannot be read; of which what is to be
+        said, by the names of `SAID`."""
         everything = torch.empty(self.shape, dtype=torch.uint8) if keep else None
         unreadable: dict[int, str] = {}
-        animated: list[int] = []
+        said: dict[str, list[int]] = {name: [] for name in SAID}
         with Progress(label, len(self), "images") as progress:
             for rows in torch.arange(len(self)).split(CHUNK):
                 images = None if everything is None else everything[rows[0] : rows[-1] + 1]
                 reading = self.reading(self.rows[rows], images).finished()
                 unreadable |= reading.unreadable
-                animated += reading.animated
+                for name, so in reading.said.items():
+                    said[name] += so
                 progress.update(len(rows))
-        return everything, unreadable, sorted(animated)
+        return everything, unreadable, {name: sorted(so) for name, so in said.items()}
 
     def digest(self) -> str:
         """Names these images: a checksum of their order and names, and of the size and age of their files."""
@@ -176,5 +181,7 @@ class Stored:
 
 
 def content_of(images: Tensor | Stored) -> bytes:
-    """For a checksum: the images' bytes, or of those on disk what names them and the shape in which they are read."""
-    return f"{images.digest()} {tuple(images.shape)}".encode() if isinstance(images, Stored) else images.numpy().tobytes()
+    """For a checksum: the images' bytes, or of those on disk what names them and says how they are read."""
+    if not isinstance(images, Stored):
+        return images.numpy().tobytes()
+    return f"{images.digest()} {tuple(images.shape)} {images.background}".encode()

@@ -41,7 +41,7 @@ class Shards(OwnImages):
         found = [self.samples(pattern) for pattern in patterns.values()]
         labels, label_names = labels_of([members for _, members in found])
         sets = {
-            split: ImageSet(Stored(TarFiles(*part), self.channels, self.size), part_labels, captions_in(part[1]))
+            split: ImageSet(Stored(TarFiles(*part), self.channels, self.size, self.background), part_labels, captions_in(part[1]))
             for split, part, part_labels in zip(patterns, found, labels)
         }
         return self.splits(sets, " and ".join(patterns.values()), label_names, report)

@@ -26,22 +26,30 @@ FILLINGS = 24  # of the hidden pixels, to see which latents they can change
 SMALL_CHANGE = 0.1
 
 
-def picture_to_complete(path: Path, image_shape: tuple[int, int, int]) -> Tensor:
-    """uint8 C H W, resized to what the model takes, and said so. Raises UserError when it cannot be read."""
+def picture_to_complete(path: Path, image_shape: tuple[int, int, int], background: str = "white") -> Tensor:
+    """uint8 C H W, resized to what the model takes, in front of a background where it is transparent, and said so.
+
+    Raises UserError when it cannot be read.
+    """
     channels, height, width = image_shape
     try:
         with Image.open(path) as image:
             size = image.size
-        pixels, _ = read_image(str(path), max(height, width), channels)
+        pixels, is_so = read_image(str(path), max(height, width), channels, background=background)
     except (OSError, ValueError, Image.DecompressionBombError) as error:
         raise UserError(f"{path} cannot be read as a picture ({error})") from error
     if size != (width, height):
         say(f"{path} is {size[0]}×{size[1]} pixels; it is cropped and resized to the model's {width}×{height}")
+    if "transparent" in is_so:
+        say(f"{path} is transparent in parts; {background} shows there")
     return torch.tensor(pixels)[:, :height, :width]
 
 
 def known_pixels(keep: str, image_shape: tuple[int, int, int]) -> Tensor:
-    """H W, True where the picture is kept: a half by its name, or a mask picture, white where it is kept."""
+    """H W, True where the picture is kept: a half by its name, or a mask picture, white where it is kept.
+
+    What is transparent in a mask is not kept.
+    """
     _, height, width = image_shape
     if keep in SIDES:
         axis, first = SIDES[keep]
@@ -52,7 +60,7 @@ def known_pixels(keep: str, image_shape: tuple[int, int, int]) -> Tensor:
         raise UserError(f"--keep is a half or the file of a mask picture; there is no {keep!r}{nearest(keep, SIDES)}")
     try:
         # As the picture is, so that a mask of the picture's own size lies where it was drawn.
-        grey, _ = read_image(keep, max(height, width), 1, Image.Resampling.NEAREST)
+        grey, _ = read_image(keep, max(height, width), 1, Image.Resampling.NEAREST, background="black")
     except Unreadable as error:
         raise UserError(f"the mask {keep} cannot be read as a picture ({error})") from error
     return torch.from_numpy(grey > 127)[0, :height, :width]
@@ -96,14 +104,15 @@ def completions(
     particles: int,
     context: Tensor | None,
     pixels: Pixels,
+    background: str = "white",
 ) -> tuple[Tensor, Tensor]:
     """Pictures uint8 N C H W, and what they were given, C H W: the picture with its hidden part in grey.
 
     keep: which part of the picture is kept, see `known_pixels`; particles: drawn for each completion, to choose one by the
-    density of the latents and pixels that are kept; context: what the prior is told.
+    density of the latents and pixels that are kept; context: what the prior is told; background: behind a transparent picture.
     """
     shape = autoencoder.image_shape
-    image, known = picture_to_complete(picture, shape), known_pixels(keep, shape)
+    image, known = picture_to_complete(picture, shape, background), known_pixels(keep, shape)
     given, held = held_latents(autoencoder, image, known, device)
     for mask in held:
         say(f"held: {int(mask.sum())} of {mask.numel()} latents on the {mask.shape[0]}×{mask.shape[1]} grid")
