@@ -16,7 +16,7 @@ from pipelines import compare
 from pipelines.judging.comparison import from_dict
 from pipelines.judging.features import FIGURES
 from pipelines.pages.report import train_all
-from pipelines.pages.words import between_runs
+from pipelines.pages.words import between_runs, notes, verdict_in_words
 from pipelines.runs.config import replaced
 from pipelines.runs.options import Options
 from pipelines.runs.phases import train
@@ -79,6 +79,18 @@ def test_json_csv_and_page_say_the_same(compared):
             assert float(rows[prior]["negative_elbo"]) == values["negative_elbo"]["nats"]
             assert f"<td>{values['rate']['nats']:.2f}</td>" in page
         assert rows["learned"]["extractor"] == metrics["features"]["digest"] and metrics["features"]["digest"] in page
+
+
+def test_the_verdict_says_that_samples_are_copies(compared):
+    values = json.loads((compared / "mnist5k/compare/metrics.json").read_text())
+    for name, p, says in (("learned", 0.5, False), ("learned", 1e-9, True), ("standard", 1e-9, False)):
+        changed = copy.deepcopy(values)
+        changed["priors"]["learned"]["copying_p"] = 0.5
+        changed["priors"].pop("tuned", None)
+        changed["priors"][name] |= {"copying_p": p, "copied": 0.209}
+        comparison = from_dict(changed)
+        assert ("copies of training images: 20.9 %" in verdict_in_words(comparison)) == says
+        assert any("some are copies; look" in note for note in notes(comparison)) == says
 
 
 def test_runs_of_the_same_images_are_compared_in_words_and_others_are_not(compared):

@@ -165,6 +165,8 @@ class Judged:
     """N F each"""
     nearest: dict[str, tuple[Tensor, Tensor]]
     """for each image the distance to its nearest training image, and which it is, N each; mirror images come after all others"""
+    fd: dict[str, Tensor]
+    """Fréchet distances as drawn, then under each resample; empty where withheld"""
     withheld: dict[str, str]
 
 
@@ -220,11 +222,13 @@ def judge(subject: Subject, rows: Rows) -> Judged:
         learned_from = torch.cat([learned_from, mirrored])
     nearest = {name: nearest_neighbours(values, learned_from) for name, values in features.items()}
     judge = Judge(space, nearest["real"][0], subject.seed)
-    figures = {name: Row(**judge(values, nearest[name][0])) for name, values in features.items()}
+    values = {name: judge.under_resamples(points, nearest[name][0]) for name, points in features.items()}
+    figures = {name: Row(**judge.figures(found, nearest[name][0])) for name, found in values.items()}
     error = (rows.images["reconstruction"].double() - rows.images["real"].double()).div(255).square().mean()
     figures["reconstruction"] = replace(figures["reconstruction"], mse=float(error))
     figures["posterior"] = replace(figures["posterior"], note=NOT_A_GENERATOR)
-    return Judged(figures, features, nearest, judge.withheld)
+    distances = {name: found["fd"] for name, found in values.items() if "fd" in found}
+    return Judged(figures, features, nearest, distances, judge.withheld)
 
 
 def with_nats(subject: Subject, nats: dict[str, Tensor], figures: dict[str, Row]) -> dict[str, Row]:
@@ -266,7 +270,7 @@ def comparison_of(subject: Subject, rows: Rows, judged: Judged, tried: list[Trad
         withheld = NO_LEARNED_PRIOR
     elif "fd" in judged.withheld:
         withheld = f"no Fréchet distance of {judged.withheld['fd']}"
-    verdict = verdict_of(figures["real"], figures["reconstruction"], priors, withheld, title("standard", bool(codes)))
+    verdict = verdict_of(judged.fd, withheld, title("standard", bool(codes)))
     bounds = None
     if subject.autoencoder.bottleneck.has_density:
         bounds = likelihood(run, splits, images=BATCH, samples=FEW, naive=0, seed=subject.seed)
@@ -279,8 +283,10 @@ def comparison_of(subject: Subject, rows: Rows, judged: Judged, tried: list[Trad
         rejection=rejected,
         codes=[code_use(level, spec) for level, spec in zip(codes, subject.specs)],
         gap_closed=verdict.closed,
+        gap_closed_plus_minus=verdict.plus_minus,
         gap_closed_reason=verdict.reason,
         gap_closed_tuned=verdict.tuned,
+        gap_closed_tuned_plus_minus=verdict.tuned_plus_minus,
         prior=name_of_prior(run.config.prior) if run.learned else "learned prior",
         told=run.told if run.learned else None,
         images=len(subject.chosen),

@@ -2,10 +2,13 @@
 
 fd          Fréchet distance; kid, precision, recall, density, coverage: see quality.py
 nearer      share of held-out images that lie farther from the training set than a sample does: 1/2 without memorization
+copied      share of samples that lie as near to the training set as the nearest percent of held-out images do: about 0.01
+            without memorization
 nll         -E_q[log p(z)] of held-out images' latents under a prior, in nats an image
 gap_closed  (fd(standard) - fd(learned)) / (fd(standard) - fd(reconstruction)): 0 where the learned prior buys nothing,
             1 where its samples are as near to the data as the decoder's own reconstructions; gap_closed_tuned is of
-            samples that are drawn in the best way that was tried
+            samples that are drawn in the best way that was tried; plus_minus is half of the 95 % interval, over resamples
+            of the images of all rows at once
 """
 
 from dataclasses import dataclass, field
@@ -14,10 +17,12 @@ from typing import Any, Literal
 
 import cattrs
 from cattrs.gen import make_dict_structure_fn, make_dict_unstructure_fn, override
+from torch import Tensor
 
 from pipelines.console import UserError
 from pipelines.files import read_json, write_json
 from pipelines.judging.features import Features
+from pipelines.judging.quality import error
 from pipelines.judging.tradeoffs import Tradeoff, described
 from stage2_prior.sampling import Sampling
 
@@ -47,10 +52,11 @@ class Row:
     density: float | None
     coverage: float | None
     nearer: float | None
+    copied: float | None = None
     plus_minus: dict[str, float]
     """of each figure above, half of its 95 % interval"""
-    copying_z: float
-    """below about -3 samples are copies of training images (Meehan et al. 2020)"""
+    copying_p: float | None = None
+    """the probability that `copied` is by chance what it is, if no sample is a copy; None in files of an earlier version"""
     distance_to_training: float
     """median distance to the nearest training image"""
     mse: float | None = None
@@ -100,9 +106,12 @@ class Comparison:
     codes: list[CodeUse] = field(default_factory=list)
     """one for each level; none of continuous latents"""
     gap_closed: float | None
+    gap_closed_plus_minus: float | None = None
+    """half of its 95 % interval; None in files of an earlier version"""
     gap_closed_reason: str | None = None
     """why there is none"""
     gap_closed_tuned: float | None = None
+    gap_closed_tuned_plus_minus: float | None = None
     prior: str = "learned prior"
     """what the learned prior is, such as PixelSNAIL"""
     told: Literal["label", "caption"] | None
@@ -206,19 +215,24 @@ class Verdict:
     """How much of the gap between N(0, I) and the decoder's reconstructions the learned prior closes."""
 
     closed: float | None
+    plus_minus: float | None = None
     reason: str | None = None
     tuned: float | None = None
+    tuned_plus_minus: float | None = None
 
 
-def verdict_of(real: Row, reconstruction: Row, priors: dict[str, Row], withheld: str | None, start: str) -> Verdict:
-    """withheld: why there is no Fréchet distance, or no learned prior; start: what the standard prior is called."""
+def verdict_of(fd: dict[str, Tensor], withheld: str | None, start: str) -> Verdict:
+    """fd: the Fréchet distances of each row, first as drawn, then under each resample; the same resamples for all rows.
+
+    withheld: why there is no Fréchet distance, or no learned prior; start: what the standard prior is called.
+    """
     if withheld is not None:
-        return Verdict(None, withheld)
-    distances = {name: row.fd for name, row in {**priors, "reconstruction": reconstruction, "real": real}.items()}
-    known = {name: fd for name, fd in distances.items() if fd is not None}
-    gap = known["standard"] - known["reconstruction"]
+        return Verdict(None, reason=withheld)
+    gap = fd["standard"] - fd["reconstruction"]
     # The distance of real held-out images is what sampling error alone costs: a gap below it cannot be told from noise.
-    if gap <= max(known["real"], 0.0):
-        return Verdict(None, f"{start} is no worse than the reconstructions, beyond sampling error")
-    closed = {name: (known["standard"] - known[name]) / gap for name in ("learned", "tuned") if name in known}
-    return Verdict(closed["learned"], tuned=closed.get("tuned"))
+    if float(gap[0]) <= max(float(fd["real"][0]), 0.0):
+        return Verdict(None, reason=f"{start} is no worse than the reconstructions, beyond sampling error")
+    closed = {name: (fd["standard"] - fd[name]) / gap for name in ("learned", "tuned") if name in fd}
+    figures = {name: (float(shares[0]), error(shares)) for name, shares in closed.items()}
+    tuned, tuned_plus_minus = figures.get("tuned", (None, None))
+    return Verdict(*figures["learned"], tuned=tuned, tuned_plus_minus=tuned_plus_minus)

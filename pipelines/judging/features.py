@@ -25,13 +25,13 @@ from pipelines import files, processes
 from pipelines.console import UserError, say
 from pipelines.data.images import ImageSet, Labelled, Splits
 from pipelines.data.reading import Stored, content_of
-from pipelines.judging.quality import FEWEST, Cloud, FrechetDistance, copying_z, error, likeness, nearer, resampled
+from pipelines.judging.quality import FEWEST, Cloud, FrechetDistance, copied, copying_p, error, likeness, nearer, resampled
 from pipelines.runs.config import MetricsConfig
 from pipelines.training.fit import evaluate, fit, in_order
 from stage1_vae.statistics import BatchNorm
 
 BATCH = 500
-FIGURES = ("fd", "kid", "precision", "recall", "density", "coverage", "nearer")
+FIGURES = ("fd", "kid", "precision", "recall", "density", "coverage", "nearer", "copied")
 
 
 def convolution(channels: int, features: int) -> list[nn.Module]:
@@ -178,20 +178,28 @@ class Judge:
         if self.cloud is None:
             self.withheld["kid, precision, recall, density, coverage"] = f"{count} images, of at least {FEWEST} needed"
 
-    def __call__(self, features: Tensor, distances: Tensor) -> dict[str, Any]:
-        """The FIGURES of features N F, whose nearest training images are at these distances, N; None where withheld.
+    def under_resamples(self, features: Tensor, distances: Tensor) -> dict[str, Tensor]:
+        """The FIGURES that are not withheld, for each weighting of `resampled`, R + 1 each.
 
-        `plus_minus` holds half the 95 % interval of each.
+        features N F, whose nearest training images are at these distances, N.
         """
-        values: dict[str, Tensor] = {"nearer": self.weights @ nearer(distances, self.held_out) / len(features)}
+        near = {"nearer": nearer(distances, self.held_out), "copied": copied(distances, self.held_out).double()}
+        values = {name: self.weights @ of_each / len(features) for name, of_each in near.items()}
         if "fd" not in self.withheld:
             values["fd"] = self.space.distance.under(features, self.weights)
         if self.cloud is not None:
             values |= likeness(self.cloud, features, self.weights)
+        return values
+
+    def figures(self, values: dict[str, Tensor], distances: Tensor) -> dict[str, Any]:
+        """The FIGURES of what `under_resamples` returned for these distances; None where withheld.
+
+        `plus_minus` holds half the 95 % interval of each.
+        """
         return {
             **{name: float(values[name][0]) if name in values else None for name in FIGURES},
             "plus_minus": {name: error(values[name]) for name in FIGURES if name in values},
-            "copying_z": copying_z(float(values["nearer"][0]), len(features), len(self.held_out)),
+            "copying_p": copying_p(distances, self.held_out),
             "distance_to_training": float(distances.median()),
         }
 

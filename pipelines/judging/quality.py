@@ -21,6 +21,7 @@ WIDE = 512
 DEVIATIONS = 1.96  # of a normal distribution on either side: 95 %
 MANIFOLD_NEIGHBOUR = 3  # of precision and recall: k in Kynkäänniemi et al. 2019
 DENSITY_NEIGHBOUR = 5  # of density and coverage: k in Naeem et al. 2020
+NEAREST = 0.01  # of held-out images, which a sample is a suspected copy within
 FEWEST = DENSITY_NEIGHBOUR + 1  # images among which each has that neighbour
 CHUNK = 4_000_000  # distances at once, 8 bytes each
 
@@ -176,6 +177,29 @@ def nearer(distances: Tensor, held_out: Tensor) -> Tensor:
     return 1 - below.double() / (2 * len(held_out))
 
 
-def copying_z(share: float, samples: int, held_out: int) -> float:
-    """C_T of Meehan et al. 2020 with one cell: the Mann-Whitney z of that mean; below about -3 samples are copies."""
-    return (0.5 - share) * samples * held_out / math.sqrt(samples * held_out * (samples + held_out + 1) / 12)
+def copied(distances: Tensor, held_out: Tensor) -> Tensor:
+    """Of each sample, whether it lies as near to the training set as the nearest percent of held-out images do.
+
+    distances, held_out: to the nearest training image, N and M. The mean over samples is 0.01 for new images, and more where
+    some samples are copies. The mean of `nearer` hides them where the other samples lie far from all images; this one does not.
+    """
+    return distances <= held_out.sort().values[math.ceil(NEAREST * len(held_out)) - 1]
+
+
+def copying_p(distances: Tensor, held_out: Tensor) -> float:
+    """The probability that so many of N new images lie so near to the training set; small where some are copies.
+
+    Fisher's exact test of how many samples and how many held-out images lie within a distance. The distance is that of the
+    nearest held-out image, of the second, of the fourth and so on, up to the nearest percent. The smallest probability counts,
+    times their number (Bonferroni). The first distances find exact copies, the last ones copies that a decoder has blurred.
+    """
+    from scipy.stats import fisher_exact  # slow to import
+
+    ordered, most = held_out.sort().values, math.ceil(NEAREST * len(held_out))
+    ranks = {min(2**power, most) for power in range(most.bit_length() + 1)}
+    found = []
+    for rank in ranks:
+        counts = [int((values <= ordered[rank - 1]).sum()) for values in (distances, held_out)]
+        table = [counts, [len(distances) - counts[0], len(held_out) - counts[1]]]
+        found.append(float(fisher_exact(table, alternative="greater").pvalue))
+    return min(1.0, len(ranks) * min(found))

@@ -49,7 +49,7 @@ def write_csv(path: Path, runs: Mapping[str, Comparison]) -> None:
     bounds = ["rate", "negative_elbo", "importance_weighted"]
     columns = ["run", "z", *(column for pair in zip(FIGURES, errors) for column in pair)]
     columns += [
-        "copying_z",
+        "copying_p",
         "distance_to_training",
         "nll",
         "parameters",

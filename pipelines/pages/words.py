@@ -4,8 +4,12 @@ import math
 from collections.abc import Mapping, Sequence
 
 from pipelines.judging.comparison import ROWS, Comparison, Row
+from pipelines.judging.quality import NEAREST
 from pipelines.judging.together import Entry
 from pipelines.judging.tradeoffs import described, lowest_fd
+
+SURELY = 0.01
+"""The largest probability of `copying_p` at which samples are called copies."""
 
 HEADINGS = {
     "fd": "fd",
@@ -15,6 +19,7 @@ HEADINGS = {
     "density": "density",
     "coverage": "coverage",
     "nearer": "nearer",
+    "copied": "copied, %",
     "nll": "nll of z",
 }
 """Of the columns, in the order shown"""
@@ -32,10 +37,21 @@ def cell(row: Row | None, figure: str) -> str:
         return "" if figure == "nll" else "–"
     if figure == "nll":
         return f"{value:.1f}"
+    if figure == "copied":
+        return percent(value, half)
     # As many decimals as show three digits of the figure or of its error, whichever is larger.
     size = max(abs(value), half or 0)
     shown = max(2, 2 - math.floor(math.log10(size))) if figure == "kid" and size else 2
     return f"{value:.{shown}f}" + ("" if half is None else f" ± {half:.{shown}f}")
+
+
+def figure_of(value: float, half: float | None) -> str:
+    return f"{value:.3f}" + ("" if half is None else f" ± {half:.3f}")
+
+
+def percent(share: float, half: float | None) -> str:
+    """A share as a percentage, with half its 95 % interval where that is known."""
+    return f"{100 * share:.1f}" + ("" if half is None else f" ± {100 * half:.1f}")
 
 
 def cells(comparison: Comparison) -> dict[str, list[str]]:
@@ -74,12 +90,27 @@ def about_figures(comparison: Comparison) -> list[str]:
     lines = [
         *about_measures(comparison),
         "nearer: of pairs of a sample and a held-out image, the share in which the sample lies nearer to its nearest training"
-        " image. 0.5: as near as new images are; above: copied (Meehan et al. 2020). Drawn from"
-        f" {drawn_from(comparison)}: z = {comparison.priors[comparison.generator].copying_z:.1f}, where below -3 would mean"
-        " copies.",
+        " image. 0.5: as near as new images are (Meehan et al. 2020).",
+        f"copied: the share of samples that lie as near to a training image as the nearest {100 * NEAREST:g} % of held-out images"
+        f" do. {100 * NEAREST:g} %: as many as of new images; above: some are copies.",
+        *about_copies(comparison),
     ]
     lines += [f"{figure}: withheld, {reason}." for figure, reason in comparison.withheld.items()]
     return lines + [f"warning: {warning}." for warning in comparison.warnings]
+
+
+def about_copies(comparison: Comparison) -> list[str]:
+    """Whether samples of the prior that the run is meant to be drawn from are copies of training images."""
+    rows = {f"drawn from {drawn_from(comparison)}": comparison.priors[comparison.generator]}
+    if "tuned" in comparison.priors:
+        rows[f"drawn with {described_tuned(comparison)}"] = comparison.priors["tuned"]
+    lines = []
+    for drawn, row in rows.items():
+        if row.copied is not None and row.copying_p is not None:
+            share, chance = percent(row.copied, row.plus_minus.get("copied")), f"p = {row.copying_p:.2g}"
+            says = "some are copies; look at the nearest training images" if row.copying_p < SURELY else "no more than by chance"
+            lines.append(f"copies: of samples {drawn}, {share} % lie that near: {says} ({chance}).")
+    return lines
 
 
 def about_priors(comparison: Comparison) -> list[str]:
@@ -137,11 +168,12 @@ def about_sampling(comparison: Comparison) -> list[str]:
 
 def about_gap(comparison: Comparison) -> list[str]:
     if comparison.gap_closed is not None:
-        closed = comparison.gap_closed_tuned
-        tuned = "" if closed is None else f", {closed:.3f} with {described_tuned(comparison)}"
+        closed, tuned = figure_of(comparison.gap_closed, comparison.gap_closed_plus_minus), ""
+        if comparison.gap_closed_tuned is not None:
+            share = figure_of(comparison.gap_closed_tuned, comparison.gap_closed_tuned_plus_minus)
+            tuned = f", {share} with {described_tuned(comparison)}"
         return [
-            f"gap closed: {comparison.gap_closed:.3f} of the way from {comparison.title('standard')} to the decoder's own"
-            f" reconstructions{tuned}."
+            f"gap closed: {closed} of the way from {comparison.title('standard')} to the decoder's own reconstructions{tuned}."
         ]
     learned = comparison.generator == "learned"
     return [f"gap closed: none stated, {comparison.gap_closed_reason}."] if learned else []
@@ -196,6 +228,18 @@ def verdict_of_several(entries: Sequence[Entry]) -> str:
 
 
 def verdict_in_words(comparison: Comparison) -> str:
+    """How near samples lie to the data, and that some are copies of training images where that is so."""
+    rows = [comparison.priors[name] for name in (comparison.generator, "tuned") if name in comparison.priors]
+    copies = max((row.copied or 0 for row in rows if row.copying_p is not None and row.copying_p < SURELY), default=None)
+    if copies is None:
+        return about_nearness(comparison)
+    return (
+        f"{about_nearness(comparison)} But some samples are copies of training images: {100 * copies:.1f} % lie as near to one as"
+        f" {100 * NEAREST:g} % of held-out images do."
+    )
+
+
+def about_nearness(comparison: Comparison) -> str:
     priors, start = comparison.priors, comparison.title("standard")
     standard, best = cell(priors["standard"], "fd"), cell(comparison.reconstruction, "fd")
     if comparison.generator == "standard":
@@ -208,10 +252,11 @@ def verdict_in_words(comparison: Comparison) -> str:
     distances, tuned = [priors[name].fd for name in ("standard", "learned")], ""
     assert distances[0] is not None and distances[1] is not None
     if comparison.gap_closed_tuned is not None:
-        tuned = f", and {100 * comparison.gap_closed_tuned:.1f} % drawn with {described_tuned(comparison)}"
+        share = percent(comparison.gap_closed_tuned, comparison.gap_closed_tuned_plus_minus)
+        tuned = f", and {share} % drawn with {described_tuned(comparison)}"
     return (
         f"Drawn from {start}, samples lie at a Fréchet distance of {standard} from the training images; drawn from the learned"
         f" prior, at {cell(priors['learned'], 'fd')}: {distances[0] / distances[1]:.1f} times nearer. The decoder's own"
-        f" reconstructions lie at {best}, so the learned prior closes {100 * comparison.gap_closed:.1f} % of the gap that {start}"
-        f" leaves{tuned}."
+        f" reconstructions lie at {best}, so the learned prior closes"
+        f" {percent(comparison.gap_closed, comparison.gap_closed_plus_minus)} % of the gap that {start} leaves{tuned}."
     )
