@@ -83,6 +83,19 @@ def test_every_truncation_and_every_flipped_bit_is_detected(tmp_path, capsys):
     assert to_go_on_from(tmp_path) == [1, 2]
 
 
+def test_a_file_that_changes_within_a_process_is_verified_anew(tmp_path, monkeypatch):
+    """Long after it was written, too, and though its size and the time of its content are as before."""
+    monkeypatch.setattr(checkpoints, "SETTLED_SECONDS", 0.05)
+    path = save(tmp_path, 1).folder / "model.safetensors"
+    before = path.stat()
+    time.sleep(0.1)
+    assert checkpoints.usable(tmp_path)
+    path.write_bytes(bytes(len(path.read_bytes())))
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    with pytest.raises(UserError, match="altered"):
+        checkpoints.usable(tmp_path)
+
+
 class Boom:
     """Unpickled, it would leave a file."""
 

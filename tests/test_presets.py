@@ -1,11 +1,13 @@
 """Every preset end to end, in process, shrunk, on a small data set of its shape."""
 
 import dataclasses
+import hashlib
 import json
 import re
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -34,6 +36,7 @@ from pipelines.runs.parts import load_autoencoder, weights_of
 from pipelines.runs.recipes import parts_of, preset
 from pipelines.runs.run import CHECKPOINTS, Run
 from pipelines.train_all import parse
+from pipelines.training import checkpoints
 from pipelines.training.fit import fit
 from stage1_vae import bottlenecks
 from stage2_prior.autoregressive import AutoregressivePrior
@@ -313,11 +316,23 @@ def test_the_rows_of_the_comparison_use_the_same_images(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("images", [1, 3])
 @pytest.mark.usefixtures("small_data")
-def test_very_few_held_out_images_are_compared(run, images):
+def test_very_few_held_out_images_are_compared(run, images, monkeypatch):
+    """And of the checkpoints, at most twice as many bytes are hashed as are stored."""
+    hashed = []
+
+    def counting(content=b""):
+        hashed.append(len(content))
+        return hashlib.sha256(content)
+
+    monkeypatch.setattr(checkpoints, "hashlib", SimpleNamespace(sha256=counting))
+    monkeypatch.setattr(checkpoints, "SETTLED_SECONDS", -1.0)
+    checkpoints.checksum_of_state.cache_clear()
     splits = load_data(run)
     few = dataclasses.replace(splits, test=splits.test.subset(torch.arange(images)))
     comparison = compared(run, few)
     assert comparison.images == images and "fd" in comparison.withheld
+    stored = [path.stat().st_size for folder in (run.folder, run.classifiers) for path in folder.rglob("step-*/*")]
+    assert 0 < sum(hashed) <= 2 * sum(stored)
 
 
 def test_the_example_of_the_readme_runs(run, tmp_path, monkeypatch):

@@ -9,11 +9,13 @@ The weights alone are enough to use a model; only training needs the rest. Nothi
 does not fit is never used.
 """
 
+import functools
 import hashlib
 import json
 import math
 import os
 import shutil
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,7 @@ from pipelines.files import aside, clear_partial, flush, packed, read_tensors, w
 from pipelines.training import sharding
 
 CHECKSUMS = "checksums.json"
+SETTLED_SECONDS = 2.0  # since the last change of a file: only then would its times tell of another one
 TRAINING = "training.safetensors"
 
 
@@ -95,12 +98,26 @@ def save(folder: Path, record: dict[str, Any], model: dict[str, Tensor], trainin
     return Checkpoint(target, record)
 
 
+def checksum(path: Path) -> str:
+    """SHA-256 of a file, read once a process unless the file has changed or may be changing."""
+    found = os.stat(path)
+    state = (found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino, found.st_dev)
+    settled = time.time() - max(found.st_mtime, found.st_ctime) > SETTLED_SECONDS
+    return (checksum_of_state if settled else checksum_of_state.__wrapped__)(path.resolve(), state)
+
+
+@functools.cache
+def checksum_of_state(path: Path, state: tuple[int, ...]) -> str:
+    """state: of the file, its size and times: what tells that it is another."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
 def verify(folder: Path, *names: str) -> None:
     """Raises UserError naming the file of a checkpoint that is missing, truncated or altered."""
     try:
         checksums = json.loads((folder / CHECKSUMS).read_text())
         for name in names:
-            if hashlib.sha256((folder / name).read_bytes()).hexdigest() != checksums.get(name):
+            if checksum(folder / name) != checksums.get(name):
                 raise UserError(f"{folder / name} is truncated or altered: its checksum does not fit")
     except FileNotFoundError as error:
         raise UserError(f"{error.filename} is missing") from error
