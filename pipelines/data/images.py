@@ -3,12 +3,13 @@
 N images, C colour channels, H×W pixels.
 """
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from pipelines.data.identity import Used, content_of_tensors
 from pipelines.data.reading import Stored
 
 SPLIT_SEED = 0
@@ -99,11 +100,18 @@ class Splits:
     test: ImageSet
     label_names: list[str]  # empty when there are no labels
     listing: str | None = None  # a checksum of the names and labels of the user's own images, which decide the splits
+    content: str | None = None  # a checksum of the grey images and their labels, of which pixels are drawn black or white
+    used: Sequence[Used] = ()  # where images in files lie
 
     def binarized(self) -> "Splits":
         """Drawn black or white: training images anew each time they come by, the others once."""
         validation, test = (ImageSet(Binarized(part).images, part.labels) for part in (self.validation, self.test))
-        return Splits(Binarized(self.train), validation, test, self.label_names)
+        return replace(self, train=Binarized(self.train), validation=validation, test=test, content=self.content_in_memory())
+
+    def content_in_memory(self) -> str:
+        """A checksum of images and labels that did not come from files."""
+        parts = [tensor for part in (self.train, self.validation, self.test) for tensor in (part.images, part.labels)]
+        return self.content or content_of_tensors(part for part in parts if not isinstance(part, Stored))
 
     @property
     def sizes(self) -> dict[str, int]:

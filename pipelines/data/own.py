@@ -4,7 +4,7 @@ import hashlib
 import json
 import math
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from pipelines.console import UserError, say
 from pipelines.data.decoding import SAID
+from pipelines.data.identity import Used
 from pipelines.data.images import ImageSet, Splits, split, with_validation
 from pipelines.data.layout import some
 from pipelines.data.reading import Stored
@@ -54,13 +55,18 @@ class OwnImages:
             raise UserError(f"of {where}, only the images for {' and '.join(captioned)} have captions")
         read, unreadable = readable([*sets.values()], where, self.skip_unreadable, self.in_memory, report)
         listing = listing_of([*sets.values()], unreadable, label_names)
+        used = [
+            Used(images.images.files, [row for row in range(len(images)) if row not in out])
+            for images, out in zip(sets.values(), unreadable)
+            if isinstance(images.images, Stored)
+        ]
         parts = dict(zip(sets, read))
         if "all" in parts:
             everything = parts.pop("all")
             parts["train"], parts["test"] = split(everything, max(1, round(FOLDER_TEST_SHARE * len(everything))))
         if "validation" in parts:
-            return Splits(parts["train"], parts["validation"], parts["test"], label_names, listing)
-        return with_validation(parts["train"], parts["test"], label_names, listing)
+            return Splits(parts["train"], parts["validation"], parts["test"], label_names, listing, used=used)
+        return replace(with_validation(parts["train"], parts["test"], label_names, listing), used=used)
 
 
 def listing_of(sets: list[ImageSet], left_out: list[dict[int, str]], label_names: list[str]) -> str:

@@ -34,6 +34,9 @@ class Files(Protocol):
     def name(self, index: int) -> str:
         """For a person."""
 
+    def size(self, index: int) -> int:
+        """In bytes; 0 where it is not there."""
+
     def open(self, index: int) -> str | BinaryIO:
         """What Pillow opens. Raises OSError."""
 
@@ -53,6 +56,9 @@ class FolderFiles:
 
     def name(self, index: int) -> str:
         return printable(self.open(index))
+
+    def size(self, index: int) -> int:
+        return written(self.open(index))[0]
 
     def open(self, index: int) -> str:
         return os.path.join(self.folder, self.names[index])

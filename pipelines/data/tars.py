@@ -46,6 +46,9 @@ class TarFiles:
     def name(self, index: int) -> str:
         return printable(f"{self.paths[self.shards[index]]}: {self.names[index]}")
 
+    def size(self, index: int) -> int:
+        return int(self.sizes[index])
+
     def open(self, index: int) -> BinaryIO:
         with open(self.paths[self.shards[index]], "rb") as file:
             file.seek(self.offsets[index])

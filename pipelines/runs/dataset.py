@@ -4,11 +4,13 @@ from dataclasses import dataclass
 
 from pipelines import files
 from pipelines.console import UserError
+from pipelines.data.identity import content_of_captions, content_of_files, stamp
 from pipelines.data.images import ImageSet, Mirrored, Splits
 from pipelines.runs.config import to_dict
 from pipelines.runs.run import UNREADABLE, Run, refuse_another
 
 FACTS = "stage1/facts.json"
+OPTIONAL = ("listing", "content", "captions", "stamp")  # of its entries, which a run of an earlier version has not
 
 
 @dataclass(frozen=True)
@@ -22,10 +24,22 @@ class Facts:
     """number of images in each split"""
     listing: str | None
     """of the user's own images, a checksum of their names and labels"""
+    content: str | None = None
+    """a checksum of the images, and of labels that came with them; None in a run of an earlier version"""
+    captions: str | None = None
+    """a checksum of the captions"""
+    stamp: str | None = None
+    """of images in files, a checksum of the sizes and times of these"""
 
     @classmethod
-    def of(cls, splits: Splits) -> "Facts":
-        return cls(splits.image_shape, splits.label_names, splits.sizes, splits.listing)
+    def of(cls, splits: Splits, before: "Facts | None" = None) -> "Facts":
+        """before: what is known of the data set, so that no file is read that has not been written since."""
+        now = stamp(splits.used) if splits.used else None
+        content = before.content if before is not None and now is not None and before.stamp == now else None
+        if content is None:
+            content = content_of_files(splits.used) if splits.used else splits.content_in_memory()
+        captions = content_of_captions(part.captions for part in (splits.train, splits.validation, splits.test))
+        return cls(splits.image_shape, splits.label_names, splits.sizes, splits.listing, content, captions, now)
 
 
 def write_facts(run: Run, splits: Splits) -> None:
@@ -34,7 +48,8 @@ def write_facts(run: Run, splits: Splits) -> None:
     if path.exists():  # a process that began at the same time may have been first
         refuse_another(path, run.config)
     files.write_json(path, to_dict(run.config))
-    files.write_json(run.folder / FACTS, vars(Facts.of(splits)))
+    before = read_facts(run) if (run.folder / FACTS).is_file() else None
+    files.write_json(run.folder / FACTS, vars(Facts.of(splits, before)))
 
 
 def read_facts(run: Run) -> Facts:
@@ -43,7 +58,7 @@ def read_facts(run: Run) -> Facts:
     if not path.is_file():
         raise UserError(f"{run.folder} is unfinished: stage 1 has not been trained. Run its train_all command again.")
     facts = files.read_json(path)
-    return Facts(tuple(facts["image_shape"]), facts["label_names"], facts["images"], facts.get("listing"))
+    return Facts(tuple(facts["image_shape"]), facts["label_names"], facts["images"], *(facts.get(name) for name in OPTIONAL))
 
 
 def load_data(run: Run) -> Splits:
@@ -60,17 +75,23 @@ def load_data(run: Run) -> Splits:
 
 def refuse_other_images(run: Run, splits: Splits) -> None:
     """Raises UserError where a trained run's images are not these."""
-    before, now = read_facts(run), Facts.of(splits)
+    before = read_facts(run)
+    now = Facts.of(splits, before)
     sizes = [" + ".join(map(str, facts.images.values())) for facts in (before, now)]
+    others = "Split anew, images that it was trained on would be test images. "
     if before.images != now.images:
-        other = f"{sizes[0]} of them ({', '.join(before.images)}), now there are {sizes[1]}"
+        what = f"other images: {sizes[0]} of them ({', '.join(before.images)}), now there are {sizes[1]}. {others}"
     elif before.listing != now.listing:
-        other = f"as many ({sizes[0]}), but under other names or labels"
+        what = f"other images: as many ({sizes[0]}), but under other names or labels. {others}"
+    elif before.content is not None and before.content != now.content:
+        what = f"other images: as many ({sizes[0]}), but what is in them has changed. "
+    elif run.told == "caption" and before.captions is not None and before.captions != now.captions:
+        what = "other captions of these images. "
     else:
         return
     raise UserError(
-        f"{run.folder} is trained on other images: {other}. Split anew, images that it was trained on would be test"
-        " images. Bring the same images back, or train another run on these: train_all with another --run."
+        f"{run.folder} is trained on {what}Bring the same {'captions' if 'captions' in what else 'images'} back, or train another"
+        " run on these: train_all with another --run."
     )
 
 

@@ -8,6 +8,7 @@ from pipelines import files, processes
 from pipelines.console import UserError
 from pipelines.data.images import ImageSet, Mirrored
 from pipelines.runs.conditions import contexts_of
+from pipelines.runs.dataset import read_facts
 from pipelines.runs.parts import Phase, finished, last_phase, specs_of
 from pipelines.runs.run import Run
 from pipelines.training.fit import in_order
@@ -19,12 +20,12 @@ SHARD_BYTES = 2**28  # of latents in one file
 
 
 def encode(run: Run, autoencoder: Autoencoder, images: ImageSet, part: str, phase: Phase | None = None) -> LatentDataset:
-    """The posteriors of a split, from disk when they were made by these very weights; with their contexts.
+    """The posteriors of a split, from disk when they were made by these very weights of these images; with their contexts.
 
     phase: whose weights these are; the last one when None.
     """
     phase = last_phase(run, "autoencoder") if phase is None else phase
-    key = f"{finished(run, phase).digest()} {len(images)}"
+    key = f"{finished(run, phase).digest()} {len(images)} {read_facts(run).content or ''}".rstrip()
     path = run.folder / "latents" / f"{phase}-{part}.safetensors"
     # Mean and std, or a code of 64 bits: 8 bytes a position either way.
     batches = max(1, SHARD_BYTES // (ENCODING_BATCH * 8 * sum(spec.dimensions for spec in specs_of(autoencoder))))

@@ -21,7 +21,7 @@ CHECKPOINTS = Path("checkpoints")
 UNREADABLE = "unreadable.json"
 PHASES = ("stage1", "stage2", "refine")
 FREE = (
-    *("data.root:", "data.cache:", "data.in_memory:", "data.skip_unreadable:", "metrics."),
+    *("data.root:", "data.urls:", "data.test_urls:", "data.cache:", "data.in_memory:", "data.skip_unreadable:", "metrics."),
     *(f"{phase}.{setting}:" for phase in PHASES for setting in ("compile", "checkpoint_steps")),
 )
 """Settings of the same images and the same training: a run goes on under others."""

@@ -1,0 +1,68 @@
+"""Whether the images, labels and captions of a data set are still the same, wherever its files lie.
+
+Images in files are told apart by the size and time of every file first; only where these have moved, as in a copy, is it read
+what the files hold.
+"""
+
+import hashlib
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from pipelines.data.reading import Files, written
+
+READ_BYTES = 2**28  # of the files of a set at most: of more, evenly spread ones are read, and the sizes of all count
+
+
+@dataclass(frozen=True)
+class Used:
+    """The images of a set in files that are used."""
+
+    files: Files
+    rows: list[int]
+
+
+def stamp(used: Sequence[Used]) -> str:
+    """A checksum of the sizes of files, and when they were last written."""
+    return checksum(repr(written(path)).encode() for part in used for path in part.files.paths)
+
+
+def content_of_files(used: Sequence[Used]) -> str:
+    """A checksum of what is in the files, in order, and not of where they lie."""
+    sizes = [[part.files.size(row) for row in part.rows] for part in used]
+    every = max(1, math.ceil(sum(map(sum, sizes)) / READ_BYTES))
+    key = hashlib.sha256()
+    for part, of_part in zip(used, sizes):
+        for number, (row, size) in enumerate(zip(part.rows, of_part)):
+            key.update(size.to_bytes(8, "little"))
+            if number % every == 0:
+                key.update(hashlib.sha256(read(part.files, row)).digest())
+    return key.hexdigest()[:16]
+
+
+def read(files: Files, row: int) -> bytes:
+    """What a file holds; nothing where it cannot be read, which is for those to say who decode it."""
+    try:
+        opened = files.open(row)
+        with open(opened, "rb") if isinstance(opened, str) else opened as file:
+            return file.read()
+    except OSError:
+        return b""
+
+
+def content_of_tensors(tensors: Iterable[Tensor | None]) -> str:
+    """A checksum of images and labels in memory."""
+    return checksum(b"" if tensor is None else tensor.contiguous().numpy().tobytes() for tensor in tensors)
+
+
+def content_of_captions(captions: Iterable[Sequence[str] | None]) -> str:
+    return checksum(repr(part).encode(errors="surrogatepass") for part in captions)
+
+
+def checksum(parts: Iterable[bytes]) -> str:
+    key = hashlib.sha256()
+    for part in parts:
+        key.update(part)
+    return key.hexdigest()[:16]
