@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image, features
+from PIL import Image, ImageCms, ImageOps, PngImagePlugin, features
 
 from pipelines.console import UserError
 from pipelines.data.decoding import read_image
@@ -207,6 +207,67 @@ def test_transparent_parts_of_a_mask_are_not_kept(tmp_path):
     mask.paste((255, 255, 255, 255), (0, 0, 8, 4))
     mask.save(tmp_path / "mask.png")
     assert known_pixels(str(tmp_path / "mask.png"), (3, 8, 8)).tolist() == [[True] * 8] * 4 + [[False] * 8] * 4
+
+
+# Values
+
+
+def grey_png(values: np.ndarray, bits: int | None = None) -> io.BytesIO:
+    """A PNG of 16 bits that says, where bits is given, how many of them count."""
+    content, info = io.BytesIO(), PngImagePlugin.PngInfo()
+    if bits is not None:
+        info.add(b"sBIT", bytes([bits]))
+    Image.fromarray(values.astype(np.uint16)).save(content, "PNG", pnginfo=info)
+    return content
+
+
+@pytest.mark.parametrize("bits", [10, 12, 14])
+def test_fewer_bits_in_16_are_scaled_by_what_the_file_says(bits):
+    full = np.full((8, 8), 2**bits - 1)
+    for values in (full, full << (16 - bits), full // 2):
+        pixels, said = read_image(grey_png(values, bits), 8, 1)
+        assert abs(int(pixels.mean()) - (127 if values.max() < full.max() else 255)) <= 1 and not said
+
+
+def test_dark_images_of_16_bits_are_said(tmp_path, capsys):
+    fill(tmp_path)
+    (tmp_path / "a.png").write_bytes(grey_png(np.full((8, 8), 4095)).getvalue())
+    (tmp_path / "b.png").write_bytes(grey_png(np.full((8, 8), 40_000)).getvalue())
+    loaded(tmp_path)
+    assert "1 images are of 16 bits and darker than a quarter; of each, values are as in the file" in capsys.readouterr().out
+
+
+def swapped_profile() -> bytes:
+    """sRGB whose red and green are exchanged."""
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    return (
+        profile.replace(b"rXYZ", b"????")
+        .replace(b"gXYZ", b"rXYZ")
+        .replace(b"????", b"gXYZ")
+        .replace(b"s\0R\0G\0B", b"n\0o\0n\0e")
+    )
+
+
+@pytest.mark.parametrize(("kind", "mode"), [("PNG", "RGB"), ("PNG", "RGBA"), ("JPEG", "RGB"), ("WEBP", "RGB"), ("TIFF", "RGB")])
+def test_colours_are_those_of_the_profile_in_the_file(kind, mode):
+    content = io.BytesIO()
+    Image.new(mode, (8, 8), "red").save(content, kind, icc_profile=swapped_profile())
+    pixels, _ = read_image(content, 8, 3)
+    assert np.abs(pixels[:, 4, 4].astype(int) - (0, 255, 0)).max() < 8
+    Image.new("L", (8, 8), 100).save(grey := io.BytesIO(), "PNG", icc_profile=swapped_profile())  # does not fit its pixels
+    assert (read_image(grey, 8, 3)[0] == 100).all()
+
+
+def test_a_large_jpeg_is_decoded_at_a_fraction_of_its_size(monkeypatch):
+    photo = Image.linear_gradient("L").resize((1600, 1200)).convert("RGB")
+    photo.save(content := io.BytesIO(), "JPEG", quality=95)
+    fractions = []
+    fit = ImageOps.fit
+    monkeypatch.setattr(ImageOps, "fit", lambda image, *rest: fractions.append(image.size) or fit(image, *rest))
+    pixels, _ = read_image(content, 64, 3)
+    assert fractions == [(200, 150)]
+    exact = np.asarray(fit(photo, (64, 64), Image.Resampling.LANCZOS)).transpose(2, 0, 1)
+    assert np.abs(pixels.astype(int) - exact).mean() < 2
 
 
 # Shards

@@ -49,6 +49,8 @@ class BenchmarkData:
     size: int = 28
     """height and width of the images: 28 are digits in grey, as PNGs; others colour JPEGs of noise, 0.2 to 0.4 bytes a
     pixel"""
+    file_size: int | None = None
+    """height and width of what is in the files, as of photos that are trained on at another size; `size` when None"""
     source: Literal["folder", "shards"] = "folder"
     """files in a folder, or the same in tar files of 10,000 samples each, as WebDataset has them"""
     steps: int = 30
@@ -63,7 +65,7 @@ class BenchmarkData:
     def rows(self) -> Rows:
         from pipelines.runs.recipes import preset
 
-        check_least(self, images=1000, size=1, steps=0, repeats=1)
+        check_least(self, images=100 if self.file_size else 1000, size=1, steps=0, repeats=1)
         if self.folder is not None and not self.folder.is_dir():
             raise UserError(f"--folder is a folder that is there, not {self.folder}")
         try:
@@ -71,11 +73,12 @@ class BenchmarkData:
         except ValueError as error:
             raise UserError(str(error)) from error
         with tempfile.TemporaryDirectory(dir=self.folder) as made:
-            count = min(self.images, room_for_files(Path(made), self.size))
+            in_files = self.file_size or self.size
+            count = min(self.images, room_for_files(Path(made), in_files))
             if count < self.images:
                 say(f"half of what is free there has room for {count} files, not {self.images}")
             started = time.perf_counter()
-            make_files(Path(made), count, self.size, self.source == "shards")
+            make_files(Path(made), count, in_files, self.source == "shards")
             row = {"images": count, "asked_for": self.images, "making_s": time.perf_counter() - started}
             row |= self.measured(Path(made))
             say(f"{self.table([row])}\ndeleting the files, which takes a while")
@@ -83,7 +86,7 @@ class BenchmarkData:
 
     @property
     def channels(self) -> Literal[1, 3]:
-        return 1 if self.size == DIGITS else 3
+        return 1 if (self.file_size or self.size) == DIGITS else 3
 
     def measured(self, folder: Path) -> dict[str, Any]:
         from pipelines.runs.recipes import preset
@@ -117,6 +120,7 @@ class BenchmarkData:
         row: dict[str, Any] = {
             "source": self.source,
             "size": self.size,
+            "file_size": self.file_size or self.size,
             "training_images": len(splits.train),
             "threads": torch.get_num_threads(),
             "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
@@ -168,7 +172,7 @@ class BenchmarkData:
         (row,) = rows
         memory = [f"{bytes / 2**20:.0f}" for bytes in row["resident_bytes"]]
         lines = [
-            f"{row['images']} images of {row['size']}×{row['size']}, {row['source']};"
+            f"{row['images']} images of {row['file_size']}×{row['file_size']} at {row['size']}×{row['size']}, {row['source']};"
             f" {row['cores']} cores, {row['threads']} threads",
             f"first batch             after {row['first_batch_s']:.1f} s, {row['first_batch_cpu_s']:.1f} s of them computing",
             f"reading alone           {row['reading_images_per_s']:.0f} images/s over an epoch,"
@@ -186,6 +190,7 @@ class BenchmarkData:
 
 FILES_IN_A_FOLDER = 1000
 DIGITS = 28  # pixels
+NOISE_PIXELS = 10**7  # of different pictures, so many are made at most
 
 
 def room_for_files(folder: Path, size: int) -> int:
@@ -202,7 +207,11 @@ def make_files(folder: Path, count: int, size: int, shards: bool) -> None:
         assert digits.labels is not None
         images, labels, kind = digits[:][0], digits.labels.tolist(), "PNG"
     else:
-        images, labels, kind = noise_pictures(100, size), [index % 10 for index in range(100)], "JPEG"
+        images, labels, kind = (
+            noise_pictures(max(1, min(100, NOISE_PIXELS // size**2)), size),
+            [index % 10 for index in range(100)],
+            "JPEG",
+        )
     contents = []
     for image in images.movedim(1, -1).squeeze(-1).numpy():
         file = io.BytesIO()

@@ -3,14 +3,17 @@
 C colour channels, H×W pixels.
 """
 
+import functools
+import io
 from typing import BinaryIO
 
 import numpy as np
-from PIL import Image, ImageOps, features
+from PIL import Image, ImageCms, ImageOps, features
 
 JPEG = {".jpg", ".jpeg", ".jpe", ".jfif"}
 IMAGE_ENDINGS = JPEG | {".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm"}
 FORMATS = ["PNG", "JPEG", "BMP", "GIF", "WEBP", "TIFF", "PPM"]  # whatever a file is called, no other decoder is tried on it
+DRAFT = 2  # times the size asked for: at least so large a JPEG is decoded, and then resized
 if features.check("avif"):
     IMAGE_ENDINGS |= {".avif"}
     FORMATS += ["AVIF"]
@@ -23,6 +26,7 @@ class Unreadable(ValueError):
 SAID = {
     "animated": ("animated", "the first frame is used"),
     "transparent": ("transparent in parts", "--data.background shows there"),
+    "dark": ("of 16 bits and darker than a quarter", "values are as in the file: scale them up if they have fewer bits"),
 }
 """What may be said of an image: what it is, and what is done."""
 
@@ -45,7 +49,9 @@ def read_image(
         with Image.open(file, formats=FORMATS) as image:
             # An MPO is a photo with its preview.
             is_so = {"animated": image.format != "MPO" and getattr(image, "is_animated", False)}
-            upright = eight_bit(ImageOps.exif_transpose(image))
+            bits = significant_bits(image)
+            image.draft(None, (DRAFT * size, DRAFT * size))  # a JPEG is decoded at a fraction of its size, where that is enough
+            upright = in_srgb(eight_bit(ImageOps.exif_transpose(image), bits, is_so))
             shown = opaque(upright, background, is_so).convert("L" if channels == 1 else "RGB")
             square = ImageOps.fit(shown, (size, size), resampling)
     except Exception as error:  # a decoder that is fed broken bytes raises nearly anything
@@ -63,8 +69,12 @@ def opaque(image: Image.Image, background: str, is_so: dict[str, bool]) -> Image
     return Image.alpha_composite(Image.new("RGBA", image.size, background), image).convert("RGB")
 
 
-def eight_bit(image: Image.Image) -> Image.Image:
-    """Grey of 16 bits, scaled to 8: Pillow would clip it at 255. Raises ValueError for pixels whose range is not known."""
+def eight_bit(image: Image.Image, bits: int, is_so: dict[str, bool]) -> Image.Image:
+    """Grey of 16 bits, scaled to 8: Pillow would clip it at 255. Raises ValueError for pixels whose range is not known.
+
+    bits: that the file says it has. Where no value needs more, they are the lower ones: the upper ones, as the PNG
+    specification wants it, need no other scale.
+    """
     if image.mode == "F":
         raise ValueError("floating-point pixels, whose range is not known")
     if not image.mode.startswith("I"):
@@ -72,8 +82,61 @@ def eight_bit(image: Image.Image) -> Image.Image:
     values = np.asarray(image).astype(np.int64)
     if values.min() < 0 or values.max() > 65535:
         raise ValueError("pixels of more than 16 bits, whose range is not known")
-    grey = Image.fromarray(((values * 255 + 32767) // 65535).astype(np.uint8))
+    full = 2**bits - 1 if values.max() < 2**bits else 65535
+    is_so["dark"] = full == 65535 and 255 < values.max() < 2**14
+    grey = Image.fromarray(((values * 255 + full // 2) // full).astype(np.uint8))
     see_through = image.info.get("transparency")
     if see_through is not None:  # the grey that is not seen
         grey.putalpha(Image.fromarray(np.where(values == see_through, 0, 255).astype(np.uint8)))
     return grey
+
+
+def significant_bits(image: Image.Image) -> int:
+    """Of grey of 16 bits, as the chunk sBIT of a PNG or the tag BitsPerSample of a TIFF says; 16 where nothing does."""
+    if image.format == "TIFF":
+        return int(min(16, *image.tag_v2.get(258, (16,)), 16))  # type: ignore[attr-defined]
+    if image.format != "PNG" or not image.mode.startswith("I"):
+        return 16
+    file = image.fp  # type: ignore[attr-defined]
+    here, bits = file.tell(), 16
+    file.seek(8)
+    while len(head := file.read(8)) == 8 and head[4:] != b"IDAT":
+        length = int.from_bytes(head[:4], "big")
+        if head[4:] == b"sBIT" and length:
+            bits = min(16, max(1, file.read(1)[0]))
+            break
+        file.seek(length + 4, 1)
+    file.seek(here)
+    return bits
+
+
+def in_srgb(image: Image.Image) -> Image.Image:
+    """By the colour profile in its file, if there is one that fits its pixels."""
+    profile = image.info.get("icc_profile")
+    if not profile or image.mode not in ("L", "RGB", "CMYK", "RGBA", "LA", "P"):
+        return image
+    if image.mode == "P":
+        image = image.convert("RGBA" if image.has_transparency_data else "RGB")
+    alpha = image.getchannel("A") if image.mode in ("RGBA", "LA") else None
+    colours = image.convert(image.mode.removesuffix("A"))
+    try:
+        transform = to_srgb(profile, colours.mode)
+        shown = colours if transform is None else ImageCms.applyTransform(colours, transform)
+    except ImageCms.PyCMSError:  # of other pixels than these, or damaged
+        return image
+    assert shown is not None
+    if alpha is not None:
+        shown.putalpha(alpha)
+    elif "transparency" in image.info:
+        shown = Image.composite(shown.convert("RGBA"), Image.new("RGBA", shown.size), image.convert("RGBA").getchannel("A"))
+    return shown
+
+
+@functools.lru_cache(maxsize=64)
+def to_srgb(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
+    """From pixels of a mode to RGB in sRGB; None where the profile is sRGB already. Raises PyCMSError."""
+    source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+    name = source.profile.profile_description or ""
+    if mode == "RGB" and "sRGB" in name and "linear" not in name.lower():
+        return None
+    return ImageCms.buildTransform(source, ImageCms.createProfile("sRGB"), mode, "RGB")
