@@ -108,7 +108,7 @@ def write_asked(asked: Arguments) -> None:
         say(f"{asked.count} images from the {asked.prior} prior of {run.folder}: {asked.out}")
         return
     if not isinstance(prior, LearnedPrior):
-        raise UserError(f"--complete needs the learned prior, not {asked.prior}")
+        raise UserError(f"--complete needs a learned prior that is autoregressive, which this {asked.prior} prior is not")
     images, given = completions(
         autoencoder,
         prior,

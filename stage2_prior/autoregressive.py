@@ -178,6 +178,10 @@ class CascadeConfig:
     bottom: AutoregressiveConfig = field(default_factory=AutoregressiveConfig)
     """every level below the top"""
 
+    @property
+    def condition(self) -> ConditionConfig:
+        return self.top.condition
+
     def build(self, specs: list[LatentSpec], classes: int = 0) -> "Cascade":
         """Raises ValueError where the parts do not fit."""
         if len(specs) > 1 and self.top.condition != self.bottom.condition:
@@ -221,4 +225,3 @@ class Cascade(Prior):
 
 
 LearnedPrior = AutoregressivePrior | Cascade
-PriorConfig = AutoregressiveConfig | CascadeConfig

@@ -46,6 +46,9 @@ T = TypeVar("T")
 
 
 class Prior(nn.Module, ABC):
+    bounded = False
+    """Whether `log_prob` is a lower bound rather than the density itself."""
+
     def forward(self, levels: list[Tensor], contexts: Tensor | None = None, progress: float = 0.0) -> dict[str, Tensor]:
         return {"loss": -self.log_prob(levels, contexts).mean()}
 
@@ -58,6 +61,10 @@ class Prior(nn.Module, ABC):
     def estimate(self, dataset: LatentDataset) -> None:
         """Fit what is not trained by gradient. N(0, I) has nothing to fit."""
 
+    def draw_contexts(self, indices: Tensor, seed: int) -> Tensor | None:
+        """Contexts as frequent as in the training set, one for each sample number; None where the prior is told nothing."""
+        return None
+
     def fitted_numbers(self) -> int:
         """How many numbers are trained or fitted."""
         return sum(parameter.numel() for parameter in self.parameters())
@@ -68,6 +75,14 @@ def only(levels: list[T]) -> T:
     if len(levels) != 1:
         raise ValueError(f"this prior models one level of latents, not {len(levels)}")
     return levels[0]
+
+
+def gaussian_log_probs(value: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """log N(value; mean, diag std²) of every value under every Gaussian, B N in float64: value B D, mean and std N D."""
+    # Σ (z-m)²/s² = Σ z²/s² - 2 z·m/s² + m²/s², three matrix products; in float64, because the terms nearly cancel.
+    value, mean, precision = value.double(), mean.double(), std.double().square().reciprocal()
+    distance = value.square() @ precision.T - 2 * value @ (mean * precision).T + (mean.square() * precision).sum(1)
+    return 0.5 * precision.log().sum(1) - value.shape[1] * LOG_SQRT_2PI - 0.5 * distance
 
 
 class StandardNormal(Prior):
@@ -229,11 +244,7 @@ class AggregatePosterior(Prior):
         value = only(levels).flatten(1)
         posterior = only(self.dataset.posteriors(slice(None)))
         mean, std = (posterior[name].flatten(1).to(value) for name in ("mean", "std"))
-        # Σ (z-m)²/s² = Σ z²/s² - 2 z·m/s² + m²/s², three matrix products; in float64, because the terms nearly cancel.
-        value, mean, precision = value.double(), mean.double(), std.double().square().reciprocal()
-        distance = value.square() @ precision.T - 2 * value @ (mean * precision).T + (mean.square() * precision).sum(1)
-        log_scale = 0.5 * precision.log().sum(1) - value.shape[1] * LOG_SQRT_2PI
-        return (log_scale - 0.5 * distance).logsumexp(1).to(only(levels)) - torch.tensor(float(len(self.dataset))).log()
+        return gaussian_log_probs(value, mean, std).logsumexp(1).to(value) - math.log(len(self.dataset))
 
     def sample(self, indices: Tensor, seed: int, how: Sampling = AS_FITTED, contexts: Tensor | None = None) -> list[Tensor]:
         if how != AS_FITTED:

@@ -12,6 +12,7 @@ from pipelines.judging import tradeoffs
 from pipelines.judging.comparison import Comparison
 from pipelines.pages.report import write_report
 from pipelines.runs.config import RunConfig
+from pipelines.runs.kinds import name_of
 from pipelines.runs.phases import train
 from pipelines.runs.recipes import preset
 from pipelines.runs.run import Run
@@ -19,12 +20,16 @@ from pipelines.training.config import FitConfig
 from stage1_vae import bottlenecks, likelihoods
 from stage1_vae.hierarchy import Hierarchical
 from stage1_vae.networks import Convolutional, ConvolutionalFlat, FullyConnected
-from stage2_prior.autoregressive import AutoregressiveConfig, AutoregressivePrior, CascadeConfig, PriorConfig
+from stage2_prior.autoregressive import AutoregressiveConfig, AutoregressivePrior, CascadeConfig
+from stage2_prior.flow import FlowConfig
 from stage2_prior.heads import Categorical, GaussianMixture, GaussianMixtureHead
+from stage2_prior.kinds import PriorConfig, RivalConfig
 from stage2_prior.latents import LatentDataset, LatentSpec
 from stage2_prior.pixelcnn import PixelCNNConfig
 from stage2_prior.pixelsnail import PixelSNAILConfig
+from stage2_prior.second_vae import SecondVaeConfig
 from stage2_prior.transformer import TransformerConfig
+from stage2_prior.vamp import VampConfig
 
 BACKBONES = {
     "pixelcnn": PixelCNNConfig(width=6, layers=2, kernel=3),
@@ -33,6 +38,11 @@ BACKBONES = {
     "transformer": TransformerConfig(width=6, layers=2, heads=2),
 }
 HEADS = {"mixture": GaussianMixture(components=3), "categorical": Categorical()}
+RIVALS = {
+    "flow": FlowConfig(transforms=2, hidden=8, bins=4),
+    "vamp": VampConfig(components=5),
+    "second-vae": SecondVaeConfig(hidden=8, layers=2, samples=5),
+}
 LEARNED = [(backbone, head) for backbone in BACKBONES for head in HEADS]
 BOTTLENECKS = {
     "deterministic": bottlenecks.Deterministic(channels=3),
@@ -121,6 +131,8 @@ def shrunk(config: RunConfig) -> RunConfig:
 
 
 def shrunk_prior(prior: PriorConfig) -> PriorConfig:
+    if isinstance(prior, RivalConfig):
+        return RIVALS[name_of(type(prior))]
     if isinstance(prior, CascadeConfig):
         return dataclasses.replace(prior, top=shrunk_prior(prior.top), bottom=shrunk_prior(prior.bottom))
     return dataclasses.replace(prior, backbone=dataclasses.replace(prior.backbone, width=8, layers=2))

@@ -14,7 +14,7 @@ from stage2_prior.latents import LatentDataset, LatentSpec, draw
 from stage2_prior.pixelcnn import PixelCNNConfig
 from stage2_prior.prior import CODE_BASELINES, CONTINUOUS_BASELINES, AggregatePosterior, GaussianMixturePrior, baselines
 from stage2_prior.sampling import AS_FITTED, CannotSample, Sampling, uniforms
-from tests.parts import BACKBONES, HEADS, LEARNED, random_latents, random_prior, randomized, spec_for
+from tests.parts import BACKBONES, HEADS, LEARNED, RIVALS, random_latents, random_prior, randomized, spec_for
 
 TINY = {"two-positions": LatentSpec((1, 1, 2)), "two-rows": LatentSpec((1, 2, 1)), "two-channels": LatentSpec((2, 1, 1))}
 FALSE_ALARM = 1e-4  # the stated error rate of each statistical test; seeds are fixed
@@ -29,12 +29,14 @@ def all_priors(spec: LatentSpec) -> dict:
     priors |= {
         f"{backbone}-{head}": random_prior(spec, backbone, head, scale=0.2) for backbone, head in LEARNED if head != "categorical"
     }
-    for name in CONTINUOUS_BASELINES:
+    priors |= {name: config.build([spec]).double().eval() for name, config in RIVALS.items()}
+    for name in (*CONTINUOUS_BASELINES, *RIVALS):
         priors[name].estimate(dataset)
     return priors
 
 
-NAMES = list(all_priors(TINY["two-positions"]))
+NAMES = [*all_priors(TINY["two-positions"])]
+EXACT = [name for name, prior in all_priors(TINY["two-positions"]).items() if not prior.bounded]
 
 
 def density_on_a_square(prior, spec: LatentSpec, reach: float = 16.0, cells: int = 640):
@@ -48,14 +50,14 @@ def density_on_a_square(prior, spec: LatentSpec, reach: float = 16.0, cells: int
 
 
 @pytest.mark.parametrize("shape", TINY)
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", EXACT)
 def test_integrates_to_one(name, shape):
     density, area = density_on_a_square(all_priors(TINY[shape])[name], TINY[shape])
     assert float(density.sum() * area) == pytest.approx(1, abs=2e-4)
 
 
 @pytest.mark.parametrize("shape", TINY)
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", EXACT)
 def test_samples_follow_log_prob(name, shape):
     """A χ² test of samples in 16×16 cells against the integrated density."""
     spec, count, reach, coarse = TINY[shape], 20_000, 16.0, 16
@@ -98,6 +100,7 @@ def test_no_samples_are_an_empty_latent(kind):
     backbones = [dataclasses.replace(config, width=32) for config in BACKBONES.values()]
     priors = [AutoregressiveConfig(backbone, HEADS[kind]).build([spec]).eval() for backbone in backbones]
     priors += [make([spec]) for make in baselines([spec]).values()] + [AggregatePosterior(random_latents(5, spec))]
+    priors += [config.build([spec]) for config in RIVALS.values() if kind == "mixture"]
     for prior in priors:
         (none,), (one,) = (prior.sample(torch.arange(count), seed=3) for count in (0, 1))
         assert none.shape == (0, *spec.shape) and none.dtype == one.dtype

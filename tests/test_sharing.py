@@ -27,8 +27,9 @@ OTHER = TransformerConfig(width=8, layers=2, heads=2)
 def sharing(run: Run, name: str, source: str | None = None, **changes) -> Run:
     """A run of other settings beside `run`, trained on its stage 1."""
     config = run.config
-    for path, value in {"prior.backbone": OTHER, **changes}.items():
-        config = replaced(config, path.replace("__", "."), value)
+    for path, value in {"prior__backbone": OTHER, **changes}.items():
+        if value is not None:
+            config = replaced(config, path.replace("__", "."), value)
     other = Run.create(run.folder.parent / name, config, "cpu")
     phases.train(other, Options(device="cpu", stage1_from=source or str(run.folder)))
     return other

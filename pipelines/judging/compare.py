@@ -201,7 +201,7 @@ def draw_rows(subject: Subject) -> Rows:
 def tuned_sampling(subject: Subject, rows: Rows) -> tuple[Sampling, list[Tradeoff]]:
     """How the learned prior is drawn best, by other samples and another network than those that judge, and what was tried."""
     learned = subject.priors.get("learned")
-    if not isinstance(learned, LearnedPrior):
+    if learned is None:
         return AS_FITTED, []
 
     def drawn(how: Sampling, count: int) -> Tensor:
@@ -209,7 +209,8 @@ def tuned_sampling(subject: Subject, rows: Rows) -> tuple[Sampling, list[Tradeof
 
     run = subject.run
     space = choosing_space(run.fabric, subject.judging, subject.splits, run.classifiers)
-    ways = ways_to_sample(contexts=subject.told is not None, weaker=learned.levels[0].weaker is not None)
+    weaker = isinstance(learned, LearnedPrior) and learned.levels[0].weaker is not None
+    ways = ways_to_sample(contexts=subject.told is not None, weaker=weaker)
     return choose_sampling(space, ways, len(subject.chosen), drawn)
 
 
@@ -238,7 +239,9 @@ def with_nats(subject: Subject, nats: dict[str, Tensor], figures: dict[str, Row]
         for name, prior in subject.priors.items()
         if name != "posterior"
     }
-    return figures | {name: replace(row, nll=float(nats[name].mean()) if name in nats else None) for name, row in sized.items()}
+    for name, values in nats.items():
+        sized[name] = replace(sized[name], nll=float(values.mean()), nll_is_bound=subject.priors[name].bounded)
+    return figures | sized
 
 
 def with_labels_read(subject: Subject, rows: Rows, figures: dict[str, Row]) -> dict[str, Row]:

@@ -62,6 +62,8 @@ class Row:
     mse: float | None = None
     """of reconstructions: mean squared error a pixel, of values in [0, 1]"""
     nll: float | None = None
+    nll_is_bound: bool = False
+    """whether the true figure may be lower"""
     parameters: int | None = None
     """of a prior: numbers that were trained or fitted"""
     label_read: float | None = None

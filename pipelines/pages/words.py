@@ -36,7 +36,7 @@ def cell(row: Row | None, figure: str) -> str:
     if value is None:
         return "" if figure == "nll" else "–"
     if figure == "nll":
-        return f"{value:.1f}"
+        return ("≤ " if row.nll_is_bound else "") + f"{value:.1f}"
     if figure == "copied":
         return percent(value, half)
     # As many decimals as show three digits of the figure or of its error, whichever is larger.
@@ -117,7 +117,10 @@ def about_priors(comparison: Comparison) -> list[str]:
     lines = [f"{ROWS[name]}: {why}." for name, why in comparison.missing.items()]
     if any(row.nll is not None for row in comparison.priors.values()):
         told = f"; the learned prior alone is told the {comparison.told}" if comparison.told else ""
-        lines.append(f"nll of z: nats an image of held-out latents under the prior; lower is better{told}.")
+        bound = (
+            "; ≤: a bound, the true figure may be lower" if any(row.nll_is_bound for row in comparison.priors.values()) else ""
+        )
+        lines.append(f"nll of z: nats an image of held-out latents under the prior; lower is better{told}{bound}.")
     return lines
 
 

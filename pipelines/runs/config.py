@@ -15,9 +15,10 @@ from pipelines.training.config import FitConfig, Precision
 from stage1_vae.autoencoder import AutoencoderConfig, BottleneckConfig
 from stage1_vae.likelihoods import LikelihoodConfig
 from stage1_vae.networks import NetworkConfig
-from stage2_prior.autoregressive import AutoregressiveConfig, BackboneConfig, PriorConfig
+from stage2_prior.autoregressive import AutoregressiveConfig, BackboneConfig
 from stage2_prior.conditions import ConditionConfig
 from stage2_prior.heads import HeadConfig
+from stage2_prior.kinds import PriorConfig
 
 CLASSIFIER = FitConfig(steps=1500, learning_rate=3e-3, checkpoint_steps=500, gradient_clip=10.0)
 
@@ -62,6 +63,7 @@ class RunConfig:
 
 
 SIZES = {"width", "channels", "codes", "hidden", "positions", "features", "layers", "heads", "components", "vocabulary", "length"}
+SIZES |= {"transforms", "bins", "samples"}
 
 
 def check_sizes(config: Any, name: str = "") -> None:

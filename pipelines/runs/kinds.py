@@ -11,10 +11,13 @@ from pipelines.console import UserError, nearest
 from pipelines.runs.config import RunConfig, replaced
 from stage1_vae.bottlenecks import Deterministic, Gaussian
 from stage1_vae.hierarchy import Hierarchical
-from stage2_prior.autoregressive import AutoregressiveConfig, CascadeConfig, PriorConfig
+from stage2_prior.autoregressive import AutoregressiveConfig, CascadeConfig
 from stage2_prior.conditions import Unconditional
 from stage2_prior.heads import Categorical, GaussianMixture, HeadConfig
+from stage2_prior.kinds import PriorConfig, RivalConfig
 
+RIVALS = {"flow": "normalizing flow", "second-vae": "second VAE", "vamp": "mixture of learned posteriors"}
+"""Kinds of learned priors that are not autoregressive, in words."""
 BOTTLENECK, PRIOR = "autoencoder.bottleneck", "prior"
 
 
@@ -46,6 +49,8 @@ def name_of_prior(prior: PriorConfig) -> str:
     """What a learned prior is, for people: PixelSNAIL; of several levels all, coarse to fine, such as PixelSNAIL + PixelCNN."""
     if isinstance(prior, CascadeConfig):
         return " + ".join(dict.fromkeys(name_of_prior(level) for level in (prior.top, prior.bottom)))
+    if isinstance(prior, RivalConfig):
+        return RIVALS[name_of(type(prior))]
     return type(prior.backbone).__name__.removesuffix("Config")
 
 
@@ -91,6 +96,8 @@ def first_choice(config: RunConfig, arguments: list[str]) -> tuple[str, type, in
 def fitting_prior(config: RunConfig, chosen: set[str]) -> PriorConfig:
     """The prior with a head for the latents of a bottleneck that was chosen, and one prior a level where it has several."""
     bottleneck, prior = config.autoencoder.bottleneck, config.prior
+    if isinstance(prior, RivalConfig):  # which has no heads; building it says what does not fit
+        return prior
     continuous, several = isinstance(bottleneck, Deterministic | Gaussian), isinstance(bottleneck, Hierarchical)
     if PRIOR not in chosen:
         if several and not isinstance(prior, CascadeConfig):

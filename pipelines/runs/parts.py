@@ -16,7 +16,7 @@ from pipelines.training.fit import early_step, seed_of
 from stage1_vae.autoencoder import Autoencoder
 from stage2_prior.autoregressive import LearnedPrior
 from stage2_prior.latents import LatentSpec
-from stage2_prior.prior import baselines
+from stage2_prior.prior import Prior, baselines
 
 Part = Literal["autoencoder", "prior"]
 Phase = Literal["stage1", "stage2", "refined"]
@@ -38,7 +38,7 @@ def new_autoencoder(run: Run, image_shape: tuple[int, int, int]) -> Autoencoder:
     return autoencoder
 
 
-def new_prior(run: Run, specs: list[LatentSpec], classes: int) -> LearnedPrior:
+def new_prior(run: Run, specs: list[LatentSpec], classes: int) -> Prior:
     """classes: number of labels. Raises UserError when its parts do not fit the latents or the data set."""
     torch.manual_seed(seed_of(run.config.seed, 2))
     try:
@@ -54,7 +54,7 @@ def load_autoencoder(run: Run) -> Autoencoder:
     return autoencoder
 
 
-def load_prior(run: Run, specs: list[LatentSpec]) -> LearnedPrior:
+def load_prior(run: Run, specs: list[LatentSpec]) -> Prior:
     """Raises UserError when stage 2 is not finished, nor refined where the config asks for it, or there is none."""
     if not run.learned:
         raise UserError(
@@ -65,6 +65,8 @@ def load_prior(run: Run, specs: list[LatentSpec]) -> LearnedPrior:
     learned = new_prior(run, specs, classes)
     load(run, learned, "prior")
     early = run.folder / EARLY_PRIOR
+    if not isinstance(learned, LearnedPrior):
+        return learned
     # Refined, it is a prior of other latents than early on; and the best checkpoint may be no later than the early one.
     if early.is_file() and run.config.refine is None and finished(run, "stage2").step > early_step(run.config.stage2):
         guide(run, learned, early)

@@ -26,6 +26,7 @@ from stage1_vae.autoencoder import Autoencoder
 from stage2_prior.autoregressive import LearnedPrior
 from stage2_prior.conditions import Caption
 from stage2_prior.latents import LatentDataset, LatentSpec
+from stage2_prior.prior import Prior
 
 
 def train(run: Run, options: Options = DEFAULTS) -> Splits:
@@ -72,10 +73,14 @@ def warn_of_slow_precision(run: Run, device: str) -> None:
         )
 
 
-def check_refining(run: Run, autoencoder: Autoencoder, prior: LearnedPrior) -> None:
+def check_refining(run: Run, autoencoder: Autoencoder, prior: Prior) -> None:
     """Raises UserError where the two cannot be trained on together."""
     if not run.learned:
         raise UserError("refining is under a learned prior: it needs stage2.steps above 0")
+    if not isinstance(prior, LearnedPrior):
+        raise UserError(
+            "only an autoregressive prior is refined together with stage 1: leave out --prior, or use --refine.steps 0"
+        )
     try:
         TwoStage(autoencoder, prior)
     except ValueError as error:
@@ -107,7 +112,7 @@ class Phases:
 
     def train_prior(
         self,
-        prior: LearnedPrior,
+        prior: Prior,
         train: LatentDataset,
         validation: LatentDataset,
         autoencoder: Autoencoder,
@@ -118,19 +123,21 @@ class Phases:
         follow(run, "stage2", "stage1")
         prior.estimate(train)
 
-        def samples(model: LearnedPrior) -> dict[str, Tensor]:
+        def samples(model: Prior) -> dict[str, Tensor]:
             # From a sharded prior, no process could sample alone.
             return self.samples(model, autoencoder) if fabric is run.fabric else {}
 
         tracker = self.tracking.stage("stage2", samples)
-        early = run.folder / EARLY_PRIOR if run.config.refine is None else None  # refined, it would be a prior of other latents
+        # Autoguidance is for autoregressive priors; and refined, it would be away from a prior of other latents.
+        guided = isinstance(prior, LearnedPrior) and run.config.refine is None
+        early = run.folder / EARLY_PRIOR if guided else None
         places = run.folder / "stage2", "stage 2", self.on_nan, tracker, early
         fit(fabric, prior, train, validation, run.config.stage2, run.config.seed, *places)
 
-    def refine(self, autoencoder: Autoencoder, prior: LearnedPrior) -> None:
+    def refine(self, autoencoder: Autoencoder, prior: Prior) -> None:
         """Train both on together, and encode the training images anew."""
         run = self.run
-        assert run.config.refine is not None
+        assert run.config.refine is not None and isinstance(prior, LearnedPrior)
         follow(run, "refined", "stage2")
 
         def both(model: TwoStage) -> dict[str, Tensor]:
@@ -147,7 +154,7 @@ class Phases:
         (shown,) = self.run.fabric.to_device(self.splits.validation[slice(GRID_COLUMNS)])
         return {"reconstructions": torch.cat([shown, autoencoder.render(autoencoder.mean(autoencoder.encode(shown)))])}
 
-    def samples(self, prior: LearnedPrior, autoencoder: Autoencoder) -> dict[str, Tensor]:
+    def samples(self, prior: Prior, autoencoder: Autoencoder) -> dict[str, Tensor]:
         indices = torch.arange(GRID_COLUMNS, device=self.run.fabric.device)
         return {"samples": autoencoder.render(prior.sample(indices, seed=0))}
 

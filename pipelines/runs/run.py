@@ -110,7 +110,7 @@ class Run:
     @property
     def condition(self) -> ConditionConfig:
         """What the learned prior is told, as its config says."""
-        return self.config.prior.top.condition
+        return self.config.prior.condition
 
     @property
     def told(self) -> Literal["label", "caption"] | None:

@@ -32,12 +32,12 @@ class Findings:
 class ToldNothing(Prior):
     """A learned prior without a context of any image, so that it compares with priors that have none."""
 
-    def __init__(self, prior: LearnedPrior):
+    def __init__(self, prior: Prior):
         super().__init__()
         self.prior = prior
 
     def nothing(self, batch: int) -> Tensor | None:
-        condition = self.prior.levels[0].condition
+        condition = self.prior.levels[0].condition if isinstance(self.prior, LearnedPrior) else None
         return None if condition is None else condition.nothing(batch)
 
     def log_prob(self, levels: list[Tensor], contexts: Tensor | None = None) -> Tensor:
@@ -59,9 +59,7 @@ class Trained:
     @property
     def learned(self) -> Prior:
         """Told nothing of any image. Raises UserError where there is none."""
-        prior = open_prior(self.run, "learned", specs_of(self.autoencoder))
-        assert isinstance(prior, LearnedPrior)
-        return ToldNothing(prior)
+        return ToldNothing(open_prior(self.run, "learned", specs_of(self.autoencoder)))
 
     @classmethod
     def of(cls, run: Run) -> "Trained":

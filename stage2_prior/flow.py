@@ -1,0 +1,72 @@
+"""A normalizing flow over the flattened latent: neural spline coupling layers (Durkan et al. 2019), by the library zuko.
+
+B batch, D all numbers of one latent.
+
+    log p(z) = log N(f(z); 0, I) + log |det ∂f/∂z|, exact;   z = f⁻¹(noise)
+
+Coupling layers, because they invert in two passes; an autoregressive flow takes D. The flow is told nothing.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from stage2_prior.conditions import ConditionConfig, Unconditional
+from stage2_prior.flattened import Flattened
+from stage2_prior.latents import LatentDataset, LatentSpec
+from stage2_prior.prior import Prior
+from stage2_prior.sampling import AS_FITTED, Sampling, normals
+
+
+@dataclass(frozen=True)
+class FlowConfig:
+    """A normalizing flow: neural spline coupling layers over the flattened latent."""
+
+    transforms: int = 6
+    """coupling layers"""
+    hidden: int = 256
+    """width of the two hidden layers in each"""
+    bins: int = 8
+    """pieces of each spline, between -5 and 5 standard deviations"""
+
+    @property
+    def condition(self) -> ConditionConfig:
+        return Unconditional()
+
+    def build(self, specs: list[LatentSpec], classes: int = 0) -> "FlowPrior":
+        """Raises ValueError for codes, and where zuko is missing."""
+        return FlowPrior(specs, self)
+
+
+class FlowPrior(Prior):
+    def __init__(self, specs: list[LatentSpec], config: FlowConfig):
+        super().__init__()
+        self.flattened = Flattened(specs, "flow")
+        try:
+            from zuko.flows import NSF
+        except ImportError as error:
+            raise ValueError("a flow needs the library zuko: pip install -e '.[flow]'") from error
+        self.flow = NSF(
+            self.flattened.size,
+            transforms=config.transforms,
+            bins=config.bins,
+            passes=2,
+            randperm=True,
+            hidden_features=(config.hidden, config.hidden),
+        )
+
+    def estimate(self, dataset: LatentDataset) -> None:
+        self.flattened.estimate(dataset)
+
+    def log_prob(self, levels: list[Tensor], contexts: Tensor | None = None) -> Tensor:
+        values = self.flattened.values(levels)
+        with torch.autocast(values.device.type, enabled=False):  # a density is never rounded
+            return self.flow().log_prob(values) - self.flattened.log_volume()
+
+    def sample(self, indices: Tensor, seed: int, how: Sampling = AS_FITTED, contexts: Tensor | None = None) -> list[Tensor]:
+        """A temperature scales the variance of the noise, as for Glow: it is not p^(1/T)."""
+        how.check(codes=False, contexts=False)
+        noise = math.sqrt(how.temperature) * normals(seed, indices, (self.flattened.size,)).to(self.flattened.scale)
+        return self.flattened.latent(self.flow().transform.inv(noise))

@@ -1,0 +1,10 @@
+"""The kinds of learned priors. The union is the registry: a kind in it has a name on the command line."""
+
+from stage2_prior.autoregressive import AutoregressiveConfig, CascadeConfig
+from stage2_prior.flow import FlowConfig
+from stage2_prior.second_vae import SecondVaeConfig
+from stage2_prior.vamp import VampConfig
+
+RivalConfig = FlowConfig | SecondVaeConfig | VampConfig
+"""Priors of the whole flattened latent at once, told nothing: what an autoregressive prior is compared with."""
+PriorConfig = AutoregressiveConfig | CascadeConfig | RivalConfig

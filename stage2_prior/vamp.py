@@ -1,0 +1,76 @@
+"""A mixture of learned posteriors, after the VampPrior (Tomczak and Welling 2018).
+
+B batch, K components, D all numbers of one latent.
+
+    p(z) = 1/K Σ_k N(z; m_k, diag s_k²)
+
+The VampPrior's components are the encoder's posteriors of K learned images. Here stage 1 is frozen and stage 2 never sees an
+image, so m_k and s_k are learned themselves. They begin as the posteriors of K random training images.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from stage2_prior.conditions import ConditionConfig, Unconditional
+from stage2_prior.flattened import Flattened
+from stage2_prior.heads import MINIMUM_LOG_STD, floored, tempered
+from stage2_prior.latents import LatentDataset, LatentSpec
+from stage2_prior.prior import Prior, gaussian_log_probs, only
+from stage2_prior.sampling import AS_FITTED, COMPONENT_STREAM, Sampling, choose, first_uniforms, normals
+
+
+@dataclass(frozen=True)
+class VampConfig:
+    """A mixture of learned posteriors, which begin as those of random training images."""
+
+    components: int = 500
+    """posteriors"""
+
+    @property
+    def condition(self) -> ConditionConfig:
+        return Unconditional()
+
+    def build(self, specs: list[LatentSpec], classes: int = 0) -> "VampPrior":
+        """Raises ValueError for codes."""
+        return VampPrior(specs, self)
+
+
+class VampPrior(Prior):
+    """Components are kept in standardized values, so that one learning rate fits all numbers of a latent."""
+
+    def __init__(self, specs: list[LatentSpec], config: VampConfig):
+        super().__init__()
+        self.flattened = Flattened(specs, "mixture of learned posteriors")
+        self.means = nn.Parameter(torch.zeros(config.components, self.flattened.size))
+        self.log_stds = nn.Parameter(torch.zeros(config.components, self.flattened.size))
+
+    @torch.no_grad()
+    def estimate(self, dataset: LatentDataset) -> None:
+        """Where the components begin."""
+        self.flattened.estimate(dataset)
+        order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))
+        chosen = order[torch.arange(len(self.means)) % len(order)]
+        posterior = only(dataset.posteriors(chosen))
+        self.means.copy_(self.flattened.values([posterior["mean"].to(self.means)]))
+        stds = posterior["std"].flatten(1).to(self.means) / self.flattened.scale
+        self.log_stds.copy_(stds.log().clamp_min(MINIMUM_LOG_STD))
+
+    def stds(self) -> Tensor:
+        return floored(self.log_stds).exp()
+
+    def log_prob(self, levels: list[Tensor], contexts: Tensor | None = None) -> Tensor:
+        values = self.flattened.values(levels)
+        densities = gaussian_log_probs(values, self.means, self.stds())
+        return densities.logsumexp(1).to(values) - math.log(len(self.means)) - self.flattened.log_volume()
+
+    def sample(self, indices: Tensor, seed: int, how: Sampling = AS_FITTED, contexts: Tensor | None = None) -> list[Tensor]:
+        """See `tempered` for what the temperature does."""
+        how.check(codes=False, contexts=False)
+        stds = self.stds()
+        logits = tempered(torch.zeros_like(stds[:, 0]), stds.log(), how.temperature)
+        component = choose(logits.expand(len(indices), -1), first_uniforms(seed, indices, COMPONENT_STREAM))
+        noise = math.sqrt(how.temperature) * normals(seed, indices, (self.flattened.size,)).to(stds)
+        return self.flattened.latent(self.means[component] + noise * stds[component])
