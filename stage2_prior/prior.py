@@ -15,7 +15,6 @@ contexts, B …, is what a conditional prior is told of each image, such as its 
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from typing import TypeVar
 
 import torch
@@ -40,6 +39,7 @@ from stage2_prior.sampling import (
 # of 20,000 is better than five of each of 4,000: 246.4 against 251.6 nats on mnist.
 MIXTURE_DRAWS, MIXTURE_POINTS = 5, 20_000
 LARGEST_FULL_COVARIANCE = 1024  # dimensions; beyond it the Gaussian and the mixture are diagonal
+MOST_FULL = 10  # components with full covariances: fitting fifty takes minutes; diagonal ones, seconds
 
 
 T = TypeVar("T")
@@ -100,32 +100,56 @@ class StandardNormal(Prior):
         return [how.temperature**0.5 * normals(seed, indices, self.shape)]
 
 
-class GaussianMixturePrior(Prior):
+class Sized(nn.Module):
+    """A module whose buffers have as many numbers as the data ask for: loading a state, it takes on the sizes there."""
+
+    def _load_from_state_dict(self, state_dict, prefix, *rest):
+        for name, buffer in self._buffers.items():
+            if (found := state_dict.get(prefix + name)) is not None and buffer is not None:
+                self._buffers[name] = buffer.new_empty(found.shape)
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
+
+def choosing_images(count: int) -> tuple[Tensor, Tensor]:
+    """Of so many images those to fit to, and those to choose a setting of the fit by: a twentieth, at most 1,000; at random."""
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(0))
+    held_out = min(count // 20, 1000)
+    return order[held_out:], order[:held_out]
+
+
+class GaussianMixturePrior(Sized, Prior):
     """A mixture of K Gaussians over the flattened latent; with one component, the Gaussian of q(z)'s own moments.
 
-    Full covariances up to LARGEST_FULL_COVARIANCE dimensions, diagonal beyond. The mixture is fitted by scikit-learn's
-    expectation-maximization to draws of z, at most MIXTURE_DRAWS an image and MIXTURE_POINTS in all, of images chosen at random;
-    the single Gaussian from the posteriors' exact moments.
+    components: several numbers to try. The one with the lowest loss on images that it is not fitted to is taken.
+
+    Full covariances up to LARGEST_FULL_COVARIANCE dimensions and MOST_FULL components, diagonal beyond. The mixture is fitted by
+    scikit-learn's expectation-maximization to draws of z, at most MIXTURE_DRAWS an image and MIXTURE_POINTS in all, of images
+    chosen at random; the single Gaussian from the posteriors' exact moments.
     """
 
     weights: Tensor
     means: Tensor
     factors: Tensor
 
-    def __init__(self, specs: list[LatentSpec], components: int):
+    def __init__(self, specs: list[LatentSpec], *components: int):
         super().__init__()
         spec = only(specs)
         self.shape = spec.shape
-        self.components = components
-        self.full = spec.dimensions <= LARGEST_FULL_COVARIANCE
-        size = spec.dimensions
-        self.register_buffer("weights", torch.full((components,), 1 / components))
-        self.register_buffer("means", torch.zeros(components, size))
+        self.tried = components
+        size, first = spec.dimensions, components[0]
+        full = size <= LARGEST_FULL_COVARIANCE
+        self.register_buffer("weights", torch.full((first,), 1 / first))
+        self.register_buffer("means", torch.zeros(first, size))
         # Lower Cholesky factors, K D D, or standard deviations, K D.
-        self.register_buffer("factors", torch.eye(size).repeat(components, 1, 1) if self.full else torch.ones(components, size))
+        self.register_buffer("factors", torch.eye(size).repeat(first, 1, 1) if full else torch.ones(first, size))
+
+    @property
+    def full(self) -> bool:
+        """Whether covariances are full, rather than diagonal."""
+        return self.factors.ndim == 3
 
     def estimate(self, dataset: LatentDataset) -> None:
-        if self.components == 1:
+        if self.tried == (1,):
             posterior = only(dataset.sample())
             mean, std = (posterior[name].flatten(1).double() for name in ("mean", "std"))
             # Law of total variance: Cov[z] = Cov[E[z|x]] + E[Var[z|x]].
@@ -138,25 +162,41 @@ class GaussianMixturePrior(Prior):
             else:
                 self.factors.copy_((mean.var(0, correction=0) + noise).sqrt()[None])
             return
+        fitted, held_out = choosing_images(len(dataset))
+        levels, _ = dataset[fitted.repeat(MIXTURE_DRAWS)[:MIXTURE_POINTS]]
+        judged, found = [draw(level).to(self.means) for level in dataset.posteriors(held_out)], []
+        for components in self.tried:
+            self.fit(only(levels), min(components, len(levels[0])))
+            if not len(held_out):
+                return
+            loss = float(self(judged)["loss"])
+            found.append((loss, components, self.weights, self.means, self.factors))
+        _, _, self.weights, self.means, self.factors = min(found, key=lambda fit: fit[:2])
+
+    def fit(self, points: Tensor, components: int) -> None:
+        """points: N D."""
         from sklearn.mixture import GaussianMixture
 
-        chosen = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0)).repeat(MIXTURE_DRAWS)[:MIXTURE_POINTS]
-        levels, _ = dataset[chosen]
-        points = only(levels).flatten(1).double().cpu().numpy()
-        components = min(self.components, len(points))
+        full = points[0].numel() <= LARGEST_FULL_COVARIANCE and components <= MOST_FULL
         mixture = GaussianMixture(
-            components, covariance_type="full" if self.full else "diag", reg_covar=1e-4, max_iter=30, tol=1e-2, random_state=0
-        ).fit(points)
-        self.weights.zero_()
-        self.weights[:components] = torch.from_numpy(mixture.weights_)
-        self.means[:components] = torch.from_numpy(mixture.means_)
+            components,
+            covariance_type="full" if full else "diag",
+            reg_covar=1e-4,
+            max_iter=30,
+            tol=1e-2,
+            init_params="kmeans" if components <= MOST_FULL else "k-means++",
+            random_state=0,
+        ).fit(points.flatten(1).double().cpu().numpy())
         covariances = torch.from_numpy(mixture.covariances_)
-        self.factors[:components] = (torch.linalg.cholesky(covariances) if self.full else covariances.sqrt()).to(self.factors)
+        factors = torch.linalg.cholesky(covariances) if full else covariances.sqrt()
+        self.weights = torch.from_numpy(mixture.weights_).to(self.weights)
+        self.means = torch.from_numpy(mixture.means_).to(self.means)
+        self.factors = factors.to(self.factors)
 
     def fitted_numbers(self) -> int:
         dimensions = self.means.shape[1]
         scales = dimensions * (dimensions + 1) // 2 if self.full else dimensions
-        return self.components * (1 + dimensions + scales) - 1  # weights sum to one
+        return len(self.weights) * (1 + dimensions + scales) - 1  # weights sum to one
 
     def log_prob(self, levels: list[Tensor], contexts: Tensor | None = None) -> Tensor:
         value = only(levels).flatten(1)
@@ -256,22 +296,3 @@ class AggregatePosterior(Prior):
             shape = tuple(posterior["mean"].shape[1:]) if "mean" in posterior else ()
             levels.append(draw(posterior, normals(seed, indices, shape)))
         return levels
-
-
-MIXTURE_COMPONENTS = 10
-"""One Gaussian for each of ten classes would be the labelled version of this mixture."""
-
-CONTINUOUS_BASELINES: dict[str, Callable[[list[LatentSpec]], Prior]] = {
-    "standard": StandardNormal,
-    "gaussian": lambda specs: GaussianMixturePrior(specs, components=1),
-    "mixture": lambda specs: GaussianMixturePrior(specs, components=MIXTURE_COMPONENTS),
-}
-CODE_BASELINES: dict[str, Callable[[list[LatentSpec]], Prior]] = {
-    "standard": lambda specs: IndependentCodes(specs, fitted=False),
-    "unigram": lambda specs: IndependentCodes(specs, fitted=True),
-}
-
-
-def baselines(specs: list[LatentSpec]) -> dict[str, Callable[[list[LatentSpec]], Prior]]:
-    """By name, for latents of this kind. `standard` is what is sampled from without a second stage."""
-    return CONTINUOUS_BASELINES if specs[0].vocabulary is None else CODE_BASELINES

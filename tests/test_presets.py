@@ -40,7 +40,7 @@ from pipelines.training import checkpoints
 from pipelines.training.fit import fit
 from stage1_vae import bottlenecks
 from stage2_prior.autoregressive import AutoregressivePrior
-from stage2_prior.prior import CODE_BASELINES, CONTINUOUS_BASELINES
+from stage2_prior.baselines import CODE_BASELINES, CONTINUOUS_BASELINES
 from stage2_prior.sampling import AS_FITTED
 from tests.parts import compared, fewer_ways_to_draw, shrunk, small_splits
 

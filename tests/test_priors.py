@@ -9,10 +9,11 @@ from scipy import stats
 from torch import distributions
 
 from stage2_prior.autoregressive import AutoregressiveConfig
+from stage2_prior.baselines import CODE_BASELINES, CONTINUOUS_BASELINES, baselines
 from stage2_prior.heads import MINIMUM_LOG_STD, Categorical, GaussianMixture, truncated
 from stage2_prior.latents import LatentDataset, LatentSpec, draw
 from stage2_prior.pixelcnn import PixelCNNConfig
-from stage2_prior.prior import CODE_BASELINES, CONTINUOUS_BASELINES, AggregatePosterior, GaussianMixturePrior, baselines
+from stage2_prior.prior import AggregatePosterior, GaussianMixturePrior
 from stage2_prior.sampling import AS_FITTED, CannotSample, Sampling, uniforms
 from tests.parts import BACKBONES, HEADS, LEARNED, RIVALS, random_latents, random_prior, randomized, spec_for
 
@@ -280,20 +281,44 @@ def test_the_fitted_gaussian_has_the_moments_of_the_aggregate_posterior():
 
 @pytest.mark.parametrize(("images", "least", "most"), [(30, 5, 5), (70, 2, 3), (300, 0, 1)])
 def test_the_mixture_is_fitted_to_a_bounded_number_of_draws(images, least, most, monkeypatch):
-    """200 here; of as many images as there are, and of no image more draws than of another, but for one."""
+    """200 here; of as many images as there are, but for a twentieth, and of no image more draws than of another, but for one."""
     monkeypatch.setattr("stage2_prior.prior.MIXTURE_POINTS", 200)
-    taken = []
+    taken, held_out = [], []
 
     class Recorded(LatentDataset):
         def __getitem__(self, indices):
             taken.append(torch.bincount(indices, minlength=len(self)))
             return super().__getitem__(indices)
 
+        def posteriors(self, indices):
+            held_out.append(indices)
+            return super().posteriors(indices)
+
     spec = LatentSpec((1, 1, 2))
     CONTINUOUS_BASELINES["mixture"]([spec]).estimate(Recorded(random_latents(images, spec).levels))
     (counts,) = taken
-    assert counts.sum() == min(200, 5 * images) and (counts.min(), counts.max()) == (least, most)
+    apart = held_out[-1]
+    assert len(apart) == images // 20 and counts[apart].sum() == 0
+    fitted = counts[~torch.isin(torch.arange(images), apart)]
+    assert counts.sum() == min(200, 5 * len(fitted)) and (fitted.min(), fitted.max()) == (least, most)
     assert images < 200 or counts[:200].min() == 0  # not the first ones: data may be sorted
+
+
+def test_the_mixture_has_the_number_of_components_that_is_best_on_images_it_was_not_fitted_to():
+    """Sixty clusters need more than ten; one correlated cluster needs full covariances. Either comes back from its file."""
+    torch.manual_seed(0)
+    centres = 40 * torch.rand(60, 1, 1, 2)
+    clusters = centres[torch.arange(3000) % 60] + 0.3 * torch.randn(3000, 1, 1, 2)
+    correlated = torch.randn(400, 10) @ torch.linalg.qr(torch.randn(10, 10)).Q.mul(torch.linspace(0.05, 3, 10)[:, None])
+    for points, components in ((clusters, 80), (correlated.view(400, 1, 2, 5), 10)):
+        spec = LatentSpec(tuple(points.shape[1:]))
+        prior = GaussianMixturePrior([spec], 10, 80)
+        prior.estimate(LatentDataset([{"mean": points, "std": torch.full_like(points, 0.01)}]))
+        assert len(prior.weights) == components and prior.full == (components == 10)
+        again = GaussianMixturePrior([spec], 10, 80)
+        again.load_state_dict(prior.state_dict())
+        assert torch.equal(again.log_prob([points]), prior.log_prob([points]))
+        assert again.fitted_numbers() == prior.fitted_numbers() == (80 * 5 - 1 if components == 80 else 10 * 66 - 1)
 
 
 @pytest.mark.parametrize("full", [True, False])
@@ -301,7 +326,7 @@ def test_a_mixture_is_sharpened_to_a_power_of_its_density(full, monkeypatch):
     """A wide and a narrow component: shares of samples against p^(1/T) integrated on a grid; T = 0 is its mode."""
     monkeypatch.setattr("stage2_prior.prior.LARGEST_FULL_COVARIANCE", 2 if full else 1)
     spec = LatentSpec((1, 1, 2))
-    prior = GaussianMixturePrior([spec], components=2).double()
+    prior = GaussianMixturePrior([spec], 2).double()
     prior.weights.copy_(torch.tensor([0.6, 0.4]))
     prior.means.copy_(torch.tensor([[-6.0, 0.0], [6.0, 2.0]]))
     wide, narrow = torch.tensor([1.5, 1.0]), torch.tensor([0.8, 0.5])
@@ -366,7 +391,7 @@ def test_a_component_narrower_than_the_floor_has_its_width(temperature):
     assert stats.kstest((samples / (std * temperature**0.5)).flatten().numpy(), "norm").pvalue > FALSE_ALARM
 
 
-@pytest.mark.parametrize("name", CODE_BASELINES)
+@pytest.mark.parametrize("name", ["standard", "unigram"])
 def test_code_baselines_are_sharpened_position_by_position(name):
     spec, count = LatentSpec((1, 2), vocabulary=4), 4000
     prior = CODE_BASELINES[name]([spec])
@@ -389,6 +414,57 @@ def test_code_baselines_are_sharpened_position_by_position(name):
         assert (shares(top_p=0.45) > 0).sum() == (1 if best[0] >= 0.45 else 2)
     with pytest.raises(CannotSample, match="takes no context"):
         prior.sample(torch.arange(2), 0, Sampling(guidance=1.0))
+
+
+@pytest.fixture(scope="module")
+def ordered():
+    """Grids of 2×2 with five codes, each mostly one more than its upper neighbour, and the order-2 model of them."""
+    torch.manual_seed(0)
+    codes = torch.randint(0, 5, (600, 2, 2))
+    codes[:, 1] = (codes[:, 0] + 1 + (torch.rand(600, 2) < 0.2)) % 5
+    prior = CODE_BASELINES["order2"]([LatentSpec((2, 2), vocabulary=5)])
+    prior.estimate(LatentDataset([{"codes": codes}]))
+    return codes, prior
+
+
+def test_the_order_2_model_is_normalized_and_sampled_as_its_probabilities_say(ordered):
+    _, prior = ordered
+    everything = torch.cartesian_prod(*4 * [torch.arange(5)]).view(-1, 2, 2)
+    probabilities = prior.log_prob([everything]).double().exp()
+    assert float(probabilities.sum()) == pytest.approx(1, abs=1e-4)
+    (samples,) = prior.sample(torch.arange(20_000), seed=2)
+    observed = torch.bincount(samples.flatten(1) @ torch.tensor([125, 25, 5, 1]), minlength=625)
+    often = probabilities * 20_000 > 5
+    expected = torch.cat([probabilities[often], probabilities[~often].sum()[None] + 1e-12]) * 20_000
+    counts = torch.cat([observed[often], observed[~often].sum()[None]]).double()
+    assert stats.chisquare(counts.numpy(), (expected * counts.sum() / expected.sum()).numpy()).pvalue > FALSE_ALARM
+    (apart,) = prior.sample(torch.tensor([4, 1]), seed=2)
+    assert torch.equal(apart, samples[[4, 1]])
+    with pytest.raises(CannotSample, match="takes no context"):
+        prior.sample(torch.arange(2), 0, Sampling(guidance=1.0))
+
+
+def test_the_order_2_model_counts_both_neighbours_and_backs_off(ordered):
+    """Against the formula, by hand for one position; it beats the unigram, and comes back from its file."""
+    codes, prior = ordered
+    (level,), alpha = prior.levels, float(prior.levels[0].weight)
+    left, above, code = (int(codes[0, 1, 0]), int(codes[0, 0, 1]), int(codes[0, 1, 1]))
+    outside = torch.full_like(codes[:, 0, 0], 5)
+    a, b, c, d = codes[:, 0, 0], codes[:, 0, 1], codes[:, 1, 0], codes[:, 1, 1]
+    triples = [(outside, outside, a), (a, outside, b), (outside, a, c), (c, b, d)]
+    seen = torch.cat([torch.stack(triple, 1) for triple in triples])
+    by_left, by_above, hit = seen[:, 0] == left, seen[:, 1] == above, seen[:, 2] == code
+    unigram = prior.unigram.tables()[0][1, 1].exp()
+    backed = (by_left & hit).sum() + (by_above & hit).sum() + alpha * unigram[code]
+    backed = backed / (by_left.sum() + by_above.sum() + alpha)
+    both = by_left & by_above
+    expected = ((both & hit).sum() + alpha * backed) / (both.sum() + alpha)
+    found = level.probabilities(unigram, torch.tensor(left), torch.tensor(above))[code]
+    assert float(found) == pytest.approx(float(expected), rel=1e-5)
+    assert float(prior.log_prob([codes]).mean()) > float(prior.unigram.log_prob([codes]).mean()) + 1
+    again = CODE_BASELINES["order2"]([LatentSpec((2, 2), vocabulary=5)])
+    again.load_state_dict(prior.state_dict())
+    assert torch.equal(again.log_prob([codes]), prior.log_prob([codes]))
 
 
 @pytest.mark.parametrize("name", ["gaussian", "mixture"])

@@ -15,9 +15,9 @@ from pipelines.runs.options import Options
 from pipelines.runs.recipes import DATA_SETS, MADE_BY, TUNED, parts_of, preset
 from pipelines.train_all import main, parse, short_help
 from stage2_prior.autoregressive import AutoregressiveConfig
+from stage2_prior.baselines import CODE_BASELINES, CONTINUOUS_BASELINES
 from stage2_prior.conditions import Unconditional
 from stage2_prior.latents import LatentSpec
-from stage2_prior.prior import CODE_BASELINES, CONTINUOUS_BASELINES
 from tests.parts import BACKBONES, HEADS, LEARNED, shrunk, small_splits
 
 NAMED = json.loads((Path(__file__).parent / "presets.json").read_text())

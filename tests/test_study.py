@@ -139,7 +139,7 @@ def test_a_gaussian_for_each_label_is_their_mixture():
     z = torch.randn(5, 1, 1, 2)
     parts = []
     for label in (1, 3):
-        one = GaussianMixturePrior([LatentSpec((1, 1, 2))], components=1)
+        one = GaussianMixturePrior([LatentSpec((1, 1, 2))], 1)
         one.estimate(LatentDataset(latents.posteriors(torch.nonzero(labels == label).squeeze(1))))
         parts.append(one.log_prob([z]))
     assert torch.allclose(prior.log_prob([z]), torch.stack(parts).logsumexp(0) - math.log(2), rtol=1e-5)

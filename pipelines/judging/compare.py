@@ -35,7 +35,7 @@ from stage1_vae.autoencoder import Autoencoder
 from stage1_vae.bottlenecks import perplexity
 from stage2_prior.autoregressive import LearnedPrior
 from stage2_prior.latents import LatentDataset, LatentSpec
-from stage2_prior.prior import Prior
+from stage2_prior.prior import GaussianMixturePrior, Prior
 from stage2_prior.sampling import AS_FITTED, Sampling
 
 SHOWN = 16  # images in a row of the picture
@@ -228,6 +228,10 @@ def judge(subject: Subject, rows: Rows) -> Judged:
     error = (rows.images["reconstruction"].double() - rows.images["real"].double()).div(255).square().mean()
     figures["reconstruction"] = replace(figures["reconstruction"], mse=float(error))
     figures["posterior"] = replace(figures["posterior"], note=NOT_A_GENERATOR)
+    if isinstance(mixture := subject.priors.get("mixture"), GaussianMixturePrior):
+        kind = "full" if mixture.full else "diagonal"
+        note = f"{len(mixture.weights)} components with {kind} covariances, the best of {', '.join(map(str, mixture.tried))}"
+        figures["mixture"] = replace(figures["mixture"], note=note)
     distances = {name: found["fd"] for name, found in values.items() if "fd" in found}
     return Judged(figures, features, nearest, distances, judge.withheld)
 

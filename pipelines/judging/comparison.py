@@ -34,6 +34,7 @@ ROWS = {
     "gaussian": "fitted Gaussian",
     "mixture": "Gaussian mixture",
     "unigram": "unigram of codes",
+    "order2": "order-2 context model",
     "learned": "learned prior",
     "tuned": "learned, tuned",
     "posterior": "posterior (not a generator)",

@@ -115,6 +115,7 @@ def about_copies(comparison: Comparison) -> list[str]:
 
 def about_priors(comparison: Comparison) -> list[str]:
     lines = [f"{ROWS[name]}: {why}." for name, why in comparison.missing.items()]
+    lines += [f"{ROWS[name]}: {row.note}." for name, row in comparison.priors.items() if row.note and name != "posterior"]
     if any(row.nll is not None for row in comparison.priors.values()):
         told = f"; the learned prior alone is told the {comparison.told}" if comparison.told else ""
         bound = (

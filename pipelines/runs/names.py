@@ -29,7 +29,7 @@ SHORT = {"fashion": "fashion-mnist"}
 ExtractorName = Literal["classifier", "inception"]
 Pixels = Literal["mean", "sample"]
 DEVICES = ("auto", "cpu", "cuda", "mps")
-PRIORS = ("standard", "gaussian", "mixture", "unigram", "learned", "posterior")
+PRIORS = ("standard", "gaussian", "mixture", "unigram", "order2", "learned", "posterior")
 
 Device = Annotated[str, tyro.conf.arg(metavar="{" + ",".join(DEVICES) + "}")]
 PriorName = Annotated[str, tyro.conf.arg(metavar="{" + ",".join(PRIORS) + "}")]

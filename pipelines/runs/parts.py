@@ -15,8 +15,9 @@ from pipelines.training import checkpoints
 from pipelines.training.fit import early_step, seed_of
 from stage1_vae.autoencoder import Autoencoder
 from stage2_prior.autoregressive import LearnedPrior
+from stage2_prior.baselines import baselines
 from stage2_prior.latents import LatentSpec
-from stage2_prior.prior import Prior, baselines
+from stage2_prior.prior import Prior
 
 Part = Literal["autoencoder", "prior"]
 Phase = Literal["stage1", "stage2", "refined"]

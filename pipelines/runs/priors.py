@@ -9,8 +9,9 @@ from pipelines.runs.latents import training_latents
 from pipelines.runs.parts import finished, last_phase, load_prior
 from pipelines.runs.run import Run
 from pipelines.training.fit import seed_of
+from stage2_prior.baselines import baselines
 from stage2_prior.latents import LatentSpec
-from stage2_prior.prior import AggregatePosterior, Prior, baselines
+from stage2_prior.prior import AggregatePosterior, Prior
 
 
 def densities(run: Run, specs: list[LatentSpec]) -> list[str]:

@@ -21,9 +21,10 @@ from stage1_vae.autoencoder import Autoencoder, AutoencoderConfig
 from stage1_vae.bottlenecks import Gaussian
 from stage1_vae.likelihoods import Bernoulli
 from stage1_vae.networks import FullyConnected
+from stage2_prior.baselines import CONTINUOUS_BASELINES
 from stage2_prior.heads import gaussian_log_prob
 from stage2_prior.latents import LatentDataset, LatentSpec, draw
-from stage2_prior.prior import CONTINUOUS_BASELINES, GaussianMixturePrior, Prior
+from stage2_prior.prior import GaussianMixturePrior, Prior
 
 
 def aggregate_posterior(trained: Trained) -> Findings:
@@ -73,7 +74,7 @@ def aggregate_posterior(trained: Trained) -> Findings:
         f" {rates['standard'] - information:.1f}; but an empirical I cannot exceed log {len(test)} = {cap:.2f}, so the KL of the"
         " true q(z) may be smaller.",
         f"On the same draws the rate is {rates['gaussian']:.1f} nats under one Gaussian with q(z)'s moments,{per_label}"
-        f" {rates['mixture']:.1f} under a mixture of ten, {rates['learned']:.1f} under the learned prior. A prior that fits"
+        f" {rates['mixture']:.1f} under the mixture, {rates['learned']:.1f} under the learned prior. A prior that fits"
         " better than N(0, I) proves a KL at least as large as what it saves:"
         f" {rates['standard'] - min(rates.values()):.1f} nats.",
         f"Single latent numbers look normal (mean {float(flat.mean()):.2f}, standard deviation {float(flat.std()):.2f}); what"
@@ -112,7 +113,7 @@ PRIOR_NAMES = {
     "standard": "N(0, I)",
     "gaussian": "one Gaussian",
     "per label": "a Gaussian per label",
-    "mixture": "ten Gaussians",
+    "mixture": "mixture of Gaussians",
     "learned": "learned prior",
 }
 # Fully connected networks: hidden layers and width of the encoder, latent numbers. The decoder is the same for all.
@@ -199,10 +200,10 @@ def gaussian_per_label(latents: LatentDataset, labels: Tensor | None, specs: lis
     """The mixture of one Gaussian for each label, of the moments of that label's q(z)."""
     assert labels is not None
     found = labels.unique()
-    mixture = GaussianMixturePrior(specs, components=len(found))
+    mixture = GaussianMixturePrior(specs, len(found))
     for component, label in enumerate(found):
         members = torch.nonzero(labels == label).squeeze(1)
-        of_label = GaussianMixturePrior(specs, components=1)
+        of_label = GaussianMixturePrior(specs, 1)
         of_label.estimate(LatentDataset(latents.posteriors(members)))
         mixture.weights[component] = len(members) / len(labels)
         mixture.means[component], mixture.factors[component] = of_label.means[0], of_label.factors[0]

@@ -1,0 +1,125 @@
+"""An order-2 context model of codes: each depends on its left and its upper neighbour. The strong simple rival.
+
+B batch, h×w grid, K codes, n counts of the training set, c a code, l and a its neighbours to the left and above.
+
+    p₀(c)       the frequency at this position                          (the unigram)
+    p₁(c|l, a) = (n(l, c) + n(a, c) + α p₀(c)) / (n(l) + n(a) + α)      (each neighbour by itself)
+    p₂(c|l, a) = (n(l, a, c) + α p₁(c|l, a)) / (n(l, a) + α)            (both together)
+
+Back-off by a Dirichlet prior of weight α (MacKay and Peto 1995), which is chosen on images that are not counted. Levels are
+independent, and there is no code outside the grid: its neighbour is a symbol of its own.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from stage2_prior.heads import truncated
+from stage2_prior.latents import LatentDataset, LatentSpec
+from stage2_prior.prior import IndependentCodes, Prior, Sized, choosing_images
+from stage2_prior.sampling import AS_FITTED, Sampling, choose, uniforms
+
+WEIGHTS = (1.0, 4.0, 16.0, 64.0, 256.0)  # α, of which the best is taken
+ROWS = 64  # images whose probabilities of all codes are held at once
+
+
+class Order2Level(Sized):
+    """The counts of one level."""
+
+    left: Tensor
+    above: Tensor
+    keys: Tensor
+    counts: Tensor
+    weight: Tensor
+
+    def __init__(self, vocabulary: int):
+        super().__init__()
+        self.vocabulary = vocabulary
+        self.register_buffer("left", torch.zeros(vocabulary + 1, vocabulary))
+        self.register_buffer("above", torch.zeros(vocabulary + 1, vocabulary))
+        # Of all (l, a, c) that occur, as one number each in rising order, and how often. The last key is above any other.
+        self.register_buffer("keys", torch.full((1,), (vocabulary + 1) ** 3))
+        self.register_buffer("counts", torch.zeros(1))
+        self.register_buffer("weight", torch.tensor(1.0))
+
+    def neighbours(self, codes: Tensor) -> tuple[Tensor, Tensor]:
+        """Of every position, its left and upper neighbour; codes B h w."""
+        left = functional.pad(codes, (1, 0), value=self.vocabulary)[..., :-1]
+        above = functional.pad(codes, (0, 0, 1, 0), value=self.vocabulary)[..., :-1, :]
+        return left, above
+
+    def count(self, codes: Tensor) -> None:
+        left, above = self.neighbours(codes)
+        size = self.vocabulary
+        for table, neighbour in ((self.left, left), (self.above, above)):
+            table.copy_(torch.bincount((neighbour * size + codes).flatten(), minlength=table.numel()).view_as(table))
+        keys, counts = self.key(left, above, codes).flatten().unique(return_counts=True)
+        self.keys, self.counts = torch.cat([keys, self.keys[-1:]]), torch.cat([counts.float(), self.counts.new_zeros(1)])
+
+    def key(self, left: Tensor, above: Tensor, code: Tensor) -> Tensor:
+        return (left * (self.vocabulary + 1) + above) * self.vocabulary + code
+
+    def probabilities(self, unigram: Tensor, left: Tensor, above: Tensor) -> Tensor:
+        """p₂ of every code, given neighbours of any shape …: … K. unigram: p₀, … K or what spreads to it."""
+        single, alpha = self.left[left] + self.above[above], self.weight
+        backed = (single + alpha * unigram) / (single.sum(-1, keepdim=True) + alpha)
+        keys = self.key(left[..., None], above[..., None], torch.arange(self.vocabulary, device=left.device))
+        place = torch.searchsorted(self.keys, keys)
+        both = torch.where(self.keys[place] == keys, self.counts[place], 0.0)
+        return (both + alpha * backed) / (both.sum(-1, keepdim=True) + alpha)
+
+
+class Order2Codes(Prior):
+    def __init__(self, specs: list[LatentSpec]):
+        super().__init__()
+        self.specs = specs
+        self.unigram = IndependentCodes(specs, fitted=True)
+        self.levels: list[Order2Level] = nn.ModuleList(  # type: ignore[assignment]
+            Order2Level(spec.vocabulary or 0) for spec in specs
+        )
+
+    def fitted_numbers(self) -> int:
+        """The counts that are kept."""
+        tables = sum(level.left.numel() + level.above.numel() + level.counts.numel() for level in self.levels)
+        return tables + self.unigram.fitted_numbers()
+
+    def estimate(self, dataset: LatentDataset) -> None:
+        """Count; α of each level by images that are not counted, where there are enough images."""
+        self.unigram.estimate(dataset)
+        codes = [posterior["codes"].long() for posterior in dataset.sample()]
+        counted, held_out = choosing_images(len(codes[0]))
+        for number, (level, values) in enumerate(zip(self.levels, codes)):
+            level.count(values[counted])
+            losses = []
+            for weight in WEIGHTS if len(held_out) else ():
+                level.weight.fill_(weight)
+                losses.append((-float(self.of_level(number, values[held_out]).sum()), weight))
+            level.weight.fill_(min(losses)[1] if losses else 16.0)
+            level.count(values)
+
+    def of_level(self, number: int, codes: Tensor) -> Tensor:
+        """log p of the codes of one level, B."""
+        level, unigram = self.levels[number], self.unigram.tables()[number].exp()
+        parts = []
+        for rows in codes.split(ROWS):
+            probabilities = level.probabilities(unigram, *level.neighbours(rows))
+            parts.append(probabilities.gather(-1, rows[..., None]).log().flatten(1).sum(1))
+        return torch.cat(parts) if parts else unigram.new_zeros(0)
+
+    def log_prob(self, levels: list[Tensor], contexts: Tensor | None = None) -> Tensor:
+        return torch.stack([self.of_level(number, codes) for number, codes in enumerate(levels)]).sum(0)
+
+    def sample(self, indices: Tensor, seed: int, how: Sampling = AS_FITTED, contexts: Tensor | None = None) -> list[Tensor]:
+        how.check(codes=True, contexts=False)
+        drawn = []
+        for number, (level, spec, table) in enumerate(zip(self.levels, self.specs, self.unigram.tables())):
+            height, width = spec.grid
+            noise = uniforms(seed, indices, torch.arange(height * width, device=indices.device), 1, number)[..., 0]
+            padded = indices.new_full((len(indices), height + 1, width + 1), level.vocabulary)
+            for position in range(height * width):
+                row, column = divmod(position, width)
+                left, above = padded[:, row + 1, column], padded[:, row, column + 1]
+                logits = level.probabilities(table[row, column].exp(), left, above).log()
+                padded[:, row + 1, column + 1] = choose(truncated(logits, how), noise[:, position])
+            drawn.append(padded[:, 1:, 1:].clone())
+        return drawn
