@@ -140,8 +140,6 @@ def context_asked(run: "Run", asked: Arguments) -> "Tensor | None":
 
 def drawn(run: "Run", autoencoder: "Autoencoder", prior: "Prior", asked: Arguments, context: "Tensor | None") -> "Tensor":
     """Images uint8 N C H W, of which a classifier has kept the best where that is asked for."""
-    from pipelines.judging.features import kept_best, trained_classifier
-    from pipelines.runs.dataset import load_data
     from pipelines.runs.sampling import generate
     from stage2_prior.autoregressive import LearnedPrior
     from stage2_prior.conditions import ClassLabel
@@ -168,6 +166,9 @@ def drawn(run: "Run", autoencoder: "Autoencoder", prior: "Prior", asked: Argumen
         say(f"warning: {warning}")
     if asked.keep_best == 1:
         return samples.images
+    from pipelines.judging.features import kept_best, trained_classifier  # slow to import, and seldom needed
+    from pipelines.runs.dataset import load_data
+
     assert contexts is not None
     classifier, _ = trained_classifier(run.fabric, run.config.metrics, load_data(run), run.classifiers, seed=1)
     kept = kept_best(run.fabric, classifier, samples.images, contexts.cpu(), asked.keep_best)

@@ -180,3 +180,11 @@ def test_a_damaged_checkpoint_is_named(trained):
         assert newest.read_bytes() == content
     finally:
         newest.write_bytes(content)
+
+
+def test_drawing_imports_neither_metrics_nor_plots():
+    """They take longer to import than all that draws."""
+    code = "import sys, pipelines.runs.pictures, pipelines.runs.priors, pipelines.runs.completion, pipelines.generate;"
+    code += "print(*{'torchmetrics', 'torchvision', 'scipy', 'matplotlib', 'sklearn'} & {*sys.modules})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == []

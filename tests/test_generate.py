@@ -1,6 +1,7 @@
 """What can be asked of generate beyond a count: labels, guidance, text, rejection, completion."""
 
 import dataclasses
+import io
 import itertools
 import json
 import shutil
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torchvision.utils import make_grid, save_image
 
 from pipelines import generate, likelihood
 from pipelines.console import UserError
@@ -24,6 +26,7 @@ from pipelines.runs.conditions import context_of_text, contexts_of, label_number
 from pipelines.runs.dataset import load_data
 from pipelines.runs.latents import encode
 from pipelines.runs.parts import load_autoencoder, specs_of
+from pipelines.runs.pictures import tiled
 from pipelines.runs.priors import open_prior
 from pipelines.runs.recipes import preset
 from pipelines.runs.run import Run
@@ -357,3 +360,11 @@ def test_a_prior_that_was_best_as_early_has_no_weaker_copy(runs, monkeypatch):
     assert open_prior(run, "learned", specs).weaker is not None
     monkeypatch.setattr("pipelines.runs.parts.early_step", lambda config: config.steps)
     assert open_prior(run, "learned", specs).weaker is None
+
+
+@pytest.mark.parametrize(("count", "channels", "columns"), [(7, 1, 3), (9, 3, 3), (2, 1, 5), (1, 3, 1)])
+def test_a_picture_of_many_is_that_of_torchvision(count, channels, columns):
+    images = torch.randint(0, 256, (count, channels, 5, 6), dtype=torch.uint8)
+    save_image(make_grid(images / 255, nrow=columns, padding=1, pad_value=0.5), expected := io.BytesIO(), format="png")
+    with Image.open(io.BytesIO(tiled(images, columns))) as made, Image.open(expected) as other:
+        assert (np.asarray(made) == np.asarray(other)).all()

@@ -26,9 +26,8 @@ from pipelines.data.shards import NEEDS_WEBDATASET, Shards
 from pipelines.runs.names import Device
 
 if TYPE_CHECKING:  # slow to import, and --help needs none of it
-    from lightning_fabric import Fabric
-
     from pipelines.runs.config import RunConfig
+    from pipelines.training.fabric import Fabric
     from pipelines.training.fit import Training
 
 

@@ -17,7 +17,6 @@ from typing import Any
 from urllib.error import URLError
 
 import torch
-from lightning_fabric import Fabric
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -27,6 +26,7 @@ from pipelines.data.images import ImageSet, Labelled, Splits
 from pipelines.data.reading import Stored, content_of
 from pipelines.judging.quality import FEWEST, Cloud, FrechetDistance, copied, copying_p, error, likeness, nearer, resampled
 from pipelines.runs.config import MetricsConfig
+from pipelines.training.fabric import Fabric
 from pipelines.training.fit import evaluate, fit, in_order
 from stage1_vae.statistics import BatchNorm
 

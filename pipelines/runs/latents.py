@@ -1,7 +1,6 @@
 """The latents of a run's images: the posteriors of its autoencoder, encoded once and kept on disk."""
 
 import torch
-from lightning_fabric import Fabric
 from torch import Tensor
 
 from pipelines import files, processes
@@ -11,6 +10,7 @@ from pipelines.runs.conditions import contexts_of
 from pipelines.runs.dataset import read_facts
 from pipelines.runs.parts import Phase, finished, last_phase, specs_of
 from pipelines.runs.run import Run
+from pipelines.training.fabric import Fabric
 from pipelines.training.fit import in_order
 from stage1_vae.autoencoder import Autoencoder
 from stage2_prior.latents import Joined, LatentDataset

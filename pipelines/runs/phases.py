@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 
 import torch
-from lightning_fabric import Fabric
 from torch import Tensor
 
 from pipelines import processes
@@ -19,6 +18,7 @@ from pipelines.runs.run import Run
 from pipelines.runs.sharing import check_source, share_stage1
 from pipelines.training.config import OnNan
 from pipelines.training.devices import devices, resolved
+from pipelines.training.fabric import Fabric
 from pipelines.training.fit import fit
 from pipelines.training.refine import TwoStage
 from pipelines.training.trackers import GRID_COLUMNS, Tracking

@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Literal
 
 from filelock import FileLock, Timeout
-from lightning_fabric import Fabric
 
 from pipelines import files, processes
 from pipelines.console import UserError, nearest
 from pipelines.runs.config import RunConfig, check_sizes, differences, read_config, to_dict
 from pipelines.training.config import check_config
 from pipelines.training.devices import devices, resolved
+from pipelines.training.fabric import Fabric
 from stage2_prior.conditions import ClassLabel, ConditionConfig, Unconditional
 
 CHECKPOINTS = Path("checkpoints")

@@ -6,14 +6,13 @@ import warnings
 
 import torch
 import torch._functorch.config
-from lightning_fabric import Fabric
-from lightning_fabric.strategies import DDPStrategy, ModelParallelStrategy, Strategy
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 
 from pipelines.console import UserError, nearest, under_torchrun
 from pipelines.training.config import Precision
+from pipelines.training.fabric import DDPStrategy, Fabric, ModelParallelStrategy, Strategy
 
 
 def resolved(precision: Precision, device: str) -> Precision:

@@ -23,8 +23,6 @@ from typing import Any, Protocol, SupportsFloat
 
 import torch
 import torch._functorch.config
-from lightning_fabric import Fabric
-from lightning_fabric.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 from torch._dynamo.exc import TorchDynamoException
 from torch._inductor.runtime.cache_dir_utils import cache_dir
@@ -34,6 +32,7 @@ from pipelines.console import Progress, Signals, Stopped, UserError, say
 from pipelines.files import write_tensors
 from pipelines.training import checkpoints, sharding
 from pipelines.training.config import FitConfig, OnNan, check_config
+from pipelines.training.fabric import Fabric, ModelParallelStrategy
 
 REMEDY = "A lower learning rate, under another --run, may help"
 REWINDS = 3  # from one checkpoint, before it is given up
