@@ -92,6 +92,16 @@ def test_a_stopped_measurement_goes_on_and_ends_the_same(run, monkeypatch, batch
     assert measured(run, **asked, images=25)["images"] == 25 and len(calls) == 9  # more images: only those are new
 
 
+def test_the_figure_of_an_image_does_not_depend_on_what_was_measured_before(run, monkeypatch):
+    monkeypatch.setattr(likelihood, "DRAWS_AT_ONCE", 60)  # 5 images
+    asked = {"seed": 90, "naive": 0, "priors": ["standard"]}
+    few = measured(run, **asked, images=7)
+    grown = measured(run, **asked, images=20)
+    for path in (run.folder / "likelihood").glob("*"):
+        path.unlink()
+    assert measured(run, **asked, images=20) == grown and measured(run, **asked, images=7) == few
+
+
 def test_codes_over_all_levels(tmp_path):
     run = trained_run(tmp_path, "fashion-vqvae2")
     result = measured(run)

@@ -83,10 +83,11 @@ def likelihood(
     fitted = {name: open_prior(run, name, specs) for name in (priors or [name for name in known if name != "posterior"])}
     latents = encode(run, autoencoder, splits.test, "test")
     images = min(images, len(splits.test))
-    chosen = torch.randperm(len(splits.test), generator=torch.Generator().manual_seed(seed))[:images]
+    order = torch.randperm(len(splits.test), generator=torch.Generator().manual_seed(seed))
+    chosen = order[:images]
     samples = 1 if discrete else samples
-    measurement = Measurement(run, autoencoder, fitted, splits.test.images, latents.contexts, chosen, samples, naive, seed)
-    columns = measurement.columns()
+    measurement = Measurement(run, autoencoder, fitted, splits.test.images, latents.contexts, order, samples, naive, seed)
+    columns = measurement.columns(images)
     measure = autoencoder.likelihood.measure(splits.test.images[chosen])
     dimensions = math.prod(splits.image_shape)
     result: dict[str, Any] = {
@@ -155,35 +156,42 @@ class Measurement:
     priors: dict[str, Prior]
     images: Tensor | Stored
     contexts: Tensor | None
-    chosen: Tensor
+    order: Tensor
+    """the numbers of all images, in the order in which they are measured"""
     samples: int
     naive: int
     seed: int
 
     def key(self) -> str:
         """Names the weights, the images and what is asked of them, but not how many images."""
-        digest = hashlib.sha256(repr((self.samples, self.naive, self.seed, list(self.priors))).encode())
+        digest = hashlib.sha256(repr(("whole batches", self.samples, self.naive, self.seed, list(self.priors))).encode())
         models = [self.autoencoder, *self.priors.values()]
         digest.update(content_of(self.images))
         for tensor in (tensor for model in models for tensor in model.state_dict().values()):
             digest.update(tensor.cpu().contiguous().numpy().tobytes())
         return digest.hexdigest()[:16]
 
-    def columns(self) -> dict[str, Tensor]:
-        """By name, one value for each chosen image, in nats: from disk as far as they are there, else measured."""
+    def columns(self, count: int) -> dict[str, Tensor]:
+        """By name, one value for each of the first images, in nats: from disk as far as they are there, else measured.
+
+        Batches begin and end at the same images whatever the count and what was measured before. So do the draws, and the
+        figure of an image depends on neither. Of the last batch more images are measured than asked for.
+        """
         path = self.run.folder / "likelihood" / f"{self.key()}.safetensors"
         columns = files.read_tensors(path) if path.is_file() else {}
-        total = len(self.chosen)
-        done = min(total, len(next(iter(columns.values())))) if columns else 0
-        if done == total:
-            return {name: values[:total] for name, values in columns.items()}
+        at_once = max(1, min(BATCH, DRAWS_AT_ONCE // self.samples))
+        total = min(len(self.order), at_once * math.ceil(count / at_once))
+        done = len(next(iter(columns.values()))) if columns else 0
+        done -= 0 if done == len(self.order) else done % at_once  # an earlier version kept parts of batches
+        columns = {name: values[:done] for name, values in columns.items()}
+        if done >= total:
+            return {name: values[:count] for name, values in columns.items()}
         blind = self.drawn_from_priors()
         saved = time.monotonic()
-        at_once = max(1, min(BATCH, DRAWS_AT_ONCE // self.samples))
 
         def measured(rows: Tensor) -> dict[str, Tensor]:
             torch.manual_seed(seed_of(self.seed, int(rows[0])))
-            return self.of_images(self.chosen[rows], blind)
+            return self.of_images(self.order[rows], blind)
 
         with Progress("likelihood", total, "images", done) as progress, Signals() as signals:
             while done < total:
@@ -200,7 +208,7 @@ class Measurement:
                     name = signal.Signals(received).name
                     message = f"{name}: saved after {done} of {total} images; the same command goes on from there"
                     raise Stopped(message, received)
-        return columns
+        return {name: values[:count] for name, values in columns.items()}
 
     def drawn_from_priors(self) -> dict[str, list[Tensor]]:
         """Latents for the naive estimate, from every prior that is told nothing."""
