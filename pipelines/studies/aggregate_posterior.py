@@ -1,5 +1,6 @@
 """Is q(z) really N(0, I)?"""
 
+import hashlib
 import math
 from dataclasses import dataclass
 
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from pipelines.judging.likelihood import mutual_information
 from pipelines.pages.plots import pyplot
+from pipelines.runs.dataset import read_facts
 from pipelines.runs.latents import encode, encode_training, encoded, latent_dataset
 from pipelines.runs.parts import specs_of
 from pipelines.runs.priors import open_prior
@@ -161,7 +163,9 @@ def swept_network(trained: Trained, layers: int, width: int, positions: int) -> 
     torch.manual_seed(0)
     model = decoder.build(splits.image_shape)
     model.encoder, _ = FullyConnected(layers, width, positions).encoder(splits.image_shape)
-    folder = run.folder / "studies" / f"fully-connected-{layers}x{width}-{positions}"
+    name = f"fully-connected-{layers}x{width}-{positions}"
+    settings = repr((decoder, SWEEP_FIT, run.config.seed, read_facts(run).content))
+    folder = run.folder / "studies" / f"{name}-{hashlib.sha256(settings.encode()).hexdigest()[:8]}"
     label = f"encoder of {layers} × {width}, {positions} latent numbers"
     fit(run.fabric, model, splits.train, splits.validation, SWEEP_FIT, run.config.seed, folder, label)
     terms = evaluate(run.fabric, model, splits.test, CHUNK, 0)
