@@ -10,7 +10,7 @@ from PIL import Image
 
 from pipelines.console import UserError
 from pipelines.training import fit as fitting
-from pipelines.training.trackers import Tracking
+from pipelines.training.trackers import Tracked, Tracking
 from tests.test_fit import Breaks, Killed, train
 
 HELD_OUT = [4, 8, 12]
@@ -31,14 +31,23 @@ def tracked(folder, kind, **more):
 
 
 def interrupted(folder, kind):
-    """Killed at step 5, then rewound at step 6 to step 4, then killed at step 9."""
-    for killed_at in (5, 9, None):
-        model = Breaks([6], rewinds=[0], killed_at=killed_at)
-        if killed_at is None:
-            tracked(folder, kind, model=model, on_nan="rewind")
-        else:
-            with pytest.raises(Killed):
+    """Killed at step 5, then rewound at step 7 to step 4, then killed at step 9; returns the losses that were not rewound."""
+    losses, scalars = {}, Tracked.scalars
+
+    def noted(self, step, part, values):
+        losses[part, step] = float(values["loss"])
+        scalars(self, step, part, values)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Tracked, "scalars", noted)
+        for killed_at in (5, 9, None):
+            model = Breaks([7], rewinds=[0], killed_at=killed_at)
+            if killed_at is None:
                 tracked(folder, kind, model=model, on_nan="rewind")
+            else:
+                with pytest.raises(Killed):
+                    tracked(folder, kind, model=model, on_nan="rewind")
+    return [[losses[part, step] for step in steps] for part, steps in (("train", range(2, 13, 2)), ("held_out", HELD_OUT))]
 
 
 def test_the_weights_do_not_depend_on_it(tmp_path):
@@ -48,11 +57,13 @@ def test_the_weights_do_not_depend_on_it(tmp_path):
 
 
 def test_csv(tmp_path):
-    interrupted(tmp_path, "csv")
+    train_losses, held_out_losses = interrupted(tmp_path, "csv")
     with open(tmp_path / "track" / "stage.csv") as file:
         rows = [(int(row["step"]), row["name"], float(row["value"])) for row in csv.DictReader(file)]
     assert [step for step, name, _ in rows if name == "train/loss"] == [2, 4, 6, 8, 10, 12]
     assert [step for step, name, _ in rows if name == "held_out/loss"] == HELD_OUT
+    assert [value for _, name, value in rows if name == "train/loss"] == train_losses
+    assert [value for _, name, value in rows if name == "held_out/loss"] == held_out_losses
     pictures = sorted((tmp_path / "track" / "stage").iterdir())
     assert [path.name for path in pictures] == [f"weights-{step:07d}.png" for step in HELD_OUT]
     with Image.open(pictures[0]) as picture:
@@ -74,29 +85,41 @@ def test_tensorboard(tmp_path):
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    interrupted(tmp_path, "tensorboard")
+    train_losses, held_out_losses = interrupted(tmp_path, "tensorboard")
     events = EventAccumulator(str(tmp_path / "track" / "stage"))
     events.Reload()
     assert [event.step for event in events.Scalars("train/loss")] == [2, 4, 6, 8, 10, 12]
     assert [event.step for event in events.Scalars("held_out/loss")] == HELD_OUT
     assert [event.step for event in events.Images("weights")] == HELD_OUT
+    assert [event.value for event in events.Scalars("train/loss")] == pytest.approx(train_losses)
+    assert [event.value for event in events.Scalars("held_out/loss")] == pytest.approx(held_out_losses)
 
 
 def test_wandb(tmp_path, monkeypatch):
-    """Against a stand-in: one run by its id, whatever happens; steps only grow, where the tool refuses others."""
-    logged, ids = [], set()
+    """Against a stand-in, which refuses to go back as the tool does: a rewound training goes on in a run of its own."""
+    runs, groups = {}, set()
 
-    def init(*, id, resume, **_):
+    def init(*, id, resume, group, **_):
         assert resume == "allow"
-        ids.add(id)
-        return SimpleNamespace(log=lambda values, step: logged.append((step, *values)))
+        groups.add(group)
+        curves = runs.setdefault(id, {})
+
+        def log(values, step):
+            if step >= max((step for step, _ in curves), default=0):
+                curves.update({(step, name): value for name, value in values.items()})
+
+        return SimpleNamespace(log=log)
 
     stand_in = SimpleNamespace(init=init, Image=lambda array: array.shape, errors=SimpleNamespace(Error=RuntimeError))
     monkeypatch.setitem(sys.modules, "wandb", stand_in)
-    interrupted(tmp_path, "wandb")
-    assert len(ids) == 1
-    assert {step for step, name in logged if name == "train/loss"} == {2, 4, 6, 8, 10, 12}
-    assert {step for step, name in logged if name == "weights"} == set(HELD_OUT)
+    train_losses, held_out_losses = interrupted(tmp_path, "wandb")
+    first, last = runs.values()
+    assert len(groups) == 1 and (tmp_path / "track" / "stage.wandb").read_text() == [*runs][-1]
+    assert max(step for step, _ in first) == 6 and min(step for step, _ in last) == 6
+    assert [last[step, "train/loss"] for step in (6, 8, 10, 12)] == train_losses[2:]
+    assert first[6, "train/loss"] != train_losses[2]  # where it diverged
+    assert [(first | last)[step, "held_out/loss"] for step in HELD_OUT] == held_out_losses
+    assert {step for step, name in (*first, *last) if name == "weights"} == {*HELD_OUT}
 
 
 @pytest.mark.parametrize("kind", ["tensorboard", "wandb"])

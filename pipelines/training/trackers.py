@@ -4,7 +4,8 @@
     tensorboard  event files under RUN/track/STAGE/: tensorboard --logdir RUN/track
     wandb        a run of Weights & Biases for each stage, whose id is kept in RUN/track/STAGE.wandb
 
-Where a training is resumed or rewound, each goes on from there: no step is in a curve twice.
+Where a training is resumed or rewound, each goes on from there: no step is in a curve twice. Weights & Biases deletes no step:
+there a rewound training goes on in another run of the same group, and the one before ends where it diverged.
 """
 
 import csv
@@ -67,10 +68,13 @@ class CsvFiles:
 class TensorBoard:
     def __init__(self, folder: Path, stage: str):
         self.folder = folder / stage
+        self.writer: Any = None
 
     def begin(self, step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
+        if self.writer is not None:
+            self.writer.close()
         self.writer = SummaryWriter(str(self.folder), purge_step=step + 1)
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
@@ -84,21 +88,23 @@ class TensorBoard:
 
 
 class WeightsAndBiases:
-    """Steps that a run has already are refused by the tool itself."""
+    """The tool refuses steps that a run has already: after a kill they are the same, but not after a rewinding."""
 
     def __init__(self, folder: Path, stage: str):
         self.folder, self.stage = folder, stage
+        self.run: Any = None
 
     def begin(self, step: int) -> None:
         import wandb
 
         name = self.folder / f"{self.stage}.wandb"
-        if not name.exists():
+        if self.run is not None or not name.exists():
             write_file(name, uuid.uuid4().hex[:12].encode())
+        label = f"{self.folder.parent.name} {self.stage}"
         try:
             self.run = wandb.init(
-                project="two-stage-latent-prior", name=f"{self.folder.parent.name} {self.stage}", dir=str(self.folder),
-                id=name.read_text(), resume="allow", reinit="finish_previous",
+                project="two-stage-latent-prior", name=label, group=label, dir=str(self.folder), id=name.read_text(),
+                resume="allow", reinit="finish_previous",
             )  # fmt: skip
         except wandb.errors.Error as error:
             raise UserError(f"wandb: {error}. Log in with `wandb login`, or set WANDB_MODE=offline.") from error
