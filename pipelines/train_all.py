@@ -3,7 +3,9 @@
 The same command again goes on where it was: finished parts are skipped, an interrupted one resumes from its checkpoint.
 """
 
+import difflib
 import os
+import shlex
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,13 +13,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from pipelines.console import UserError, first_process, run_command
+from pipelines.console import UserError, first_process, run_command, say
 from pipelines.runs.names import DATA, DEFAULT_PRESET, RECIPES, preset_name
 
 if TYPE_CHECKING:  # --help without a preset needs none of it
     from pipelines.runs.config import RunConfig
     from pipelines.runs.options import Options
 
+OF_NAMES = ("--run", "--config", "--stage1-from")  # options after which a name is no preset's
 HELP = f"""usage: python -m pipelines.train_all [PRESET] [--run NAME] [--config FILE] [overrides]
 
 Train both stages, sample and compare. PRESET is DATA or DATA-RECIPE, {DEFAULT_PRESET} where none is given.
@@ -95,8 +98,35 @@ def beginning(preset_asked: str | None, arguments: list[str]) -> "tuple[str, Run
             if name is None:
                 raise UserError("--stage1-from begins a new run: name it with --run NAME")
             return name, Run.open(source, "cpu").config, left
+        check_first_preset(name, arguments)
     asked = preset_asked or DEFAULT_PRESET
     return preset_name(*parts_of(asked)), preset(asked), left
+
+
+def check_first_preset(name: str | None, arguments: list[str]) -> None:
+    """Raises UserError where no preset is named first, but one is named later, or a run that is not there, but one like it."""
+    for index, argument in enumerate(arguments):
+        if is_preset(argument) and (index == 0 or arguments[index - 1] not in OF_NAMES):
+            others = arguments[:index] + arguments[index + 1 :]
+            raise UserError(f"the preset comes first: python -m pipelines.train_all {argument} {shlex.join(others)}")
+    if name is None:
+        return
+    known = [path.parent.name for path in folder_of(name).parent.glob("*/config.json")]
+    if close := difflib.get_close_matches(Path(name).name, known, n=1, cutoff=0.7):
+        raise UserError(
+            f"there is no run {name!r} - did you mean {close[0]!r}? A new run of that name begins when a preset is named too:"
+            f" python -m pipelines.train_all {DEFAULT_PRESET} {shlex.join(arguments)}"
+        )
+    say(f"there is no run {name!r} yet: it is begun with the preset {DEFAULT_PRESET}")
+
+
+def is_preset(name: str) -> bool:
+    from pipelines.runs.recipes import parts_of
+
+    try:
+        return not name.startswith("-") and bool(parts_of(name))
+    except UserError:
+        return False
 
 
 def taken(option: str, arguments: list[str]) -> tuple[str | None, list[str]]:

@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 import re
+import shlex
 import shutil
 import sys
 from pathlib import Path
@@ -25,7 +26,7 @@ from pipelines.judging.comparison import to_dict as comparison_to_dict
 from pipelines.judging.features import feature_space
 from pipelines.judging.quality import nearest_neighbours
 from pipelines.judging.tradeoffs import lowest_fd
-from pipelines.pages.report import train_all
+from pipelines.pages.report import is_of, train_all
 from pipelines.runs import latents as latents_module
 from pipelines.runs import phases
 from pipelines.runs.config import RunConfig, read_config, replaced
@@ -209,6 +210,11 @@ def test_what_no_weight_depends_on_may_change_in_a_trained_run(tmp_path, monkeyp
     assert "compare: finished" not in said
     second = read_comparison(run.folder / "compare" / "metrics.json")
     assert (first.images, second.images) == (120, 90) and read_config(run.folder / "config.json") == other
+    splits = load_data(again)
+    assert is_of(second, again, splits)
+    for path, value in (("pixels", "sample"), ("classifier.steps", 5), ("weights", Path("other.pth"))):
+        asked = dataclasses.replace(again, config=replaced(other, f"metrics.{path}", value))
+        assert not is_of(second, asked, splits)
 
 
 def test_a_comparison_of_other_settings_replaces_none(tmp_path, monkeypatch):
@@ -288,7 +294,7 @@ def test_the_comparison_of_a_run_is_the_one_its_config_asks_for(tmp_path, monkey
     monkeypatch.chdir(tmp_path)
     config = shrunk(preset("mnist5k"))
     monkeypatch.setattr(type(config.data), "load", lambda self, report=None: small_splits((1, 28, 28), 4))
-    for folder in (CHECKPOINTS / "named", tmp_path / "elsewhere" / "run"):
+    for folder in (CHECKPOINTS / "named", tmp_path / "else where" / "it's a run"):
         train_all(Run.create(folder, config, "cpu"))
         first = json.loads((folder / "compare" / "metrics.json").read_text())
         compare_module.main([str(folder), "--seed", "3", "--device", "cpu"])
@@ -299,7 +305,7 @@ def test_the_comparison_of_a_run_is_the_one_its_config_asks_for(tmp_path, monkey
         assert json.loads((folder / "compare" / "metrics.json").read_text()) == first
         printed = capsys.readouterr().out
         (command,) = re.findall(r"python -m pipelines.generate (.*)", printed)
-        generate.main([*command.split(), "--device", "cpu"])
+        generate.main([*shlex.split(command), "--device", "cpu"])
         train_all(Run.create(folder, config, "cpu"))
         assert "compare: finished, skipped" in capsys.readouterr().out
 

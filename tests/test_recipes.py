@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -211,6 +213,26 @@ def test_a_run_goes_on_without_its_overrides_being_typed_again(tmp_path, monkeyp
     assert parse(["--run", "begun", "--metrics.images", "50"])[1] == replaced(config, "metrics.images", 50)
     assert parse(["--run", "new"]) == ("new", preset("mnist5k"), Options())
     assert parse(["mnist", "--run", "begun"])[1] == preset("mnist")
+
+
+def test_without_a_preset_a_misspelt_run_is_no_new_one(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "checkpoints" / "digits").mkdir(parents=True)
+    (tmp_path / "checkpoints" / "digits" / "config.json").write_text("{}")
+    with pytest.raises(UserError, match="no run 'digist' - did you mean 'digits'.*train_all mnist5k --run digist --seed 2"):
+        parse(["--run", "digist", "--seed", "2"])
+    assert not capsys.readouterr().out
+    assert parse(["--run", "numbers"])[0] == "numbers"
+    assert "'numbers' yet: it is begun with the preset mnist5k" in capsys.readouterr().out
+    assert parse(["mnist", "--run", "digist"])[0] == "digist"
+
+
+@pytest.mark.parametrize("arguments", [["--seed", "1", "mnist"], ["--mirror", "mnist"], ["--run", "a b", "mnist"]], ids=str)
+def test_a_preset_that_is_not_first_is_said_in_a_sentence(arguments):
+    command = shlex.join(["mnist", *arguments[:-1]])
+    with pytest.raises(UserError, match=f"the preset comes first: python -m pipelines.train_all {re.escape(command)}$"):
+        parse(arguments)
+    assert parse(shlex.split(command))[1].data == preset("mnist").data
 
 
 def test_help_without_a_preset_fits_on_one_screen(capsys):

@@ -23,7 +23,7 @@ from pipelines.judging.features import (
 from pipelines.judging.likelihood import likelihood, rate_maps
 from pipelines.judging.quality import intervals, nearest_neighbours
 from pipelines.judging.tradeoffs import Tradeoff, choose_sampling, described, rejection, ways_to_sample
-from pipelines.runs.config import MetricsConfig
+from pipelines.runs.config import MetricsConfig, judged_by
 from pipelines.runs.kinds import name_of_prior
 from pipelines.runs.latents import encode
 from pipelines.runs.parts import load_autoencoder, specs_of, weights_of
@@ -300,6 +300,7 @@ def comparison_of(subject: Subject, rows: Rows, judged: Judged, tried: list[Trad
         images_of=ImagesOf(len(splits.train)),
         seed=subject.seed,
         weights=weights_of(run),
+        judged_by=judged_by(subject.judging),
         features=subject.space.description,
         intervals=intervals(subject.space.model.dimensions),
         withheld=judged.withheld,

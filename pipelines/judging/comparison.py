@@ -125,6 +125,8 @@ class Comparison:
     seed: int
     weights: dict[str, str] = field(default_factory=dict)
     """digests of the weights that are compared, by the phase that trained them"""
+    judged_by: dict[str, Any] = field(default_factory=dict)
+    """how samples were judged, as `judged_by` of the run's config says"""
     features: Features
     intervals: str
     """what stands behind an error, in words"""

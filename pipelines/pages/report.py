@@ -1,5 +1,6 @@
 """The comparison of a run on disk: its figures, its table, its picture and its page."""
 
+import shlex
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,7 +17,7 @@ from pipelines.pages.page import Section, section_of, section_of_several, write_
 from pipelines.pages.plots import write_picture
 from pipelines.pages.tables import aligned, table, write_csv
 from pipelines.pages.words import between_runs
-from pipelines.runs.config import MetricsConfig, RunConfig
+from pipelines.runs.config import MetricsConfig, RunConfig, judged_by
 from pipelines.runs.latents import training_latents
 from pipelines.runs.options import DEFAULTS, Options
 from pipelines.runs.parts import load_autoencoder, specs_of, weights_of
@@ -43,7 +44,8 @@ def train_all(run: Run, options: Options = DEFAULTS) -> None:
     how = "".join(f" --{name} {value:g}" for name, value in settings.items())
     say(
         f"everything lies in {run.folder}; look at {run.folder / 'compare' / 'page.html'};"
-        f" more samples: python -m pipelines.generate {run.name} --prior {comparison.generator}{how} --count 64 --out samples.png"
+        f" more samples: python -m pipelines.generate {shlex.quote(run.name)} --prior {comparison.generator}{how} --count 64"
+        " --out samples.png"
     )
     say(f"{time.monotonic() - started:.0f} seconds")
 
@@ -108,7 +110,9 @@ def is_of(comparison: Comparison, run: Run, splits: Splits) -> bool:
     by_inception = comparison.features.extractor.startswith("inception")
     as_configured = comparison.seed == 0 and by_inception == (asked.extractor == "inception")
     as_many = comparison.images == min(asked.images, len(splits.test))
-    return as_configured and as_many and comparison.weights in ({}, weights_of(run))  # of an earlier version there are none
+    # A comparison of an earlier version says neither how it was judged nor of what weights it is.
+    same = comparison.judged_by in ({}, judged_by(asked)) and comparison.weights in ({}, weights_of(run))
+    return as_configured and as_many and same
 
 
 def check_finished(run: Run) -> None:

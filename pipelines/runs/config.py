@@ -91,6 +91,12 @@ def to_dict(config: RunConfig) -> dict[str, Any]:
     return converter().unstructure(config, unstructure_as=RunConfig)
 
 
+def judged_by(metrics: MetricsConfig) -> dict[str, Any]:
+    """What the figures of a comparison depend on beside its seed, its extractor and the number of images, as JSON holds it."""
+    values = converter().unstructure(metrics)
+    return {name: values[name] for name in ("pixels", "weights", "classifier")}
+
+
 def from_dict(values: dict[str, Any]) -> RunConfig:
     """Raises ValueError where the values are not a RunConfig's."""
     if not isinstance(values, dict):
