@@ -38,6 +38,7 @@ from pipelines.judging.quality import (
     nearest_neighbours,
     resampled,
 )
+from pipelines.judging.tradeoffs import along
 from pipelines.pages.tables import table
 from pipelines.pages.words import SURELY
 from pipelines.runs.config import MetricsConfig
@@ -212,6 +213,30 @@ def test_what_too_few_images_cannot_say_is_withheld_with_the_reason(tmp_path):
     judge, figures = judged(made, 3)
     assert [name for name in FIGURES if figures[name] is not None] == ["nearer", "copied"]
     assert any("3 images, of at least 6 needed" in reason for reason in judge.withheld.values())
+
+
+@pytest.mark.parametrize("dead", [False, True])
+def test_features_that_do_not_vary_are_withheld_with_the_reason(tmp_path, dead):
+    """Of images that are all alike, or of a network whose features are dead."""
+    model = Classifier(1, 2)
+    if dead:
+        nn.init.constant_(model.layers[-2].weight, 0)
+    images = torch.full((100, 1, 8, 8), 7, dtype=torch.uint8)
+    if dead:
+        images.random_(generator=torch.Generator().manual_seed(0))
+    made = FeatureSpace(model, {"extractor": "test"}, ImageSet(images), fabric_for("cpu", "float32"), tmp_path)
+    features = made.features(images, "features")
+    distances, _ = nearest_neighbours(features, made.reference)
+    judge = Judge(made, distances, seed=0)
+    figures = judge.figures(judge.under_resamples(features, distances), distances)
+    assert features.isfinite().all() and [name for name in FIGURES if figures[name] is not None] == ["nearer", "copied"]
+    assert len(judge.withheld) == 2 and {*judge.withheld.values()} == {"the training images have all the same features"}
+    assert along({"one": features}, made) == {} and made.frechet_distance(images, "features") is None
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4])
+def test_the_classifier_takes_images_of_any_size(size):
+    assert Classifier(3, 2).eval().features(torch.zeros(5, 3, size, size, dtype=torch.uint8)).shape == (5, 64)
 
 
 def test_features_are_kept_for_the_same_images_and_network_only(tmp_path, monkeypatch):

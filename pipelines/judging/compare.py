@@ -276,7 +276,7 @@ def comparison_of(subject: Subject, rows: Rows, judged: Judged, tried: list[Trad
     if not run.learned:
         withheld = NO_LEARNED_PRIOR
     elif "fd" in judged.withheld:
-        withheld = f"no Fréchet distance of {judged.withheld['fd']}"
+        withheld = f"no Fréchet distance: {judged.withheld['fd']}"
     verdict = verdict_of(judged.fd, withheld, title("standard", bool(codes)))
     bounds = None
     if subject.autoencoder.bottleneck.has_density:

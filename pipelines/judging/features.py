@@ -31,6 +31,8 @@ from pipelines.training.fit import evaluate, fit, in_order
 from stage1_vae.statistics import BatchNorm
 
 BATCH = 500
+SMALLEST = 4  # pixels, that can be halved twice
+SAME = 1e-10  # of features' mean square: a variance from rounding alone
 FIGURES = ("fd", "kid", "precision", "recall", "density", "coverage", "nearer", "copied")
 
 
@@ -55,7 +57,9 @@ class Classifier(nn.Module):
         self.output = nn.Linear(self.dimensions, classes)
 
     def features(self, images: Tensor) -> Tensor:
-        """images uint8 N C H W; returns N F."""
+        """images uint8 N C H W, enlarged where they are too small to be halved twice; returns N F."""
+        if min(images.shape[2:]) < SMALLEST:
+            images = F.interpolate(images, SMALLEST)
         return self.layers(images.float() / 255)
 
     def forward(self, images: Tensor, labels: Tensor, progress: float = 0.0) -> dict[str, Tensor]:
@@ -113,8 +117,10 @@ class FeatureSpace:
             path, key, lambda: {"features": self.features(train.images, "features of the training images").float()}
         )
         reference = made["features"].double()
-        if model.trace is not None:
-            self.scale = float((model.trace / reference.var(0).sum()).sqrt())
+        spread = float(reference.var(0).sum())
+        self.varies = spread > SAME * float(reference.square().sum(1).mean())
+        if model.trace is not None and self.varies:
+            self.scale = (model.trace / spread) ** 0.5
         self.reference = reference * self.scale
         self.distance = FrechetDistance(self.reference)
 
@@ -143,6 +149,8 @@ class FeatureSpace:
 
     def withheld(self, images: int) -> str | None:
         """Why there is no Fréchet distance of so many images, where there is none."""
+        if not self.varies:
+            return "the training images have all the same features"
         images = min(images, len(self.reference))
         if images >= self.fewest:
             return None
@@ -171,12 +179,13 @@ class Judge:
         drawn = torch.randperm(len(space.reference), generator=torch.Generator().manual_seed(seed))[:count]
         self.space, self.held_out, self.reference = space, held_out, space.reference[drawn]
         self.weights = resampled(len(held_out))
-        self.cloud = Cloud.of(self.reference) if count >= FEWEST else None
+        self.cloud = Cloud.of(self.reference) if count >= FEWEST and space.varies else None
         self.withheld: dict[str, str] = {}
         if reason := space.withheld(len(held_out)):
             self.withheld["fd"] = reason
         if self.cloud is None:
-            self.withheld["kid, precision, recall, density, coverage"] = f"{count} images, of at least {FEWEST} needed"
+            why = f"{count} images, of at least {FEWEST} needed" if space.varies else space.withheld(count)
+            self.withheld["kid, precision, recall, density, coverage"] = str(why)
 
     def under_resamples(self, features: Tensor, distances: Tensor) -> dict[str, Tensor]:
         """The FIGURES that are not withheld, for each weighting of `resampled`, R + 1 each.

@@ -95,9 +95,12 @@ def rejection(
 
 
 def along(features: dict[T, Tensor], space: FeatureSpace) -> dict[T, Tradeoff]:
-    """The figures for each value of what is varied, from as many features N F each; none where there are too few images."""
+    """The figures for each value of what is varied, from as many features N F each.
+
+    None where there are too few images, or those for training have all the same features.
+    """
     (number,) = {len(some) for some in features.values()}
-    if min(number, len(space.reference)) < FEWEST:
+    if min(number, len(space.reference)) < FEWEST or not space.varies:
         return {}
     reference = Cloud.of(space.reference[torch.randperm(len(space.reference), generator=seeded())[:number]])
     points = {}
