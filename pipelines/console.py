@@ -34,6 +34,10 @@ class UserError(ValueError):
     """A mistake that the user can mend; its message says how. Ends a command with exit code 2 and no traceback."""
 
 
+class NotThere(UserError):
+    """The data are not where they were looked for."""
+
+
 class Stopped(Exception):
     """A signal ended the work in good order; its message says where. Ends a command with exit code 128 + the signal."""
 

@@ -4,8 +4,10 @@ import dataclasses
 import io
 import json
 import os
+import shlex
 import shutil
 import tarfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -24,6 +26,7 @@ from pipelines.runs.latents import encode
 from pipelines.runs.parts import load_autoencoder
 from pipelines.runs.recipes import preset
 from pipelines.runs.run import Run
+from pipelines.train_all import parse
 from stage2_prior.conditions import Caption
 from tests.parts import small_splits
 
@@ -106,6 +109,22 @@ def test_captions_that_change_are_other_captions_for_a_prior_that_is_told_them(t
     assert isinstance(load_data(untold), Splits)
     with pytest.raises(UserError, match="other captions of these images"):
         load_data(told)
+
+
+@pytest.mark.parametrize("kind", ["folder", "shards"])
+def test_of_data_that_were_moved_the_command_is_named_that_finds_them(tmp_path, kind):
+    """Whatever command looks for them: not all take the place as an option."""
+    place = tmp_path / "else where"
+    (tmp_path / "a run").mkdir()
+    write(tmp_path / "data", kind)
+    run = begun(tmp_path / "a run", kind, tmp_path / "data")
+    (tmp_path / "data").rename(place)
+    with pytest.raises(UserError, match="there is no .*data.*is put down by: python -m pipelines.train_all") as told:
+        load_data(Run.open(str(run.folder), "cpu"))
+    command = str(told.value).partition("train_all ")[2].replace("PATTERN", f"'{place}/x.tar'").replace("PATH", f"'{place}'")
+    name, config, _ = parse(shlex.split(command))
+    write_facts(again := Run.create(Path(name), config, "cpu"), load_data(again))
+    assert len(load_data(Run.open(str(run.folder), "cpu")).train) > 0
 
 
 def test_of_many_files_some_are_read_and_the_size_of_all(tmp_path, monkeypatch):

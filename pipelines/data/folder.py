@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from pipelines.console import UserError, say
+from pipelines.console import NotThere, UserError, say
 from pipelines.data.decoding import IMAGE_ENDINGS
 from pipelines.data.images import ImageSet, Splits
 from pipelines.data.layout import label_of, labels_in, listed, parts_of, some
@@ -32,7 +32,7 @@ class Folder(OwnImages):
         if self.root is None:
             raise UserError("this preset needs your folder of images: --data.root PATH")
         if not self.root.is_dir():
-            raise UserError(f"there is no folder {self.root}: give your folder of images with --data.root PATH")
+            raise NotThere(f"there is no folder {self.root}: give your folder of images with --data.root PATH")
         self.check()
         left_out: Counter[str] = Counter()
         parts = parts_of(self.root, left_out)

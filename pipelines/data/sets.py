@@ -14,7 +14,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from pipelines.console import UserError, say
+from pipelines.console import NotThere, UserError, say
 from pipelines.data.folder import Folder
 from pipelines.data.images import ImageSet, Splits, split, with_validation
 from pipelines.data.shards import Shards
@@ -75,7 +75,7 @@ class TorchvisionSet:
                 else "train-images-idx3-ubyte, train-labels-idx1-ubyte, t10k-images-idx3-ubyte and t10k-labels-idx1-ubyte"
                 f" in {self.root}/{self.name}/raw/"
             )
-            raise UserError(
+            raise NotThere(
                 f"{self.name} is not in {self.root}/ and could not be downloaded ({str(error).splitlines()[0]}). Put {files},"
                 " or name a folder that has them with --data.root; with no network at all, use the preset mnist5k."
             ) from error

@@ -11,7 +11,7 @@ from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
-from pipelines.console import Progress, UserError
+from pipelines.console import NotThere, Progress, UserError
 from pipelines.data.decoding import IMAGE_ENDINGS
 from pipelines.data.reading import printable
 
@@ -76,6 +76,8 @@ def members_of(paths: list[str], split_name: SplitName, left_out: Counter[str]) 
             try:
                 entries = [*entries_of(path, left_out)]
             except (OSError, tarfile.TarError, ValueError) as error:
+                if isinstance(error, FileNotFoundError):
+                    raise NotThere(f"there is no shard {path}: give your shards with --data.urls PATTERN") from error
                 raise UserError(
                     f"{path} cannot be read as a tar file without compression ({error}). Mend or remove it, or copy it again."
                 ) from error

@@ -1,11 +1,13 @@
 """Which images a run is trained on, and that they are the same whenever it goes on."""
 
+import shlex
 from dataclasses import dataclass
 
 from pipelines import files
-from pipelines.console import UserError
+from pipelines.console import NotThere, UserError
 from pipelines.data.identity import content_of_captions, content_of_files, stamp
 from pipelines.data.images import ImageSet, Mirrored, Splits
+from pipelines.data.sets import Shards
 from pipelines.runs.config import to_dict
 from pipelines.runs.run import UNREADABLE, Run, refuse_another
 
@@ -67,7 +69,16 @@ def load_data(run: Run) -> Splits:
     Raises UserError when the run is trained on other splits: drawn anew, the test split would hold images of the training.
     """
     with run.fabric.rank_zero_first(local=True):  # which may download it, or read it whole
-        splits = run.config.data.load(run.folder / UNREADABLE)
+        try:
+            splits = run.config.data.load(run.folder / UNREADABLE)
+        except NotThere as error:
+            if not (run.folder / "config.json").is_file():
+                raise
+            option = "--data.urls PATTERN" if isinstance(run.config.data, Shards) else "--data.root PATH"
+            raise UserError(
+                f"{error}. Where the data of this run lie now is put down by: python -m pipelines.train_all"
+                f" --run {shlex.quote(str(run.folder))} {option}"
+            ) from error
     if (run.folder / FACTS).is_file() and any((run.folder / "stage1").glob("step-*")):
         refuse_other_images(run, splits)
     return splits
