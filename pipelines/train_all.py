@@ -4,7 +4,6 @@ The same command again goes on where it was: finished parts are skipped, an inte
 """
 
 import difflib
-import os
 import shlex
 import sys
 from dataclasses import dataclass, replace
@@ -79,7 +78,7 @@ def beginning(preset_asked: str | None, arguments: list[str]) -> "tuple[str, Run
     """
     from pipelines.runs.config import read_config
     from pipelines.runs.recipes import parts_of, preset
-    from pipelines.runs.run import Run
+    from pipelines.runs.run import Run, folder_of
 
     file, left = taken("--config", arguments)
     if file is not None and preset_asked is not None:
@@ -105,6 +104,8 @@ def beginning(preset_asked: str | None, arguments: list[str]) -> "tuple[str, Run
 
 def check_first_preset(name: str | None, arguments: list[str]) -> None:
     """Raises UserError where no preset is named first, but one is named later, or a run that is not there, but one like it."""
+    from pipelines.runs.run import folder_of
+
     for index, argument in enumerate(arguments):
         if is_preset(argument) and (index == 0 or arguments[index - 1] not in OF_NAMES):
             others = arguments[:index] + arguments[index + 1 :]
@@ -141,11 +142,6 @@ def taken(option: str, arguments: list[str]) -> tuple[str | None, list[str]]:
     return None, arguments
 
 
-def folder_of(name: str) -> Path:
-    """Of a run, by its name under checkpoints/ or its path."""
-    return Path(name) if "/" in name or os.sep in name else Path("checkpoints") / name
-
-
 def short_help() -> str:
     def listed(names: dict[str, str]) -> str:
         return "\n".join(f"  {name:14} {says}" for name, says in names.items())
@@ -163,7 +159,7 @@ def main(arguments: list[str] | None = None) -> None:
     if Path(name).name in ("", ".."):
         raise UserError(f"--run names a folder for the run, which {name!r} does not")
     from pipelines.pages.report import train_all
-    from pipelines.runs.run import Run
+    from pipelines.runs.run import Run, folder_of
 
     train_all(Run.create(folder_of(name), config, options.device), options)
 

@@ -21,6 +21,7 @@ LAYERS = [
     {"runs"},
     {"judging"},
     {"pages"},
+    {"two_stage"},
     {"studies", "benchmarks"},
     COMMANDS,
 ]

@@ -109,7 +109,7 @@ BAD = [
     (["generate", "mnist5k", "--top-p", "0"], "top-p lies above 0"),
     (["generate", "mnist5k", "--top-k", "3"], "continuous"),
     (["generate", "mnist5k", "--label", "11"], "there is no label '11'"),
-    (["generate", "mnist5k", "--text", "a three"], "takes no text; it takes a --label"),
+    (["generate", "mnist5k", "--caption", "a three"], "takes no caption; it takes a label"),
     (["generate", "mnist5k", "--guidance", "2", "--autoguidance", "1"], "one at a time"),
     (["generate", "mnist5k", "--guidance", "-2"], "guidance is 0 or more"),
     (["generate", "mnist5k", "--out", "x.jpg"], ".png or .npz"),
@@ -184,7 +184,7 @@ def test_a_damaged_checkpoint_is_named(trained):
 
 def test_drawing_imports_neither_metrics_nor_plots():
     """They take longer to import than all that draws."""
-    code = "import sys, pipelines.runs.pictures, pipelines.runs.priors, pipelines.runs.completion, pipelines.generate;"
+    code = "import sys, pipelines.runs.pictures, pipelines.runs.priors, pipelines.runs.completion, pipelines.two_stage;"
     code += "print(*{'torchmetrics', 'torchvision', 'scipy', 'matplotlib', 'sklearn'} & {*sys.modules})"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == []

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torchvision.utils import make_grid, save_image
 
-from pipelines import generate, likelihood
+from pipelines import TwoStage, generate, likelihood
 from pipelines.console import UserError
 from pipelines.judging.comparison import read_comparison
 from pipelines.judging.features import FIGURES, FeatureSpace, feature_space
@@ -22,7 +22,7 @@ from pipelines.pages.report import train_all
 from pipelines.pages.words import notes
 from pipelines.runs import sampling
 from pipelines.runs.completion import held_latents, known_pixels, picture_to_complete
-from pipelines.runs.conditions import context_of_text, contexts_of, label_number
+from pipelines.runs.conditions import contexts_asked, contexts_of, label_number
 from pipelines.runs.dataset import load_data
 from pipelines.runs.latents import encode
 from pipelines.runs.parts import load_autoencoder, specs_of
@@ -89,20 +89,37 @@ def test_a_label_by_name_and_guidance(runs, tmp_path):
 
 def test_text(runs, tmp_path):
     run, texts = Run.open(runs["fashion-dalle"], "cpu"), ("a pair of 2s", "a picture of a 3")
-    assert not torch.equal(*(context_of_text(run, text) for text in texts))
+    assert not torch.equal(*(contexts_asked(run, 1, caption=text) for text in texts))
     guided = ["--guidance", "3"]
-    one, other = (drawn(runs["fashion-dalle"], "--text", text, *guided, tmp_path=tmp_path) for text in texts)
+    one, other = (drawn(runs["fashion-dalle"], "--caption", text, *guided, tmp_path=tmp_path) for text in texts)
     assert one.shape == other.shape == (6, 28, 28, 1) and (one != other).any()
-    assert (drawn(runs["fashion-dalle"], "--text", texts[0], tmp_path=tmp_path) != one).any()
-    for nothing in ([], ["--text", ""]):
-        with pytest.raises(UserError, match="goes toward a caption: say which with --text"):
+    assert (drawn(runs["fashion-dalle"], "--caption", texts[0], tmp_path=tmp_path) != one).any()
+    for nothing in ([], ["--caption", ""]):
+        with pytest.raises(UserError, match="goes toward a caption: say which"):
             drawn(runs["fashion-dalle"], *nothing, *guided, tmp_path=tmp_path)
-    with pytest.raises(UserError, match="takes no text; it takes a --label"):
-        drawn(runs["mnist-vqvae"], "--text", "a 2", tmp_path=tmp_path)
-    with pytest.raises(UserError, match="takes no label; it takes a --text"):
+    with pytest.raises(UserError, match="takes no caption; it takes a label"):
+        drawn(runs["mnist-vqvae"], "--caption", "a 2", tmp_path=tmp_path)
+    with pytest.raises(UserError, match="takes no label; it takes a caption"):
         drawn(runs["fashion-dalle"], "--label", "2", tmp_path=tmp_path)
     with pytest.raises(UserError, match="trained without"):
         drawn(runs["mnist5k"], "--label", "2", tmp_path=tmp_path)
+
+
+def test_codes_and_captions_from_python(runs):
+    model = TwoStage.open(runs["fashion-vqvae2"], "cpu")
+    images = model.sample(3, seed=0)
+    codes = model.encode(images)
+    assert [level.dtype for level in codes] == [torch.int64] * 2 and model.decode(codes).shape == images.shape
+    for wrong, says in ((codes[0] + 10**6, "codes are numbers from 0"), (codes[0].float(), "a level of latents")):
+        with pytest.raises(UserError, match=says):
+            model.decode([wrong, codes[1]])
+    nats = model.log_likelihood(images, 3, label="1")
+    assert nats.shape == (3,) and torch.equal(nats, model.log_likelihood(images, 1, label="1"))  # of codes there is one draw
+    model = TwoStage.open(runs["fashion-dalle"], "cpu")
+    texts = ["a pair of 2s", "a picture of a 3"]
+    assert not torch.equal(model.log_likelihood(images[:2], caption=texts), model.log_likelihood(images[:2]))
+    alone = [model.sample(2, caption=text, guidance=3)[i] for i, text in enumerate(texts)]
+    assert torch.equal(model.sample(2, caption=texts, guidance=3), torch.stack(alone))
 
 
 def test_rejection_keeps_some_of_what_would_be_drawn(runs, tmp_path):
@@ -112,7 +129,7 @@ def test_rejection_keeps_some_of_what_would_be_drawn(runs, tmp_path):
     assert len(kept) == 6 and all(image.tobytes() in pool for image in kept)
     with pytest.raises(UserError, match="needs a learned prior that is told labels"):
         drawn(runs["mnist5k"], "--keep-best", "0.5", tmp_path=tmp_path)
-    with pytest.raises(UserError, match="--keep-best is a share"):
+    with pytest.raises(UserError, match="keep-best is a share"):
         drawn(runs["mnist-vqvae"], "--keep-best", "0", tmp_path=tmp_path)
 
 
@@ -273,7 +290,7 @@ def test_a_damaged_tokenizer_is_named(runs, tmp_path):
     for damaged in (content[:-100], b"", b"{}"):
         path.write_bytes(damaged)
         with pytest.raises(UserError, match="tokenizer.json is no tokenizer .*train_all again"):
-            drawn(runs["fashion-dalle"], "--text", "a boot", tmp_path=tmp_path)
+            drawn(runs["fashion-dalle"], "--caption", "a boot", tmp_path=tmp_path)
     path.write_bytes(content)
 
 

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from pipelines.training.refine import TwoStage
+from pipelines.training.refine import BothStages
 from stage1_vae import bottlenecks, likelihoods
 from stage1_vae.autoencoder import Autoencoder, AutoencoderConfig
 from stage2_prior.autoregressive import AutoregressiveConfig, AutoregressivePrior
@@ -27,7 +27,7 @@ def built(config: AutoencoderConfig = CONFIG, prior: AutoregressiveConfig = PRIO
 def test_the_loss_is_the_elbo_under_the_prior_and_reaches_every_weight():
     """With a prior that is N(0, I), it is stage 1's own loss, up to the one draw that stands for the rate."""
     autoencoder, prior = built()
-    both = TwoStage(autoencoder, prior)
+    both = BothStages(autoencoder, prior)
     images = torch.randint(0, 2, (6, 1, 8, 8), dtype=torch.uint8) * 255
     both(images)["loss"].backward()
     assert [name for name, p in both.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0] == []
@@ -43,7 +43,7 @@ def test_the_loss_is_the_elbo_under_the_prior_and_reaches_every_weight():
 def test_a_learned_sigma_moves_as_in_stage_1():
     """In training only; over steps that leave the weights alone, to the root mean squared error of draws of z."""
     autoencoder, prior = built(dataclasses.replace(CONFIG, likelihood=likelihoods.Gaussian()))
-    both, sigma = TwoStage(autoencoder, prior), autoencoder.likelihood.sigma
+    both, sigma = BothStages(autoencoder, prior), autoencoder.likelihood.sigma
     images = torch.randint(0, 256, (500, 1, 8, 8), dtype=torch.uint8)
     with torch.no_grad():
         both.eval()(images)
@@ -69,4 +69,4 @@ def test_a_learned_sigma_moves_as_in_stage_1():
 )
 def test_what_cannot_be_refined_is_refused(config, prior, message):
     with pytest.raises(ValueError, match=message):
-        TwoStage(*built(config, prior))
+        BothStages(*built(config, prior))

@@ -94,25 +94,22 @@ def held_latents(
 def completions(
     autoencoder: Autoencoder,
     prior: LearnedPrior,
-    picture: Path,
-    keep: str,
+    image: Tensor,
+    known: Tensor,
     count: int,
     *,
     seed: int,
     device: torch.device,
     batch_size: int,
     particles: int,
-    context: Tensor | None,
+    contexts: Tensor | None,
     pixels: Pixels,
-    background: str = "white",
-) -> tuple[Tensor, Tensor]:
-    """Pictures uint8 N C H W, and what they were given, C H W: the picture with its hidden part in grey.
+) -> Tensor:
+    """Pictures uint8 N C H W whose hidden part is drawn anew.
 
-    keep: which part of the picture is kept, see `known_pixels`; particles: drawn for each completion, to choose one by the
-    density of the latents and pixels that are kept; context: what the prior is told; background: behind a transparent picture.
+    image: uint8 C H W; known: boolean H W, which part of it is kept; particles: drawn for each completion, to choose one by the
+    density of the latents and pixels that are kept; contexts: what the prior is told of each.
     """
-    shape = autoencoder.image_shape
-    image, known = picture_to_complete(picture, shape, background), known_pixels(keep, shape)
     given, held = held_latents(autoencoder, image, known, device)
     for mask in held:
         say(f"held: {int(mask.sum())} of {mask.numel()} latents on the {mask.shape[0]}×{mask.shape[1]} grid")
@@ -124,12 +121,17 @@ def completions(
         return (likelihood.base_dist.log_prob(target) * seen).flatten(1).sum(1)
 
     def completed(indices: Tensor) -> tuple[Tensor, Tensor]:
-        told = None if context is None else context.to(device).expand(len(indices), *context.shape)
+        told = None if contexts is None else contexts[indices].to(device)
         levels, size = complete(prior, given, held, indices.to(device), seed, particles, told, of_known_pixels)
-        noise = pixel_noise(pixels, seed, indices.to(device), shape)
+        noise = pixel_noise(pixels, seed, indices.to(device), autoencoder.image_shape)
         return autoencoder.render(levels, noise).cpu(), size.cpu()
 
     size = max(1, batch_size // particles)
     images, sizes = zip(*processes.in_batches(completed, torch.arange(count), size, "completing"))
     say(f"effective sample size: median {float(torch.cat(sizes).median()):.1f} of {particles} particles")
-    return torch.cat(images), torch.where(known, image, torch.full_like(image, 128))
+    return torch.cat(images)
+
+
+def with_hidden_grey(image: Tensor, known: Tensor) -> Tensor:
+    """What a completion was given, to show it: the picture, C H W, with its hidden part in grey."""
+    return torch.where(known, image, 128)

@@ -1,5 +1,7 @@
 """What a run's learned prior is told of an image: its label, or its caption as tokens."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -9,7 +11,7 @@ from pipelines.data.captions import CaptionTokenizer, captions_of
 from pipelines.data.images import ImageSet
 from pipelines.runs.dataset import read_facts
 from pipelines.runs.run import Run
-from stage2_prior.conditions import Caption, ClassLabel
+from stage2_prior.conditions import Caption
 
 
 def contexts_of(run: Run, images: ImageSet, part: str = "train") -> Tensor | None:
@@ -35,25 +37,42 @@ def contexts_of(run: Run, images: ImageSet, part: str = "train") -> Tensor | Non
     return CaptionTokenizer(path).tokens(captions, condition.length)
 
 
-def context_of_text(run: Run, caption: str) -> Tensor:
-    """The tokens of one caption. Raises UserError for a prior that takes none."""
-    if not isinstance(run.condition, Caption):
-        raise UserError(f"the prior of {run.folder} takes no text; {takes(run)}")
-    return CaptionTokenizer(run.folder / "tokenizer.json").tokens([caption], run.condition.length)[0]
+def contexts_asked(
+    run: Run,
+    count: int,
+    label: str | int | Sequence[str | int] | None = None,
+    caption: str | Sequence[str] | None = None,
+) -> Tensor | None:
+    """What the prior is to be told of each of `count` images: labels, N, or tokens, N T; None where neither is given.
+
+    label: by name or number, for all images or one for each; caption: likewise. Raises UserError for an unknown label, or what
+    the prior does not take.
+    """
+    if label is not None and caption is not None:
+        raise UserError("give a label or a caption, not both")
+    wanted, given = ("label", label) if label is not None else ("caption", caption)
+    if given is None:
+        return None
+    if run.told != wanted:
+        raise UserError(f"the prior of {run.folder} takes no {wanted}; {takes(run)}")
+    each = [given] * count if isinstance(given, str | int) else list(given)
+    if len(each) != count:
+        raise UserError(f"{len(each)} {wanted}s for {count} images: give one, or one for each image")
+    if isinstance(run.condition, Caption):
+        return CaptionTokenizer(run.folder / "tokenizer.json").tokens([str(one) for one in each], run.condition.length)
+    names = read_facts(run).label_names
+    return torch.tensor([label_number(one, names) for one in each])
 
 
-def context_of_label(run: Run, name: str) -> Tensor:
-    """The number of a label by its name. Raises UserError for an unknown one, or a prior that takes none."""
-    if not isinstance(run.condition, ClassLabel):
-        raise UserError(f"the prior of {run.folder} takes no label; {takes(run)}")
-    return torch.tensor(label_number(name, read_facts(run).label_names))
-
-
-def label_number(name: str, names: list[str]) -> int:
-    """Of a label by its name, in upper or lower case; of a name like "5 - five" either half will do.
+def label_number(name: str | int, names: list[str]) -> int:
+    """Of a label by its name, in upper or lower case; of a name like "5 - five" either half will do. A number stays as it is.
 
     Raises UserError for an unknown one.
     """
+    if isinstance(name, int):
+        if not 0 <= name < len(names):
+            raise UserError(f"there is no label number {name}; labels are numbers from 0 to {len(names) - 1}, or names")
+        return name
     found = [i for i, known in enumerate(names) if name.lower() in (known.lower(), *known.lower().split(" - "))]
     found = [i for i in found if names[i] == name] or found
     if not found:
@@ -63,5 +82,5 @@ def label_number(name: str, names: list[str]) -> int:
 
 def takes(run: Run) -> str:
     """What the prior is told, in words."""
-    option = {None: "was trained without labels and captions", "label": "takes a --label", "caption": "takes a --text"}
+    option = {None: "was trained without labels and captions", "label": "takes a label", "caption": "takes a caption"}
     return f"it {option[run.told]}"

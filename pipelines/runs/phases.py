@@ -20,7 +20,7 @@ from pipelines.training.config import OnNan
 from pipelines.training.devices import devices, resolved
 from pipelines.training.fabric import Fabric
 from pipelines.training.fit import fit
-from pipelines.training.refine import TwoStage
+from pipelines.training.refine import BothStages
 from pipelines.training.trackers import GRID_COLUMNS, Tracking
 from stage1_vae.autoencoder import Autoencoder
 from stage2_prior.autoregressive import LearnedPrior
@@ -82,7 +82,7 @@ def check_refining(run: Run, autoencoder: Autoencoder, prior: Prior) -> None:
             "only an autoregressive prior is refined together with stage 1: leave out --prior, or use --refine.steps 0"
         )
     try:
-        TwoStage(autoencoder, prior)
+        BothStages(autoencoder, prior)
     except ValueError as error:
         raise UserError(str(error)) from error
 
@@ -140,12 +140,12 @@ class Phases:
         assert run.config.refine is not None and isinstance(prior, LearnedPrior)
         follow(run, "refined", "stage2")
 
-        def both(model: TwoStage) -> dict[str, Tensor]:
+        def both(model: BothStages) -> dict[str, Tensor]:
             return self.reconstructions(model.autoencoder) | self.samples(model.prior, model.autoencoder)
 
         tracker = self.tracking.stage("refined", both)
         images = examples_of(run, self.splits.train), self.splits.validation
-        model, folder = TwoStage(autoencoder, prior), run.folder / "refined"
+        model, folder = BothStages(autoencoder, prior), run.folder / "refined"
         fit(run.fabric, model, *images, run.config.refine, run.config.seed, folder, "refining both", self.on_nan, tracker)
         encode_training(run, autoencoder, self.splits.train)
 

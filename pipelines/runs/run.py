@@ -1,5 +1,6 @@
 """A run: one folder under checkpoints/, with its config and all that is made of it; checkpoints/README.md lists its content."""
 
+import os
 import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,6 +26,11 @@ FREE = (
     *(f"{phase}.{setting}:" for phase in PHASES for setting in ("compile", "checkpoint_steps")),
 )
 """Settings of the same images and the same training: a run goes on under others."""
+
+
+def folder_of(name: str) -> Path:
+    """Where a run is made, by its name under checkpoints/ or its path."""
+    return Path(name) if "/" in name or os.sep in name else CHECKPOINTS / name
 
 
 @dataclass(frozen=True)

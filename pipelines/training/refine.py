@@ -13,7 +13,7 @@ from stage1_vae.bounds import draws
 from stage2_prior.autoregressive import LearnedPrior
 
 
-class TwoStage(nn.Module):
+class BothStages(nn.Module):
     """Both stages as one model. Raises ValueError where no gradient reaches the encoder, or the prior is told more than z."""
 
     def __init__(self, autoencoder: Autoencoder, prior: LearnedPrior):

@@ -1,0 +1,348 @@
+"""A trained run from Python: draw, encode, decode, complete, judge.
+
+N images, C colour channels, H×W pixels, c latent channels, h×w latent grid. Tensors come and go on the CPU.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor
+
+from pipelines.console import UserError, say
+from pipelines.runs.completion import completions, known_pixels, picture_to_complete
+from pipelines.runs.conditions import contexts_asked
+from pipelines.runs.config import RunConfig, replaced
+from pipelines.runs.dataset import load_data, read_facts
+from pipelines.runs.names import Pixels, PriorName, preset_name
+from pipelines.runs.options import DEFAULTS, Options
+from pipelines.runs.parts import load_autoencoder, specs_of
+from pipelines.runs.priors import densities, open_prior
+from pipelines.runs.recipes import parts_of, preset
+from pipelines.runs.run import Run, folder_of
+from pipelines.runs.sampling import generate
+from stage1_vae.bounds import LogPrior, draws, importance_weighted_bound
+from stage2_prior.autoregressive import LearnedPrior
+from stage2_prior.conditions import ClassLabel, LabelCondition
+from stage2_prior.prior import Prior
+from stage2_prior.sampling import CannotSample, Sampling
+
+if TYPE_CHECKING:
+    from pipelines.judging.comparison import Comparison
+
+BATCH = 500  # images encoded or judged at once
+Dtype = Literal["float32", "bfloat16"]
+
+
+class TwoStage:
+    """Both stages of a trained run.
+
+        from pipelines import TwoStage
+        model = TwoStage.open("mnist5k")
+        images = model.sample(16, label="3", seed=0)  # uint8, 16 1 28 28
+
+    A mistake in what is asked raises UserError, a ValueError whose message says what to do.
+    """
+
+    def __init__(self, run: Run, dtype: Dtype = "float32"):
+        """dtype: of the learned prior's backbone; its densities and the decoder stay float32. Raises UserError for a run whose
+        stage 1 is not finished."""
+        self.run, self.dtype = run, {"float32": torch.float32, "bfloat16": torch.bfloat16}[dtype]
+        self.autoencoder = load_autoencoder(run)
+        self.specs = specs_of(self.autoencoder)
+        """the shape of each level of latents, coarse to fine"""
+        self.opened: dict[str, Prior] = {}
+
+    @classmethod
+    def open(cls, name: str | Path, device: str = "auto", dtype: Dtype = "float32") -> "TwoStage":
+        """A run by its name under checkpoints/, or by its path. device: auto, cpu, cuda or mps."""
+        return cls(Run.open(str(name), device), dtype)
+
+    @classmethod
+    def train(
+        cls,
+        config: str | RunConfig,
+        run: str | None = None,
+        settings: Mapping[str, Any] | None = None,
+        options: Options = DEFAULTS,
+    ) -> "TwoStage":
+        """Train both stages of a run, or what is not finished of it, as `python -m pipelines.train_all` does.
+
+        config: the name of a preset, such as "mnist5k-vqvae", or a config. run: a name under checkpoints/, or a path; the
+        preset's name when None. settings: by dotted path, what is to be otherwise than the config says, such as
+        {"stage2.steps": 500}. Raises UserError where the run has begun with another config.
+        """
+        if isinstance(config, str):
+            run = preset_name(*parts_of(config)) if run is None else run
+            config = preset(config)
+        if run is None:
+            raise UserError("a config has no name: give the run one, as in train(config, 'name')")
+        for path, value in (settings or {}).items():
+            config = replaced(config, path, value)
+        assert isinstance(config, RunConfig)
+        from pipelines.runs.phases import train  # slow to import, and drawing needs none of it
+
+        made = Run.create(folder_of(run), config, options.device)
+        train(made, options)
+        return cls(made)
+
+    def __repr__(self) -> str:
+        channels, height, width = self.image_shape
+        latents = " and ".join("×".join(map(str, spec.shape)) for spec in self.specs)
+        kind = "latents" if self.specs[0].vocabulary is None else "codes"
+        told = f", told the {self.run.told}" if self.run.learned and self.run.told else ""
+        return f"TwoStage({self.run.name}: images {channels}×{height}×{width}, {kind} {latents}{told})"
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """C H W."""
+        return self.autoencoder.image_shape
+
+    @property
+    def labels(self) -> list[str]:
+        """The names of the data set's labels; empty where it has none."""
+        return read_facts(self.run).label_names
+
+    @property
+    def priors(self) -> list[str]:
+        """The names of the priors to draw from, the learned one last."""
+        return densities(self.run, self.specs)
+
+    def prior(self, name: PriorName = "learned") -> Prior:
+        """A prior by its name, loaded once. Raises UserError for an unknown one."""
+        if name not in self.opened:
+            prior = open_prior(self.run, name, self.specs)
+            if isinstance(prior, LearnedPrior):
+                for level in prior.levels:
+                    for one in (level, level.weaker):
+                        if one is not None:
+                            one.backbone.to(self.dtype)
+            self.opened[name] = prior
+        return self.opened[name]
+
+    def sample(
+        self,
+        count: int = 64,
+        *,
+        prior: PriorName = "learned",
+        label: str | int | Sequence[str | int] | None = None,
+        caption: str | Sequence[str] | None = None,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float = 1.0,
+        guidance: float = 0.0,
+        autoguidance: float = 0.0,
+        seed: int = 0,
+        pixels: Pixels = "mean",
+        keep_best: float = 1.0,
+        batch_size: int = 256,
+    ) -> Tensor:
+        """Images drawn from a prior and decoded, uint8 N C H W. Image i under one seed is the same whatever the count.
+
+        prior: learned; or standard, which is N(0, I) or uniform codes; or another of `priors`; or posterior, which is no
+            generator: it reconstructs training images
+        label: a label's name or number, for all images or one for each; drawn as often as in training when None
+        caption: likewise, for a prior that is told captions; none when None
+        temperature, top_k, top_p, guidance, autoguidance: how draws depart from the density as fitted: see `Sampling`
+        pixels: the mean of p(x|z), or a sample from it
+        keep_best: of what is drawn, keep the share off which a classifier reads the label most surely
+        batch_size: images drawn at once
+        Raises UserError for what the prior has no meaning for.
+        """
+        if count < 1:
+            raise UserError(f"the number of images is from 1 up, not {count}")
+        if not 0 < keep_best <= 1:
+            raise UserError(f"keep-best is a share above 0 and at most 1, not {keep_best}")
+        how, network = sampling(temperature, top_k, top_p, guidance, autoguidance), self.prior(prior)
+        drawn = math.ceil(count / keep_best)
+        contexts = self.contexts(drawn, prior, label, caption)
+        if guidance and isinstance(network, LearnedPrior) and self.run.told == "caption" and not caption:
+            raise UserError("guidance goes toward a caption: say which")
+        if keep_best < 1:
+            if not isinstance(network, LearnedPrior) or not isinstance(self.run.condition, ClassLabel):
+                raise UserError("keep-best needs a learned prior that is told labels, to know what the classifier should read")
+            if contexts is None:
+                contexts = network.draw_contexts(torch.arange(drawn, device=self.device), seed)
+        samples = generate(
+            self.autoencoder,
+            network,
+            drawn,
+            seed=seed,
+            device=self.device,
+            batch_size=batch_size,
+            how=how,
+            contexts=contexts,
+            pixels=pixels,
+        )
+        if warning := samples.warning():
+            say(f"warning: {warning}")
+        if keep_best < 1:
+            from pipelines.judging.features import kept_best, trained_classifier  # slow to import, and seldom needed
+
+            assert contexts is not None
+            run = self.run
+            classifier, _ = trained_classifier(run.fabric, run.config.metrics, load_data(run), run.classifiers, seed=1)
+            return samples.images[kept_best(run.fabric, classifier, samples.images, contexts.cpu(), keep_best)][:count]
+        return samples.images.clone()  # no tensor of the inference mode, which could not be changed in place
+
+    @torch.no_grad()
+    def encode(self, images: Tensor) -> list[Tensor]:
+        """The latents of images: the mean of q(z|x), or codes.
+
+        images: uint8 N C H W. Returns one tensor for each level, coarse to fine: float N c h w, or int64 codes N h w.
+        `model.autoencoder.encode` gives q(z|x) itself.
+        """
+        parts = [self.autoencoder.mean(self.autoencoder.encode(batch.to(self.device))) for batch in self.batches(images)]
+        return [torch.cat(level).cpu() for level in zip(*parts)]
+
+    @torch.no_grad()
+    def decode(self, latents: Sequence[Tensor]) -> Tensor:
+        """The mean of p(x|z), uint8 N C H W. latents: one tensor for each level, as `encode` gives them."""
+        for spec, level in zip(self.specs, latents):
+            if level.shape[1:] != spec.shape or (spec.vocabulary is None) != level.dtype.is_floating_point:
+                raise UserError(f"a level of latents is N × {spec.shape}, not {tuple(level.shape)} of {level.dtype}")
+            if spec.vocabulary is not None and level.numel() and not 0 <= int(level.min()) <= int(level.max()) < spec.vocabulary:
+                raise UserError(f"codes are numbers from 0 to {spec.vocabulary - 1}")
+        if len(latents) != len(self.specs):
+            raise UserError(f"latents are a list of {len(self.specs)} tensors, one for each level, not {len(latents)}")
+        rows = torch.arange(len(latents[0])).split(BATCH)
+        return torch.cat([self.autoencoder.render([level[batch].to(self.device) for level in latents]).cpu() for batch in rows])
+
+    @torch.no_grad()
+    def log_likelihood(
+        self,
+        images: Tensor,
+        samples: int = 16,
+        *,
+        prior: PriorName = "learned",
+        label: str | int | Sequence[str | int] | None = None,
+        caption: str | Sequence[str] | None = None,
+        seed: int = 0,
+    ) -> Tensor:
+        """The importance-weighted bound on log p(x) of each image, N, in nats (Burda et al. 2016). Higher is better.
+
+        images: uint8 N C H W. samples: draws of z an image; 1 gives the ELBO, and of codes there is only one. label, caption:
+        as in `sample`; then the bound is on log p(x|label). Without one, it is under the distribution that `sample` draws from.
+        `python -m pipelines.likelihood` says in what sense a figure is a log-likelihood: most decoders give a density of pixels.
+        Raises UserError where the encoder has no density q(z|x).
+        """
+        if samples < 1:
+            raise UserError(f"the number of draws is from 1 up, not {samples}")
+        if not self.autoencoder.bottleneck.has_density:
+            raise UserError(f"{self.run.folder} has a deterministic encoder: there is no density q(z|x), so no bound on log p(x)")
+        network, contexts = self.prior(prior), self.contexts(len(images), prior, label, caption)
+        log_prior = network.log_prob if contexts is not None else marginal(network)
+        samples = 1 if self.specs[0].vocabulary is not None else samples
+        bounds = []
+        with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
+            torch.manual_seed(seed)
+            for rows, batch in zip(torch.arange(len(images)).split(BATCH), self.batches(images)):
+                told = None if contexts is None else contexts[rows].to(self.device)
+                made = draws(self.autoencoder, batch.to(self.device), samples, {prior: log_prior}, told)
+                bounds.append(importance_weighted_bound(made.log_weights(prior)).cpu())
+        return torch.cat(bounds)
+
+    def complete(
+        self,
+        picture: Tensor | str | Path,
+        keep: Tensor | str = "top-half",
+        count: int = 16,
+        *,
+        label: str | int | Sequence[str | int] | None = None,
+        caption: str | Sequence[str] | None = None,
+        seed: int = 0,
+        particles: int = 64,
+        pixels: Pixels = "mean",
+        batch_size: int = 256,
+    ) -> Tensor:
+        """Pictures whose hidden part is drawn anew, under the learned prior; uint8 N C H W.
+
+        picture: uint8 C H W, or a file. keep: what is kept of it: boolean H W, or top-half, bottom-half, left-half, right-half,
+        or the file of a mask picture, white where it is kept. particles: drawn for each completion, to choose one by the density
+        of the latents and pixels that are kept.
+        """
+        shape, network = self.image_shape, self.prior("learned")
+        if not isinstance(network, LearnedPrior):
+            raise UserError(f"completion needs a learned prior that is autoregressive, which that of {self.run.folder} is not")
+        picture = picture if isinstance(picture, Tensor) else self.read(picture)
+        keep = keep if isinstance(keep, Tensor) else known_pixels(keep, shape)
+        ((image,),) = self.batches(picture[None])
+        if keep.shape != shape[1:] or keep.dtype != torch.bool:
+            raise UserError(f"what is kept of a picture is boolean, {shape[1:]}, not {tuple(keep.shape)} of {keep.dtype}")
+        made = completions(
+            self.autoencoder,
+            network,
+            image,
+            keep,
+            count,
+            seed=seed,
+            device=self.device,
+            batch_size=batch_size,
+            particles=particles,
+            contexts=self.contexts(count, "learned", label, caption),
+            pixels=pixels,
+        )
+        return made.clone()
+
+    def read(self, picture: str | Path) -> Tensor:
+        """A picture from a file as the model takes them, uint8 C H W: cropped and resized. Raises UserError for another file."""
+        return picture_to_complete(Path(picture), self.image_shape, getattr(self.run.config.data, "background", "white"))
+
+    def compare(self) -> "Comparison":
+        """The comparison of all priors that the run's config asks for, as data: read from the run's folder where it is there
+        already, else made, with its page; that takes minutes."""
+        from pipelines.pages.report import finished_comparison  # slow to import, and drawing needs none of it
+
+        splits = load_data(self.run)
+        with self.run.locked():
+            return finished_comparison(self.run, splits)
+
+    @property
+    def device(self) -> torch.device:
+        return self.run.fabric.device
+
+    def contexts(
+        self,
+        count: int,
+        prior: str,
+        label: str | int | Sequence[str | int] | None,
+        caption: str | Sequence[str] | None,
+    ) -> Tensor | None:
+        """What the learned prior is told of each of `count` images; None where neither label nor caption is given."""
+        if prior != "learned" and (label is not None or caption is not None):
+            raise UserError(f"the {prior} prior takes neither label nor caption; the learned prior may")
+        return contexts_asked(self.run, count, label, caption)
+
+    def batches(self, images: Tensor) -> tuple[Tensor, ...]:
+        """Raises UserError for what are no images of this model."""
+        if images.ndim != 4 or images.shape[1:] != self.image_shape or images.dtype != torch.uint8:
+            expected = ", ".join(map(str, self.image_shape))
+            raise UserError(f"images are uint8, of shape (N, {expected}), not {tuple(images.shape)} of {images.dtype}")
+        return images.split(BATCH)
+
+
+def sampling(temperature: float, top_k: int | None, top_p: float, guidance: float, autoguidance: float) -> Sampling:
+    """Raises UserError for a setting out of range."""
+    try:
+        return Sampling(temperature, top_k, top_p, guidance, autoguidance)
+    except CannotSample as error:
+        raise UserError(str(error)) from error
+
+
+def marginal(prior: Prior) -> LogPrior:
+    """log p(z) of what is drawn where no context is given: the mixture over labels, Σ p(label) p(z|label); without a caption,
+    what the prior makes of none."""
+
+    def log_prob(levels: list[Tensor], _: Tensor | None) -> Tensor:
+        condition = prior.levels[0].condition if isinstance(prior, LearnedPrior) else None
+        if condition is None:
+            return prior.log_prob(levels)
+        if not isinstance(condition, LabelCondition):
+            return prior.log_prob(levels, condition.nothing(len(levels[0])))
+        labels = condition.frequencies.nonzero().flatten()
+        each = [condition.frequencies[y].log() + prior.log_prob(levels, y.expand(len(levels[0]))) for y in labels]
+        return torch.stack(each).logsumexp(0)
+
+    return log_prob

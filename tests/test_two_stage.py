@@ -1,0 +1,153 @@
+"""A run from Python: what a few lines of a notebook do."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from pipelines import TwoStage, generate
+from pipelines.console import UserError
+from stage1_vae.bounds import draws, elbo
+from stage2_prior.baselines import baselines
+from stage2_prior.sampling import Sampling
+from tests.parts import fewer_ways_to_draw
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def model(run) -> TwoStage:
+    """The prior is told labels."""
+    return TwoStage.open(run.folder, "cpu")
+
+
+def test_the_package_is_light_until_it_is_used(run, tmp_path):
+    """Also where nobody is in the repository, as in a notebook elsewhere."""
+    lines = f"""
+import sys
+import pipelines
+assert "torch" not in sys.modules
+from pipelines import TwoStage
+images = TwoStage.open({str(run.folder)!r}, device="cpu").sample(2, seed=0)
+print(images.dtype, tuple(images.shape))
+"""
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", lines], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout == "torch.uint8 (2, 1, 28, 28)\n", done.stderr
+    with pytest.raises(ImportError, match="cannot import name 'Nothing'"):
+        from pipelines import Nothing  # noqa: F401
+
+
+def test_sample_draws_what_the_command_draws(run, model, tmp_path):
+    how = {"temperature": 0.7, "guidance": 2.0}
+    options = [word for name, value in how.items() for word in (f"--{name}", str(value))]
+    command = [str(run.folder), "--count", "5", "--label", "2", "--seed", "3", *options, "--device", "cpu"]
+    generate.main([*command, "--out", str(tmp_path / "x.npz")])
+    images = model.sample(5, label="2", seed=3, **how)
+    assert images.dtype == torch.uint8 and (images.permute(0, 2, 3, 1).numpy() == np.load(tmp_path / "x.npz")["arr_0"]).all()
+    assert torch.equal(images, model.sample(5, label=2, seed=3, **how))
+    assert not torch.equal(images, model.sample(5, label=2, seed=4, **how))
+    assert torch.equal(images[:2], model.sample(2, label="2", seed=3, **how))
+    images[0] = 0  # as any other tensor
+
+
+def test_each_image_is_told_its_own_label(model):
+    mixed = model.sample(4, label=["0", 3, "0", "2"], seed=1, temperature=0.5)
+    for label in (0, 2, 3):
+        alone = model.sample(4, label=label, seed=1, temperature=0.5)
+        same = [torch.equal(one, other) for one, other in zip(mixed, alone)]
+        assert same == [name == label for name in (0, 3, 0, 2)]
+
+
+def test_latents_go_there_and_back(model):
+    images = model.sample(3, seed=0)
+    latents = model.encode(images)
+    assert [tuple(level.shape[1:]) for level in latents] == [spec.shape for spec in model.specs]
+    again = model.decode(latents)
+    assert again.shape == images.shape and again.dtype == torch.uint8
+    assert torch.equal(again, model.autoencoder.render(model.autoencoder.mean(model.autoencoder.encode(images))))
+    again[0] = latents[0][0].sum()  # no tensors of the inference mode
+
+
+def test_the_likelihood_without_a_label_is_of_the_mixture_over_labels(model):
+    images = model.sample(6, seed=0)
+    prior = model.prior("learned")
+    frequencies = prior.condition.frequencies
+    with torch.no_grad():
+        levels = model.encode(images)
+        each = torch.stack([prior.log_prob(levels, torch.full((6,), label)) for label in range(4)])
+        torch.manual_seed(5)
+        told = draws(model.autoencoder, images, 1, {"learned": prior.log_prob}, torch.full((6,), 2))
+    by_label = torch.stack([model.log_likelihood(images, 1, label=label, seed=5) for label in range(4)])
+    assert torch.allclose(by_label[2], elbo(told.log_weights("learned")))
+    assert not torch.allclose(each[0], each[1])
+    mixture = (by_label + frequencies.log()[:, None]).logsumexp(0)  # the same z, so the mixture over labels is that of the bounds
+    assert torch.allclose(model.log_likelihood(images, 1, seed=5), mixture, rtol=1e-4)
+    state = torch.get_rng_state()
+    several = model.log_likelihood(images, 8)
+    assert several.shape == (6,) and torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(several, model.log_likelihood(images, 8))
+    assert model.log_likelihood(images, prior="standard").isfinite().all()
+
+
+def test_a_picture_is_completed_from_a_tensor_as_from_a_file(run, model, tmp_path):
+    (picture,) = model.sample(1, seed=0)
+    keep = torch.zeros(28, 28, dtype=torch.bool)
+    keep[:14] = True
+    made = model.complete(picture, keep, 2, particles=4, seed=1)
+    assert made.shape == (2, 1, 28, 28) and torch.equal(made, model.complete(picture, "top-half", 2, particles=4, seed=1))
+    assert not torch.equal(*made)
+
+
+@pytest.mark.parametrize(
+    ("ask", "says"),
+    [
+        (lambda model: model.sample(0), "number of images is from 1 up, not 0"),
+        (lambda model: model.sample(2, label=["1", "2", "3"]), "3 labels for 2 images"),
+        (lambda model: model.sample(2, label=7), "no label number 7; labels are numbers from 0 to 3"),
+        (lambda model: model.sample(2, label="1", caption="a 1"), "a label or a caption, not both"),
+        (lambda model: model.sample(2, caption="a 1"), "takes no caption; it takes a label"),
+        (lambda model: model.sample(2, prior="standard", label="1"), "the standard prior takes neither"),
+        (lambda model: model.sample(2, prior="standrad"), "did you mean 'standard'"),
+        (lambda model: model.sample(2, temperature=-1), "a temperature is 0 or more"),
+        (lambda model: model.sample(2, top_k=3), "these latents are continuous"),
+        (
+            lambda model: model.encode(torch.zeros(2, 1, 28, 28)),
+            "images are uint8, of shape .N, 1, 28, 28., not .*float32",
+        ),
+        (lambda model: model.encode(torch.zeros(1, 28, 28, dtype=torch.uint8)), "images are uint8"),
+        (lambda model: model.decode([]), "a list of 1 tensors"),
+        (lambda model: model.decode([torch.zeros(2, 1, 7, 7)]), "a level of latents is N × .4, 7, 7., not"),
+        (lambda model: model.complete(torch.zeros(1, 28, 28, dtype=torch.uint8), torch.ones(28, 28)), "boolean, .28, 28., not"),
+        (lambda model: model.log_likelihood(model.sample(1), 0), "number of draws is from 1 up"),
+        (lambda model: TwoStage.open("no such run"), "there is no run 'no such run'"),
+        (lambda model: TwoStage.train(model.run.config), "give the run one"),
+    ],
+)
+def test_a_mistake_is_one_sentence(model, ask, says):
+    with pytest.raises(UserError, match=says):
+        ask(model)
+
+
+def test_train_goes_on_with_a_run_and_compare_gives_its_comparison(run, small_data, monkeypatch):
+    """A finished run is not trained again; the comparison is that of the command, as data."""
+    monkeypatch.chdir(run.folder.parent)
+    fewer_ways_to_draw(monkeypatch)
+    again = TwoStage.train(run.config, f"./{run.folder.name}")
+    assert torch.equal(again.sample(2), TwoStage.open(run.folder).sample(2))
+    with pytest.raises(UserError, match="seed: 0 in the run, 5 asked for"):
+        TwoStage.train(run.config, f"./{run.folder.name}", settings={"seed": 5})
+    comparison = again.compare()
+    assert comparison.priors.keys() >= {"standard", "gaussian", "mixture", "learned"} and comparison.images == 120
+    assert again.compare() == comparison and (run.folder / "compare/page.html").is_file()
+
+
+def test_what_a_model_is_can_be_read(model):
+    assert repr(model).endswith("images 1×28×28, latents 4×7×7, told the label)")
+    assert model.labels == ["0", "1", "2", "3"] and model.priors == [*baselines(model.specs), "learned"]
+    assert model.prior("learned") is model.prior()
+    assert vars(Sampling()).keys() <= TwoStage.sample.__kwdefaults__.keys()
