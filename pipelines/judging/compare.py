@@ -20,6 +20,7 @@ from pipelines.judging.features import (
     logits_of,
     trained_classifier,
 )
+from pipelines.judging.health import health_of
 from pipelines.judging.likelihood import likelihood, rate_maps
 from pipelines.judging.quality import intervals, nearest_neighbours
 from pipelines.judging.tradeoffs import Tradeoff, choose_sampling, described, rejection, ways_to_sample
@@ -278,6 +279,8 @@ def comparison_of(subject: Subject, rows: Rows, judged: Judged, tried: list[Trad
     elif "fd" in judged.withheld:
         withheld = f"no Fréchet distance: {judged.withheld['fd']}"
     verdict = verdict_of(judged.fd, withheld, title("standard", bool(codes)))
+    history = checkpoints.usable(run.folder / "stage2")[-1].record["history"] if run.learned else []
+    labels = splits.test.labels
     bounds = None
     if subject.autoencoder.bottleneck.has_density:
         bounds = likelihood(run, splits, images=BATCH, samples=FEW, naive=0, seed=subject.seed)
@@ -288,6 +291,8 @@ def comparison_of(subject: Subject, rows: Rows, judged: Judged, tried: list[Trad
         missing={} if run.learned else {"learned": NO_LEARNED_PRIOR},
         sampling=tried,
         rejection=rejected,
+        health=health_of(rows.nats, history) if run.learned else None,
+        commonest=float(labels.bincount().max() / len(labels)) if labels is not None and len(labels) else None,
         codes=[code_use(level, spec) for level, spec in zip(codes, subject.specs)],
         gap_closed=verdict.closed,
         gap_closed_plus_minus=verdict.plus_minus,

@@ -22,6 +22,7 @@ from torch import Tensor
 from pipelines.console import UserError
 from pipelines.files import read_json, write_json
 from pipelines.judging.features import Features
+from pipelines.judging.health import Health
 from pipelines.judging.quality import error
 from pipelines.judging.tradeoffs import Tradeoff, described
 from stage2_prior.sampling import Sampling
@@ -106,6 +107,10 @@ class Comparison:
     sampling: list[Tradeoff] = field(default_factory=list)
     """the ways to draw from the learned prior that were tried, to find the best"""
     rejection: list[Tradeoff] = field(default_factory=list)
+    health: Health | None = None
+    """of stage 2; None without a learned prior, or a density"""
+    commonest: float | None = None
+    """share of the commonest label among the test images"""
     codes: list[CodeUse] = field(default_factory=list)
     """one for each level; none of continuous latents"""
     gap_closed: float | None
@@ -150,10 +155,20 @@ class Comparison:
         return "learned" if "learned" in self.priors else "standard"
 
     @property
-    def best(self) -> str | None:
-        """Of the rows that are drawn from a prior, the one nearest to the training images; None where there is no such figure."""
-        distances = {name: row.fd for name, row in self.priors.items() if name != "posterior" and row.fd is not None}
-        return min(distances, key=distances.__getitem__) if distances else None
+    def recommended(self) -> str | None:
+        """The row that is best drawn from: the lowest Fréchet distance; the learned prior, where another is not better beyond
+        the error. None where there are no such figures."""
+        known = {name: row for name, row in self.priors.items() if name != "posterior" and row.fd is not None}
+        distances = {name: row.fd or 0.0 for name, row in known.items()}
+        own = {name: distances[name] for name in ("learned", "tuned") if name in distances}
+        if not distances:
+            return None
+        best = min(distances, key=distances.__getitem__)
+        if not own or best in own:
+            return best
+        first = min(own, key=own.__getitem__)
+        errors = [known[name].plus_minus.get("fd", 0.0) for name in (best, first)]
+        return best if own[first] - distances[best] > sum(error**2 for error in errors) ** 0.5 else first
 
     def title(self, name: str) -> str:
         """Of a row."""

@@ -67,6 +67,8 @@ class Section:
 
     name: str
     verdict: str
+    diagnosis: list[str]
+    """what limits, what to do next, and which figures do not count"""
     columns: list[str]
     rows: list[Row]
     notes: list[str]
@@ -88,15 +90,16 @@ def chart_picture(heading: str, caption: str, figure: Figure) -> Picture:
     return Picture(heading, caption, data_uri(png(figure)), pixels=False)
 
 
-def section_of(name: str, comparison: Comparison, exhibits: Exhibits, config: RunConfig) -> Section:
+def section_of(name: str, comparison: Comparison, exhibits: Exhibits, config: RunConfig, diagnosis: list[str]) -> Section:
     """What the page says of one run, made of its comparison and of what is shown beside it alone."""
     seconds, rows = exhibits.seconds, []
     for key, shown in cells(comparison).items():
         shown = [*shown, f"{seconds[key]:.2f}" if key in seconds else ""]
-        rows.append(Row("best" if key == comparison.best else key, comparison.title(key), shown))
+        rows.append(Row("best" if key == comparison.recommended else key, comparison.title(key), shown))
     return Section(
         name=name,
         verdict=verdict_in_words(comparison),
+        diagnosis=diagnosis,
         columns=[*HEADINGS.values(), "s per 1,000"],
         rows=rows,
         notes=notes(comparison),
@@ -124,6 +127,7 @@ def section_of_several(
     return Section(
         name=f"{', '.join(comparisons)}: one decoder",
         verdict=verdict_of_several(entries),
+        diagnosis=[],
         columns=[*HEADINGS.values(), "nats above the best", "parameters", "s to train", "s per 1,000"],
         rows=rows,
         notes=[*about_measures(next(iter(comparisons.values()))), *about_several(comparisons)],

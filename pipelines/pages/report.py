@@ -13,6 +13,7 @@ from pipelines.judging.comparison import Comparison, read_comparison, to_dict, w
 from pipelines.judging.features import inception
 from pipelines.judging.together import above_best, ranking, sharing
 from pipelines.judging.tradeoffs import departures
+from pipelines.pages.diagnosis import diagnosis
 from pipelines.pages.page import Section, section_of, section_of_several, write_page
 from pipelines.pages.plots import write_picture
 from pipelines.pages.tables import aligned, table, write_csv
@@ -39,14 +40,16 @@ def train_all(run: Run, options: Options = DEFAULTS) -> None:
     with run.locked():
         comparison = finished_comparison(run, splits)
     say(table(comparison))
-    tuned = comparison.priors.get("tuned")
-    settings = departures(tuned.sampling) if tuned is not None and tuned.sampling is not None else {}
-    how = "".join(f" --{name} {value:g}" for name, value in settings.items())
+    best = comparison.recommended or comparison.generator
+    settings = comparison.priors[best].sampling
+    how = "".join(f" --{name} {value:g}" for name, value in departures(settings).items()) if settings is not None else ""
+    prior = "learned" if best == "tuned" else best
     say(
         f"everything lies in {run.folder}; look at {run.folder / 'compare' / 'page.html'};"
-        f" more samples: python -m pipelines.generate {shlex.quote(run.name)} --prior {comparison.generator}{how} --count 64"
+        f" more samples: python -m pipelines.generate {shlex.quote(run.name)} --prior {prior}{how} --count 64"
         " --out samples.png"
     )
+    say("\n".join(diagnosis(run, comparison)))
     say(f"{time.monotonic() - started:.0f} seconds")
 
 
@@ -64,12 +67,13 @@ def report_folder(run: Run, judging: MetricsConfig, seed: int = 0) -> Path:
 class Report:
     """A comparison that was written, and what its page is made of."""
 
+    run: Run
     comparison: Comparison
     exhibits: Exhibits
     config: RunConfig
 
     def section(self, name: str) -> Section:
-        return section_of(name, self.comparison, self.exhibits, self.config)
+        return section_of(name, self.comparison, self.exhibits, self.config, diagnosis(self.run, self.comparison))
 
 
 def write_report(run: Run, splits: Splits, judging: MetricsConfig, seed: int = 0) -> Report:
@@ -80,7 +84,7 @@ def write_report(run: Run, splits: Splits, judging: MetricsConfig, seed: int = 0
     metrics = folder / "metrics.json"
     metrics.unlink(missing_ok=True)  # with it, a comparison is finished
     write_picture(folder / "samples.png", comparison, exhibits)
-    report = Report(comparison, exhibits, replace(run.config, metrics=judging))
+    report = Report(run, comparison, exhibits, replace(run.config, metrics=judging))
     write_csv(folder / "metrics.csv", {name: comparison})
     write_timing(folder / "timing.json", exhibits, time.perf_counter() - beginning)
     write_page(folder / "page.html", [report.section(name)], comparison.versions)

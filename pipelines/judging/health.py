@@ -1,0 +1,65 @@
+"""Whether stage 2 has learned: its nats beside those of priors that need no training, and training beside held out."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+Z = 1.96  # standard errors of a 95 % interval
+OVERFIT = 0.05  # of what the prior gains over the standard one, lost again by the end of the training
+
+
+@dataclass(frozen=True)
+class Health:
+    """Nats an image of held-out latents under the learned prior, and what they compare with."""
+
+    rival: str
+    """the best of the priors that need no training"""
+    gain: float
+    """how many nats the learned prior saves over it, on the same draws"""
+    plus_minus: float
+    """half of the 95 % interval of the gain"""
+    training: float
+    """loss of the last training batch at the best checkpoint"""
+    held_out: float
+    """loss on validation data at the best checkpoint"""
+    best_step: int
+    last_step: int
+    lost: float
+    """by how much the held-out loss has risen from the best checkpoint to the last"""
+    gain_over_standard: float
+
+    @property
+    def overfits(self) -> bool:
+        return self.best_step < self.last_step and self.lost > OVERFIT * max(self.gain_over_standard, 0.0)
+
+    @property
+    def gains_nothing(self) -> bool:
+        """Over the best rival, beyond the error."""
+        return self.gain < self.plus_minus
+
+
+def health_of(nats: Mapping[str, Tensor], history: Sequence[Mapping[str, Any]]) -> Health | None:
+    """nats: of each prior, N held-out images, the same draws; history: of stage 2, its terms at its checkpoints.
+
+    None where there is no learned prior, or no density.
+    """
+    rivals = {name: values for name, values in nats.items() if name != "learned"}
+    if "learned" not in nats or not rivals or not history:
+        return None
+    learned = nats["learned"]
+    rival = min(rivals, key=lambda name: float(rivals[name].mean()))
+    saved = rivals[rival] - learned
+    best = min(history, key=lambda entry: entry["held_out"]["loss"])
+    return Health(
+        rival=rival,
+        gain=float(saved.mean()),
+        plus_minus=Z * float(saved.std()) / len(saved) ** 0.5 if len(saved) > 1 else float("inf"),
+        training=best["train"]["loss"],
+        held_out=best["held_out"]["loss"],
+        best_step=best["step"],
+        last_step=history[-1]["step"],
+        lost=history[-1]["held_out"]["loss"] - best["held_out"]["loss"],
+        gain_over_standard=float((nats["standard"] - learned).mean()),
+    )

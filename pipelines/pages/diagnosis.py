@@ -1,0 +1,177 @@
+"""What limits a run, in plain words, and what to do next; and which figures of its comparison do not count. All computed."""
+
+import shlex
+
+from pipelines.judging.comparison import Comparison, Row
+from pipelines.pages.words import cell
+from pipelines.runs.run import Run
+from stage2_prior.autoregressive import AutoregressiveConfig, CascadeConfig
+from stage2_prior.transformer import TransformerConfig
+
+LEAST_LEARNED = 2 / 3  # of the errors of always guessing the commonest label, those a classifier avoids; below, it is weak
+FEW_IMAGES = 1000  # for training
+FEW_PER_FEATURE = 5  # samples a feature, behind the choice of how to draw
+COLLAPSED = 0.02  # of the codes, the perplexity below which they count as collapsed
+
+
+def diagnosis(run: Run, comparison: Comparison) -> list[str]:
+    """In sentences: what limits first, then whether stage 2 has learned, what the data allow, and which figures do not count."""
+    health = health_line(comparison)
+    return [
+        limit(run, comparison),
+        *([] if health is None else [health]),
+        *learning(run, comparison),
+        *data(run, comparison),
+        *flags(comparison),
+    ]
+
+
+def limit(run: Run, comparison: Comparison) -> str:
+    """Whether the decoder limits, or the prior, or a rival does better than the learned prior."""
+    real, reconstruction = comparison.real, comparison.reconstruction
+    best = comparison.recommended
+    if best is None or real.fd is None or reconstruction.fd is None:
+        return "Nothing can be said of what limits this run: there are too few images for a Fréchet distance."
+    row = comparison.priors[best]
+    assert row.fd is not None
+    decoder, prior = reconstruction.fd - real.fd, row.fd - reconstruction.fd
+    where = f"real images lie at {cell(real, 'fd')}, reconstructions at {cell(reconstruction, 'fd')}"
+    samples = f"samples drawn from {comparison.title(best)} at {cell(row, 'fd')}"
+    if comparison.generator == "learned" and best not in ("learned", "tuned"):
+        return (
+            f"A rival beats the learned prior: {samples}, from the learned prior at {cell(comparison.priors['learned'], 'fd')}."
+            f" Draw with --prior {best}; or train another prior on the same decoder: {another_prior(run)}"
+        )
+    if decoder > max(prior, error(reconstruction, real)):
+        finer = "a finer grid or more channels under another --run"
+        return (
+            f"The decoder limits: {where}, {samples}. A better prior cannot help much. Train stage 1 longer:"
+            f" {longer(run, 'stage1')}; or give it {finer}."
+        )
+    if prior > error(row, reconstruction):
+        if comparison.generator == "standard":
+            return f"The prior limits: {where}, {samples}. Train a prior on the same decoder: {another_prior(run)}"
+        return (
+            f"The prior limits: {where}, {samples}. Train stage 2 longer: {longer(run, 'stage2')}; or another prior on the same"
+            f" decoder: {another_prior(run)}"
+        )
+    return f"Nothing limits, as far as these figures tell: {where}, {samples}."
+
+
+def error(one: Row, other: Row) -> float:
+    """Of the difference of two Fréchet distances."""
+    return (one.plus_minus.get("fd", 0.0) ** 2 + other.plus_minus.get("fd", 0.0) ** 2) ** 0.5
+
+
+def longer(run: Run, phase: str) -> str:
+    return f"python -m pipelines.train_all --run {shlex.quote(run.name)} --{phase}.steps {2 * getattr(run.config, phase).steps}"
+
+
+def another_prior(run: Run) -> str:
+    """The command that trains one on the same decoder: of another kind, or the first where there is none."""
+    prior = run.config.prior
+    if not run.learned:
+        kind = "--stage2.steps 2000"
+    elif isinstance(prior, AutoregressiveConfig | CascadeConfig):
+        part = "prior.top.backbone" if isinstance(prior, CascadeConfig) else "prior.backbone"
+        kind = f"--{part} {'pixelsnail' if isinstance(prior.top.backbone, TransformerConfig) else 'transformer'}"
+    else:
+        kind = "--prior autoregressive"
+    name = shlex.quote(run.folder.name + "-2")
+    return f"python -m pipelines.train_all --stage1-from {shlex.quote(run.name)} {kind} --run {name}"
+
+
+def health_line(comparison: Comparison) -> str | None:
+    """Nats under the learned prior beside those of the others, and training beside held out; None without a density."""
+    found, learned = comparison.health, comparison.priors.get("learned")
+    if found is None or learned is None:
+        return None
+    others = {"standard", found.rival, "gaussian", "unigram"} & comparison.priors.keys()
+    ordered = [name for name in comparison.priors if name in others]
+    beside = ", ".join(f"{cell(comparison.priors[name], 'nll')} under {comparison.title(name)}" for name in ordered)
+    return (
+        f"stage 2: {cell(learned, 'nll')} nats an image of held-out latents under the {comparison.prior}, {beside}."
+        f" Loss {found.training:.1f} in training, {found.held_out:.1f} held out, at step {found.best_step} of {found.last_step}."
+    )
+
+
+def learning(run: Run, comparison: Comparison) -> list[str]:
+    """Whether stage 2 overfits or gains nothing, and whether codes have collapsed."""
+    lines, found = [], comparison.health
+    for level in comparison.codes:
+        if level.perplexity < max(2.0, COLLAPSED * level.codes):
+            height, width = level.grid
+            lines.append(
+                f"The codes on the {height}×{width} grid have collapsed: {level.codes} codes have a perplexity of"
+                f" {level.perplexity:.1f}. Use fewer, or --autoencoder.bottleneck finite-scalar, under another --run."
+            )
+    if found is None:
+        return lines
+    if found.overfits:
+        lines.append(
+            f"The learned prior overfits: its held-out loss was lowest at step {found.best_step} of {found.last_step}, and"
+            f" {found.lost:.1f} nats higher at the end. The weights of step {found.best_step} are used. More images or more"
+            " dropout help, more steps do not."
+        )
+    if found.gains_nothing:
+        lines.append(
+            f"The learned prior gains nothing over the {comparison.title(found.rival)}: {found.gain:.1f} ± {found.plus_minus:.1f}"
+            f" nats an image. Train it longer: {longer(run, 'stage2')}"
+        )
+    return lines
+
+
+def data(run: Run, comparison: Comparison) -> list[str]:
+    lines = []
+    if comparison.images_of.reference < FEW_IMAGES:
+        lines.append(
+            f"There are only {comparison.images_of.reference} training images: all figures are rough, and a prior overfits early."
+            " More images help most; --mirror doubles them where left and right may be exchanged."
+        )
+    if weak(comparison):
+        steps = 2 * run.config.metrics.classifier.steps
+        command = f"python -m pipelines.train_all --run {shlex.quote(run.name)} --metrics.classifier.steps {steps}"
+        lines.append(f"{weak(comparison)} Train it longer: {command}; or use --metrics.extractor inception.")
+    return lines
+
+
+def weak(comparison: Comparison) -> str:
+    """What to say of a classifier that reads little more than the commonest label; empty where it is good."""
+    accuracy, commonest = comparison.features.accuracy, comparison.commonest
+    if accuracy is None or commonest is None or commonest == 1:
+        return ""
+    if (accuracy - commonest) / (1 - commonest) >= LEAST_LEARNED:
+        return ""
+    return (
+        f"The classifier is weak: it reads {100 * accuracy:.1f} % of test images right, and always guessing the commonest label"
+        f" {100 * commonest:.1f} %. Distances in its features say little."
+    )
+
+
+def flags(comparison: Comparison) -> list[str]:
+    """Figures that fail a check."""
+    lines = []
+    standard, reconstruction = comparison.priors["standard"], comparison.reconstruction
+    apart = (standard.fd or 0.0) - (reconstruction.fd or 0.0) > 3 * error(standard, reconstruction)  # both withheld, or none
+    for figure, better in (("kid", -1), ("precision", 1)):
+        of_noise, of_best = getattr(standard, figure), getattr(reconstruction, figure)
+        if apart and of_noise is not None and of_best is not None and better * (of_noise - of_best) >= 0:
+            lines.append(
+                f"{figure}: does not count here. {comparison.title('standard')} scores {cell(standard, figure)}, reconstructions"
+                f" {cell(reconstruction, figure)}, though fd tells them apart."
+            )
+    if weak(comparison) and any(row.label_read is not None for row in comparison.rows.values()):
+        lines.append("labels read: do not count here, the classifier is weak.")
+    tuned = comparison.priors.get("tuned")
+    tried = [point for point in comparison.sampling if point.sampling is not None]
+    if tuned is not None and tried and tried[0].images < FEW_PER_FEATURE * comparison.features.dimensions:
+        lines.append(
+            f"{comparison.title('tuned')}: chosen by only {tried[0].images} samples in {comparison.features.dimensions} features;"
+            " other samples may choose otherwise."
+        )
+    if max(comparison.gap_closed or 0.0, comparison.gap_closed_tuned or 0.0) > 1:
+        lines.append(
+            "gap closed: above 1, because samples score better than the decoder's own reconstructions: by chance, or because fd"
+            " rewards typical images. Read it as 1."
+        )
+    return lines

@@ -1,0 +1,120 @@
+"""The diagnosis of a run: what it says of comparisons whose figures are known."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from pipelines.judging.comparison import CodeUse, Comparison, ImagesOf, Row
+from pipelines.judging.features import Features, Reference
+from pipelines.judging.health import health_of
+from pipelines.judging.tradeoffs import Tradeoff
+from pipelines.pages.diagnosis import another_prior, diagnosis, health_line
+from pipelines.runs.config import replaced
+from pipelines.runs.recipes import preset
+from pipelines.runs.run import Run
+from stage2_prior.sampling import Sampling
+
+RUN = Run.create(Path("nowhere") / "run", preset("mnist5k"), "cpu")
+
+
+def row(fd: float | None, kid: float = 1.0, precision: float = 0.5, nll: float | None = None, **more) -> Row:
+    figures = dict(recall=0.5, density=0.5, coverage=0.5, nearer=0.5, distance_to_training=1.0)
+    return Row(fd=fd, kid=kid, precision=precision, nll=nll, plus_minus={"fd": 0.5}, **figures, **more)
+
+
+def made(reconstruction: float = 0.6, learned: float = 1.2, mixture: float = 20.0, **more) -> Comparison:
+    priors = {"standard": row(80.0, 9.0, 0.1, 200.0), "mixture": row(mixture, nll=140.0), "learned": row(learned, nll=100.0)}
+    known = dict(
+        real=row(0.1),
+        reconstruction=row(reconstruction, 1.0, 0.9),
+        priors=priors,
+        gap_closed=0.9,
+        told=None,
+        images=1000,
+        images_of=ImagesOf(5000),
+        seed=0,
+        features=Features("classifier", 64, "digest", Reference(5000, "digest"), accuracy=0.95),
+        intervals="",
+        withheld={},
+        warnings=[],
+        versions={},
+        commonest=0.1,
+    )
+    return Comparison(**{**known, **more})
+
+
+def said(comparison: Comparison) -> str:
+    return "\n".join(diagnosis(RUN, comparison))
+
+
+def test_what_limits_is_named_with_what_to_do_next():
+    assert said(made()).startswith("Nothing limits")
+    decoder = said(made(reconstruction=20.0, learned=22.0, mixture=60.0))
+    assert decoder.startswith("The decoder limits: real images lie at 0.10 ± 0.50, reconstructions at 20.00 ± 0.50")
+    assert "python -m pipelines.train_all --run nowhere/run --stage1.steps 3000;" in decoder
+    prior = said(made(learned=9.0))
+    assert prior.startswith("The prior limits") and "--stage1-from nowhere/run --prior.backbone transformer --run run-2" in prior
+    assert "--stage2.steps 2400" in prior
+    for name, kind in (("mnist-vqvae2", "--prior.top.backbone transformer"), ("mnist-givt", "--prior.backbone pixelsnail")):
+        assert kind in another_prior(replace(RUN, config=preset(name)))
+    few = replace(made(), real=row(None), reconstruction=row(None), priors={"standard": row(None), "learned": row(None)})
+    assert said(few).startswith("Nothing can be said") and few.recommended is None
+
+
+def test_a_rival_that_is_better_beyond_the_error_is_recommended():
+    better = made(learned=68.0, mixture=53.7)
+    assert better.recommended == "mixture"
+    assert said(better).startswith("A rival beats the learned prior: samples drawn from Gaussian mixture at 53.70")
+    assert "--prior mixture" in said(better) and "68.00" in said(better)
+    assert made(learned=9.0, mixture=8.6).recommended == "learned"  # within the error
+
+
+def test_a_plain_autoencoder_is_told_to_train_a_prior():
+    plain = made()
+    plain = replace(plain, priors={"standard": plain.priors["standard"]})
+    assert "prior limits" in said(plain) and "learned prior" not in said(plain)
+    run = replace(RUN, config=replaced(RUN.config, "stage2.steps", 0))
+    assert "--stage1-from nowhere/run --stage2.steps 2000 --run run-2" in "\n".join(diagnosis(run, plain))
+
+
+def test_the_health_line_compares_nats_and_says_when_stage_2_fails():
+    torch.manual_seed(0)
+    hard = torch.randn(500)
+    nats = {"standard": 200 + hard, "mixture": 140 + hard, "learned": 100 + hard + 0.1 * torch.randn(500)}
+    history = [
+        {"step": step, "train": {"loss": 90.0}, "held_out": {"loss": loss}} for step, loss in ((1, 120), (2, 101), (3, 102))
+    ]
+    found = health_of(nats, history)
+    assert found.rival == "mixture" and found.gain == pytest.approx(40, abs=0.1) and 0 < found.plus_minus < 0.1
+    assert (found.best_step, found.last_step, found.lost) == (2, 3, 1) and not found.overfits and not found.gains_nothing
+    line = health_line(made(health=found, prior="PixelSNAIL"))
+    assert (
+        "100.0 nats an image of held-out latents under the PixelSNAIL, 200.0 under N(0, I), 140.0 under Gaussian mixture" in line
+    )
+    assert "Loss 90.0 in training, 101.0 held out, at step 2 of 3" in line
+
+    worse = health_of(nats, [*history, {"step": 4, "train": {"loss": 50.0}, "held_out": {"loss": 130.0}}])
+    assert worse.overfits and "overfits: its held-out loss was lowest at step 2 of 4, and 29.0 nats" in said(made(health=worse))
+    idle = health_of({**nats, "learned": nats["mixture"] + 0.1}, history)
+    assert idle.gains_nothing and "gains nothing over the Gaussian mixture" in said(made(health=idle))
+    assert health_of({"standard": hard}, history) is None and health_of({}, history) is None
+    collapsed = made(codes=[CodeUse((7, 7), 512, 3, 1.4)])
+    assert "codes on the 7×7 grid have collapsed" in said(collapsed)
+
+
+def test_figures_that_fail_a_check_are_flagged():
+    assert "does not count" not in said(made())
+    fooled = replace(made(), reconstruction=row(1.0, kid=9.5, precision=0.05))
+    assert "kid: does not count here. N(0, I) scores 9.00" in said(fooled) and "precision: does not count here" in said(fooled)
+    weak = replace(made(), features=replace(made().features, accuracy=0.839), commonest=0.6)
+    assert "reads 83.9 % of test images right, and always guessing the commonest label 60.0 %" in said(weak)
+    assert "--metrics.classifier.steps 800" in said(weak)
+    assert "only 379 training images" in said(replace(made(), images_of=ImagesOf(379)))
+    points = {"kid": 1.0, "precision": 1.0, "recall": 1.0, "density": 1.0, "coverage": 1.0, "images": 76, "fd": 1.0}
+    how = Sampling(guidance=0.5)
+    tuned = made(sampling=[Tradeoff(sampling=how, **points)])
+    tuned.priors["tuned"] = row(1.1, sampling=how)
+    assert "learned, guidance 0.5: chosen by only 76 samples in 64 features" in said(tuned)
+    assert "gap closed: above 1" in said(replace(made(), gap_closed_tuned=1.01))
