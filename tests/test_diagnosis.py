@@ -1,11 +1,13 @@
 """The diagnosis of a run: what it says of comparisons whose figures are known."""
 
+import math
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+from pipelines.judging.compare import exchange
 from pipelines.judging.comparison import CodeUse, Comparison, ImagesOf, Row
 from pipelines.judging.features import Features, Reference
 from pipelines.judging.health import health_of
@@ -102,6 +104,20 @@ def test_the_health_line_compares_nats_and_says_when_stage_2_fails():
     assert health_of({"standard": hard}, history) is None and health_of({}, history) is None
     collapsed = made(codes=[CodeUse((7, 7), 512, 3, 1.4)])
     assert "codes on the 7×7 grid have collapsed" in said(collapsed)
+
+
+def test_perturbed_latents_have_values_of_other_images_at_the_same_position():
+    images = torch.arange(50)
+    for shape in ((3, 4, 5), (4, 5)):
+        level = (1000 * torch.arange(math.prod(shape)).view(shape) + images.view(-1, *(1,) * len(shape))).double()
+        for share in (0.0, 0.2, 1.0):
+            torch.manual_seed(0)
+            found = exchange(level, share)
+            assert torch.equal(found // 1000, level // 1000)  # each from its own position and channel
+            assert float((found != level).double().mean()) == pytest.approx(share, abs=0.05)
+            source = (found % 1000).view(50, -1, 4, 5)
+            assert (source == source[:, :1]).all()  # all channels of a position from one image
+    assert torch.equal(exchange(level[:1], 1.0), level[:1])
 
 
 def test_figures_that_fail_a_check_are_flagged():

@@ -44,6 +44,7 @@ GRID = 64  # images kept of each row, to show them
 A_LABEL, MOST_LABELS = 16, 12  # samples shown of a label, and labels
 POINTS = 1000  # draws in a scatter plot
 BATCH = 500
+PERTURBED = 0.1  # of the positions of a reconstruction
 FEW = 8  # draws of z an image for the likelihood; python -m pipelines.likelihood takes more
 NOT_A_GENERATOR = "not a generator: reconstructs training images"
 NO_LEARNED_PRIOR = "none: this run was trained without a second stage (stage2.steps 0)"
@@ -132,6 +133,8 @@ class Rows:
         """the first latents as the decoder reads them, POINTS D"""
         self.seconds: dict[str, float] = {}
         """for 1,000 images"""
+        self.perturbed: Tensor | None = None
+        """reconstructions of which a share of the positions, PERTURBED, was exchanged"""
         self.nats: dict[str, Tensor] = {}
         """of each prior, -log p(z) of the chosen images' latents, N"""
         self.warnings: list[str] = []
@@ -196,6 +199,7 @@ def draw_rows(subject: Subject) -> Rows:
     for name, prior in subject.priors.items():
         samples = rows.sampled(name, prior)
         rows.images[name], rows.points[name] = samples.images, embedded(subject, samples.levels)
+    rows.perturbed = reconstruct(subject, exchanged=PERTURBED)
     return rows
 
 
@@ -227,7 +231,8 @@ def judge(subject: Subject, rows: Rows) -> Judged:
     values = {name: judge.under_resamples(points, nearest[name][0]) for name, points in features.items()}
     figures = {name: Row(**judge.figures(found, nearest[name][0])) for name, found in values.items()}
     error = (rows.images["reconstruction"].double() - rows.images["real"].double()).div(255).square().mean()
-    figures["reconstruction"] = replace(figures["reconstruction"], mse=float(error))
+    perturbed = None if rows.perturbed is None else space.distance_of(space.features(rows.perturbed, "features of perturbed"))
+    figures["reconstruction"] = replace(figures["reconstruction"], mse=float(error), fd_perturbed=perturbed)
     figures["posterior"] = replace(figures["posterior"], note=NOT_A_GENERATOR)
     if isinstance(mixture := subject.priors.get("mixture"), GaussianMixturePrior):
         kind = "full" if mixture.full else "diagonal"
@@ -386,17 +391,31 @@ def interpolations(subject: Subject) -> Tensor:
 
 
 @torch.inference_mode()
-def reconstruct(subject: Subject) -> Tensor:
-    """What the decoder makes of a sample z ~ q(z|x), as generation decodes samples; uint8 N C H W."""
+def reconstruct(subject: Subject, exchanged: float = 0.0) -> Tensor:
+    """What the decoder makes of a sample z ~ q(z|x), as generation decodes samples; uint8 N C H W.
+
+    exchanged: share of the positions whose latent is that of another image at the same position, so drawn from its marginal.
+    """
     fabric, autoencoder = subject.run.fabric, subject.autoencoder
 
     def reconstructed(batch: Tensor) -> Tensor:
         posteriors = fabric.to_device(subject.latents.posteriors(batch))
         torch.manual_seed(int(batch[0]))
         noise = pixel_noise(subject.judging.pixels, 0, fabric.to_device(batch), autoencoder.image_shape)
-        return autoencoder.render(autoencoder.sample(posteriors), noise).cpu()
+        levels = [exchange(level, exchanged) for level in autoencoder.sample(posteriors)]
+        return autoencoder.render(levels, noise).cpu()
 
     return torch.cat(processes.in_batches(reconstructed, subject.chosen, BATCH, "reconstructing"))
+
+
+def exchange(level: Tensor, share: float) -> Tensor:
+    """Latents of one level, … h w, of which each position has with this probability the value of another image of the batch."""
+    if share == 0 or len(level) < 2:
+        return level
+    batch, size = len(level), (len(level), *level.shape[-2:])
+    others = (torch.arange(batch)[:, None, None] + torch.randint(1, batch, size)) % batch
+    rows = torch.where(torch.rand(size) < share, others, torch.arange(batch)[:, None, None]).to(level.device)
+    return level.gather(0, rows.view(batch, *(1,) * (level.ndim - 3), *level.shape[-2:]).expand_as(level))
 
 
 @torch.inference_mode()

@@ -63,6 +63,8 @@ class Row:
     """median distance to the nearest training image"""
     mse: float | None = None
     """of reconstructions: mean squared error a pixel, of values in [0, 1]"""
+    fd_perturbed: float | None = None
+    """of reconstructions: fd after a tenth of the positions of each latent was exchanged with those of other images"""
     nll: float | None = None
     nll_is_bound: bool = False
     """whether the true figure may be lower"""

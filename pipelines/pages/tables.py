@@ -52,6 +52,7 @@ def write_csv(path: Path, runs: Mapping[str, Comparison]) -> None:
         "copying_p",
         "distance_to_training",
         "nll",
+        "fd_perturbed",
         "parameters",
         *bounds,
         "images",

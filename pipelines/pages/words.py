@@ -127,6 +127,11 @@ def about_priors(comparison: Comparison) -> list[str]:
 
 def about_codes(comparison: Comparison) -> list[str]:
     lines = [f"reconstructions: mean squared error {comparison.reconstruction.mse:.5f} a pixel, of values in [0, 1]."]
+    if (perturbed := comparison.reconstruction.fd_perturbed) is not None:
+        lines.append(
+            f"perturbed reconstructions: fd {perturbed:.2f}, {cell(comparison.reconstruction, 'fd')} without. A tenth of the"
+            " positions of each latent has the value of another image there: how much the decoder forgives a prior's errors."
+        )
     for level in comparison.codes:
         height, width = level.grid
         lines.append(
