@@ -1,8 +1,10 @@
 """Folders and shards as people have them: what is read, what is left out, and what is said of it."""
 
 import io
+import json
 import re
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +18,10 @@ from pipelines.data.images import Splits
 from pipelines.data.reading import content_of
 from pipelines.data.shards import Shards
 from pipelines.runs.completion import known_pixels
+from pipelines.runs.conditions import check_captions
+from pipelines.runs.dataset import load_data, write_facts
+from pipelines.runs.recipes import preset
+from pipelines.runs.run import Run
 
 
 def fill(folder: Path, count: int = 12, first: int = 0, ending: str = "png") -> None:
@@ -337,3 +343,47 @@ def test_samples_that_lack_a_part_are_said(tmp_path, capsys):
         "no captions: 2 of 20 samples have neither txt nor json with one: 00, 01",
     ):
         assert re.search(line, said), said
+
+
+# Captions
+
+
+def captioned(folder: Path, texts: list[object], names: list[str]) -> None:
+    lines = [json.dumps({"file_name": name, "text": text}) for name, text in zip(names, texts)]
+    (folder / "captions.jsonl").write_text("\n".join(lines))
+
+
+@pytest.mark.parametrize("text", [None, ["one", "two"], 3, "thumbs \ud83d up"])
+def test_captions_that_are_no_text_are_refused_with_the_line(tmp_path, text):
+    fill(tmp_path)
+    captioned(tmp_path, ["a", "b", text, *"cdefghijk"], [f"{i}.png" for i in range(12)])
+    with pytest.raises(UserError, match="captions.jsonl, line 3: expected"):
+        loaded(tmp_path)
+    files = IMAGES + [(f"{i:02d}.json", json.dumps({"caption": text if i == 3 else "a"}).encode()) for i in range(20)]
+    with pytest.raises(UserError, match="the caption of the sample 03"):
+        Shards(tar(tmp_path / "0.tar", files), size=8).load()
+
+
+def test_captions_beside_the_splits_are_used(tmp_path):
+    names = [f"{split}/{i}.png" for split in ("train", "test") for i in range(12)]
+    for split in ("train", "test"):
+        fill(tmp_path / split)
+    captioned(tmp_path, [f"of {name}" for name in names], names)
+    splits = loaded(tmp_path)
+    assert sorted(splits.test.captions) == sorted(f"of test/{i}.png" for i in range(12))
+    assert set(splits.train.captions) < {f"of train/{i}.png" for i in range(12)}
+
+
+def test_captions_are_checked_before_anything_is_trained(tmp_path, capsys):
+    fill(tmp_path / "images")
+    data = Folder(tmp_path / "images", size=8)
+    run = Run.create(tmp_path / "run", replace(preset("folder-dalle"), data=data), "cpu")
+    for words in ("red", "entirely"):  # a tokenizer of captions before them is not kept
+        texts = [f"{'very ' * 20}{words} {i}" for i in range(12)]
+        captioned(tmp_path / "images", texts, [f"{i}.png" for i in range(12)])
+        splits = load_data(run)
+        write_facts(run, splits)
+        check_captions(run, splits.train)
+        assert words in (run.folder / "tokenizer.json").read_text()
+        said = capsys.readouterr().out
+        assert "warning: 10 of 10 captions are longer than 16 tokens and are cut; 9 then equal another" in said

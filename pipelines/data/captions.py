@@ -31,6 +31,17 @@ def captions_of(images: ImageSet, label_names: Sequence[str]) -> list[str]:
     return [TEMPLATES[i % len(TEMPLATES)].format(names[label]) for i, label in enumerate(images.labels.tolist())]
 
 
+def usable_text(text: Any) -> str:
+    """A caption as it is. Raises UserError for what is no text, or no text that can be written (half of a surrogate pair)."""
+    if not isinstance(text, str):
+        raise UserError(f"a caption is a text, not {text!r:.40}")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UserError("the text holds half of a character, a lone surrogate") from error
+    return text
+
+
 def library() -> Any:
     """Raises UserError when it is not installed: only captions need it."""
     try:
@@ -77,3 +88,7 @@ class CaptionTokenizer:
             ids = torch.tensor(encoding.ids[:length], dtype=torch.int64)
             row[: len(ids)] = ids
         return rows
+
+    def lengths(self, captions: Sequence[str]) -> list[int]:
+        """Of each caption, in tokens."""
+        return [len(encoding.ids) for encoding in self.tokenizer.encode_batch(list(captions))]

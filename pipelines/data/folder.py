@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from pipelines.console import NotThere, UserError, say
+from pipelines.data.captions import usable_text
 from pipelines.data.decoding import IMAGE_ENDINGS
 from pipelines.data.images import ImageSet, Splits
 from pipelines.data.layout import label_of, labels_in, listed, parts_of, some
@@ -52,34 +53,37 @@ class Folder(OwnImages):
             split: ImageSet(
                 Stored(FolderFiles(part.folder, part.names), self.channels, self.size, self.background),
                 torch.tensor([number[label_of(name)] for name in part.names]) if label_names else None,
-                read_captions(part.folder, part.names),
+                read_captions(part.folder, part.names, self.root),
             )
             for split, part in parts.items()
         }
         return self.splits(sets, str(self.root), label_names, report)
 
 
-def read_captions(folder: Path, names: list[str]) -> list[str] | None:
-    """The captions of images under a folder, from its captions.jsonl; None when there is no such file.
+def read_captions(folder: Path, names: list[str], root: Path) -> list[str] | None:
+    """The captions of images under a folder, from the captions.jsonl in it, or else in a folder around it, up to the root.
 
-    Raises UserError for a line that is not what it should be, or an image without a caption.
+    None when there is no such file. Raises UserError for a line that is not what it should be, or an image without a caption.
     """
-    file = folder / "captions.jsonl"
-    if not file.is_file():
+    around = [folder, *(parent for parent in folder.parents if parent == root or root in parent.parents)]
+    file = next((path for parent in around if (path := parent / "captions.jsonl").is_file()), None)
+    if file is None:
         return None
     captions: dict[str, str] = {}
     with open(file, "rb") as lines:
         for number, line in enumerate(lines, 1):
             try:
                 entry = json.loads(line)
-                captions[os.path.normpath(entry["file_name"])] = str(entry["text"])
+                captions[os.path.normpath(entry["file_name"])] = usable_text(entry["text"])
             except (ValueError, TypeError, KeyError) as error:
                 shown = line[:60].decode(errors="replace").rstrip()
+                why = f" ({error})" if isinstance(error, UserError) else ""
                 raise UserError(
-                    f'{file}, line {number}: expected {{"file_name": "sub/a.png", "text": "what it shows"}}, not {shown!r}'
+                    f'{file}, line {number}: expected {{"file_name": "sub/a.png", "text": "what it shows"}}, not {shown!r}{why}'
                 ) from error
-    without = [name for name in names if name not in captions]
+    known = [captions.get(os.path.relpath(folder / name, file.parent)) for name in names]
+    without = [name for name, caption in zip(names, known) if caption is None]
     if without:
         count = f"{len(without)} of {len(names)} images"
-        raise UserError(f"{count} under {folder} have no caption in {file.name}: {some(without, 5)}")
-    return [captions[name] for name in names]
+        raise UserError(f"{count} under {folder} have no caption in {file}: {some(without, 5)}")
+    return [caption for caption in known if caption is not None]

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from pipelines.console import UserError, say
+from pipelines.data.captions import usable_text
 from pipelines.data.images import ImageSet, Splits
 from pipelines.data.layout import listed, some
 from pipelines.data.own import FEWEST_IMAGES, OwnImages
@@ -116,9 +117,14 @@ def captions_in(members: list[Member]) -> list[str] | None:
 
 
 def caption_in(member: Member) -> str | None:
+    """Raises UserError where the json has a caption that is no text."""
     if "txt" in member.said:
         return member.said["txt"].decode(errors="replace").strip()
     try:
-        return str(json.loads(member.said["json"])["caption"])
+        caption = json.loads(member.said["json"])["caption"]
     except (ValueError, KeyError, TypeError):
         return None
+    try:
+        return usable_text(caption)
+    except UserError as error:
+        raise UserError(f"the caption of the sample {member.key}: {error}") from error

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from pipelines import processes
-from pipelines.console import UserError, nearest
+from pipelines.console import UserError, nearest, say
 from pipelines.data.captions import CaptionTokenizer, captions_of
 from pipelines.data.images import ImageSet
 from pipelines.runs.dataset import read_facts
@@ -35,6 +35,28 @@ def contexts_of(run: Run, images: ImageSet, part: str = "train") -> Tensor | Non
 
     processes.on_first(fitted)
     return CaptionTokenizer(path).tokens(captions, condition.length)
+
+
+def check_captions(run: Run, images: ImageSet) -> None:
+    """Fit the tokenizer to the captions of the training images before anything is trained, and say how many are cut.
+
+    Raises UserError where there are none. A tokenizer from before, when nothing was trained yet, may be of other captions.
+    """
+    condition, path = run.condition, run.folder / "tokenizer.json"
+    if not isinstance(condition, Caption):
+        return
+    if not any((run.folder / "stage1").glob("step-*")):
+        processes.on_first(lambda: path.unlink(missing_ok=True))
+    rows = contexts_of(run, images)
+    captions = captions_of(images, read_facts(run).label_names)
+    lengths = CaptionTokenizer(path).lengths(captions)
+    cut = sum(length > condition.length for length in lengths)
+    if cut and rows is not None:
+        equal = len({*captions}) - len(rows.unique(dim=0))
+        say(
+            f"warning: {cut} of {len(captions)} captions are longer than {condition.length} tokens and are cut"
+            f"{f'; {equal} then equal another' if equal > 0 else ''}. --prior.condition.length {max(lengths)} takes all whole"
+        )
 
 
 def contexts_asked(

@@ -9,6 +9,7 @@ from pipelines import processes
 from pipelines.console import UserError, say
 from pipelines.data import captions
 from pipelines.data.images import Splits
+from pipelines.runs.conditions import check_captions
 from pipelines.runs.dataset import examples_of, load_data, refuse_other_images, write_facts
 from pipelines.runs.latents import encode, encode_training
 from pipelines.runs.longer import keep_shorter
@@ -49,6 +50,7 @@ def train(run: Run, options: Options = DEFAULTS) -> Splits:
     with run.locked():  # only now: a config that cannot be built leaves nothing behind
         processes.on_first(lambda: keep_shorter(run))
         write_facts(run, splits)
+        check_captions(run, splits.train)
         if source is not None:
             share_stage1(run, source)
         warn_of_slow_precision(run, options.device)
