@@ -17,9 +17,10 @@ its name in the union `BottleneckConfig` of autoencoder.py.
 
 import math
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Annotated, Protocol
 
 import torch
+from annotated_types import Interval
 from einops import rearrange
 from torch import Tensor, nn
 
@@ -78,7 +79,7 @@ class Codes(nn.Module):
 class Deterministic:
     """A plain autoencoder: q(z|x) is a point, so there is no rate and no ELBO."""
 
-    channels: int = 4
+    channels: Annotated[int, Interval(ge=1, le=65_536)] = 4
     """latent channels at each position of the grid"""
 
     def build(self, features: int) -> "DeterministicBottleneck":
@@ -106,11 +107,11 @@ class DeterministicBottleneck(Continuous):
 class Gaussian:
     """q(z|x) = N(mean, diag(std²)), reparametrized (Kingma and Welling 2014)."""
 
-    channels: int = 4
+    channels: Annotated[int, Interval(ge=1, le=65_536)] = 4
     """latent channels at each position of the grid"""
-    beta: float = 1.0
+    beta: Annotated[float, Interval(ge=0, le=1_000_000)] = 1.0
     """weight of the rate in the loss; 1 is the ELBO (Higgins et al. 2017)"""
-    samples: int = 1
+    samples: Annotated[int, Interval(ge=1, le=1000)] = 1
     """samples of z for each image in the ELBO; averaged are the log-likelihoods, never the reconstructions"""
 
     def build(self, features: int) -> "GaussianBottleneck":
@@ -122,8 +123,6 @@ class GaussianBottleneck(Continuous):
 
     def __init__(self, config: Gaussian, features: int):
         super().__init__()
-        if config.samples < 1:
-            raise ValueError(f"the ELBO needs at least 1 sample of z for each image, not {config.samples}")
         self.latent_channels = config.channels
         self.beta, self.samples = config.beta, config.samples
         self.project = nn.Conv2d(features, 2 * config.channels, 1)
@@ -151,20 +150,20 @@ REVIVAL_ENDS = 0.8  # share of the training
 class VectorQuantized:
     """One of K code vectors (VQ-VAE, van den Oord et al. 2017), the codebook kept by exponential moving averages."""
 
-    codes: int = 512
+    codes: Annotated[int, Interval(ge=2, le=1_000_000)] = 512
     """K, the size of the codebook; 512 in the paper"""
-    channels: int = 64
+    channels: Annotated[int, Interval(ge=1, le=65_536)] = 64
     """numbers in a code vector; 64 in the paper"""
-    commitment: float = 0.25
+    commitment: Annotated[float, Interval(ge=0, le=1_000_000)] = 0.25
     """weight of the commitment loss, a sum over positions and channels; β in the paper's equation 3"""
-    rate_weight: float = 0.0
+    rate_weight: Annotated[float, Interval(ge=0, le=1_000_000)] = 0.0
     """squared distance that a nat of a code's -log frequency is worth where a code is chosen (entropy-constrained vector
     quantization, Chou et al. 1989), so that what looks alike gets one code; 0, the nearest code, is the paper's"""
-    rate_share: float = 0.125
+    rate_share: Annotated[float, Interval(ge=0, le=1)] = 0.125
     """share of the training in which that price rises from 0, so that the codebook spreads out first"""
-    decay: float = 0.99
+    decay: Annotated[float, Interval(ge=0, lt=1)] = 0.99
     """decay a step of the codebook's moving averages; γ in the paper's appendix A.1"""
-    revival: float = 0.05
+    revival: Annotated[float, Interval(ge=0, le=1)] = 0.05
     """a code whose average use falls below this share of an even use is replaced by an encoder output; 0 never does, nor the
     last fifth of the training, so that the codes that are used at its end are used for what they say"""
 
@@ -182,14 +181,6 @@ class VectorQuantizedBottleneck(Codes):
 
     def __init__(self, config: VectorQuantized, features: int):
         super().__init__()
-        if config.codes < 2:
-            raise ValueError(f"a codebook holds at least 2 codes, not {config.codes}")
-        if not 0 <= config.decay < 1:
-            raise ValueError(f"a codebook's decay lies from 0 up and below 1, not at {config.decay}")
-        if not 0 <= config.rate_weight < math.inf:
-            raise ValueError(f"the rate's weight is a number from 0 up, not {config.rate_weight}")
-        if not 0 <= config.rate_share <= 1:
-            raise ValueError(f"the rate's weight rises in a share of the training from 0 to 1, not {config.rate_share}")
         self.config = config
         self.vocabulary, self.latent_channels = config.codes, config.channels
         # The normalization keeps the encoder from shrinking its outputs until all fall to a few codes (Łańcucki et al. 2020).
@@ -295,7 +286,7 @@ class CodeUse(nn.Module):
 class FiniteScalar:
     """Every channel rounded to a few levels (FSQ, Mentzer et al. 2023): a fixed codebook, which cannot collapse."""
 
-    levels: tuple[int, ...] = (8, 8, 8)
+    levels: tuple[Annotated[int, Interval(ge=2, le=1000)], ...] = (8, 8, 8)
     """levels of each channel; their product is the number of codes. 8·8·8 = 512"""
 
     def build(self, features: int) -> "FiniteScalarBottleneck":
@@ -352,15 +343,15 @@ class GumbelSoftmax:
     deviate: `anneal_share` is that of both; in the paper the temperature falls in 150,000 steps and the weight rises in 5,000.
     """
 
-    codes: int = 512
+    codes: Annotated[int, Interval(ge=2, le=1_000_000)] = 512
     """K, the size of the codebook; 8192 in the paper, for 256×256 images"""
-    channels: int = 64
+    channels: Annotated[int, Interval(ge=1, le=65_536)] = 64
     """numbers in a code vector"""
-    beta: float = 1.0
+    beta: Annotated[float, Interval(ge=0, le=1_000_000)] = 1.0
     """final weight of the rate, KL(q(z|x) ‖ uniform); 1 is the ELBO, 6.6 in the paper"""
-    final_temperature: float = 0.0625
+    final_temperature: Annotated[float, Interval(gt=0, le=1)] = 0.0625
     """of the relaxation, which starts at 1; 1/16 in the paper"""
-    anneal_share: float = 0.75
+    anneal_share: Annotated[float, Interval(ge=0, le=1)] = 0.75
     """share of the training in which the temperature falls along a cosine and the weight of the rate rises likewise"""
 
     def build(self, features: int) -> "GumbelSoftmaxBottleneck":
@@ -372,10 +363,6 @@ class GumbelSoftmaxBottleneck(Codes):
 
     def __init__(self, config: GumbelSoftmax, features: int):
         super().__init__()
-        if config.final_temperature <= 0:
-            raise ValueError(f"a temperature of the relaxation lies above 0, not at {config.final_temperature}")
-        if not 0 <= config.anneal_share <= 1:
-            raise ValueError(f"the temperature falls in a share of the training from 0 to 1, not {config.anneal_share}")
         self.config = config
         self.vocabulary, self.latent_channels = config.codes, config.channels
         self.project = nn.Conv2d(features, config.codes, 1)

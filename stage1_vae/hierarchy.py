@@ -13,10 +13,11 @@ The finer encoder sees the quantized coarser level. The coarser bottleneck may i
 the doubled coarse level that the finer encoder sees is also what the decoder sees; the paper has a network for each.
 """
 
-import math
 from dataclasses import dataclass, field, replace
+from typing import Annotated
 
 import torch
+from annotated_types import Interval
 from torch import Tensor, nn
 
 from stage1_vae.bottlenecks import Levels, Posterior, VectorQuantized, VectorQuantizedBottleneck
@@ -29,21 +30,15 @@ class Hierarchical:
 
     codes: VectorQuantized = field(default_factory=VectorQuantized)
     """the codebook of every level"""
-    levels: int = 2
+    levels: Annotated[int, Interval(ge=2, le=10)] = 2
     """number of grids; 2 or 3 in the paper"""
-    blocks: int = 2
+    blocks: Annotated[int, Interval(ge=0, le=1000)] = 2
     """residual blocks on the way to the coarser grid, and on the way back"""
-    coarser_rate: float = 1.0
+    coarser_rate: Annotated[float, Interval(ge=0, le=1_000_000)] = 1.0
     """rate weight of each level, as a share of the next finer one's. A coarser vector stands for four times as many pixels, so at
     1/4 a nat is worth as much squared distance a pixel on every grid"""
 
     def build(self, features: int) -> "HierarchicalBottleneck":
-        if self.levels < 2:
-            raise ValueError(f"a hierarchy has at least 2 levels, not {self.levels}")
-        if not 0 <= self.coarser_rate < math.inf:
-            raise ValueError(
-                f"the coarser rate is a share of the next finer level's rate weight, from 0 up, not {self.coarser_rate}"
-            )
         return HierarchicalBottleneck(self, features, self.levels)
 
 

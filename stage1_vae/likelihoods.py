@@ -9,9 +9,10 @@ number stays so.
 """
 
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Annotated, Literal, Protocol
 
 import torch
+from annotated_types import Interval
 from einops import rearrange
 from torch import Tensor, distributions, nn
 from torch.nn import functional as F
@@ -79,7 +80,7 @@ class BernoulliLikelihood(nn.Module):
 class Gaussian:
     """Independent Gaussian pixels with one standard deviation."""
 
-    sigma: float | None = None
+    sigma: Annotated[float, Interval(ge=1e-4, le=100)] | None = None
     """standard deviation in units of the pixel range [0, 1]; None learns it, as state of the model, from half a grey level
     up (the optimal σ is the root mean squared error: Rybkin et al. 2021)"""
 
@@ -101,8 +102,6 @@ class GaussianLikelihood(nn.Module):
 
     def __init__(self, sigma: float | None):
         super().__init__()
-        if sigma is not None and sigma <= 0:
-            raise ValueError(f"sigma is a standard deviation above 0 (or None to learn it), not {sigma}")
         self.learned = sigma is None
         # Before the first batch, a learned σ is that of uniform grey noise.
         self.register_buffer("mean_squared_error", torch.tensor(1 / 12 if sigma is None else sigma**2))
@@ -139,7 +138,7 @@ class GaussianLikelihood(nn.Module):
 class DiscretizedLogistic:
     """Each value of each pixel a mixture of logistics, integrated over the 256 grey levels (PixelCNN++, Salimans et al. 2017)."""
 
-    components: int = 10
+    components: Annotated[int, Interval(ge=1, le=1000)] = 10
     """logistics in the mixture of one pixel's channel; 10 in the paper"""
 
     def build(self) -> "DiscretizedLogisticLikelihood":
@@ -157,8 +156,6 @@ class DiscretizedLogisticLikelihood(nn.Module):
 
     def __init__(self, components: int):
         super().__init__()
-        if components < 1:
-            raise ValueError(f"a mixture has at least 1 component, not {components}")
         self.outputs_per_channel = 3 * components
 
     def scale(self, images: Tensor) -> Tensor:

@@ -9,8 +9,9 @@ has as many numbers as positions times the bottleneck's channels.
 
 import math
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Annotated, Protocol
 
+from annotated_types import Interval
 from einops.layers.torch import Rearrange
 from torch import Tensor, nn
 
@@ -31,17 +32,17 @@ class Convolutional:
     the latent grid alone.
     """
 
-    width: int = 64
+    width: Annotated[int, Interval(ge=2, le=65_536)] = 64
     """feature maps on the latent grid; half as many on every grid between it and the images"""
-    blocks: int = 2
+    blocks: Annotated[int, Interval(ge=0, le=1000)] = 2
     """residual blocks on the latent grid, in the encoder and in the decoder; 2 in the paper"""
-    finer_blocks: int = 1
+    finer_blocks: Annotated[int, Interval(ge=0, le=1000)] = 1
     """residual blocks on every grid between the latent grid and the images; 0 in the paper"""
-    downsample: int = 4
+    downsample: Annotated[int, Interval(ge=2, le=1024)] = 4
     """image size over latent grid size, a power of two: 4 makes 28×28 images 7×7 latents"""
-    positions: int | None = None
+    positions: Annotated[int, Interval(ge=1, le=65_536)] | None = None
     """positions of a flat latent, a grid of one row; None keeps the grid of the convolutions"""
-    features: int = 2
+    features: Annotated[int, Interval(ge=1, le=65_536)] = 2
     """features at a position of the flat latent, which the bottleneck makes its channels of: a Gaussian takes two for each, for
     a mean and a standard deviation"""
 
@@ -153,13 +154,13 @@ class PlainResidualBlock(nn.Module):
 class FullyConnected:
     """Fully connected encoder and decoder with a flat latent; two layers of 500 are the classic network for digits."""
 
-    layers: int = 2
+    layers: Annotated[int, Interval(ge=0, le=1000)] = 2
     """hidden layers in the encoder and in the decoder"""
-    width: int = 500
+    width: Annotated[int, Interval(ge=1, le=65_536)] = 500
     """units in a hidden layer"""
-    positions: int = 2
+    positions: Annotated[int, Interval(ge=1, le=65_536)] = 2
     """positions of the flat latent, a grid of one row"""
-    features: int = 2
+    features: Annotated[int, Interval(ge=1, le=65_536)] = 2
     """features at a position of the flat latent, which the bottleneck makes its channels of: a Gaussian takes two for each, for
     a mean and a standard deviation"""
 
@@ -187,15 +188,15 @@ class ConvolutionalFlat:
     """Residual convolutions at two resolutions around a fully connected layer and a flat latent, with ELUs, after the network
     for MNIST of Kingma et al. 2016 ("Improved Variational Inference with Inverse Autoregressive Flow", section C.1)."""
 
-    width: int = 32
+    width: Annotated[int, Interval(ge=2, le=65_536)] = 32
     """feature maps at a quarter of the images' resolution, half as many at half of it; 32 in the paper"""
-    blocks: int = 2
+    blocks: Annotated[int, Interval(ge=0, le=1000)] = 2
     """residual blocks at each resolution, in the encoder and in the decoder"""
-    hidden: int = 450
+    hidden: Annotated[int, Interval(ge=1, le=65_536)] = 450
     """units of the fully connected layer; 450 in the paper"""
-    positions: int = 8
+    positions: Annotated[int, Interval(ge=1, le=65_536)] = 8
     """positions of the flat latent, a grid of one row; 8 of 4 latent channels each are the paper's 32 numbers"""
-    features: int = 8
+    features: Annotated[int, Interval(ge=1, le=65_536)] = 8
     """features at a position of the flat latent, which the bottleneck makes its channels of: a Gaussian takes two for each, for
     a mean and a standard deviation"""
 

@@ -9,10 +9,11 @@ With several levels, coarse to fine, each has its own such prior that is told th
     log p(z_1, …, z_n) = Σ_l log p(z_l | z_1, …, z_(l-1))
 """
 
-import math
 from dataclasses import dataclass, field
+from typing import Annotated
 
 import torch
+from annotated_types import Interval
 from torch import Tensor, nn
 
 from stage2_prior.conditions import CoarserLevel, ConditionConfig, Embedded, Unconditional
@@ -34,7 +35,7 @@ class AutoregressiveConfig:
     backbone: BackboneConfig = field(default_factory=PixelCNNConfig)
     head: HeadConfig = field(default_factory=GaussianMixture)
     condition: ConditionConfig = field(default_factory=Unconditional)
-    input_noise: float = 0.0
+    input_noise: Annotated[float, Interval(ge=0, le=100)] = 0.0
     """largest noise on what the backbone is fed in training, never on what it predicts, so that it learns to go on after its own
     errors: in standard deviations of a latent channel, or the share of codes that are replaced. Each image has its own, from 0 to
     this; it is gone after three quarters of the training"""
@@ -59,8 +60,6 @@ class AutoregressivePrior(Prior):
 
     def __init__(self, specs: list[LatentSpec], config: AutoregressiveConfig, classes: int = 0):
         super().__init__()
-        if not 0 <= config.input_noise < math.inf:
-            raise ValueError(f"the noise on a prior's inputs is a number from 0 up, not {config.input_noise}")
         *coarser, self.spec = specs
         self.level = len(coarser)
         self.backbone = config.backbone.build()

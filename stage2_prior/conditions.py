@@ -8,9 +8,10 @@ also learns the density without one, which guidance needs (Ho and Salimans 2022,
 """
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import torch
+from annotated_types import Interval
 from einops import rearrange
 from torch import Tensor, nn
 
@@ -33,21 +34,15 @@ class Unconditional:
         return None
 
 
-def check_dropout(share: float) -> None:
-    if not 0 <= share < 1:
-        raise ValueError(f"the dropout of a condition is a share of the contexts, from 0 up and below 1, not {share}")
-
-
 @dataclass(frozen=True)
 class ClassLabel:
     """The class of the image."""
 
-    dropout: float = 0.1
+    dropout: Annotated[float, Interval(ge=0, lt=1)] = 0.1
     """share of labels forgotten in training; 0.1 to 0.2 in the paper"""
 
     def build(self, width: int, grid: tuple[int, int], classes: int) -> "LabelCondition":
-        """Raises ValueError when the data set has no labels, or the dropout is no share."""
-        check_dropout(self.dropout)
+        """Raises ValueError when the data set has no labels."""
         if classes < 1:
             raise ValueError("a prior conditioned on class labels needs images with labels")
         return LabelCondition(width, grid, classes, self.dropout)
@@ -93,18 +88,14 @@ BYTES_AND_PADDING = 257  # tokens that any tokenizer of captions has
 class Caption:
     """A caption, as tokens before the first position of the latent (DALL-E, Ramesh et al. 2021)."""
 
-    vocabulary: int = 1000
+    vocabulary: Annotated[int, Interval(ge=BYTES_AND_PADDING, le=1_000_000)] = 1000
     """largest number of kinds of tokens"""
-    length: int = 16
+    length: Annotated[int, Interval(ge=1, le=10_000)] = 16
     """tokens of a caption; longer ones are cut"""
-    dropout: float = 0.1
+    dropout: Annotated[float, Interval(ge=0, lt=1)] = 0.1
     """share of captions forgotten in training"""
 
     def build(self, width: int, grid: tuple[int, int], classes: int) -> "CaptionCondition":
-        """Raises ValueError when a setting is out of range."""
-        check_dropout(self.dropout)
-        if self.vocabulary < BYTES_AND_PADDING or self.length < 1:
-            raise ValueError(f"captions need a vocabulary of {BYTES_AND_PADDING} tokens or more, and a length of 1 or more")
         return CaptionCondition(width, self)
 
 

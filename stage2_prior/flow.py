@@ -9,8 +9,10 @@ Coupling layers, because they invert in two passes; an autoregressive flow takes
 
 import math
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
+from annotated_types import Interval
 from torch import Tensor
 
 from stage2_prior.conditions import ConditionConfig, Unconditional
@@ -24,11 +26,11 @@ from stage2_prior.sampling import AS_FITTED, Sampling, normals
 class FlowConfig:
     """A normalizing flow: neural spline coupling layers over the flattened latent."""
 
-    transforms: int = 6
+    transforms: Annotated[int, Interval(ge=1, le=1000)] = 6
     """coupling layers"""
-    hidden: int = 256
+    hidden: Annotated[int, Interval(ge=1, le=65_536)] = 256
     """width of the two hidden layers in each"""
-    bins: int = 8
+    bins: Annotated[int, Interval(ge=2, le=1000)] = 8
     """pieces of each spline, between -5 and 5 standard deviations"""
 
     @property

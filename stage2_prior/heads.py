@@ -10,9 +10,10 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import torch
+from annotated_types import Interval
 from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -96,14 +97,12 @@ class GaussianMixture:
     one reached 209.9 at 5e-3, but in bfloat16. No clear winner; this one takes one step a position to sample, not C.
     """
 
-    components: int = 16
+    components: Annotated[int, Interval(ge=1, le=1000)] = 16
     """number of Gaussians in the mixture; GIVT's default"""
 
     def build(self, spec: LatentSpec, width: int) -> "GaussianMixtureHead":
         if spec.vocabulary is not None:
             raise ValueError("a mixture of Gaussians is a head for continuous latents, not for codes")
-        if self.components < 1:
-            raise ValueError(f"a mixture has a number of components from 1 up, not {self.components}")
         return GaussianMixtureHead(spec.channels, width, self.components)
 
 
@@ -221,7 +220,7 @@ def tempered(log_weights: Tensor, log_std: Tensor, temperature: float) -> Tensor
 class Categorical:
     """A category for each code."""
 
-    hidden: int | None = None
+    hidden: Annotated[int, Interval(ge=1, le=65_536)] | None = None
     """features before the logits, on which these depend linearly; as many as the backbone has when not given"""
 
     def build(self, spec: LatentSpec, width: int) -> "CategoricalHead":

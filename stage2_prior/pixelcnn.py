@@ -22,8 +22,10 @@ arithmetic of one `forward`. Both are in steps.py, as matrix products on what is
 """
 
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
+from annotated_types import Interval
 from einops import rearrange
 from torch import Tensor, nn
 
@@ -35,13 +37,13 @@ from stage2_prior.steps import Stacks, StepWeights
 class PixelCNNConfig:
     """Gated PixelCNN."""
 
-    width: int = 64
+    width: Annotated[int, Interval(ge=1, le=65_536)] = 64
     """feature maps in each stack"""
-    layers: int = 8
+    layers: Annotated[int, Interval(ge=1, le=1000)] = 8
     """gated layers"""
-    kernel: int = 3
+    kernel: Annotated[int, Interval(ge=3, le=99)] = 3
     """kernel size, odd"""
-    dropout: float = 0.0
+    dropout: Annotated[float, Interval(ge=0, lt=1)] = 0.0
     """share of the gated features dropped in training"""
 
     def build(self) -> "PixelCNN":

@@ -18,8 +18,10 @@ extra keys and values in every block. Dropout after the gates and after attentio
 """
 
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
+from annotated_types import Interval
 from einops import rearrange
 from torch import Tensor, nn
 
@@ -32,17 +34,17 @@ from stage2_prior.steps import Blocks, BlockWeights, Stacks
 class PixelSNAILConfig:
     """PixelSNAIL: gated convolutions and attention in turn."""
 
-    width: int = 64
+    width: Annotated[int, Interval(ge=1, le=65_536)] = 64
     """feature maps in each stack"""
-    blocks: int = 2
+    blocks: Annotated[int, Interval(ge=1, le=1000)] = 2
     """blocks of gated layers with attention after them"""
-    layers: int = 4
+    layers: Annotated[int, Interval(ge=1, le=1000)] = 4
     """gated layers in a block"""
-    kernel: int = 3
+    kernel: Annotated[int, Interval(ge=3, le=99)] = 3
     """kernel size, odd"""
-    heads: int = 4
+    heads: Annotated[int, Interval(ge=1, le=65_536)] = 4
     """attention heads; they divide the width"""
-    dropout: float = 0.0
+    dropout: Annotated[float, Interval(ge=0, lt=1)] = 0.0
     """share of the gated and of the attended features dropped in training"""
 
     def build(self) -> "PixelSNAIL":

@@ -10,8 +10,10 @@ paper's argument for a second stage. `log_prob` is a bound, the importance-weigh
 
 import math
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
+from annotated_types import Interval
 from torch import Tensor, nn
 
 from stage2_prior.conditions import ConditionConfig, Unconditional
@@ -29,11 +31,11 @@ AT_ONCE = 4096  # rows of the networks in `bound`
 class SecondVaeConfig:
     """A second VAE over the flattened latent (Dai and Wipf 2019)."""
 
-    hidden: int = 512
+    hidden: Annotated[int, Interval(ge=1, le=65_536)] = 512
     """width of the hidden layers"""
-    layers: int = 3
+    layers: Annotated[int, Interval(ge=1, le=1000)] = 3
     """hidden layers of encoder and decoder"""
-    samples: int = 50
+    samples: Annotated[int, Interval(ge=1, le=100_000)] = 50
     """draws of u behind the bound on log p(z)"""
 
     @property

@@ -16,8 +16,10 @@ To sample, `step` runs one position through, against the keys and values kept so
 """
 
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
+from annotated_types import Interval
 from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -30,13 +32,13 @@ from stage2_prior.steps import Blocks, BlockWeights
 class TransformerConfig:
     """Decoder-only transformer."""
 
-    width: int = 128
+    width: Annotated[int, Interval(ge=1, le=65_536)] = 128
     """features of a position"""
-    layers: int = 4
+    layers: Annotated[int, Interval(ge=1, le=1000)] = 4
     """blocks of attention and MLP"""
-    heads: int = 4
+    heads: Annotated[int, Interval(ge=1, le=65_536)] = 4
     """attention heads; they divide the width"""
-    dropout: float = 0.0
+    dropout: Annotated[float, Interval(ge=0, lt=1)] = 0.0
     """share of what a layer adds to the residual stream dropped in training"""
 
     def build(self) -> "Transformer":

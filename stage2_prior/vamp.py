@@ -10,8 +10,10 @@ image, so m_k and s_k are learned themselves. They begin as the posteriors of K 
 
 import math
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
+from annotated_types import Interval
 from torch import Tensor, nn
 
 from stage2_prior.conditions import ConditionConfig, Unconditional
@@ -26,7 +28,7 @@ from stage2_prior.sampling import AS_FITTED, COMPONENT_STREAM, Sampling, choose,
 class VampConfig:
     """A mixture of learned posteriors, which begin as those of random training images."""
 
-    components: int = 500
+    components: Annotated[int, Interval(ge=1, le=1_000_000)] = 500
     """posteriors"""
 
     @property

@@ -440,9 +440,6 @@ def test_feature_maps_are_halved_on_the_grids_between_images_and_latents():
     [
         (lambda: Convolutional(downsample=8).grid((1, 28, 28)), "divisible by 8"),
         (lambda: Convolutional(downsample=3).grid((1, 28, 28)), "power of two"),
-        (lambda: bottlenecks.Gaussian(samples=0).build(4), "at least 1"),
-        (lambda: likelihoods.Gaussian(sigma=0.0).build(), "above 0"),
-        (lambda: likelihoods.DiscretizedLogistic(components=0).build(), "at least 1"),
     ],
 )
 def test_refuses_what_cannot_work(config, message):

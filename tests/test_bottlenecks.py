@@ -137,27 +137,6 @@ def test_every_level_of_a_hierarchy_has_a_price_of_its_own():
     assert not torch.equal(chosen[0], chosen[1]) and not torch.equal(chosen[1], chosen[2])
 
 
-@pytest.mark.parametrize(
-    "values", [{"levels": 1}, {"coarser_rate": -0.5}, {"coarser_rate": math.nan}, {"coarser_rate": math.inf}]
-)
-def test_a_hierarchy_that_makes_no_sense_is_refused(values):
-    with pytest.raises(ValueError, match="level"):
-        Hierarchical(**values).build(4)
-
-
-@pytest.mark.parametrize("values", [{"codes": 1}, {"rate_weight": -1.0}, {"rate_weight": math.nan}])
-def test_a_codebook_that_makes_no_sense_is_refused(values):
-    with pytest.raises(ValueError, match="at least|from 0 up"):
-        VectorQuantized(**values).build(3)
-
-
-@pytest.mark.parametrize("share", [-0.1, 1.1, math.nan])
-def test_a_share_of_the_training_lies_between_none_and_all(share):
-    for config in (VectorQuantized(rate_share=share), GumbelSoftmax(anneal_share=share)):
-        with pytest.raises(ValueError, match="share of the training from 0 to 1"):
-            config.build(3)
-
-
 def test_no_code_is_revived_in_the_last_fifth_of_the_training():
     for progress, revived in ((0.79, True), (0.81, False)):
         model = quantizer(codes=16, channels=3, decay=0.5).train()

@@ -516,7 +516,6 @@ def test_without_the_library_the_extra_is_named(monkeypatch):
         (lambda path: Folder(None), "--data.root PATH"),
         (lambda path: Folder(path / "nowhere"), "there is no folder"),
         (lambda path: Folder(path), "holds 0 images"),
-        (lambda path: Folder(path, size=0), "above 0"),
     ],
 )
 def test_a_folder_that_cannot_be_used(tmp_path, make, message):

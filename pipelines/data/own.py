@@ -6,9 +6,10 @@ import math
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
+from annotated_types import Interval
 from PIL import ImageColor
 from torch import Tensor
 
@@ -28,7 +29,7 @@ FEWEST_IMAGES = 10  # of a folder, or its part
 class OwnImages:
     """What all of the user's own images are told, wherever they lie."""
 
-    size: int = 64
+    size: Annotated[int, Interval(ge=1, le=16_384)] = 64
     """height and width of an image, in pixels"""
     channels: Literal[1, 3] = 3
     """1 for grey, 3 for colour"""
@@ -36,12 +37,10 @@ class OwnImages:
     """colour behind transparent pixels, by its name or as #rrggbb"""
     skip_unreadable: bool = False
     """use the readable images when some cannot be read"""
-    in_memory: float = 1.0
+    in_memory: Annotated[float, Interval(ge=0, le=1_000_000)] = 1.0
     """GiB of decoded images up to which they are all read first and kept in memory; above, each is read whenever it is used"""
 
     def check(self) -> None:
-        if self.size < 1:
-            raise UserError(f"--data.size is a number of pixels above 0, not {self.size}")
         try:
             ImageColor.getrgb(self.background)
         except ValueError as error:

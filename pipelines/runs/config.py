@@ -1,11 +1,14 @@
 """RunConfig, and its reading and writing. The union types of the configs are the registry."""
 
+import functools
 import json
+import operator
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, get_args, get_type_hints
 
 import cattrs
+from annotated_types import Interval
 from cattrs.strategies import configure_tagged_union
 
 from pipelines.console import UserError
@@ -27,7 +30,7 @@ CLASSIFIER = FitConfig(steps=1500, learning_rate=3e-3, checkpoint_steps=500, gra
 class MetricsConfig:
     """How samples are judged."""
 
-    images: int = 10_000
+    images: Annotated[int, Interval(ge=1, le=10_000_000)] = 10_000
     """images in every row of the comparison; fewer where the test set has fewer"""
     pixels: Pixels = "mean"
     """what of p(x|z) is judged: its mean, or a draw from it, where images are black and white"""
@@ -55,25 +58,50 @@ class RunConfig:
     refine: FitConfig | None = None
     """a third phase, which trains both stages on together toward the ELBO under the learned prior; None, or 0 steps, for two"""
     metrics: MetricsConfig = field(default_factory=MetricsConfig)
-    seed: int = 0
+    seed: Annotated[int, Interval(ge=0, le=2**32 - 1)] = 0
     """seed of the weights, the data order and every draw in training"""
     precision: Precision = "auto"
     """of the convolutions in training: bfloat16, float32, or auto: bfloat16 where the device multiplies in it. Densities,
     weights and everything after training are float32 always"""
 
 
-SIZES = {"width", "channels", "codes", "hidden", "positions", "features", "layers", "heads", "components", "vocabulary", "length"}
-SIZES |= {"transforms", "bins", "samples"}
-
-
-def check_sizes(config: Any, name: str = "") -> None:
-    """Raises UserError where a number of feature maps, layers and the like is below 1, which only some parts check themselves."""
+def check_ranges(config: Any, name: str = "") -> None:
+    """Raises UserError where a setting, at any depth, lies outside the Interval that its type is annotated with."""
+    intervals = intervals_of(type(config))  # type: ignore[arg-type]
     for entry in fields(config):
         value, here = getattr(config, entry.name), f"{name}.{entry.name.replace('_', '-')}".removeprefix(".")
         if is_dataclass(value):
-            check_sizes(value, here)
-        elif entry.name in SIZES and value is not None and value < 1:
-            raise UserError(f"--{here} is a number from 1 up, not {value}")
+            check_ranges(value, here)
+        elif (interval := intervals[entry.name]) is not None and value is not None:
+            for number in value if isinstance(value, tuple) else (value,):
+                if not inside(number, interval):
+                    raise UserError(f"--{here} is a number {described(interval)}, not {number}")
+
+
+@functools.cache
+def intervals_of(kind: type) -> dict[str, Interval | None]:
+    """By the names of a config's fields."""
+    return {name: interval_of(hint) for name, hint in get_type_hints(kind, include_extras=True).items()}
+
+
+def interval_of(hint: Any) -> Interval | None:
+    """The one that a type is annotated with, or a part of it: of `Annotated[int, Interval(ge=1)] | None`, too."""
+    own = [part for part in getattr(hint, "__metadata__", ()) if isinstance(part, Interval)]
+    return next(iter([*own, *filter(None, map(interval_of, get_args(hint)))]), None)
+
+
+def inside(number: float, interval: Interval) -> bool:
+    """False of what is not a number."""
+    tests = {"ge": operator.ge, "gt": operator.gt, "le": operator.le, "lt": operator.lt}
+    return all(test(number, bound) for name, test in tests.items() if (bound := getattr(interval, name)) is not None)
+
+
+def described(interval: Interval) -> str:
+    lower = f"from {interval.ge}" if interval.ge is not None else f"above {interval.gt},"
+    upper = (
+        f"up and below {interval.lt}" if interval.le is None else f"{'to' if interval.gt is None else 'at most'} {interval.le:,}"
+    )
+    return f"{lower} {upper}"
 
 
 def converter() -> cattrs.Converter:
@@ -118,9 +146,11 @@ def differences(old: Any, new: Any, name: str = "") -> list[str]:
 def read_config(path: Path) -> RunConfig:
     """What is not in the file, because a later version added it, has its default. Raises UserError for another file."""
     try:
-        return from_dict(json.loads(path.read_text()))
+        config = from_dict(json.loads(path.read_text()))
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} cannot be read as the config.json of a run ({error}); mend the file, or name another") from error
+    check_ranges(config)
+    return config
 
 
 def replaced(config: Any, path: str, value: Any) -> Any:

@@ -12,8 +12,8 @@ from filelock import FileLock, Timeout
 
 from pipelines import files, processes
 from pipelines.console import UserError, nearest
-from pipelines.runs.config import RunConfig, check_sizes, differences, read_config, to_dict
-from pipelines.training.config import check_config
+from pipelines.runs.config import RunConfig, check_ranges, differences, read_config, to_dict
+from pipelines.training.config import check_batches
 from pipelines.training.devices import devices, resolved
 from pipelines.training.fabric import Fabric
 from stage2_prior.conditions import ClassLabel, ConditionConfig, Unconditional
@@ -56,12 +56,14 @@ class Run:
                 raise UserError(f"{folder} is not empty and holds no run; give another name with --run")
         fabric = devices(device, config.precision)
         config = replace(config, precision=resolved(config.precision, device))  # the same on every machine that it goes on on
-        check_sizes(config)
-        for part in (config.stage1, config.stage2, config.refine, config.metrics.classifier):
-            if part is not None:
-                check_config(part, fewest_steps=0 if part is config.stage2 else 1)
-        if config.metrics.images < 1:
-            raise UserError(f"metrics.images is a number from 1 up, not {config.metrics.images}")
+        check_ranges(config)
+        trainings = {"stage1": config.stage1, "refine": config.refine, "metrics.classifier": config.metrics.classifier}
+        for name, training in trainings.items():
+            if training is not None and training.steps < 1:
+                raise UserError(f"--{name}.steps is a number from 1 up, not {training.steps}")
+        for training in (config.stage2, *trainings.values()):
+            if training is not None:
+                check_batches(training)
         return cls(folder, config, fabric)
 
     @classmethod

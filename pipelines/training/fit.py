@@ -31,7 +31,7 @@ from pipelines import processes
 from pipelines.console import Progress, Signals, Stopped, UserError, say
 from pipelines.files import write_tensors
 from pipelines.training import checkpoints, sharding
-from pipelines.training.config import FitConfig, OnNan, check_config
+from pipelines.training.config import FitConfig, OnNan, check_batches
 from pipelines.training.fabric import Fabric, ModelParallelStrategy
 
 REMEDY = "A lower learning rate, under another --run, may help"
@@ -245,7 +245,7 @@ class Training:
         self.on_nan, self.tracker = on_nan, tracker or Tracker()
         self.fabric, self.model, self.train, self.held_out = fabric, model, train, held_out
         self.config, self.seed, self.folder, self.label = config, seed, folder, label
-        check_config(config)
+        check_batches(config)
         self.draw_anew(rewinds=0)
         if config.compile and can_compile(fabric):
             # As without: gradients of what is computed in full precision are not rounded (pytorch issue 153044).

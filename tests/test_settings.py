@@ -1,0 +1,108 @@
+"""Every numeric setting declares its range, and what lies outside is refused in one sentence before anything is trained."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import fields, is_dataclass, replace
+from typing import Any, get_args, get_type_hints
+
+import pytest
+import torch
+
+from pipelines.console import UserError
+from pipelines.runs.config import RunConfig, check_ranges, interval_of, replaced, to_dict
+from pipelines.runs.kinds import kinds_of
+from pipelines.runs.names import DATA, RECIPES, preset_name
+from pipelines.runs.recipes import preset
+from pipelines.runs.run import Run
+from stage1_vae.autoencoder import AutoencoderConfig
+from stage2_prior.autoregressive import AutoregressiveConfig
+from stage2_prior.conditions import ClassLabel
+from tests.parts import BACKBONES, BOTTLENECKS, HEADS, LIKELIHOODS, NETWORKS, spec_for
+
+HUGE = 10**30
+
+
+def every_config() -> Iterator[RunConfig]:
+    """Of every recipe, and of every kind of each part in its place."""
+    for name in [preset_name("mnist5k", recipe) for recipe in RECIPES] + [preset_name(data, "vae") for data in DATA]:
+        config = preset(name)
+        yield config
+        for path, kinds in kinds_of(config).items():
+            yield from (replaced(config, path, kind()) for kind in kinds.values())
+
+
+def numeric(config: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """The dotted path and the type of every numeric setting."""
+    for entry in fields(config):
+        value, hint = getattr(config, entry.name), get_type_hints(type(config), include_extras=True)[entry.name]
+        if is_dataclass(value):
+            yield from numeric(value, f"{path}{entry.name}.")
+        elif {int, float} & {hint, *get_args(hint), *(part for inner in get_args(hint) for part in get_args(inner))}:
+            yield f"{path}{entry.name}", hint
+
+
+def settings() -> dict[tuple[type, str], tuple[RunConfig, str, Any]]:
+    """Each once: by the class of the part and its name."""
+    found = {}
+    for config in every_config():
+        for path, hint in numeric(config):
+            part = config
+            for name in path.split(".")[:-1]:
+                part = vars(part)[name]
+            found.setdefault((type(part), path.rpartition(".")[2]), (config, path, hint))
+    return found
+
+
+def test_every_numeric_setting_has_a_range_and_what_lies_outside_is_refused():
+    found = settings()
+    assert len(found) > 60
+    for config, path, hint in found.values():
+        check_ranges(config)
+        interval = interval_of(hint)
+        assert interval is not None, f"{path} declares no range"
+        lower = interval.ge if interval.ge is not None else interval.gt
+        upper = interval.le if interval.le is not None else interval.lt
+        bad = [lower - 1, lower - HUGE, upper + 1, HUGE, 1e300, math.nan, math.inf, -math.inf]
+        bad += [lower] * (interval.ge is None) + [upper] * (interval.le is None)
+        for value in bad:
+            changed = replaced(config, path, (value,) if "tuple" in str(hint) else value)
+            with pytest.raises(UserError) as refused:
+                check_ranges(changed)
+            option, said = f"--{path.replace('_', '-')} is a number ", str(refused.value)
+            assert said.startswith(option) and said.endswith(f"not {value}")
+        for value in (bound for bound in (interval.ge, interval.le) if bound is not None):
+            check_ranges(replaced(config, path, (value,) if "tuple" in str(hint) else value))
+
+
+def test_a_run_is_refused_before_it_begins_and_so_is_a_stored_config(tmp_path):
+    config = replaced(preset("mnist5k"), "autoencoder.bottleneck.beta", math.nan)
+    with pytest.raises(UserError, match="--autoencoder.bottleneck.beta is a number from 0 to 1,000,000, not nan"):
+        Run.create(tmp_path / "run", config, "cpu")
+    assert not (tmp_path / "run").exists() and to_dict(config)
+
+
+PARTS = {"network": NETWORKS, "bottleneck": BOTTLENECKS, "likelihood": LIKELIHOODS, "backbone": BACKBONES, "head": HEADS}
+
+
+@pytest.mark.parametrize(("kind", "name"), [(kind, name) for kind, parts in PARTS.items() for name in parts])
+def test_the_least_of_every_setting_takes_a_step_or_is_refused_with_a_reason(kind, name):
+    images = torch.randint(0, 256, (4, 1, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    part = PARTS[kind][name]
+    for path, hint in numeric(part):
+        least = interval_of(hint).ge
+        if least is None:
+            continue
+        smallest = replaced(part, path, (least,) if "tuple" in str(hint) else least)
+        try:
+            if kind in ("network", "bottleneck", "likelihood"):
+                config = AutoencoderConfig(NETWORKS["convolutional"], BOTTLENECKS["gaussian"], LIKELIHOODS["gaussian"])
+                loss = replace(config, **{kind: smallest}).build((1, 16, 16))(images)["loss"]
+            else:
+                head = "categorical" if name == "categorical" else "mixture"
+                spec = spec_for(head, (2, 2))
+                config = replace(AutoregressiveConfig(BACKBONES["pixelcnn"], HEADS[head], ClassLabel()), **{kind: smallest})
+                latents = torch.zeros(4, 2, 2).long() if spec.vocabulary else torch.randn(4, 2, 2, 2)
+                loss = config.build([spec], 3)([latents], torch.tensor([0, 1, 2, 0]))["loss"]
+            assert loss.isfinite(), path
+        except ValueError as error:
+            assert str(error), path
