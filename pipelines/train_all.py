@@ -44,6 +44,8 @@ def parse(arguments: list[str]) -> "tuple[str, RunConfig, Options]":
     from pipelines.runs.config import RunConfig
     from pipelines.runs.kinds import choose_kinds, kinds_of
     from pipelines.runs.options import DEFAULTS, Options
+    from pipelines.runs.run import folder_of
+    from pipelines.runs.whereabouts import check, options_in
 
     preset = arguments[0] if arguments and not arguments[0].startswith("-") else None
     name, default, left = beginning(preset, arguments if preset is None else arguments[1:])
@@ -68,6 +70,7 @@ def parse(arguments: list[str]) -> "tuple[str, RunConfig, Options]":
     config = asked.config
     if config.refine is not None and config.refine.steps == 0:
         config = replace(config, refine=None)
+    check(config, folder_of(asked.run), given=options_in(arguments))
     return asked.run, config, asked.options
 
 

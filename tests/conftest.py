@@ -1,6 +1,7 @@
 """One thread a test process: small tensors gain nothing from more, and test processes that share cores lose a lot."""
 
 import os
+import tempfile
 
 import pytest
 import torch
@@ -10,6 +11,8 @@ from pipelines.runs.run import Run
 from tests.parts import small_splits, trained_run
 
 os.environ["OMP_NUM_THREADS"] = "1"  # of the commands that tests start
+STATE = tempfile.TemporaryDirectory()  # what tests have commands remember is none of the user's
+os.environ["XDG_STATE_HOME"] = STATE.name
 torch.set_num_threads(1)
 
 

@@ -8,6 +8,7 @@ from pipelines.console import NotThere, UserError
 from pipelines.data.identity import content_of_captions, content_of_files, stamp
 from pipelines.data.images import ImageSet, Mirrored, Splits
 from pipelines.data.sets import Shards
+from pipelines.runs import whereabouts
 from pipelines.runs.config import to_dict
 from pipelines.runs.run import UNREADABLE, Run, refuse_another
 
@@ -45,13 +46,15 @@ class Facts:
 
 
 def write_facts(run: Run, splits: Splits) -> None:
-    """Put down the config and the facts."""
+    """Put down the config and the facts, and that this machine has named where the data lie."""
     path = run.folder / "config.json"
     if path.exists():  # a process that began at the same time may have been first
         refuse_another(path, run.config)
     files.write_json(path, to_dict(run.config))
     before = read_facts(run) if (run.folder / FACTS).is_file() else None
     files.write_json(run.folder / FACTS, vars(Facts.of(splits, before)))
+    if run.given:
+        whereabouts.remember(run.config)
 
 
 def read_facts(run: Run) -> Facts:
@@ -66,8 +69,11 @@ def read_facts(run: Run) -> Facts:
 def load_data(run: Run) -> Splits:
     """The data set; what in it cannot be read is named in RUN/unreadable.json.
 
-    Raises UserError when the run is trained on other splits: drawn anew, the test split would hold images of the training.
+    Raises UserError when the run is trained on other splits: drawn anew, the test split would hold images of the training. Also
+    where the config was read from the run's folder and names a place that no command on this machine has.
     """
+    if not run.given:
+        whereabouts.check(run.config, run.folder)
     with run.fabric.rank_zero_first(local=True):  # which may download it, or read it whole
         try:
             splits = run.config.data.load(run.folder / UNREADABLE)

@@ -38,6 +38,8 @@ class Run:
     folder: Path
     config: RunConfig
     fabric: Fabric
+    given: bool = True
+    """whether a command gave the config; else it was read from the folder, and where it says that data lie is not believed"""
 
     @classmethod
     def create(cls, folder: Path, config: RunConfig, device: str = "auto") -> "Run":
@@ -77,7 +79,7 @@ class Run:
         folder = folder if folder.name not in ("", "..") else folder.resolve()
         config = read_config(folder / "config.json")
         fabric = devices(device, config.precision)
-        return cls(folder, replace(config, precision=resolved(config.precision, device)), fabric)
+        return cls(folder, replace(config, precision=resolved(config.precision, device)), fabric, given=False)
 
     @contextmanager
     def locked(self) -> Iterator[None]:
