@@ -296,6 +296,28 @@ def test_what_a_killed_writer_left_is_deleted_by_the_next_and_what_is_being_writ
     assert not [*tmp_path.iterdir()]
 
 
+def test_what_is_not_a_checkpoint_of_ours_is_left_alone_and_a_damaged_one_is_moved(tmp_path, capsys):
+    for name in ("step-mine", "step-7", "step-0000003.backup"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "notes.txt").touch()
+    (save(tmp_path, 1).folder / "model.safetensors").unlink()
+    (tmp_path / "step-0000001" / "notes.txt").touch()
+    made = [save(tmp_path, step) for step in (2, 3, 4)]
+    assert [found.step for found in checkpoints.prune(tmp_path, checkpoints.usable(tmp_path))] == [3, 4]
+    assert not made[0].folder.exists() and (tmp_path / "damaged-1-step-0000001" / "notes.txt").exists()
+    assert all((tmp_path / name / "notes.txt").exists() for name in ("step-mine", "step-7", "step-0000003.backup"))
+    (made[2].folder / "model.safetensors").write_bytes(b"")
+    save(tmp_path, 4)
+    assert (tmp_path / "damaged-1-step-0000004").is_dir() and checkpoints.usable(tmp_path)[-1].step == 4
+    assert capsys.readouterr().out.count("which you may delete") == 2
+
+
+def test_steps_of_more_digits_come_last(tmp_path):
+    for step in (10_000_000, 9_999_999):
+        save(tmp_path, step)
+    assert [found.step for found in checkpoints.usable(tmp_path)] == [9_999_999, 10_000_000]
+
+
 def test_the_best_is_of_lowest_loss_and_among_equals_the_newest(tmp_path):
     made = [save(tmp_path, step, loss) for step, loss in ((1, 2.0), (2, 1.0), (3, 1.0), (4, 3.0))]
     assert checkpoints.best(made).step == 3

@@ -11,6 +11,7 @@ from pipelines.data.sets import Shards
 from pipelines.runs import whereabouts
 from pipelines.runs.config import to_dict
 from pipelines.runs.run import UNREADABLE, Run, refuse_another
+from pipelines.training import checkpoints
 
 FACTS = "stage1/facts.json"
 OPTIONAL = ("listing", "content", "captions", "stamp")  # of its entries, which a run of an earlier version has not
@@ -85,7 +86,7 @@ def load_data(run: Run) -> Splits:
                 f"{error}. Where the data of this run lie now is put down by: python -m pipelines.train_all"
                 f" --run {shlex.quote(str(run.folder))} {option}"
             ) from error
-    if (run.folder / FACTS).is_file() and any((run.folder / "stage1").glob("step-*")):
+    if (run.folder / FACTS).is_file() and checkpoints.folders(run.folder / "stage1"):
         refuse_other_images(run, splits)
     return splits
 

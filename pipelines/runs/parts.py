@@ -127,7 +127,7 @@ def follow(run: Run, phase: Phase, before: Phase) -> None:
     path, now = run.folder / phase / "after.json", {before: finished(run, before).digest()}
 
     def check() -> None:
-        if not (path.is_file() and any(path.parent.glob("step-*"))):
+        if not (path.is_file() and checkpoints.folders(path.parent)):
             files.write_json(path, now)
         elif files.read_json(path) != now:
             raise UserError(

@@ -14,6 +14,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import shutil
 import time
 from dataclasses import dataclass
@@ -91,8 +92,12 @@ def save(folder: Path, record: dict[str, Any], model: dict[str, Tensor], trainin
         for name, content in contents.items():
             write_flushed(made / name, content)
         flush(made)
-        if target.exists():  # an unusable one, or the very same
-            shutil.rmtree(target)
+        if target.exists():
+            try:
+                check(target)
+                shutil.rmtree(target)  # the very same
+            except UserError:
+                set_aside(target)
         os.rename(made, target)
         flush(folder)
     return Checkpoint(target, record)
@@ -142,13 +147,28 @@ def check(folder: Path) -> Checkpoint:
         raise UserError(f"{folder / CHECKSUMS}, or the record beside it, is unreadable") from error
 
 
+def folders(folder: Path) -> list[Path]:
+    """Those of checkpoints under a folder, good or bad, by their steps. Whatever else lies there is the user's."""
+    found = [path for path in folder.glob("step-*") if re.fullmatch(r"step-\d{7,}", path.name)]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
+
+
+def set_aside(path: Path) -> None:
+    """Rename a damaged checkpoint, whose name another needs, so that it is not lost."""
+    number = 1
+    while (target := path.with_name(f"damaged-{number}-{path.name}")).exists():
+        number += 1
+    os.rename(path, target)
+    say(f"{path} is damaged; it lies in {target.name} now, which you may delete")
+
+
 def usable(folder: Path) -> list[Checkpoint]:
     """The checkpoints of a stage whose weights are good, oldest first; each bad one is named and left out.
 
     Raises UserError when there are checkpoints and none is good.
     """
     good, bad = [], []
-    for path in sorted(folder.glob("step-*")):
+    for path in folders(folder):
         try:
             good.append(check(path))
         except UserError as error:
@@ -194,11 +214,17 @@ def best(checkpoints: list[Checkpoint]) -> Checkpoint:
 def prune(folder: Path, checkpoints: list[Checkpoint], keep_last: int = 2) -> list[Checkpoint]:
     """Delete all but the newest and the best of these good checkpoints, and what a killed process left; returns those kept.
 
+    Damaged ones are set aside.
+
     One whose held-out loss was not measured, because a signal asked for it, is kept only while it is the very newest.
     """
     lasting = [c for c in checkpoints if c is checkpoints[-1] or c.record["held_out"] is not None]
     kept = [c for c in lasting if c in lasting[-keep_last:] or c is best(lasting)]
-    for path in {*folder.glob("step-*")} - {c.folder for c in kept}:
+    known = {c.folder for c in checkpoints}
+    for path in folders(folder):
+        if path not in known:
+            set_aside(path)
+    for path in known - {c.folder for c in kept}:
         shutil.rmtree(path, ignore_errors=True)
     clear_partial(folder, r"step-\d+")
     return kept
