@@ -118,6 +118,8 @@ class AutoregressivePrior(Prior):
         """
         *coarser, latent = levels
         values = self.head.values(latent)
+        if self.training and self.condition is not None and contexts is not None:
+            contexts = self.condition.some_forgotten(contexts)
         told = self.told(coarser, contexts)
         fed = values if noise == 0 else self.head.perturbed(values, noise * torch.rand(len(values), 1, 1, device=values.device))
         features = self.backbone(self.head.embed(fed).movedim(-1, 1), told.map, told.prefix)
@@ -131,7 +133,7 @@ class AutoregressivePrior(Prior):
 
     def draw_contexts(self, indices: Tensor, seed: int) -> Tensor | None:
         """Contexts as frequent as in the training set, one for each sample number."""
-        return None if self.condition is None else self.condition.draw(indices, seed)
+        return None if self.condition is None else self.condition.draw(indices.to(self.position.device), seed)
 
     def sample(
         self,
@@ -155,8 +157,10 @@ class AutoregressivePrior(Prior):
             dtype = self.position.dtype if self.spec.vocabulary is None else torch.int64
             return [self.position.new_empty(0, *self.spec.shape, dtype=dtype)]
         coarser = [] if coarser is None else coarser
-        if self.condition is not None and contexts is None:
-            contexts = self.draw_contexts(indices, seed)
+        device = self.position.device
+        indices, coarser = indices.to(device), [codes.to(device) for codes in coarser]
+        if self.condition is not None:
+            contexts = self.draw_contexts(indices, seed) if contexts is None else contexts.to(device)
         weaker: Conditioned | None = None
         if how.guidance:
             assert self.condition is not None

@@ -71,12 +71,14 @@ class LabelCondition(nn.Module):
         """The context that stands for none; B."""
         return torch.full((batch,), self.classes, device=self.frequencies.device)
 
+    def some_forgotten(self, contexts: Tensor) -> Tensor:
+        """For training: each label with the probability `dropout` as none; B."""
+        forgotten = torch.rand(len(contexts), device=contexts.device) < self.dropout
+        return torch.where(forgotten, self.classes, contexts)
+
     def forward(self, contexts: Tensor) -> Embedded:
         """contexts: labels 0 … classes, B, where `classes` stands for no label. Raises CannotSample for another."""
-        if self.training:
-            forgotten = torch.rand(len(contexts), device=contexts.device) < self.dropout
-            contexts = torch.where(forgotten, self.classes, contexts)
-        elif not ((contexts >= 0) & (contexts <= self.classes)).all():
+        if not self.training and not ((contexts >= 0) & (contexts <= self.classes)).all():
             raise CannotSample(f"labels are numbers from 0 to {self.classes - 1}")
         return Embedded(self.maps[contexts], None)
 
@@ -115,11 +117,12 @@ class CaptionCondition(nn.Module):
     def nothing(self, batch: int) -> Tensor:
         return torch.zeros(batch, self.config.length, dtype=torch.int64, device=self.position.device)
 
+    def some_forgotten(self, contexts: Tensor) -> Tensor:
+        """For training: each caption with the probability `dropout` as none; B T."""
+        return contexts.masked_fill(torch.rand(len(contexts), 1, device=contexts.device) < self.config.dropout, 0)
+
     def forward(self, contexts: Tensor) -> Embedded:
         """contexts: tokens, B T, where 0 pads and nothing but 0 stands for no caption."""
-        if self.training:
-            forgotten = torch.rand(len(contexts), 1, device=contexts.device) < self.config.dropout
-            contexts = contexts.masked_fill(forgotten, 0)
         return Embedded(None, self.embedding(contexts) + self.position)
 
 
