@@ -21,7 +21,7 @@ from pipelines.judging.tradeoffs import described, lowest_fd, ways_to_sample
 from pipelines.pages.report import train_all
 from pipelines.pages.words import notes
 from pipelines.runs import sampling
-from pipelines.runs.completion import held_latents, known_pixels, picture_to_complete
+from pipelines.runs.completion import completions, held_latents, known_pixels, picture_to_complete
 from pipelines.runs.conditions import contexts_asked, contexts_of, label_number
 from pipelines.runs.dataset import load_data
 from pipelines.runs.latents import encode
@@ -33,6 +33,7 @@ from pipelines.runs.run import Run
 from stage1_vae import bottlenecks
 from stage1_vae.autoencoder import AutoencoderConfig
 from stage2_prior.conditions import Unconditional
+from stage2_prior.latents import LatentSpec
 from stage2_prior.prior import StandardNormal
 from stage2_prior.sampling import AS_FITTED, Sampling
 from tests.parts import NETWORKS, compared, fewer_ways_to_draw, shrunk, small_splits
@@ -149,6 +150,23 @@ def test_completion_of_a_picture(runs, name, tmp_path, capsys):
         drawn(runs[name], "--complete", str(tmp_path / "in.png"), "--keep", "top-haf", tmp_path=tmp_path)
     with pytest.raises(UserError, match="cannot be read as a picture"):
         drawn(runs[name], "--complete", str(tmp_path / "nothing.png"), tmp_path=tmp_path)
+
+
+def test_a_completion_keeps_the_kept_pixels_and_says_what_helps_where_there_was_no_choice(capsys):
+    config = shrunk(preset("mnist5k"))
+    torch.manual_seed(0)
+    autoencoder = config.autoencoder.build((1, 28, 28)).eval()
+    prior = config.prior.build([LatentSpec(shape, vocabulary) for shape, vocabulary in autoencoder.latents], 3).eval()
+    image = torch.randint(0, 256, (1, 28, 28), dtype=torch.uint8)
+    known = torch.arange(28)[:, None].expand(28, 28) < 14
+    cpu, labels = torch.device("cpu"), torch.zeros(2, dtype=torch.int64)
+    drawn = completions(
+        autoencoder, prior, image, known, 2, seed=0, device=cpu, batch_size=8, particles=1, contexts=labels, pixels="mean"
+    )
+    assert torch.equal(drawn[:, :, :14], image[None, :, :14].expand(2, -1, -1, -1))
+    assert not torch.equal(drawn[:, :, 14:], image[None, :, 14:].expand(2, -1, -1, -1))
+    said = capsys.readouterr().out
+    assert "which depend on kept pixels alone" in said and "median 1.0 of 1 particles: " in said and "--particles 4" in said
 
 
 @pytest.mark.parametrize("bottleneck", [bottlenecks.Gaussian(channels=3), bottlenecks.FiniteScalar((8, 8, 8))], ids=str)

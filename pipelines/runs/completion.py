@@ -24,6 +24,7 @@ FILLINGS = 24  # of the hidden pixels, to see which latents they can change
 # Of a channel's spread over the grid, or of the posterior's standard deviation where that is larger, as in channels that say
 # nothing: no more than this leaves a continuous latent as it was.
 SMALL_CHANGE = 0.1
+FEW = 2  # particles that a completion is chosen among in effect: with fewer, there was no choice
 
 
 def picture_to_complete(path: Path, image_shape: tuple[int, int, int], background: str = "white") -> Tensor:
@@ -112,7 +113,8 @@ def completions(
     """
     given, held = held_latents(autoencoder, image, known, device)
     for mask in held:
-        say(f"held: {int(mask.sum())} of {mask.numel()} latents on the {mask.shape[0]}×{mask.shape[1]} grid")
+        held_here, grid = f"{int(mask.sum())} of {mask.numel()}", f"{mask.shape[0]}×{mask.shape[1]} grid"
+        say(f"held: {held_here} latents on the {grid}, which depend on kept pixels alone; the others are drawn anew")
     target, seen = autoencoder.likelihood.scale(image[None].to(device)), known.to(device)
 
     def of_known_pixels(levels: list[Tensor]) -> Tensor:
@@ -124,11 +126,14 @@ def completions(
         told = None if contexts is None else contexts[indices].to(device)
         levels, size = complete(prior, given, held, indices.to(device), seed, particles, told, of_known_pixels)
         noise = pixel_noise(pixels, seed, indices.to(device), autoencoder.image_shape)
-        return autoencoder.render(levels, noise).cpu(), size.cpu()
+        drawn = autoencoder.render(levels, noise).cpu()
+        return torch.where(known, image, drawn), size.cpu()  # a decoder would blur what is kept
 
     size = max(1, batch_size // particles)
     images, sizes = zip(*processes.in_batches(completed, torch.arange(count), size, "completing"))
-    say(f"effective sample size: median {float(torch.cat(sizes).median()):.1f} of {particles} particles")
+    median = float(torch.cat(sizes).median())
+    few = f": the completions may not fit what is kept; --particles {4 * particles} chooses among more" if median < FEW else ""
+    say(f"effective sample size: median {median:.1f} of {particles} particles{few}")
     return torch.cat(images)
 
 
