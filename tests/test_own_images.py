@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image, ImageCms, ImageOps, PngImagePlugin, features
 
 from pipelines.console import UserError
@@ -20,6 +21,7 @@ from pipelines.data.shards import Shards
 from pipelines.runs.completion import known_pixels
 from pipelines.runs.conditions import check_captions
 from pipelines.runs.dataset import load_data, write_facts
+from pipelines.runs.pictures import write_images
 from pipelines.runs.recipes import preset
 from pipelines.runs.run import Run
 
@@ -138,6 +140,18 @@ def test_linked_folders_are_followed_once(tmp_path, capsys):
     splits = loaded(root)
     assert splits.label_names == ["circle", "square", "star"] and sum(splits.sizes.values()) == 36
     assert "left out of" in (said := capsys.readouterr().out) and "3 linked folders" in said
+
+
+def test_what_a_run_has_drawn_is_no_data(tmp_path, capsys):
+    fill(tmp_path)
+    fill(tmp_path / "checkpoints" / "one" / "compare", 3)
+    (tmp_path / "checkpoints" / "one" / "stage1").mkdir()
+    (tmp_path / "checkpoints" / "one" / "config.json").write_text("{}")
+    write_images(tmp_path / "samples.png", torch.arange(5 * 48, dtype=torch.uint8).view(5, 3, 4, 4))
+    assert sum(loaded(tmp_path).sizes.values()) == 12
+    assert f"left out of {tmp_path}: 1 run folder, 1 drawn image\n" in capsys.readouterr().out
+    drawn = np.asarray(Image.open(tmp_path / "samples.png"))
+    assert drawn[1, 1].tolist() == [0, 16, 32] and (drawn[0] == 128).all()
 
 
 def test_endings_that_are_not_read_are_said(tmp_path, capsys):

@@ -22,6 +22,8 @@ SYSTEM = {
     "system volume information",
 }
 """Folders, in small letters, that systems and tools make. Names that begin with a dot are hidden in any case."""
+DRAWN = "two-stage latent priors"
+"""What a picture of drawn images says of itself, as its software."""
 NO_PICTURES = {"captions.jsonl", "thumbs.db", "desktop.ini"}
 BEGINNINGS = (b"\x89PNG\r\n", b"\xff\xd8\xff", b"GIF8", b"II*\0", b"MM\0*")
 NOUNS = ("folder", "image", "file", "link", "sample")
@@ -43,7 +45,7 @@ def skipped(name: str) -> bool:
 
 def images_under(folder: Path, left_out: Counter[str] | None = None) -> list[str]:
     """Names of the images under a folder, relative to it, in the order of their parts. No file is looked into but those
-    whose name has no ending.
+    whose name has no ending, and samples*.png, which `generate` may have drawn. Folders of runs are left out.
 
     Links to folders are followed, unless they lead to what is walked through already. left_out: takes the number of what is
     left out, by its kind. Raises UserError for a subfolder that cannot be read.
@@ -53,8 +55,11 @@ def images_under(folder: Path, left_out: Counter[str] | None = None) -> list[str
 
     def walk(inner: str, roots: list[str]) -> None:
         """roots: where the folder that is walked, and the links on the way here, really lie."""
-        prefix = inner and inner + os.sep
-        for entry in entries_of(os.path.join(folder, inner)):
+        prefix, entries = inner and inner + os.sep, entries_of(os.path.join(folder, inner))
+        if {"config.json", "stage1"} <= {entry.name for entry in entries}:
+            left_out["run folder"] += 1
+            return
+        for entry in entries:
             ending = os.path.splitext(entry.name)[1].lower()
             if entry.is_dir():
                 linked = [os.path.realpath(entry.path)] if entry.is_symlink() else []
@@ -70,6 +75,8 @@ def images_under(folder: Path, left_out: Counter[str] | None = None) -> list[str
             elif ending in IMAGE_ENDINGS or not ending and begins_as_image(entry.path):
                 if skipped(entry.name):
                     left_out["hidden image"] += 1
+                elif ending == ".png" and entry.name.startswith("samples") and DRAWN.encode() in beginning_of(entry.path, 200):
+                    left_out["drawn image"] += 1
                 else:
                     names.append(prefix + entry.name)
             elif not skipped(entry.name):
@@ -86,12 +93,17 @@ def within(path: str, folder: str) -> bool:
 
 def begins_as_image(path: str) -> bool:
     """Whether a file begins with the bytes of a format that is read."""
+    begin = beginning_of(path, 16)
+    return begin.startswith(BEGINNINGS) or begin[:4] == b"RIFF" and begin[8:12] == b"WEBP"
+
+
+def beginning_of(path: str, count: int) -> bytes:
+    """Of a file, so many bytes; none where it cannot be read."""
     try:
         with open(path, "rb") as file:
-            begin = file.read(16)
+            return file.read(count)
     except OSError:
-        return False
-    return begin.startswith(BEGINNINGS) or begin[:4] == b"RIFF" and begin[8:12] == b"WEBP"
+        return b""
 
 
 def entries_of(folder: str) -> list["os.DirEntry[str]"]:
