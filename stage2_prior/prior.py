@@ -183,7 +183,7 @@ class GaussianMixturePrior(Sized, Prior):
             covariance_type="full" if full else "diag",
             reg_covar=1e-4,
             max_iter=30,
-            tol=1e-2,
+            tol=0.1,  # nats an image: held-out latents of mnist5k cost as much as at 0.01, and the fit takes half the time
             init_params="kmeans" if components <= MOST_FULL else "k-means++",
             random_state=0,
         ).fit(points.flatten(1).double().cpu().numpy())
