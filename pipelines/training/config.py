@@ -17,7 +17,7 @@ TrackerKind = Literal["none", "csv", "tensorboard", "wandb"]
 class FitConfig:
     """One training."""
 
-    steps: Annotated[int, Interval(ge=0, le=9_999_999)]
+    steps: Annotated[int, Interval(ge=0, le=1_000_000_000)]
     """optimizer steps"""
     batch_size: Annotated[int, Interval(ge=1, le=1_000_000)] = 128
     """images a step, over all devices"""
@@ -26,7 +26,7 @@ class FitConfig:
     once. The step is that of the whole batch; but codebooks, normalizations and a learned σ take in one part at a time"""
     learning_rate: Annotated[float, Interval(gt=0, le=10)] = 1e-3
     """peak learning rate of AdamW, after a linear warm-up and before a cosine decay to 0"""
-    warmup_steps: Annotated[int, Interval(ge=0, le=9_999_999)] = 100
+    warmup_steps: Annotated[int, Interval(ge=0, le=1_000_000_000)] = 100
     """steps of linear warm-up"""
     weight_decay: Annotated[float, Interval(ge=0, le=100)] = 0.01
     """AdamW's decoupled weight decay; torch's default"""
@@ -34,7 +34,7 @@ class FitConfig:
     """largest norm of the gradient, in nats an image"""
     average_decay: Annotated[float, Interval(ge=0, lt=1)] = 0.999
     """decay a step of the running average of the weights, which is what is kept; 0 keeps the raw weights"""
-    checkpoint_steps: Annotated[int, Interval(ge=1, le=9_999_999)] = 500
+    checkpoint_steps: Annotated[int, Interval(ge=1, le=1_000_000_000)] = 500
     """steps between checkpoints; the held-out loss is measured at each, and the best one is kept"""
     compile: bool = False
     """compile the model with torch.compile, which takes minutes before it saves any time; without, where it does not work"""
