@@ -4,6 +4,7 @@ import difflib
 import errno
 import io
 import os
+import re
 import signal
 import sys
 import threading
@@ -26,6 +27,7 @@ def first_process() -> bool:
 SPEAKING_SECONDS = 5.0
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS)
 UNREAD = (errno.EPIPE, errno.EIO)  # the reader of a pipe has ended; the terminal is gone
+OF_MEMORY = ": smaller batches, fewer or smaller images, or a narrower network need less. Nothing that was finished is lost."
 SIGPIPE = getattr(signal, "SIGPIPE", 13)
 PATH = (errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG)
 
@@ -112,6 +114,10 @@ def run_command(main: Callable[[], None]) -> None:
         remedy = "make room or permission and run the same command again" if error.errno in DISK else "give another path"
         where = error.filename2 or error.filename or "while writing"  # of a renaming, where to
         sys.exit(fail(f"{error.strerror}: {where}. Nothing that was finished is lost; {remedy}."))
+    except (MemoryError, RuntimeError) as error:
+        if not (isinstance(error, MemoryError) or re.search("can't allocate memory|out of memory", str(error))):
+            raise
+        sys.exit(fail(f"out of memory{OF_MEMORY}"))
     except Stopped as stopped:
         last_words(f"\n{stopped}")
         sys.exit(128 + stopped.signal)
@@ -129,11 +135,17 @@ def last_words(message: str) -> None:
     """Before a process ends: printed once a machine, since a missing folder or device can be a matter of one."""
     if not under_torchrun() or os.environ["LOCAL_RANK"] == "0":
         try:
-            print(message, file=sys.stderr, flush=True)
+            print(escaped(message), file=sys.stderr, flush=True)
         except OSError:
             unread(sys.stderr)
     else:
         time.sleep(SPEAKING_SECONDS)  # torchrun ends all processes as soon as one ends: not this one first
+
+
+def escaped(message: str) -> str:
+    """A message whose names cannot steer the terminal: control characters and directions of writing as \\x1b or \\u202e."""
+    kept = "\n\t\u200c\u200d"  # the last two join letters, and parts of emoji
+    return "".join(c if c.isprintable() or c.isspace() and not c.isascii() or c in kept else ascii(c)[1:-1] for c in message)
 
 
 def prepare_output() -> None:
@@ -159,7 +171,7 @@ def say(message: str) -> None:
     if not first_process():
         return
     try:
-        tqdm.write(message, file=sys.stdout)
+        tqdm.write(escaped(message), file=sys.stdout)
         sys.stdout.flush()
     except OSError as error:
         if error.errno not in UNREAD:

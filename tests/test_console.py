@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from pipelines.console import run_command, say
+from pipelines.console import UserError, run_command, say
 
 SPEAKS = "from pipelines.console import run_command, say; run_command(lambda: [say('4×4 images'), say('done')])"
 
@@ -16,9 +16,9 @@ SPEAKS = "from pipelines.console import run_command, say; run_command(lambda: [s
 def test_what_a_terminal_cannot_show_is_replaced(monkeypatch, encoding):
     shown = io.BytesIO()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(shown, encoding))
-    run_command(lambda: say("4×4, 猫, \udcff"))
+    run_command(lambda: say("4×4, 猫"))
     cat = "猫" if encoding == "utf-8" else "?"
-    assert shown.getvalue().decode(encoding) == f"4{'?' if encoding == 'ascii' else '×'}4, {cat}, ?\n"
+    assert shown.getvalue().decode(encoding) == f"4{'?' if encoding == 'ascii' else '×'}4, {cat}\n"
 
 
 @pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&- <&-"])
@@ -34,3 +34,25 @@ def test_where_nobody_reads_the_output_a_command_ends_as_others_do():
     done = subprocess.run([sys.executable, "-c", SPEAKS], stdout=writer, stderr=subprocess.PIPE, text=True)
     os.close(writer)
     assert done.returncode == 141 and "Traceback" not in done.stderr and "BrokenPipeError" not in done.stderr
+
+
+def test_names_cannot_steer_the_terminal(capsys):
+    def main():
+        say("\x1b[2Ja.png\r\x07 \u202egnp.b \udcff é 猫 a\u3000b\n\tnext")
+        raise UserError("no \x1b]0;title\x07")
+
+    with pytest.raises(SystemExit):
+        run_command(main)
+    said = capsys.readouterr()
+    assert said.out == "\\x1b[2Ja.png\\r\\x07 \\u202egnp.b \\udcff é 猫 a\u3000b\n\tnext\n"
+    assert said.err == "error: no \\x1b]0;title\\x07\n"
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")])
+def test_too_little_memory_is_a_sentence(capsys, error):
+    def main():
+        raise error
+
+    with pytest.raises(SystemExit) as ended:
+        run_command(main)
+    assert ended.value.code == 2 and "error: out of memory: smaller batches" in capsys.readouterr().err

@@ -3,6 +3,7 @@
 import io
 import json
 import re
+import subprocess
 import tarfile
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch
 from PIL import Image, ImageCms, ImageOps, PngImagePlugin, features
 
 from pipelines.console import UserError
-from pipelines.data.decoding import read_image
+from pipelines.data.decoding import Unreadable, read_image
 from pipelines.data.folder import Folder
 from pipelines.data.images import Splits
 from pipelines.data.reading import content_of
@@ -401,3 +402,23 @@ def test_captions_are_checked_before_anything_is_trained(tmp_path, capsys):
         assert words in (run.folder / "tokenizer.json").read_text()
         said = capsys.readouterr().out
         assert "warning: 10 of 10 captions are longer than 16 tokens and are cut; 9 then equal another" in said
+
+
+def test_a_picture_of_too_many_pixels_is_refused_before_it_is_decoded(tmp_path, monkeypatch):
+    path = tmp_path / "bomb.png"
+    Image.new("1", (13_300, 13_300)).save(path)
+    monkeypatch.setattr(Image.Image, "load", None)
+    with pytest.raises(Unreadable, match="13300×13300 pixels, of at most"):
+        read_image(str(path), 8, 3)
+
+
+@pytest.mark.parametrize("kind", ["sparse", "long"])
+def test_a_small_shard_that_says_much_is_refused(tmp_path, kind):
+    path = tmp_path / "x.tar"
+    with open(tmp_path / "0.txt", "wb") as caption:
+        caption.truncate(2**31 if kind == "sparse" else 2**20 + 1)
+    options = ["--sparse"] if kind == "sparse" else []
+    subprocess.run(["tar", "-cf", str(path), *options, "-C", str(tmp_path), "0.txt"], check=True)
+    assert path.stat().st_size < 2**21
+    with pytest.raises(UserError, match="sparse file" if kind == "sparse" else "too many for a sample"):
+        Shards(str(path), size=8).load()

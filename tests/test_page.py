@@ -15,6 +15,7 @@ from PIL import Image
 from pipelines import compare
 from pipelines.judging.comparison import from_dict
 from pipelines.judging.features import FIGURES
+from pipelines.pages.plots import plain, png, pyplot
 from pipelines.pages.report import train_all
 from pipelines.pages.words import between_runs, notes, verdict_in_words
 from pipelines.runs.config import replaced
@@ -150,3 +151,10 @@ def test_a_browser_renders_it(compared, tmp_path, width):
     assert shot.is_file(), done.stderr
     assert "CONSOLE" not in done.stderr
     assert len(np.unique(np.asarray(Image.open(shot).convert("L")))) > 20  # not a blank page
+
+
+def test_a_name_in_a_plot_is_no_formula():
+    figure, axis = pyplot.subplots()
+    axis.scatter([0], [0], label=plain("$\\frac$ \x1b"))
+    axis.legend()
+    assert png(figure).startswith(b"\x89PNG")

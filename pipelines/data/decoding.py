@@ -13,6 +13,7 @@ from PIL import Image, ImageCms, ImageOps, features
 JPEG = {".jpg", ".jpeg", ".jpe", ".jfif"}
 IMAGE_ENDINGS = JPEG | {".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm"}
 FORMATS = ["PNG", "JPEG", "BMP", "GIF", "WEBP", "TIFF", "PPM"]  # whatever a file is called, no other decoder is tried on it
+MOST_PIXELS = 2**26  # 8192×8192: a file of 21 KiB can hold many more, and memory must hold each several times
 DRAFT = 2  # times the size asked for: at least so large a JPEG is decoded, and then resized
 if features.check("avif"):
     IMAGE_ENDINGS |= {".avif"}
@@ -51,6 +52,8 @@ def read_image(
             is_so = {"animated": image.format != "MPO" and getattr(image, "is_animated", False)}
             bits = significant_bits(image)
             image.draft(None, (DRAFT * size, DRAFT * size))  # a JPEG is decoded at a fraction of its size, where that is enough
+            if image.width * image.height > MOST_PIXELS:
+                raise ValueError(f"{image.width}×{image.height} pixels, of at most {MOST_PIXELS}: make it smaller")
             upright = in_srgb(eight_bit(ImageOps.exif_transpose(image), bits, is_so))
             shown = opaque(upright, background, is_so).convert("L" if channels == 1 else "RGB")
             square = ImageOps.fit(shown, (size, size), resampling)

@@ -55,6 +55,9 @@ class TarFiles:
             return io.BytesIO(file.read(self.sizes[index]))
 
 
+MOST_SAID, MOST_OF_IMAGE = 2**20, 2**28  # bytes of a label or caption, and of anything else in a shard
+
+
 class Entry(NamedTuple):
     """A file in a tar file: where it lies, in bytes, and what it holds where that is a label or a caption."""
 
@@ -102,7 +105,11 @@ def entries_of(path: str, left_out: Counter[str]) -> Iterator[Entry]:
                 for member in tar:
                     tar.members = []  # type: ignore[attr-defined]  # which it would keep
                     if member.isreg():
+                        if member.issparse():  # a few bytes would stand for gigabytes
+                            raise ValueError(f"{member.name} is stored as a sparse file; pack it without --sparse")
                         said = member.name.rpartition(".")[2].lower() in SAID
+                        if member.size > (MOST_SAID if said else MOST_OF_IMAGE):
+                            raise ValueError(f"{member.name} holds {member.size} bytes, too many for a sample")
                         content = tar.extractfile(member) if said else None
                         found = Entry(member.name, member.offset_data, member.size, content.read() if content else b"")
                     elif member.islnk() or member.issym():

@@ -9,6 +9,7 @@ import matplotlib
 from torch import Tensor
 from torchvision.utils import make_grid
 
+from pipelines.console import escaped
 from pipelines.files import write_file
 from pipelines.judging.compare import SHOWN, Exhibits
 from pipelines.judging.comparison import ROWS, Comparison
@@ -110,6 +111,11 @@ def lines(rows: Sequence[tuple[str, float | None, Tensor]]) -> Figure:
         axis.axis("off")
     figure.subplots_adjust(left=0.2, right=0.995, top=0.99, bottom=0.01, hspace=0.06)
     return figure
+
+
+def plain(name: str) -> str:
+    """A name of the user's as matplotlib shows it letter by letter: between dollars it would read a formula."""
+    return escaped(name).replace("$", r"\$")
 
 
 def png(figure: Figure) -> bytes:

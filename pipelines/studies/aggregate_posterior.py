@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from torch import Tensor
 
 from pipelines.judging.likelihood import mutual_information
-from pipelines.pages.plots import pyplot
+from pipelines.pages.plots import plain, pyplot
 from pipelines.runs.dataset import read_facts
 from pipelines.runs.latents import encode, encode_training, encoded, latent_dataset
 from pipelines.runs.parts import specs_of
@@ -221,7 +221,7 @@ def plane_of_images(trained: Trained, swept: Swept, scatter: Axes, plane: Axes) 
     labels = trained.splits.test.labels
     for label, name in enumerate(trained.splits.label_names) if labels is not None else [(0, "")]:
         of_label = points if labels is None else points[labels == label]
-        scatter.scatter(of_label[:, 0], of_label[:, 1], s=4, linewidths=0, label=name)
+        scatter.scatter(of_label[:, 0], of_label[:, 1], s=4, linewidths=0, label=plain(name))
     if labels is not None:
         scatter.legend(fontsize=7, loc="upper left", markerscale=3)
     for radius in (1, 2, 3):
