@@ -484,7 +484,7 @@ def test_a_shard_cut_off_anywhere_is_refused(shards, tmp_path):
     ("urls", "message"),
     [
         (None, "--data.urls"),
-        ("nowhere-{0..3}.tar", "nowhere-0.tar cannot be read as a tar file"),
+        ("nowhere-{0..3}.tar", "there is no shard nowhere-0.tar"),
         ("text.tar", "text.tar cannot be read as a tar file"),
         ("packed.tar.gz", "without compression"),
         ("empty.tar", "holds 0 images"),
