@@ -64,7 +64,7 @@ def main(arguments: list[str] | None = None) -> None:
     if asked.run == DEFAULT_PRESET and not (CHECKPOINTS / DEFAULT_PRESET / "config.json").is_file():
         train(Run.create(CHECKPOINTS / DEFAULT_PRESET, preset(DEFAULT_PRESET), asked.device))
     run = Run.open(asked.run, asked.device)
-    folder = run.folder / "studies"
+    folder = run.work / "studies"
     with run.locked():
         found = answered(asked.study, Trained.of(run))
         write_file(folder / f"{asked.study}.png", png(found.figure))

@@ -326,8 +326,8 @@ def exhibits_of(subject: Subject, rows: Rows, judged: Judged, comparison: Compar
     if subject.autoencoder.bottleneck.has_density and isinstance(learned, LearnedPrior):
         maps = rate_maps(run, subject.latents, learned, subject.chosen[:BATCH], subject.seed)
     lines = len(subject.specs) == 1 and not subject.codes and len(subject.chosen) > 1
-    phases = [phase for phase in ("stage1", "stage2", "refined") if (run.folder / phase).is_dir()]
-    records = {phase: checkpoints.usable(run.folder / phase)[-1].record for phase in phases}
+    made = {phase: checkpoints.usable(run.folder / phase) for phase in ("stage1", "stage2", "refined")}
+    records = {phase: found[-1].record for phase, found in made.items() if found}  # an export has only what is used
     return Exhibits(
         images={name: images[:GRID] for name, images in rows.images.items()},
         by_label=by_label(subject, rows.images),

@@ -177,7 +177,7 @@ class Measurement:
         Batches begin and end at the same images whatever the count and what was measured before. So do the draws, and the
         figure of an image depends on neither. Of the last batch more images are measured than asked for.
         """
-        path = self.run.folder / "likelihood" / f"{self.key()}.safetensors"
+        path = self.run.work / "likelihood" / f"{self.key()}.safetensors"
         columns = files.read_tensors(path) if path.is_file() else {}
         at_once = max(1, min(BATCH, DRAWS_AT_ONCE // self.samples))
         total = min(len(self.order), at_once * math.ceil(count / at_once))

@@ -60,7 +60,7 @@ def report_folder(run: Run, judging: MetricsConfig, seed: int = 0) -> Path:
     parts = [f"seed-{seed}"] if seed else []
     parts += [judging.extractor] if judging.extractor != asked.extractor else []
     parts += [f"{judging.images}-images"] if judging.images != asked.images else []
-    return run.folder / "compare" / "-".join(parts)
+    return run.work / "compare" / "-".join(parts)
 
 
 @dataclass(frozen=True)

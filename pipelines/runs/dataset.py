@@ -77,7 +77,7 @@ def load_data(run: Run) -> Splits:
         whereabouts.check(run.config, run.folder)
     with run.fabric.rank_zero_first(local=True):  # which may download it, or read it whole
         try:
-            splits = run.config.data.load(run.folder / UNREADABLE)
+            splits = run.config.data.load(run.work / UNREADABLE)
         except NotThere as error:
             if not (run.folder / "config.json").is_file():
                 raise
@@ -86,7 +86,7 @@ def load_data(run: Run) -> Splits:
                 f"{error}. Where the data of this run lie now is put down by: python -m pipelines.train_all"
                 f" --run {shlex.quote(str(run.folder))} {option}"
             ) from error
-    if (run.folder / FACTS).is_file() and checkpoints.folders(run.folder / "stage1"):
+    if (run.folder / FACTS).is_file() and (run.exported or checkpoints.folders(run.folder / "stage1")):
         refuse_other_images(run, splits)
     return splits
 

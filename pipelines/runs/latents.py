@@ -7,8 +7,8 @@ from pipelines import files, processes
 from pipelines.console import UserError
 from pipelines.data.images import ImageSet, Mirrored
 from pipelines.runs.conditions import contexts_of
-from pipelines.runs.dataset import read_facts
-from pipelines.runs.parts import Phase, finished, last_phase, specs_of
+from pipelines.runs.dataset import load_data, read_facts
+from pipelines.runs.parts import Phase, finished, last_phase, load_autoencoder, specs_of
 from pipelines.runs.run import Run
 from pipelines.training.fabric import Fabric
 from pipelines.training.fit import in_order
@@ -26,7 +26,7 @@ def encode(run: Run, autoencoder: Autoencoder, images: ImageSet, part: str, phas
     """
     phase = last_phase(run, "autoencoder") if phase is None else phase
     key = f"{finished(run, phase).digest()} {len(images)} {read_facts(run).content or ''}".rstrip()
-    path = run.folder / "latents" / f"{phase}-{part}.safetensors"
+    path = run.work / "latents" / f"{phase}-{part}.safetensors"
     # Mean and std, or a code of 64 bits: 8 bytes a position either way.
     batches = max(1, SHARD_BYTES // (ENCODING_BATCH * 8 * sum(spec.dimensions for spec in specs_of(autoencoder))))
     starts = range(0, len(images), batches * ENCODING_BATCH)
@@ -54,10 +54,14 @@ def encode_training(run: Run, autoencoder: Autoencoder, images: ImageSet, phase:
 
 
 def training_latents(run: Run) -> LatentDataset:
-    """What `encode_training` put down, without contexts."""
+    """What `encode_training` put down, without contexts; of an export without latents it is called first."""
+    folder = run.folder / "latents"
+    if run.exported and not folder.is_dir():
+        encode_training(run, load_autoencoder(run), load_data(run).train)
+        folder = run.work / "latents"
     shards = []
     for part in ("train", "mirrored") if run.config.mirror else ("train",):
-        path = run.folder / "latents" / f"{last_phase(run, 'autoencoder')}-{part}.safetensors"
+        path = folder / f"{last_phase(run, 'autoencoder')}-{part}.safetensors"
         paths = files.found_shards(path)
         if not paths or paths != files.shards(path, len(paths)):
             raise UserError(

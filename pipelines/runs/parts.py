@@ -65,13 +65,19 @@ def load_prior(run: Run, specs: list[LatentSpec]) -> Prior:
     classes = len(read_facts(run).label_names)
     learned = new_prior(run, specs, classes)
     load(run, learned, "prior")
-    early = run.folder / EARLY_PRIOR
-    if not isinstance(learned, LearnedPrior):
-        return learned
-    # Refined, it is a prior of other latents than early on; and the best checkpoint may be no later than the early one.
-    if early.is_file() and run.config.refine is None and finished(run, "stage2").step > early_step(run.config.stage2):
+    if isinstance(learned, LearnedPrior) and (early := early_prior(run)) is not None:
         guide(run, learned, early)
     return learned
+
+
+def early_prior(run: Run) -> Path | None:
+    """The weights that autoguidance leads away from, where there are any.
+
+    Refined, the prior is one of other latents than early on; and the best checkpoint may be no later than the early one.
+    """
+    path = run.folder / EARLY_PRIOR
+    usable = path.is_file() and run.config.refine is None
+    return path if usable and finished(run, "stage2").step > early_step(run.config.stage2) else None
 
 
 def guide(run: Run, learned: LearnedPrior, early: Path) -> None:
@@ -109,7 +115,7 @@ def finished(run: Run, phase: Phase) -> checkpoints.Checkpoint:
     config = {"stage1": run.config.stage1, "stage2": run.config.stage2, "refined": run.config.refine}[phase]
     assert config is not None
     found = checkpoints.usable(run.folder / phase)
-    if not found or found[-1].step < config.steps:
+    if not found or (found[-1].step < config.steps and not run.exported):  # an export has the best alone
         done = f"is at step {found[-1].step} of {config.steps}" if found else "has not been trained"
         raise UserError(f"{run.folder} is unfinished: {phase} {done}. Run its train_all command again.")
     return checkpoints.best(found)

@@ -40,6 +40,6 @@ def open_prior(run: Run, name: str, specs: list[LatentSpec]) -> Prior:
 
     if name != "standard":
         key = finished(run, last_phase(run, "autoencoder")).digest()
-        baseline.load_state_dict(files.cached(run.folder / "baselines" / f"{name}.safetensors", key, fitted))
+        baseline.load_state_dict(files.cached(run.work / "baselines" / f"{name}.safetensors", key, fitted))
     run.fabric.to_device(baseline)
     return baseline.eval()

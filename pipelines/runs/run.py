@@ -12,13 +12,17 @@ from filelock import FileLock, Timeout
 
 from pipelines import files, processes
 from pipelines.console import UserError, nearest
+from pipelines.runs import exported
 from pipelines.runs.config import RunConfig, check_ranges, differences, read_config, to_dict
+from pipelines.training.checkpoints import checksum
 from pipelines.training.config import check_batches
 from pipelines.training.devices import devices, resolved
 from pipelines.training.fabric import Fabric
 from stage2_prior.conditions import ClassLabel, ConditionConfig, Unconditional
 
 CHECKPOINTS = Path("checkpoints")
+TRAINED = Path(__file__).parents[1] / "trained"
+"""exports that come with the software"""
 UNREADABLE = "unreadable.json"
 PHASES = ("stage1", "stage2", "refine")
 FREE = (
@@ -48,6 +52,8 @@ class Run:
         Raises UserError when the folder holds a run of another config, or something else, or the config makes no sense.
         """
         path = folder / "config.json"
+        if exported.is_export(folder):
+            raise UserError(f"{folder} is an export, which is not trained on: give the run another name with --run")
         if path.exists():
             if config.precision == "auto":
                 config = replace(config, precision=read_config(path).precision)
@@ -70,13 +76,19 @@ class Run:
 
     @classmethod
     def open(cls, name: str, device: str = "auto") -> "Run":
-        """A run by its name under checkpoints/, or by its path. Raises UserError when it is not there."""
-        folder = next((path for path in (CHECKPOINTS / name, Path(name)) if (path / "config.json").is_file()), None)
+        """A run by its name under checkpoints/, or by its path; or an export that comes with the software, by its name.
+
+        Raises UserError when it is not there, or is an export that is not whole.
+        """
+        places = (CHECKPOINTS / name, Path(name), TRAINED / name)
+        folder = next((path for path in places if (path / "config.json").is_file()), None)
         if folder is None:
-            known = sorted(path.parent.name for path in CHECKPOINTS.glob("*/config.json"))
+            known = sorted({path.parent.name for place in (CHECKPOINTS, TRAINED) for path in place.glob("*/config.json")})
             hint = nearest(name, known) if known else "; train one with python -m pipelines.train_all"
             raise UserError(f"there is no run {name!r}{hint}")
         folder = folder if folder.name not in ("", "..") else folder.resolve()
+        if exported.is_export(folder):
+            exported.check(folder)
         config = read_config(folder / "config.json")
         fabric = devices(device, config.precision)
         return cls(folder, replace(config, precision=resolved(config.precision, device)), fabric, given=False)
@@ -84,7 +96,7 @@ class Run:
     @contextmanager
     def locked(self) -> Iterator[None]:
         """Keeps other processes from writing to this run. Raises UserError when one does; a killed process holds no lock."""
-        path = self.folder.parent / f".{self.folder.name}.lock"
+        path = self.work.parent / f".{self.work.name}.lock"
         lock = FileLock(path)
 
         def acquire() -> None:
@@ -105,12 +117,25 @@ class Run:
     @property
     def name(self) -> str:
         """What the other commands know it by."""
-        return self.folder.name if self.folder.parent == CHECKPOINTS else str(self.folder)
+        return self.folder.name if self.folder.parent in (CHECKPOINTS, TRAINED) else str(self.folder)
+
+    @property
+    def exported(self) -> bool:
+        """Whether it is an export, which is only read."""
+        return exported.is_export(self.folder)
+
+    @property
+    def work(self) -> Path:
+        """Where commands write what they make of the run: its folder; of an export, another one under checkpoints/."""
+        if not self.exported:
+            return self.folder
+        digest = checksum(self.folder / exported.LIST)[:8]
+        return CHECKPOINTS / "from-exports" / f"{self.folder.resolve().name}-{digest}"
 
     @property
     def classifiers(self) -> Path:
         """The folder, beside the runs, of the classifiers and features that all runs on one data set share."""
-        return self.folder.parent / ".classifiers"
+        return (CHECKPOINTS if self.exported else self.folder.parent) / ".classifiers"
 
     @property
     def learned(self) -> bool:

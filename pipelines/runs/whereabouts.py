@@ -9,11 +9,12 @@ import hashlib
 import os
 import shlex
 from collections.abc import Collection, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from pipelines.console import UserError, first_process, say
-from pipelines.runs.config import RunConfig
+from pipelines.runs.config import RunConfig, replaced
 
 SETTINGS = {"data": ("root", "urls", "test_urls", "cache"), "metrics": ("weights",)}
 
@@ -28,6 +29,15 @@ def places(config: RunConfig) -> dict[str, Path | str]:
             if (value := vars(part).get(setting)) not in (None, default):
                 found[f"--{name}.{setting.replace('_', '-')}"] = value
     return found
+
+
+def without_places(config: RunConfig) -> RunConfig:
+    """A config that names no place other than the default one."""
+    for name, settings in SETTINGS.items():
+        part: Any = vars(config)[name]
+        defaults = {setting: getattr(type(part), setting) for setting in settings if setting in vars(part)}
+        config = replaced(config, name, replace(part, **defaults))
+    return config
 
 
 def remember(config: RunConfig) -> None:

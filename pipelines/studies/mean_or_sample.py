@@ -18,7 +18,7 @@ def mean_or_sample(trained: Trained) -> Findings:
     config = replace(run.config.autoencoder, bottleneck=Deterministic(run.config.autoencoder.bottleneck.channels))  # type: ignore[union-attr]
     torch.manual_seed(0)
     point = config.build(splits.image_shape)
-    folder = run.folder / "studies" / "point-posterior"
+    folder = run.work / "studies" / "point-posterior"
     examples = (examples_of(run, splits.train), splits.validation)
     fit(run.fabric, point, *examples, run.config.stage1, run.config.seed, folder, "point posterior")
     space = feature_space(run.fabric, run.config.metrics, splits, run.classifiers)

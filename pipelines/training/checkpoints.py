@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import safetensors.torch
+import torch
 from torch import Tensor, nn
 
 from pipelines.console import UserError, say
@@ -34,8 +35,12 @@ TRAINING = "training.safetensors"
 
 
 def fill(model: nn.Module, tensors: dict[str, Tensor], path: Path) -> None:
-    """Set a model's state. Raises UserError when names, shapes or types are not the model's own."""
+    """Set a model's state; half precision is for storing alone.
+
+    Raises UserError when names, shapes or types are not the model's own.
+    """
     expected = model.state_dict()
+    tensors = {name: tensor.float() if tensor.dtype == torch.float16 else tensor for name, tensor in tensors.items()}
     for name in sorted(expected.keys() | tensors.keys()):
         if name not in tensors or name not in expected:
             wrong = f"{name} is {'missing' if name in expected else 'not one of its tensors'}"

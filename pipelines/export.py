@@ -1,0 +1,41 @@
+"""python -m pipelines.export RUN --out FOLDER: what drawing from a run needs, as a folder to hand on."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+from pipelines.console import first_process, run_command, say
+from pipelines.runs.names import Device
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Write what drawing from a run needs, its figures and a card to a folder. Every command takes that as a run."""
+
+    run: tyro.conf.Positional[str]
+    """a run's name under checkpoints/, or its path"""
+    out: Path
+    """a new folder"""
+    half: bool = False
+    """weights in half precision: half the size, and samples that differ a little"""
+    latents: bool = False
+    """also the latents of the training images, which baselines are fitted to; else they are encoded again where needed"""
+    device: Device = "auto"
+    """the device to draw the samples of the card on"""
+
+
+def main(arguments: list[str] | None = None) -> None:
+    asked = tyro.cli(Arguments, prog="python -m pipelines.export", args=arguments, console_outputs=first_process())
+    # Slow to import, and --help needs none of it.
+    from pipelines.pages.exports import export
+    from pipelines.runs.exported import files_of
+    from pipelines.runs.run import Run
+
+    export(Run.open(asked.run, asked.device), asked.out, asked.half, asked.latents)
+    size = sum((asked.out / name).stat().st_size for name in files_of(asked.out))
+    say(f"{asked.out}: {size / 1e6:.1f} MB; to draw from it: python -m pipelines.generate {asked.out}")
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,48 @@
+"""What an export is: a run's folder with what drawing needs, which comes from elsewhere and is only read.
+
+Its export.json lists the SHA-256 of every other file, so a copy is known to be whole. `pipelines.pages.exports` writes it.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from pipelines.console import UserError
+from pipelines.training.checkpoints import checksum
+
+LIST, CARD = "export.json", "README.md"
+FORMAT = 1
+"""of an export; higher where an earlier version would read it wrongly"""
+
+
+def is_export(folder: Path) -> bool:
+    """By its list or its card, so that an export that was copied in part is not taken for a run."""
+    return (folder / LIST).is_file() or (folder / CARD).is_file()
+
+
+def files_of(folder: Path) -> list[str]:
+    """All files of an export but its list, by their names in it. What begins with a dot is of a program that brought it."""
+    names = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
+    return sorted(name.as_posix() for name in names if name.name != LIST and not any(part[0] == "." for part in name.parts))
+
+
+def check(folder: Path) -> None:
+    """Raises UserError where an export is of a later version, or is not as it was made. Nothing in it is run or followed."""
+    again = "get the export again, or make it again with python -m pipelines.export"
+    try:
+        content: Any = json.loads((folder / LIST).read_text())
+        version, listed = content["format"], content["files"]
+        if version > FORMAT:
+            raise UserError(f"{folder} was exported by a later version of this software: update it, then run the command again")
+        found = {name: checksum(folder / name) for name in files_of(folder)}
+        differing = sorted(name for name in {*found, *listed} if found.get(name) != listed.get(name))
+    except FileNotFoundError as error:
+        raise UserError(f"{folder} is a part of an export: it has no {LIST}; {again}") from error
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{folder / LIST} is damaged; {again}") from error
+    if differing:
+        name = differing[0]
+        how = "is missing" if name not in found else "was added" if name not in listed else "is truncated or altered"
+        raise UserError(f"{folder} is not as it was exported: {name} {how}; {again}")

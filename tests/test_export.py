@@ -1,0 +1,134 @@
+"""A run as a folder to hand on: the same model elsewhere, refused where it is not whole, and only read."""
+
+import io
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from pipelines import TwoStage, train_all
+from pipelines import export as command
+from pipelines.console import UserError
+from pipelines.pages.exports import SAMPLES, first_samples
+from pipelines.runs import run as runs
+from pipelines.runs.exported import CARD, LIST, files_of
+from pipelines.runs.pictures import tiled
+from pipelines.runs.run import TRAINED, Run
+from tests.parts import fewer_ways_to_draw
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def exported(run, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("exports") / "digits"
+    command.main([str(run.folder), "--out", str(folder), "--device", "cpu"])
+    return folder
+
+
+@pytest.fixture
+def copied(exported, tmp_path, monkeypatch) -> Path:
+    """At a friend's, who works elsewhere."""
+    monkeypatch.chdir(tmp_path)
+    return Path(shutil.copytree(exported, tmp_path / "friend" / "digits"))
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_an_export_is_the_same_model(run, copied, small_data, monkeypatch):
+    fewer_ways_to_draw(monkeypatch)
+    before, model, other = content(copied), TwoStage.open(run.folder, "cpu"), TwoStage.open(copied, "cpu")
+    for how in ({}, {"label": "1", "guidance": 2.0}, {"autoguidance": 1.0}, {"prior": "standard"}, {"prior": "gaussian"}):
+        assert torch.equal(model.sample(4, seed=1, **how), other.sample(4, seed=1, **how))
+    images = model.sample(3)
+    assert torch.equal(model.log_likelihood(images, 4), other.log_likelihood(images, 4))
+    assert {name: row.fd for name, row in other.compare().rows.items()} == {
+        name: row.fd for name, row in model.compare().rows.items()
+    }
+    assert content(copied) == before and [path.name for path in copied.parent.iterdir()] == ["digits"]
+    (work,) = Path("checkpoints/from-exports").glob("digits-*")
+    assert (work / "compare/page.html").is_file() and (work / "baselines").is_dir()
+
+
+def test_an_export_has_what_drawing_needs_and_nothing_more(run, exported):
+    names = {re.sub("step-[0-9]+", "step", name) for name in files_of(exported)}
+    files = ("model.safetensors", "config.json", "checksums.json")
+    weights = {f"{phase}/step/{name}" for phase in ("stage1", "stage2") for name in files}
+    rest = {"config.json", CARD, "samples.png", "stage1/facts.json", "stage2/early.safetensors"}
+    assert weights | rest <= names <= weights | rest | {"compare/metrics.json"}
+    assert not any(os.access(path, os.X_OK) for path in exported.rglob("*") if path.is_file())
+    text = (exported / "config.json").read_text() + (exported / "stage1/facts.json").read_text()
+    assert str(run.folder.parent) not in text
+    card = (exported / CARD).read_text()
+    assert card.startswith("---\npipeline_tag: unconditional-image-generation\n") and 'TwoStage.open("digits")' in card
+
+
+def test_half_precision_is_half_the_size_and_nearly_the_same_model(run, exported, tmp_path):
+    command.main([str(run.folder), "--out", str(tmp_path / "half"), "--half", "--device", "cpu"])
+    sizes = [sum(path.stat().st_size for path in folder.rglob("*.safetensors")) for folder in (tmp_path / "half", exported)]
+    assert 0.45 < sizes[0] / sizes[1] < 0.6
+    half, whole = TwoStage.open(tmp_path / "half", "cpu"), TwoStage.open(exported, "cpu")
+    images = whole.sample(4)
+    (codes,), (others,) = half.encode(images), whole.encode(images)
+    assert codes.dtype == torch.float32 and not torch.equal(codes, others) and torch.allclose(codes, others, atol=0.02)
+
+
+@pytest.mark.parametrize(
+    ("name", "written", "says"),
+    [
+        ("stage2/step-*/model.safetensors", "", "model.safetensors is truncated or altered"),
+        ("config.json", "{}", "config.json is truncated or altered"),
+        ("stage1/step-*/model.safetensors", None, "model.safetensors is missing"),
+        ("stage2/more.json", "{}", "stage2/more.json was added"),
+        (LIST, None, "is a part of an export: it has no export.json"),
+        (LIST, "{}", "export.json is damaged"),
+        (LIST, json.dumps({"format": 2, "files": {}}), "by a later version.*: update it"),
+    ],
+)
+def test_what_is_not_as_it_was_exported_is_refused(copied, name, written, says):
+    TwoStage.open(copied, "cpu")
+    (path,) = copied.glob(name) if "*" in name else [copied / name]
+    path.unlink() if written is None else path.write_text(written)
+    with pytest.raises(UserError, match=says):
+        TwoStage.open(copied, "cpu")
+
+
+def test_an_export_is_never_trained_on_nor_written_over(run, copied, small_data):
+    before = content(copied)
+    with pytest.raises(UserError, match="is an export, which is not trained on"):
+        TwoStage.train(run.config, str(copied))
+    with pytest.raises(UserError, match="is an export, which is not trained on"):
+        train_all.main(["--run", str(copied)])
+    with pytest.raises(UserError, match="is there already"):
+        command.main([str(run.folder), "--out", str(copied), "--device", "cpu"])
+    assert content(copied) == before
+
+
+def test_a_run_of_ones_own_comes_before_one_that_comes_with_the_software(run, copied, monkeypatch):
+    monkeypatch.setattr(runs, "TRAINED", copied.parent)
+    assert Run.open("digits", "cpu").folder == copied and Run.open("digits", "cpu").name == "digits"
+    with pytest.raises(UserError, match="There are: digits"):
+        Run.open("shoes", "cpu")
+    shutil.copytree(run.folder, "checkpoints/digits")
+    assert not Run.open("digits", "cpu").exported
+
+
+@pytest.mark.parametrize("name", sorted(path.parent.name for path in TRAINED.glob("*/config.json")))
+def test_a_run_that_comes_with_the_software_draws_its_first_samples(name):
+    """As on the picture that it was exported with, up to the rounding of another processor."""
+    run = Run.open(name, "cpu")
+    with Image.open(run.folder / SAMPLES) as kept, Image.open(io.BytesIO(tiled(first_samples(run), 4))) as made:
+        difference = np.abs(np.asarray(kept).astype(int) - np.asarray(made)).max(-1)
+    assert np.mean(difference > 8) < 0.05
+
+
+def test_runs_that_come_with_the_software_are_small():
+    assert sum(path.stat().st_size for path in TRAINED.rglob("*") if path.is_file()) <= 30e6
