@@ -9,10 +9,12 @@ import pickle
 import random
 import resource
 import signal
+import tempfile
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,6 +22,7 @@ from torch import nn
 
 from pipelines import files
 from pipelines.console import UserError, run_command
+from pipelines.runs.pictures import write_images
 from pipelines.training import checkpoints
 
 
@@ -208,6 +211,19 @@ def test_what_the_disk_does_not_take_is_named_in_a_sentence_and_nothing_is_left(
     said = capsys.readouterr().err
     assert ended.value.code == 2 and str(tmp_path) in said and "make room" in said
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["x.npz", "x.png"])
+def test_images_that_the_disk_does_not_take_are_written_elsewhere(tmp_path, monkeypatch, name):
+    images = torch.arange(256, dtype=torch.uint8).repeat(3).reshape(3, 1, 16, 16)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    (tmp_path / "file").touch()  # no folder to write to
+    with pytest.raises(UserError, match="cannot be written .*; what was drawn lies in") as told:
+        write_images(tmp_path / "file" / name, images)
+    written = Path(str(told.value).rpartition(" lies in ")[2])
+    assert written.name == name and written.stat().st_size > 100
+    with files_of_at_most(50), pytest.raises(UserError, match="so what was drawn is lost: make room"):
+        write_images(tmp_path / name, images)
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EACCES])

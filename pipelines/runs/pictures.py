@@ -1,6 +1,7 @@
 """Images as files: one picture of all of them, or an array."""
 
 import io
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 from torch.nn import functional as F
 
+from pipelines.console import UserError
 from pipelines.data.layout import DRAWN
 from pipelines.files import write_file
 
@@ -34,10 +36,29 @@ def tiled(images: Tensor, columns: int) -> bytes:
 
 
 def write_images(path: Path, images: Tensor) -> None:
-    """images uint8 N C H W as a picture (.png) or as the array arr_0, N H W C (.npz); whole or not at all."""
+    """images uint8 N C H W as a picture (.png) or as the array arr_0, N H W C (.npz); whole or not at all.
+
+    Raises UserError where the file cannot be written, and says where the images lie instead: drawing them may have taken hours.
+    """
     if path.suffix == ".npz":
         buffer = io.BytesIO()
         np.savez_compressed(buffer, arr_0=images.permute(0, 2, 3, 1).contiguous().numpy())
-        write_file(path, buffer.getvalue())
+        content = buffer.getvalue()
     else:
-        write_file(path, tiled(images, columns=max(1, round(len(images) ** 0.5))))
+        content = tiled(images, columns=max(1, round(len(images) ** 0.5)))
+    try:
+        write_file(path, content)
+    except OSError as error:
+        raise UserError(f"{path} cannot be written ({error.strerror}); {elsewhere(path.name, content)}") from error
+
+
+def elsewhere(name: str, content: bytes) -> str:
+    """Write a file to a new folder for temporary files instead; what to say of it."""
+    try:
+        path = Path(tempfile.mkdtemp()) / name
+        write_file(path, content)
+    except OSError as error:
+        return (
+            f"nor can it be under {tempfile.gettempdir()} ({error.strerror}), so what was drawn is lost: make room and draw again"
+        )
+    return f"what was drawn lies in {path}"
