@@ -1,0 +1,194 @@
+"""docs/results.json: the figures of whole trainings, and the tables of README and docs that are made of them.
+
+A training is what `python -m pipelines.train_all COMMAND --seed S` leaves. COMMAND is a preset, with overrides where there are any.
+A table stands in a document between `<!-- table NAME -->` and `<!-- end -->`; `written` puts it there anew.
+"""
+
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from statistics import mean, stdev
+
+import cattrs
+
+from pipelines.console import UserError
+from pipelines.files import read_json, write_json
+from pipelines.judging.comparison import Comparison
+from pipelines.judging.tradeoffs import described
+
+FIGURES = ("fd", "precision", "recall", "coverage", "label_read")
+"""of each row that is kept"""
+KEPT = ("reconstruction", "standard", "mixture", "learned", "tuned")
+
+
+@dataclass(frozen=True)
+class Training:
+    """One training of a command on one seed, and what its comparison found."""
+
+    command: str
+    """what stands after `train_all`, without the seed and where the images lie"""
+    seed: int
+    gap_closed: float | None
+    gap_closed_tuned: float | None
+    sampling: str
+    """how the tuned row was drawn"""
+    rows: dict[str, dict[str, float]]
+    """by the name of a row, its figures"""
+    images: int
+    """in every row"""
+    seconds: dict[str, float]
+    """of each phase of the training, and of the comparison"""
+    commit: str
+    hardware: str
+    versions: dict[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def of(
+        cls, command: str, seed: int, comparison: Comparison, seconds: dict[str, float], commit: str, hardware: str
+    ) -> "Training":
+        tuned = comparison.priors.get("tuned")
+        rows = {}
+        for name in KEPT:
+            if name in comparison.rows:
+                figures = {figure: getattr(comparison.rows[name], figure) for figure in FIGURES}
+                rows[name] = {figure: value for figure, value in figures.items() if value is not None}
+        return cls(
+            command=command,
+            seed=seed,
+            gap_closed=comparison.gap_closed,
+            gap_closed_tuned=comparison.gap_closed if tuned is None else comparison.gap_closed_tuned,
+            sampling="as fitted" if tuned is None or tuned.sampling is None else described(tuned.sampling),
+            rows=rows,
+            images=comparison.images,
+            seconds=seconds,
+            commit=commit,
+            hardware=hardware,
+            versions=comparison.versions,
+        )
+
+    def figure(self, row: str, name: str) -> float | None:
+        """The figure of a row; of the learned prior as fitted, where no other way to draw was better."""
+        row = "learned" if row == "tuned" and "tuned" not in self.rows else row
+        return self.rows.get(row, {}).get(name)
+
+
+def read_results(path: Path) -> list[Training]:
+    """Raises UserError where the file holds something else."""
+    if not path.is_file():
+        return []
+    values = read_json(path)
+    try:
+        return [cattrs.structure(value, Training) for value in values]
+    except (cattrs.BaseValidationError, TypeError) as error:
+        raise UserError(f"{path} holds no results of trainings; delete it, or bring back its last version") from error
+
+
+def write_results(path: Path, trainings: Iterable[Training]) -> None:
+    write_json(path, [asdict(training) for training in sorted(trainings, key=lambda training: training.seed)])
+
+
+def with_training(trainings: list[Training], new: Training) -> list[Training]:
+    """The trainings, with a new one in the place of the same command's on the same seed. Commands keep the order they came in."""
+    order = list(dict.fromkeys(training.command for training in [*trainings, new]))
+    others = [training for training in trainings if (training.command, training.seed) != (new.command, new.seed)]
+    return sorted([*others, new], key=lambda training: (order.index(training.command), training.seed))
+
+
+# Tables
+
+
+def over_seeds(trainings: list[Training], of: Callable[[Training], float | None], digits: int) -> str:
+    """The mean over trainings, and ± their standard deviation where there are several; a dash where one has no figure."""
+    values = [of(training) for training in trainings]
+    known = [value for value in values if value is not None]
+    if len(known) < len(values):
+        return "–"
+    spread = f" ± {stdev(known):.{digits}f}" if len(known) > 1 else ""
+    return f"{mean(known):.{digits}f}{spread}"
+
+
+def minutes(training: Training) -> float:
+    return sum(training.seconds.values()) / 60
+
+
+def by_command(trainings: list[Training]) -> dict[str, list[Training]]:
+    found: dict[str, list[Training]] = {}
+    for training in trainings:
+        found.setdefault(training.command, []).append(training)
+    return found
+
+
+def summary(trainings: list[Training]) -> list[list[str]]:
+    """One row a command: Fréchet distances, and the gap closed."""
+    rows = [["preset", "reconstructions", "N(0, I)", "learned", "tuned", "gap closed", "tuned", "minutes", "seeds"]]
+    for command, some in by_command(trainings).items():
+        cells = [
+            over_seeds(some, lambda one, row=row: one.figure(row, "fd"), 2)
+            for row in ("reconstruction", "standard", "learned", "tuned")
+        ]
+        cells += [over_seeds(some, lambda one: one.gap_closed, 3), over_seeds(some, lambda one: one.gap_closed_tuned, 3)]
+        rows.append([f"`{command}`", *cells, f"{mean(map(minutes, some)):.0f}", str(len(some))])
+    return rows
+
+
+def quality(trainings: list[Training]) -> list[list[str]]:
+    """One row a command: precision, recall, coverage and labels read."""
+    rows = [["preset", "precision", "recall", "coverage", "labels read", "tuned: precision", "recall", "coverage", "labels read"]]
+    for command, some in by_command(trainings).items():
+        pairs = [(row, name) for row in ("learned", "tuned") for name in FIGURES[1:]]
+        cells = [over_seeds(some, lambda one, row=row, name=name: one.figure(row, name), 2) for row, name in pairs]
+        rows.append([f"`{command}`", *cells])
+    return rows
+
+
+def trainings_apart(trainings: list[Training]) -> list[list[str]]:
+    """One row a training: what varies with the seed, and what it was made with."""
+    rows = [
+        [
+            "preset",
+            "seed",
+            "learned",
+            "tuned",
+            "drawn with",
+            "gap closed",
+            "tuned",
+            "seconds: stage 1, stage 2, comparison",
+            "commit",
+            "on",
+        ]
+    ]
+    for one in trainings:
+        distances = [over_seeds([one], lambda one, row=row: one.figure(row, "fd"), 2) for row in ("learned", "tuned")]
+        closed = [over_seeds([one], lambda one: one.gap_closed, 3), over_seeds([one], lambda one: one.gap_closed_tuned, 3)]
+        seconds = ", ".join(f"{value:.0f}" for value in one.seconds.values())
+        rows.append([f"`{one.command}`", str(one.seed), *distances, one.sampling, *closed, seconds, one.commit, one.hardware])
+    return rows
+
+
+TABLES: dict[str, Callable[[list[Training]], list[list[str]]]] = {
+    "summary": summary,
+    "quality": quality,
+    "trainings": trainings_apart,
+}
+
+
+def markdown(rows: list[list[str]]) -> str:
+    heading, *others = rows
+    lines = [heading, ["---"] * len(heading), *others]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+MARKED = re.compile(r"<!-- table (\w+) -->\n.*?<!-- end -->", re.DOTALL)
+
+
+def written(text: str, trainings: list[Training]) -> str:
+    """A document with its tables made anew. Raises UserError for a table that there is not."""
+
+    def anew(found: re.Match[str]) -> str:
+        name = found.group(1)
+        if name not in TABLES:
+            raise UserError(f"there is no table {name!r}; there are: {', '.join(TABLES)}")
+        return f"<!-- table {name} -->\n{markdown(TABLES[name](trainings))}\n<!-- end -->"
+
+    return MARKED.sub(anew, text)

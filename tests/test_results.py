@@ -1,0 +1,133 @@
+"""docs/results.json, and the tables that README and docs make of it."""
+
+import dataclasses
+import json
+import sys
+
+import pytest
+
+from pipelines import reproduce
+from pipelines.console import UserError
+from pipelines.pages.results import TABLES, Training, markdown, read_results, summary, with_training, write_results, written
+from tests.parts import compared, fewer_ways_to_draw, small_splits
+
+TRAINING = Training(
+    command="mnist5k",
+    seed=0,
+    gap_closed=0.5,
+    gap_closed_tuned=0.75,
+    sampling="guidance 1",
+    rows={
+        "reconstruction": {"fd": 1.0},
+        "standard": {"fd": 11.0},
+        "learned": {"fd": 6.0, "precision": 0.5, "recall": 0.6, "coverage": 0.7},
+        "tuned": {"fd": 3.5, "precision": 0.8, "recall": 0.6, "coverage": 0.7},
+    },
+    images=100,
+    seconds={"stage1": 90.0, "stage2": 60.0, "comparison": 30.0},
+    commit="abc",
+    hardware="a CPU, 2 threads",
+)
+
+
+@pytest.mark.parametrize("document", reproduce.DOCUMENTS, ids=lambda path: path.name)
+def test_the_tables_of_readme_and_docs_are_those_of_the_results(document):
+    text, trainings = document.read_text(), read_results(reproduce.RESULTS)
+    assert trainings and "<!-- table " in text
+    assert written(text, trainings) == text, "make the tables anew: python -m pipelines.reproduce --tables"
+
+
+def test_what_is_published_is_what_stands_in_the_results():
+    found = {(training.command, training.seed) for training in read_results(reproduce.RESULTS)}
+    assert found == {(command, seed) for command, seeds in reproduce.PUBLISHED.items() for seed in seeds}
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_a_table_follows_every_figure_it_shows(name):
+    """No figure is typed in by hand: the text changes with the results."""
+    text = f"before\n<!-- table {name} -->\nold\n<!-- end -->\nafter"
+    first = written(text, [TRAINING])
+    assert first.startswith("before\n") and first.endswith("\nafter") and "old" not in first
+    assert written(first, [TRAINING]) == first
+    learned = {"fd": 7.0, "precision": 0.1, "recall": 0.6, "coverage": 0.7}
+    other = dataclasses.replace(TRAINING, rows=TRAINING.rows | {"learned": learned})
+    assert written(first, [other]) != first
+
+
+def test_figures_of_several_seeds_are_a_mean_and_a_standard_deviation():
+    other = dataclasses.replace(TRAINING, seed=1, gap_closed=0.7, rows=TRAINING.rows | {"learned": {"fd": 8.0}})
+    heading, cells = summary([TRAINING, other])
+    row = dict(zip(heading, cells))
+    assert row["learned"] == "7.00 ± 1.41" and row["gap closed"] == "0.600 ± 0.141"
+    assert row["minutes"] == "3" and row["seeds"] == "2"
+
+
+def test_a_row_that_one_seed_lacks_has_a_dash_and_a_tuned_one_is_the_learned_where_nothing_was_better():
+    as_fitted = {name: row for name, row in TRAINING.rows.items() if name != "tuned"}
+    bare = dataclasses.replace(TRAINING, rows=as_fitted)
+    assert bare.figure("tuned", "fd") == 6.0
+    nothing = dataclasses.replace(TRAINING, seed=1, rows={})
+    assert "–" in markdown(summary([TRAINING, nothing]))
+
+
+def test_a_training_made_again_replaces_its_figures_in_place(tmp_path):
+    first, second = TRAINING, dataclasses.replace(TRAINING, command="mnist")
+    both = with_training([first], second)
+    again = dataclasses.replace(first, gap_closed=0.9)
+    found = with_training(both, again)
+    assert found == [again, second]
+    write_results(tmp_path / "results.json", found)
+    assert read_results(tmp_path / "results.json") == found
+
+
+@pytest.mark.parametrize("content", ["{", "[1]", '[{"command": 3}]', "null"])
+def test_a_damaged_file_of_results_is_refused(tmp_path, content):
+    path = tmp_path / "results.json"
+    path.write_text(content)
+    with pytest.raises(UserError, match="results.json"):
+        read_results(path)
+
+
+def test_an_unknown_table_is_refused():
+    with pytest.raises(UserError, match="no table 'other'"):
+        written("<!-- table other -->\n<!-- end -->", [])
+
+
+def test_a_finished_run_becomes_a_row(run, monkeypatch, tmp_path, small_data):
+    """The figures are the comparison's own; the seconds are those of the phases and of the comparison."""
+    fewer_ways_to_draw(monkeypatch)
+    comparison = compared(run, small_splits((1, 28, 28), 4))
+    monkeypatch.setattr(reproduce, "RESULTS", tmp_path / "results.json")
+    monkeypatch.setattr(reproduce, "DOCUMENTS", (tmp_path / "README.md",))
+    (tmp_path / "README.md").write_text("<!-- table summary -->\n<!-- end -->\n")
+    monkeypatch.chdir(tmp_path)
+    asked = []
+
+    def trained(command):
+        asked.append(command)
+        folder = tmp_path / command[command.index("--run") + 1]
+        folder.parent.mkdir(parents=True)
+        folder.symlink_to(run.folder)
+        return type("Ended", (), {"returncode": 0})
+
+    real = reproduce.subprocess.run
+    monkeypatch.setattr(
+        reproduce.subprocess, "run", lambda command, **how: trained(command) if command[0] == sys.executable else real(command, **how)
+    )
+    reproduce.main(["mnist5k --stage2.steps 4", "--seeds", "3", "--data", "somewhere"])
+    assert asked[0][2:7] == ["pipelines.train_all", "mnist5k", "--stage2.steps", "4", "--seed"]
+    assert asked[0][-2:] == ["--data.root", "somewhere"]
+    (training,) = read_results(tmp_path / "results.json")
+    assert training.command == "mnist5k --stage2.steps 4" and training.seed == 3
+    assert training.figure("learned", "fd") == comparison.priors["learned"].fd
+    assert training.gap_closed == comparison.gap_closed
+    assert [*training.seconds] == ["stage1", "stage2", "comparison"] and min(training.seconds.values()) > 0
+    assert json.loads((tmp_path / "results.json").read_text())[0]["hardware"].endswith("threads")
+    assert "`mnist5k --stage2.steps 4`" in (tmp_path / "README.md").read_text()
+
+
+def test_a_training_that_fails_ends_it_in_a_sentence(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(reproduce.subprocess, "run", lambda command, **how: type("Ended", (), {"returncode": 2}))
+    with pytest.raises(UserError, match="'mnist5k' on seed 0 ended with exit code 2"):
+        reproduce.main(["mnist5k"])
