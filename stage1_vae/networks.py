@@ -8,6 +8,7 @@ has as many numbers as positions times the bottleneck's channels.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Protocol
 
@@ -28,8 +29,9 @@ class Network(Protocol):
 class Convolutional:
     """Residual convolutional encoder and decoder, after VQ-VAE (van den Oord et al. 2017, section 4.1).
 
-    Where we deviate: a normalization before each residual block, SiLU in place of ReLU, and residual blocks on every grid, not on
-    the latent grid alone.
+    Where we deviate: a normalization in each residual block, SiLU in place of ReLU, and residual blocks on every grid, not on
+    the latent grid alone. The encoder normalizes every position by itself, so that it stays local. The decoder normalizes groups
+    of channels over the whole grid (Wu and He 2018), as the autoencoder of latent diffusion does (Rombach et al. 2022).
     """
 
     width: Annotated[int, Interval(ge=2, le=65_536)] = 64
@@ -91,11 +93,11 @@ class Convolutional:
             layers += [nn.Unflatten(1, (self.width, height, width))]
             latent_channels = self.width
         layers += [nn.Conv2d(latent_channels, self.width, 3, padding=1)]
-        layers += [ResidualBlock(self.width) for _ in range(self.blocks)] + [nn.SiLU()]
+        layers += [ResidualBlock(self.width, group_norm) for _ in range(self.blocks)] + [nn.SiLU()]
         channels, *finer = reversed(self.widths())
         for width in finer:
             layers += [nn.ConvTranspose2d(channels, width, 4, stride=2, padding=1)]
-            layers += [ResidualBlock(width) for _ in range(self.finer_blocks)] + [nn.SiLU()]
+            layers += [ResidualBlock(width, group_norm) for _ in range(self.finer_blocks)] + [nn.SiLU()]
             channels = width
         layers += [nn.ConvTranspose2d(channels, outputs, 4, stride=2, padding=1)]
         return nn.Sequential(*layers)
@@ -117,13 +119,18 @@ class ChannelNorm(nn.Module):
         return self.norm(x.movedim(1, -1)).movedim(-1, 1)
 
 
+def group_norm(channels: int) -> nn.GroupNorm:
+    """Of 8 groups, or of fewer where they do not divide the channels."""
+    return nn.GroupNorm(math.gcd(8, channels), channels)
+
+
 class ResidualBlock(nn.Module):
     """x + conv1×1(SiLU(conv3×3(SiLU(norm(x)))))."""
 
-    def __init__(self, channels: int):
+    def __init__(self, channels: int, norm: Callable[[int], nn.Module] = ChannelNorm):
         super().__init__()
         self.layers = nn.Sequential(
-            ChannelNorm(channels),
+            norm(channels),
             nn.SiLU(),
             nn.Conv2d(channels, channels, 3, padding=1),
             nn.SiLU(),
