@@ -44,7 +44,7 @@ class Arguments:
     seeds: tuple[int, ...] | None = None
     """of each; those that README and docs report where none are given"""
     data: Path | None = None
-    """where the images lie or are downloaded to: the --data.root of each training; its own where not given"""
+    """where the images lie or are downloaded to: the --data.root of each training that has one"""
     tables: bool = False
     """train nothing: only make the tables anew from docs/results.json"""
 
@@ -65,10 +65,15 @@ def main(arguments: list[str] | None = None) -> None:
 def reproduce(command: str, seed: int, data: Path | None) -> None:
     """Train what is not trained yet, and put its figures into docs/results.json. Raises UserError where the training fails."""
     from pipelines.pages.results import read_results, with_training, write_results
+    from pipelines.runs.recipes import preset
 
+    words = shlex.split(command)
+    if not words:
+        raise UserError("an empty command names no preset")
     folder = Path("checkpoints") / "reproduce" / f"{re.sub('[^a-z0-9]+', '-', command.lower())}-seed-{seed}"
-    where = [] if data is None else ["--data.root", str(data)]
-    train = [*shlex.split(command), "--seed", str(seed), "--run", str(folder), *where]
+    has_folder = hasattr(preset(words[0]).data, "root")  # mnist5k's images come with a package
+    where = ["--data.root", str(data)] if has_folder and data is not None else []
+    train = [*words, "--seed", str(seed), "--run", str(folder), *where]
     say(f"python -m pipelines.train_all {shlex.join(train)}")
     code = subprocess.run([sys.executable, "-m", "pipelines.train_all", *train]).returncode
     if code:

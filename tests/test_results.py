@@ -112,18 +112,20 @@ def test_a_finished_run_becomes_a_row(run, monkeypatch, tmp_path, small_data):
 
     real = reproduce.subprocess.run
     monkeypatch.setattr(
-        reproduce.subprocess, "run", lambda command, **how: trained(command) if command[0] == sys.executable else real(command, **how)
+        reproduce.subprocess,
+        "run",
+        lambda command, **how: trained(command) if command[0] == sys.executable else real(command, **how),
     )
-    reproduce.main(["mnist5k --stage2.steps 4", "--seeds", "3", "--data", "somewhere"])
-    assert asked[0][2:7] == ["pipelines.train_all", "mnist5k", "--stage2.steps", "4", "--seed"]
+    reproduce.main(["mnist --stage2.steps 4", "--seeds", "3", "--data", "somewhere"])
+    assert asked[0][2:7] == ["pipelines.train_all", "mnist", "--stage2.steps", "4", "--seed"]
     assert asked[0][-2:] == ["--data.root", "somewhere"]
     (training,) = read_results(tmp_path / "results.json")
-    assert training.command == "mnist5k --stage2.steps 4" and training.seed == 3
+    assert training.command == "mnist --stage2.steps 4" and training.seed == 3
     assert training.figure("learned", "fd") == comparison.priors["learned"].fd
     assert training.gap_closed == comparison.gap_closed
     assert [*training.seconds] == ["stage1", "stage2", "comparison"] and min(training.seconds.values()) > 0
     assert json.loads((tmp_path / "results.json").read_text())[0]["hardware"].endswith("threads")
-    assert "`mnist5k --stage2.steps 4`" in (tmp_path / "README.md").read_text()
+    assert "`mnist --stage2.steps 4`" in (tmp_path / "README.md").read_text()
 
 
 def test_a_training_that_fails_ends_it_in_a_sentence(tmp_path, monkeypatch):
@@ -131,3 +133,5 @@ def test_a_training_that_fails_ends_it_in_a_sentence(tmp_path, monkeypatch):
     monkeypatch.setattr(reproduce.subprocess, "run", lambda command, **how: type("Ended", (), {"returncode": 2}))
     with pytest.raises(UserError, match="'mnist5k' on seed 0 ended with exit code 2"):
         reproduce.main(["mnist5k"])
+    with pytest.raises(UserError, match="no preset 'mnits'"):
+        reproduce.main(["mnits"])
