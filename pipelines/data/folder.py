@@ -3,6 +3,7 @@
 import json
 import os
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,9 +13,9 @@ from pipelines.console import NotThere, UserError, say
 from pipelines.data.captions import usable_text
 from pipelines.data.decoding import IMAGE_ENDINGS
 from pipelines.data.images import ImageSet, Splits
-from pipelines.data.layout import label_of, labels_in, listed, parts_of, some
+from pipelines.data.layout import images_under, label_of, labels_in, listed, parts_of, some
 from pipelines.data.own import FEWEST_IMAGES, OwnImages
-from pipelines.data.reading import FolderFiles, Stored
+from pipelines.data.reading import FolderFiles, Stored, printable
 
 
 @dataclass(frozen=True)
@@ -87,3 +88,29 @@ def read_captions(folder: Path, names: list[str], root: Path) -> list[str] | Non
         count = f"{len(without)} of {len(names)} images"
         raise UserError(f"{count} under {folder} have no caption in {file}: {some(without, 5)}")
     return [caption for caption in known if caption is not None]
+
+
+def images_at(paths: Sequence[str], image_shape: tuple[int, int, int]) -> tuple[list[str], ImageSet]:
+    """Pictures by their paths, and all under the folders among these, resized to C H W; with their names.
+
+    What cannot be read is named and left out. Raises UserError where a path is not there, or nothing is left.
+    """
+    names = []
+    for path in paths:
+        if os.path.isdir(path):
+            names += [os.path.join(path, name) for name in images_under(Path(path))]
+        elif os.path.exists(path):
+            names.append(path)
+        else:
+            raise UserError(f"there is no picture and no folder {printable(path)}")
+    channels, size, _ = image_shape
+    if not names:
+        raise UserError(f"no pictures under {some([*paths])}; those that are read end in {', '.join(sorted(IMAGE_ENDINGS))}")
+    images, unreadable, _ = Stored(FolderFiles(Path(), names), channels, size).read_all("reading images", keep=True)
+    assert images is not None
+    for number, reason in unreadable.items():
+        say(f"left out: {printable(names[number])} cannot be read ({reason})")
+    kept = [number for number in range(len(names)) if number not in unreadable]
+    if not kept:
+        raise UserError(f"none of {len(names)} pictures can be read")
+    return [printable(names[number]) for number in kept], ImageSet(images[kept])

@@ -1,6 +1,6 @@
 """docs/results.json: the figures of whole trainings, and the tables of README and docs that are made of them.
 
-A training is what `python -m pipelines.train_all COMMAND --seed S` leaves. COMMAND is a preset, with overrides where there are any.
+A training is what `python -m pipelines.train_all COMMAND --seed S` leaves. COMMAND is a preset, perhaps with overrides.
 A table stands in a document between `<!-- table NAME -->` and `<!-- end -->`; `written` puts it there anew.
 """
 

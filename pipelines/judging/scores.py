@@ -1,0 +1,144 @@
+"""How unusual an image is under a model: its bits under both stages, and where on the latent grid they lie.
+
+N images, h×w latent grid.
+
+    bits of z           log₂ q(z|x) - log₂ p(z), one draw z ~ q(z|x); for codes -log₂ p(codes)
+    bits of x given z   -log₂ p(x|z)
+
+Their sum is a bound on -log₂ p(x). Alone it misleads: simple images have few bits under a model of others (Nalisnick et al.
+2019a). So an image is unusual where the two numbers lie far from those of held-out images, in either direction: by their
+Mahalanobis distance. That is a test of typicality with two statistics (after Nalisnick et al. 2019b, "Detecting
+Out-of-Distribution Inputs to Deep Generative Models Using Typicality").
+"""
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from pipelines import processes
+from pipelines.console import UserError
+from pipelines.data.images import ImageSet
+from pipelines.runs.parts import load_autoencoder, load_prior, specs_of
+from pipelines.runs.run import Run
+from pipelines.training.fit import in_order, seed_of
+from stage1_vae.autoencoder import Autoencoder
+from stage2_prior.autoregressive import LearnedPrior
+from stage2_prior.heads import gaussian_log_prob
+
+BATCH = 250
+BIT = math.log(2)  # nats
+
+
+@dataclass(frozen=True)
+class Scores:
+    bits_of_z: Tensor
+    """N"""
+    bits_of_x: Tensor
+    """given z, N"""
+    maps: list[Tensor]
+    """for each level, the bits of z at each position, N h w"""
+
+    @property
+    def bits(self) -> Tensor:
+        """The bound on -log₂ p(x), N."""
+        return self.bits_of_z + self.bits_of_x
+
+    def __len__(self) -> int:
+        return len(self.bits_of_z)
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """A trained model that images are scored under."""
+
+    run: Run
+    autoencoder: Autoencoder
+    prior: LearnedPrior
+
+    @classmethod
+    def of(cls, run: Run) -> "Scorer":
+        """Raises UserError where a run has no density over images."""
+        autoencoder = load_autoencoder(run)
+        if not run.learned:
+            raise UserError(f"{run.folder} has no learned prior (stage2.steps 0), by which images are scored")
+        if not autoencoder.bottleneck.has_density:
+            raise UserError(f"{run.folder} has a deterministic encoder: there is no density q(z|x), so no bits of z")
+        return cls(run, autoencoder, load_prior(run, specs_of(autoencoder)))
+
+    @torch.inference_mode()
+    def __call__(self, images: ImageSet, label: str = "scoring") -> Scores:
+        """Of images as the model takes them. A prior that is told labels or captions is told nothing."""
+
+        def scored(rows: Tensor) -> Scores:
+            torch.manual_seed(seed_of(0, int(rows[0])))
+            (batch,) = in_order(images, rows, BATCH)
+            return self.of_batch(self.run.fabric.to_device(batch))
+
+        parts = processes.in_batches(scored, torch.arange(len(images)), BATCH, label)
+        return Scores(
+            torch.cat([part.bits_of_z for part in parts]),
+            torch.cat([part.bits_of_x for part in parts]),
+            [torch.cat(maps) for maps in zip(*(part.maps for part in parts))],
+        )
+
+    def of_batch(self, images: Tensor) -> Scores:
+        """images uint8 B C H W, on the model's device; the scores are on the CPU."""
+        posteriors = self.autoencoder.encode(images)
+        levels = self.autoencoder.sample(posteriors)
+        maps = []
+        for index, (own, posterior) in enumerate(zip(self.prior.levels, posteriors, strict=True)):
+            nothing = None if own.condition is None else own.condition.nothing(len(images))
+            nats = -own.log_prob_by_position(levels[: index + 1], nothing)
+            if "mean" in posterior:
+                nats = nats + gaussian_log_prob(levels[index], posterior["mean"], posterior["std"].log()).sum(1)
+            maps.append((nats / BIT).cpu())
+        likelihood = self.autoencoder.likelihood
+        of_x = -likelihood(self.autoencoder.outputs(levels)).log_prob(likelihood.scale(images)) / BIT
+        return Scores(torch.stack([bits.flatten(1).sum(1) for bits in maps]).sum(0), of_x.cpu(), maps)
+
+
+@dataclass(frozen=True)
+class Usual:
+    """What scores of held-out images are like."""
+
+    mean: Tensor
+    """of the bits of z and of x, 2"""
+    precision: Tensor
+    """the inverse of their covariance, 2 2"""
+    distances: Tensor
+    """of the held-out images, sorted, N"""
+    maps: list[tuple[Tensor, Tensor]]
+    """for each level, mean and standard deviation of the bits at each position, h w each"""
+
+    @classmethod
+    def of(cls, held_out: Scores) -> "Usual":
+        """Raises UserError where there are too few held-out images to tell."""
+        if len(held_out) < 10:
+            raise UserError(f"{len(held_out)} held-out images are too few to say what is usual; at least 10 are needed")
+        both = torch.stack([held_out.bits_of_z, held_out.bits_of_x], 1).double()
+        mean, precision = both.mean(0), torch.linalg.pinv(both.T.cov(), hermitian=True)
+        maps = [(bits.mean(0), bits.std(0).clamp(min=1e-3)) for bits in held_out.maps]
+        usual = cls(mean, precision, both, maps)
+        return replace(usual, distances=usual.distance(held_out).sort().values)
+
+    def distance(self, scores: Scores) -> Tensor:
+        """The squared Mahalanobis distance of the two numbers of bits from those of held-out images, N."""
+        away = torch.stack([scores.bits_of_z, scores.bits_of_x], 1).double() - self.mean
+        return ((away @ self.precision) * away).sum(1)
+
+    def excess(self, scores: Scores) -> list[Tensor]:
+        """For each level, how many standard deviations the bits of z at each position lie above held-out images', N h w."""
+        return [(bits - mean) / std for bits, (mean, std) in zip(scores.maps, self.maps, strict=True)]
+
+    def more_usual(self, scores: Scores) -> Tensor:
+        """The share of held-out images that are more usual than each image, N; 1 where all are."""
+        return torch.searchsorted(self.distances, self.distance(scores)).double() / len(self.distances)
+
+
+def auroc(usual: Tensor, unusual: Tensor) -> float:
+    """The share of pairs in which the unusual one has the higher score, ties counting half; N and M scores."""
+    ordered = usual.sort().values
+    below = torch.searchsorted(ordered, unusual) + torch.searchsorted(ordered, unusual, right=True)
+    return float(below.double().mean() / (2 * len(ordered)))

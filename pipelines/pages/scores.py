@@ -1,0 +1,78 @@
+"""Scores of images as a table and a page, the most unusual first."""
+
+import base64
+import csv
+import io
+from dataclasses import dataclass
+from pathlib import Path
+
+import jinja2
+import matplotlib
+import torch
+from torch import Tensor
+
+from pipelines.data.images import ImageSet
+from pipelines.files import write_file
+from pipelines.judging.scores import Scorer, Scores, Usual
+from pipelines.runs.pictures import tiled
+
+BRIGHTEST = 6.0  # standard deviations above held-out images'
+
+
+@dataclass(frozen=True)
+class Card:
+    name: str
+    pictures: list[str]
+    """data URIs: the image, its reconstruction, and where its bits lie on each level, finest last"""
+    figures: str
+
+
+def write_scores(
+    path: Path, run: str, scorer: Scorer, images: ImageSet, names: list[str], scores: Scores, usual: Usual, shown: int
+) -> None:
+    """A row for each image in `path`, a CSV file, and the first `shown` on a page beside it; the most unusual first."""
+    order = usual.distance(scores).argsort(descending=True, stable=True)
+    more_usual = usual.more_usual(scores)
+    buffer = io.StringIO()
+    writer = csv.writer(buffer)
+    writer.writerow(["image", "bits", "bits_of_z", "bits_of_x_given_z", "held_out_more_usual"])
+    for number in order.tolist():
+        figures = (scores.bits[number], scores.bits_of_z[number], scores.bits_of_x[number])
+        writer.writerow([names[number], *(f"{float(figure):.2f}" for figure in figures), f"{float(more_usual[number]):.4f}"])
+    write_file(path, buffer.getvalue().encode())
+    first = order[:shown]
+    cards = cards_of(scorer, images, [names[number] for number in first.tolist()], scores, usual, first)
+    template = jinja2.Environment(loader=jinja2.PackageLoader("pipelines.pages", "."), autoescape=True).get_template(
+        "scores.html"
+    )
+    page = template.render(run=run, cards=cards, count=len(scores), brightest=BRIGHTEST, table=path.name)
+    write_file(path.with_suffix(".html"), page.encode())
+
+
+@torch.inference_mode()
+def cards_of(scorer: Scorer, images: ImageSet, names: list[str], scores: Scores, usual: Usual, numbers: Tensor) -> list[Card]:
+    (some,) = images[numbers]
+    posteriors = scorer.autoencoder.encode(scorer.run.fabric.to_device(some))
+    again = scorer.autoencoder.render(scorer.autoencoder.mean(posteriors)).cpu()
+    size = (some.shape[-2], some.shape[-1])
+    maps = [heat(level[numbers], size) for level in usual.excess(scores)]
+    more_usual = usual.more_usual(scores)[numbers]
+    cards = []
+    for place, number in enumerate(numbers.tolist()):
+        share = f"{float(100 * more_usual[place]):.0f} % of held-out images are more usual"
+        bits = f"{float(scores.bits_of_z[number]):.0f} bits of z, {float(scores.bits_of_x[number]):.0f} of x given z"
+        pictures = [uri(some[place]), uri(again[place]), *(uri(level[place]) for level in maps)]
+        cards.append(Card(names[place], pictures, f"{share}; {bits}"))
+    return cards
+
+
+def heat(excess: Tensor, size: tuple[int, int]) -> Tensor:
+    """Standard deviations N h w as colours, uint8 N 3 H W: dark at 0 and below, bright from BRIGHTEST up."""
+    large = torch.nn.functional.interpolate(excess[:, None].float(), size, mode="nearest").squeeze(1)
+    colours = matplotlib.colormaps["magma"]((large / BRIGHTEST).clamp(0, 1).numpy(), bytes=True)
+    return torch.from_numpy(colours[..., :3].copy()).movedim(-1, 1)
+
+
+def uri(image: Tensor) -> str:
+    """uint8 C H W as a PNG."""
+    return "data:image/png;base64," + base64.b64encode(tiled(image[None], 1)).decode()

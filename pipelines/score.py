@@ -1,0 +1,68 @@
+"""python -m pipelines.score RUN IMAGES …: how unusual images are under a trained model, and where in them."""
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from pipelines.console import UserError, check_least, first_process, run_command, say
+from pipelines.runs.names import Device
+
+Split = Literal["train", "validation", "test"]
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Score images by their bits under a trained model. Writes a table, and a page with the most unusual images first."""
+
+    run: tyro.conf.Positional[str]
+    """a run's name under checkpoints/, or its path"""
+    images: tyro.conf.Positional[Annotated[tuple[str, ...], tyro.conf.arg(metavar="IMAGE|FOLDER …")]] = ()
+    """pictures, and folders of pictures; images of the run's own data where none are named"""
+    split: Split = "test"
+    """which of the run's own images are scored, where none are named"""
+    shown: int = 32
+    """images on the page"""
+    out: Path = Path("scores.csv")
+    """file of the table; the page lies beside it, as .html"""
+    device: Device = "auto"
+    """the device to run on; auto takes the fastest that is there"""
+
+
+def main(arguments: list[str] | None = None) -> None:
+    asked = tyro.cli(Arguments, prog="python -m pipelines.score", args=arguments, console_outputs=first_process())
+    check_least(asked, shown=1)
+    if asked.out.suffix != ".csv":
+        raise UserError(f"--out is the file of a table, such as scores.csv, not {asked.out}")
+    score(asked)
+
+
+def score(asked: Arguments) -> None:
+    # Slow to import, and --help needs none of it.
+    from pipelines.data.folder import images_at
+    from pipelines.judging.scores import Scorer, Usual
+    from pipelines.pages.scores import write_scores
+    from pipelines.runs.dataset import load_data
+    from pipelines.runs.run import Run
+
+    started = time.monotonic()
+    run = Run.open(asked.run, asked.device)
+    scorer = Scorer.of(run)
+    splits = load_data(run)
+    usual = Usual.of(scorer(splits.test, "scoring held-out images"))
+    if asked.images:
+        names, images = images_at(asked.images, splits.image_shape)
+    else:
+        images = getattr(splits, asked.split)
+        names = [f"{asked.split} {number}" for number in range(len(images))]
+    scores = scorer(images)
+    write_scores(asked.out, run.name, scorer, images, names, scores, usual, asked.shown)
+    unusual = int((usual.more_usual(scores) > 0.99).sum())
+    say(f"{unusual} of {len(scores)} images are more unusual than 99 % of held-out ones")
+    say(f"table: {asked.out}; look at {asked.out.with_suffix('.html')}; {time.monotonic() - started:.0f} seconds")
+
+
+if __name__ == "__main__":
+    run_command(main)

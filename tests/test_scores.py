@@ -1,0 +1,140 @@
+"""Scores of images: what they are made of, and that unusual images come first."""
+
+import csv
+import math
+
+import pytest
+import torch
+from PIL import Image
+
+from pipelines import score
+from pipelines.console import UserError
+from pipelines.judging.scores import Scorer, Scores, Usual, auroc
+from stage1_vae.bottlenecks import Deterministic
+from stage2_prior.heads import gaussian_log_prob
+from tests.parts import small_splits, trained_run
+
+SPLITS = small_splits((1, 28, 28), 4)
+
+
+def of(bits_of_z, bits_of_x) -> Scores:
+    bits_of_z, bits_of_x = torch.tensor(bits_of_z), torch.tensor(bits_of_x)
+    return Scores(bits_of_z, bits_of_x, [bits_of_z[:, None, None]])
+
+
+def around(count: int = 200, seed: int = 0) -> Scores:
+    noise = torch.randn(2, count, generator=torch.Generator().manual_seed(seed))
+    return of((100 + 5 * noise[0]).tolist(), (50 + noise[1] + 0.5 * noise[0]).tolist())
+
+
+def test_bits_are_those_of_both_stages_and_a_map_adds_up_to_the_bits_of_z(run):
+    scorer = Scorer.of(run)
+    images = SPLITS.test.subset(torch.arange(7))
+    found = scorer(images)
+    (batch,) = images[slice(7)]
+    with torch.inference_mode():
+        torch.manual_seed(0)
+        posteriors = scorer.autoencoder.encode(batch)
+    assert found.maps[0].shape == (7, *scorer.prior.levels[0].spec.grid)
+    assert torch.allclose(found.maps[0].flatten(1).sum(1), found.bits_of_z, atol=1e-3)
+    # The average over many draws of z is KL(q(z|x) ‖ p(z)) and the distortion, in bits.
+    many = [scorer.of_batch(batch) for _ in range(200)]
+    drawn = [scorer.autoencoder.sample(posteriors) for _ in range(200)]
+    nothing = scorer.prior.condition.nothing(7)
+    with torch.inference_mode():
+        rate = torch.stack(
+            [
+                gaussian_log_prob(z, posteriors[0]["mean"], posteriors[0]["std"].log()).flatten(1).sum(1)
+                - scorer.prior.log_prob([z], nothing)
+                for (z,) in drawn
+            ]
+        )
+        target = scorer.autoencoder.likelihood.scale(batch)
+        distortion = torch.stack([-scorer.autoencoder.decode(levels).log_prob(target) for levels in drawn])
+    for mine, theirs in (("bits_of_z", rate), ("bits_of_x", distortion)):
+        mean = torch.stack([getattr(one, mine) for one in many]).mean(0)
+        spread = theirs.std(0) / math.log(2) / 200**0.5
+        assert ((mean - theirs.mean(0) / math.log(2)).abs() < 6 * spread + 1e-3).all()
+
+
+def test_scores_are_the_same_when_images_are_scored_again(run):
+    scorer = Scorer.of(run)
+    assert torch.equal(scorer(SPLITS.test).bits, scorer(SPLITS.test).bits)
+
+
+def test_codes_have_maps_of_every_level(tmp_path):
+    run = trained_run(tmp_path, "mnist5k-vqvae2")
+    found = Scorer.of(run)(SPLITS.test.subset(torch.arange(3)))
+    assert [tuple(level.shape) for level in found.maps] == [(3, 7, 7), (3, 14, 14)]
+    assert torch.allclose(sum(level.flatten(1).sum(1) for level in found.maps), found.bits_of_z, atol=1e-2)
+    assert (found.maps[0] >= 0).all()  # a code has a probability
+
+
+def test_images_far_from_held_out_ones_in_either_direction_are_unusual():
+    usual = Usual.of(around())
+    more = usual.more_usual(of([100.0, 40.0, 160.0, 100.0], [50.0, 44.0, 56.0, 60.0]))
+    assert more[0] < 0.2 and (more[1:] == 1).all()
+    own = usual.more_usual(around(seed=1))
+    assert abs(float(own.mean()) - 0.5) < 0.1  # of images like the held-out ones, as many are less usual as more
+
+
+def test_bits_that_do_not_vary_and_too_few_images():
+    usual = Usual.of(of([5.0] * 20, [3.0] * 20))
+    assert usual.distance(of([5.0], [3.0])).isfinite().all()
+    with pytest.raises(UserError, match="3 held-out images are too few"):
+        Usual.of(around(3))
+
+
+def test_auroc_is_the_share_of_pairs():
+    usual, unusual = torch.tensor([1.0, 2.0, 3.0]), torch.tensor([2.0, 4.0])
+    pairs = (unusual[:, None] > usual).double() + 0.5 * (unusual[:, None] == usual)
+    assert auroc(usual, unusual) == pytest.approx(float(pairs.mean()))
+
+
+def test_the_table_begins_with_the_most_unusual_and_keeps_the_names_of_files(run, tmp_path, small_data, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "pictures"
+    (folder / "inner").mkdir(parents=True)
+    for number, image in enumerate(SPLITS.test.images[:3, 0].numpy()):
+        Image.fromarray(image).resize((40, 40)).save(folder / "inner" / f"usual-{number}.png")
+    noise = torch.randint(0, 256, (28, 28), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    Image.fromarray(noise.numpy()).save(folder / "noise.png")
+    (folder / "broken.png").write_bytes(b"no picture")
+    score.main([str(run.folder), str(folder), "--out", "found.csv"])
+    rows = list(csv.DictReader((tmp_path / "found.csv").open()))
+    assert [row["image"] for row in rows][0] == str(folder / "noise.png") and len(rows) == 4
+    assert float(rows[0]["held_out_more_usual"]) == 1
+    assert float(rows[0]["bits"]) == pytest.approx(float(rows[0]["bits_of_z"]) + float(rows[0]["bits_of_x_given_z"]), abs=0.02)
+    page = (tmp_path / "found.html").read_text()
+    assert page.count("<figure>") == 4 and page.index("noise.png") < page.index("usual-0.png")
+    assert "broken.png cannot be read" in capsys.readouterr().out
+
+
+def test_without_images_the_runs_own_are_scored(run, tmp_path, small_data, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    score.main([str(run.folder), "--shown", "2"])
+    assert len(list(csv.DictReader((tmp_path / "scores.csv").open()))) == len(SPLITS.test)
+    assert (tmp_path / "scores.html").read_text().count("<figure>") == 2
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["nowhere.png"], "no picture and no folder nowhere.png"),
+        (["empty"], "no pictures under empty"),
+        (["--out", "page.html"], "--out is the file of a table"),
+        (["--shown", "0"], "--shown is a number from 1 up"),
+    ],
+)
+def test_what_cannot_be_scored_is_refused_in_a_sentence(run, tmp_path, small_data, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match=message):
+        score.main([str(run.folder), *arguments])
+
+
+def test_a_run_without_a_density_is_refused(tmp_path):
+    with pytest.raises(UserError, match="deterministic encoder"):
+        Scorer.of(trained_run(tmp_path, "mnist5k", bottleneck=Deterministic(channels=2)))
+    with pytest.raises(UserError, match="no learned prior"):
+        Scorer.of(trained_run(tmp_path, "mnist5k-plain"))
