@@ -4,6 +4,7 @@
     mean-or-sample       decode the posterior's mean, or a sample?
     evidence             how can one z explain an image, and what does p(x) = ∫ p(x|z) p(z) dz cost to estimate?
     aggregate-posterior  is q(z) really N(0, I)?
+    unusual-images       does a likelihood tell which images are unusual?
 
 Each runs on a trained run (mnist5k, which is trained if it is not there), in minutes on 2 cores, and writes a plot, the
 numbers and what they say under RUN/studies/.
@@ -22,7 +23,7 @@ from pipelines.runs.names import DEFAULT_PRESET, Device
 if TYPE_CHECKING:  # slow to import, and --help needs none of it
     from pipelines.studies.trained import Findings, Trained
 
-Study = Literal["samples-per-image", "mean-or-sample", "evidence", "aggregate-posterior"]
+Study = Literal["samples-per-image", "mean-or-sample", "evidence", "aggregate-posterior", "unusual-images"]
 
 
 @dataclass(frozen=True)
@@ -42,12 +43,14 @@ def answered(study: Study, trained: "Trained") -> "Findings":
     from pipelines.studies.evidence import evidence
     from pipelines.studies.mean_or_sample import mean_or_sample
     from pipelines.studies.samples_per_image import samples_per_image
+    from pipelines.studies.unusual_images import unusual_images
 
     studies = {
         "samples-per-image": samples_per_image,
         "mean-or-sample": mean_or_sample,
         "evidence": evidence,
         "aggregate-posterior": aggregate_posterior,
+        "unusual-images": unusual_images,
     }
     return studies[study](trained)
 

@@ -12,7 +12,7 @@ from pipelines.console import UserError
 from pipelines.runs.dataset import write_facts
 from pipelines.runs.recipes import preset
 from pipelines.runs.run import Run
-from pipelines.studies import aggregate_posterior, evidence, samples_per_image
+from pipelines.studies import aggregate_posterior, evidence, samples_per_image, unusual_images
 from pipelines.studies.samples_per_image import gradients_of_draws
 from pipelines.studies.trained import Trained
 from pipelines.training.config import FitConfig
@@ -169,3 +169,17 @@ def test_without_a_learned_prior_studies_that_need_none_run(tmp_path, monkeypatc
     numbers(plain, name)
     with pytest.raises(UserError, match="no learned prior"):
         study.main(["evidence", "--run", str(plain.folder), "--device", "cpu"])
+
+
+def test_unusual_images(run, monkeypatch):
+    found = numbers(run, "unusual-images")
+    assert {"inverted", "uniformly grey", "patch of another"} <= found["auroc"].keys()
+    for told in found["auroc"].values():
+        assert {*told} == {"bits", "bits_of_z", "bits_of_x", "unusual"} and all(0 <= value <= 1 for value in told.values())
+    # Squares on a dark ground: what is inverted lies far from them in every way.
+    assert found["auroc"]["inverted"]["bits_of_x"] > 0.95 and found["auroc"]["inverted"]["unusual"] > 0.95
+
+
+def test_images_of_which_a_score_counts_more_as_usual_than_real_ones_are_named():
+    told = {"inverted": {"bits": 0.9}, "blurred": {"bits": 0.2}}
+    assert unusual_images.in_words("bits", told).endswith("Below 0.5, blurred images count as more usual than real ones.")
