@@ -12,7 +12,7 @@ FORBIDDEN = {
     "stage2_prior": {"stage1_vae", "pipelines", "tests"},
     "pipelines": {"tests"},
 }
-COMMANDS = {"train_all", "generate", "compare", "likelihood", "study", "benchmark", "export"}
+COMMANDS = {"train_all", "generate", "compare", "likelihood", "score", "study", "benchmark", "export", "reproduce"}
 LAYERS = [
     {"console"},
     {"processes"},

@@ -59,7 +59,7 @@ def test_figures_of_several_seeds_are_a_mean_and_a_standard_deviation():
     heading, cells = summary([TRAINING, other])
     row = dict(zip(heading, cells))
     assert row["learned"] == "7.00 ± 1.41" and row["gap closed"] == "0.600 ± 0.141"
-    assert row["minutes"] == "3" and row["seeds"] == "2"
+    assert row["seeds"] == "2"
 
 
 def test_a_row_that_one_seed_lacks_has_a_dash_and_a_tuned_one_is_the_learned_where_nothing_was_better():

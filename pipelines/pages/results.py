@@ -108,10 +108,6 @@ def over_seeds(trainings: list[Training], of: Callable[[Training], float | None]
     return f"{mean(known):.{digits}f}{spread}"
 
 
-def minutes(training: Training) -> float:
-    return sum(training.seconds.values()) / 60
-
-
 def by_command(trainings: list[Training]) -> dict[str, list[Training]]:
     found: dict[str, list[Training]] = {}
     for training in trainings:
@@ -121,14 +117,14 @@ def by_command(trainings: list[Training]) -> dict[str, list[Training]]:
 
 def summary(trainings: list[Training]) -> list[list[str]]:
     """One row a command: Fréchet distances, and the gap closed."""
-    rows = [["preset", "reconstructions", "N(0, I)", "learned", "tuned", "gap closed", "tuned", "minutes", "seeds"]]
+    rows = [["preset", "reconstructions", "N(0, I)", "learned", "tuned", "gap closed", "tuned", "seeds"]]
     for command, some in by_command(trainings).items():
         cells = [
             over_seeds(some, lambda one, row=row: one.figure(row, "fd"), 2)
             for row in ("reconstruction", "standard", "learned", "tuned")
         ]
         cells += [over_seeds(some, lambda one: one.gap_closed, 3), over_seeds(some, lambda one: one.gap_closed_tuned, 3)]
-        rows.append([f"`{command}`", *cells, f"{mean(map(minutes, some)):.0f}", str(len(some))])
+        rows.append([f"`{command}`", *cells, str(len(some))])
     return rows
 
 
