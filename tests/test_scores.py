@@ -10,7 +10,7 @@ from PIL import Image
 from pipelines import score
 from pipelines.console import UserError
 from pipelines.judging.scores import Scorer, Scores, Usual, auroc
-from stage1_vae.bottlenecks import Deterministic
+from stage1_vae.bottlenecks import GaussianBottleneck
 from stage2_prior.heads import gaussian_log_prob
 from tests.parts import small_splits, trained_run
 
@@ -133,8 +133,10 @@ def test_what_cannot_be_scored_is_refused_in_a_sentence(run, tmp_path, small_dat
         score.main([str(run.folder), *arguments])
 
 
-def test_a_run_without_a_density_is_refused(tmp_path):
+def test_a_run_without_a_density_is_refused(run, monkeypatch):
+    monkeypatch.setattr(GaussianBottleneck, "has_density", False)
     with pytest.raises(UserError, match="deterministic encoder"):
-        Scorer.of(trained_run(tmp_path, "mnist5k", bottleneck=Deterministic(channels=2)))
+        Scorer.of(run)
+    monkeypatch.setattr(type(run), "learned", False)
     with pytest.raises(UserError, match="no learned prior"):
-        Scorer.of(trained_run(tmp_path, "mnist5k-plain"))
+        Scorer.of(run)

@@ -59,13 +59,18 @@ class Scorer:
 
     @classmethod
     def of(cls, run: Run) -> "Scorer":
-        """Raises UserError where a run has no density over images."""
+        """Raises UserError where a run has no density over images, or no autoregressive prior."""
         autoencoder = load_autoencoder(run)
         if not run.learned:
             raise UserError(f"{run.folder} has no learned prior (stage2.steps 0), by which images are scored")
         if not autoencoder.bottleneck.has_density:
             raise UserError(f"{run.folder} has a deterministic encoder: there is no density q(z|x), so no bits of z")
-        return cls(run, autoencoder, load_prior(run, specs_of(autoencoder)))
+        prior = load_prior(run, specs_of(autoencoder))
+        if not isinstance(prior, LearnedPrior):
+            raise UserError(
+                f"the prior of {run.folder} is not autoregressive: it has no bits at each position, which a map shows"
+            )
+        return cls(run, autoencoder, prior)
 
     @torch.inference_mode()
     def __call__(self, images: ImageSet, label: str = "scoring") -> Scores:

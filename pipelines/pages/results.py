@@ -108,6 +108,10 @@ def over_seeds(trainings: list[Training], of: Callable[[Training], float | None]
     return f"{mean(known):.{digits}f}{spread}"
 
 
+def of_row(row: str, figure: str) -> Callable[[Training], float | None]:
+    return lambda training: training.figure(row, figure)
+
+
 def by_command(trainings: list[Training]) -> dict[str, list[Training]]:
     found: dict[str, list[Training]] = {}
     for training in trainings:
@@ -119,10 +123,7 @@ def summary(trainings: list[Training]) -> list[list[str]]:
     """One row a command: Fréchet distances, and the gap closed."""
     rows = [["preset", "reconstructions", "N(0, I)", "learned", "tuned", "gap closed", "tuned", "seeds"]]
     for command, some in by_command(trainings).items():
-        cells = [
-            over_seeds(some, lambda one, row=row: one.figure(row, "fd"), 2)
-            for row in ("reconstruction", "standard", "learned", "tuned")
-        ]
+        cells = [over_seeds(some, of_row(row, "fd"), 2) for row in ("reconstruction", "standard", "learned", "tuned")]
         cells += [over_seeds(some, lambda one: one.gap_closed, 3), over_seeds(some, lambda one: one.gap_closed_tuned, 3)]
         rows.append([f"`{command}`", *cells, str(len(some))])
     return rows
@@ -133,7 +134,7 @@ def quality(trainings: list[Training]) -> list[list[str]]:
     rows = [["preset", "precision", "recall", "coverage", "labels read", "tuned: precision", "recall", "coverage", "labels read"]]
     for command, some in by_command(trainings).items():
         pairs = [(row, name) for row in ("learned", "tuned") for name in FIGURES[1:]]
-        cells = [over_seeds(some, lambda one, row=row, name=name: one.figure(row, name), 2) for row, name in pairs]
+        cells = [over_seeds(some, of_row(row, name), 2) for row, name in pairs]
         rows.append([f"`{command}`", *cells])
     return rows
 
@@ -155,7 +156,7 @@ def trainings_apart(trainings: list[Training]) -> list[list[str]]:
         ]
     ]
     for one in trainings:
-        distances = [over_seeds([one], lambda one, row=row: one.figure(row, "fd"), 2) for row in ("learned", "tuned")]
+        distances = [over_seeds([one], of_row(row, "fd"), 2) for row in ("learned", "tuned")]
         closed = [over_seeds([one], lambda one: one.gap_closed, 3), over_seeds([one], lambda one: one.gap_closed_tuned, 3)]
         seconds = ", ".join(f"{value:.0f}" for value in one.seconds.values())
         rows.append([f"`{one.command}`", str(one.seed), *distances, one.sampling, *closed, seconds, one.commit, one.hardware])
