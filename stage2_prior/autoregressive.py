@@ -17,7 +17,7 @@ from annotated_types import Interval
 from torch import Tensor, nn
 
 from stage2_prior.conditions import CoarserLevel, ConditionConfig, Embedded, Unconditional
-from stage2_prior.heads import GaussianMixture, HeadConfig
+from stage2_prior.heads import CategoricalHead, GaussianMixture, HeadConfig
 from stage2_prior.latents import LatentDataset, LatentSpec
 from stage2_prior.pixelcnn import PixelCNNConfig
 from stage2_prior.pixelsnail import PixelSNAILConfig
@@ -70,6 +70,20 @@ class AutoregressivePrior(Prior):
         self.coarser = nn.ModuleList(CoarserLevel(spec, self.spec.grid, self.backbone.width) for spec in coarser)
         # Latents of pictures are not stationary; a learned map tells the backbone where on the grid it is.
         self.position = nn.Parameter(0.02 * torch.randn(1, self.backbone.width, *self.spec.grid))
+        if isinstance(config.backbone, TransformerConfig):
+            self.show_positions()
+
+    @torch.no_grad()
+    def show_positions(self) -> None:
+        """At first, make positions large beside what is embedded: a transformer knows of no grid but by them.
+
+        Embeddings of codes get the standard deviation of GPT-2 (Radford et al. 2018, section 4.1), which positions have already.
+        Continuous latents are embedded at a size of about 1 by any layer; there the positions grow.
+        """
+        if isinstance(self.head, CategoricalHead):
+            nn.init.normal_(self.head.embedding.weight, std=0.02)
+        else:
+            self.position.mul_(15)
 
     @property
     def levels(self) -> "list[AutoregressivePrior]":

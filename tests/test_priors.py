@@ -15,6 +15,7 @@ from stage2_prior.latents import LatentDataset, LatentSpec, draw
 from stage2_prior.pixelcnn import PixelCNNConfig
 from stage2_prior.prior import AggregatePosterior, GaussianMixturePrior
 from stage2_prior.sampling import AS_FITTED, CannotSample, Sampling, uniforms
+from stage2_prior.transformer import TransformerConfig
 from tests.parts import BACKBONES, HEADS, LEARNED, RIVALS, random_latents, random_prior, randomized, spec_for
 
 TINY = {"two-positions": LatentSpec((1, 1, 2)), "two-rows": LatentSpec((1, 2, 1)), "two-channels": LatentSpec((2, 1, 1))}
@@ -582,3 +583,11 @@ def test_the_noise_is_as_large_as_it_says():
     assert torch.allclose(added.flatten(1).std(1), noise.flatten(), rtol=0.05)
     changed = (codes.perturbed(torch.zeros(3, 50, 50, dtype=torch.int64), noise) != 0).double().flatten(1).mean(1)
     assert torch.allclose(changed, 0.8 * noise.flatten().double(), atol=0.03)  # a fifth of the random codes are the same
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_a_transformer_sees_positions_beside_what_is_embedded_from_the_start(head):
+    spec = spec_for(head, (8, 8))
+    prior = AutoregressiveConfig(TransformerConfig(width=64), HEADS[head]).build([spec])
+    values = torch.arange(5) if head == "categorical" else torch.randn(500, 2)
+    assert 0.2 < float(prior.position.std() / prior.head.embed(values).std()) < 5
