@@ -17,8 +17,8 @@ class Arguments:
 
     run: tyro.conf.Positional[str]
     """a run's name under checkpoints/, or its path"""
-    count: int = 64
-    """number of images"""
+    count: int | None = None
+    """number of images; 64 when not given, or one for each caption of --captions"""
     prior: PriorName = "learned"
     """what to draw z from: standard is N(0, I), or uniform codes; posterior is no generator: it reconstructs training images"""
     label: str | None = None
@@ -33,10 +33,14 @@ class Arguments:
     """drawn for each completion, to choose one by the density of the latents and pixels that are kept"""
     caption: str | None = None
     """caption of what to draw, for a prior that was trained with captions"""
+    captions: Path | None = None
+    """text file with a caption on each line, which the images take in turn"""
     seed: int = 0
     """sample i under one seed is always the same image"""
     out: Path = Path("samples.png")
-    """.png for one picture of all images; .npz for one array arr_0, uint8, N H W C"""
+    """.png for one picture of all images; .npz for one array arr_0, uint8, N H W C; DIR/ for a .png of each image"""
+    scale: int = 1
+    """enlarges pictures so many times, with sharp pixels; an array stays as it is"""
     pixels: Pixels = "mean"
     """the mean of p(x|z), or a draw from it"""
     how: Annotated[Sampling, tyro.conf.arg(name="")] = AS_FITTED
@@ -48,7 +52,7 @@ class Arguments:
     """the device to run on; auto takes the fastest that is there"""
 
     def check(self) -> None:
-        if self.count < 1:
+        if self.count is not None and self.count < 1:
             raise UserError(f"--count is a number of images from 1 up, not {self.count}")
         if self.batch_size < 1:
             raise UserError(f"--batch-size is a number of images from 1 up, not {self.batch_size}")
@@ -60,8 +64,12 @@ class Arguments:
             )
         if self.complete is not None and self.prior != "learned":
             raise UserError(f"--complete needs the learned prior, not {self.prior}")
-        if self.out.suffix not in (".png", ".npz"):
-            raise UserError(f"--out ends in .png or .npz, not {self.out.name!r}")
+        if self.scale < 1:
+            raise UserError(f"--scale is a number from 1 up, not {self.scale}")
+        if self.captions is not None and self.caption is not None:
+            raise UserError("give --caption or --captions, not both")
+        if self.out.suffix not in (".png", ".npz", ""):
+            raise UserError(f"--out ends in .png or .npz, or is a folder, not {self.out.name!r}")
         if self.prior not in PRIORS:
             raise UserError(f"there is no prior {self.prior!r}{nearest(self.prior, PRIORS)}")
 
@@ -75,6 +83,17 @@ def main(arguments: list[str] | None = None) -> None:
     write_asked(asked)
 
 
+def captions_in(path: Path) -> list[str]:
+    """The lines of a text file that say something. Raises UserError where there are none, or it is no text."""
+    try:
+        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    except (FileNotFoundError, IsADirectoryError, UnicodeDecodeError) as error:
+        raise UserError(f"--captions is a text file with a caption on each line, which {path} is not") from error
+    if not (captions := [line for line in lines if line]):
+        raise UserError(f"{path} has no captions: write one on each line")
+    return captions
+
+
 def write_asked(asked: Arguments) -> None:
     # Slow to import, and --help needs none of it.
     import torch
@@ -83,36 +102,40 @@ def write_asked(asked: Arguments) -> None:
     from pipelines.runs.pictures import write_images
     from pipelines.two_stage import TwoStage
 
+    captions = [] if asked.captions is None else captions_in(asked.captions)
+    count = asked.count or len(captions) or 64
+    caption = [captions[number % len(captions)] for number in range(count)] if captions else asked.caption
     model = TwoStage.open(asked.run, asked.device, asked.dtype)
     if asked.complete is None:
         images = model.sample(
-            asked.count,
+            count,
             prior=asked.prior,
             label=asked.label,
-            caption=asked.caption,
+            caption=caption,
             **vars(asked.how),
             seed=asked.seed,
             pixels=asked.pixels,
             keep_best=asked.keep_best,
             batch_size=asked.batch_size,
         )
-        write_images(asked.out, images)
-        say(f"{asked.count} images from the {asked.prior} prior of {model.run.folder}: {asked.out}")
+        write_images(asked.out, images, asked.scale)
+        say(f"{count} images from the {asked.prior} prior of {model.run.folder}: {asked.out}")
         return
     picture, known = model.read(asked.complete), known_pixels(asked.keep, model.image_shape)
     images = model.complete(
         picture,
         known,
-        asked.count,
+        count,
         label=asked.label,
-        caption=asked.caption,
+        caption=caption,
         seed=asked.seed,
         particles=asked.particles,
         pixels=asked.pixels,
         batch_size=asked.batch_size,
     )
-    write_images(asked.out, torch.cat([with_hidden_grey(picture, known)[None], images]) if asked.out.suffix == ".png" else images)
-    say(f"{asked.count} completions of {asked.complete}, which keep its {asked.keep}: {asked.out}")
+    given = with_hidden_grey(picture, known)[None]
+    write_images(asked.out, torch.cat([given, images]) if asked.out.suffix == ".png" else images, asked.scale)
+    say(f"{count} completions of {asked.complete}, which keep its {asked.keep}: {asked.out}")
 
 
 if __name__ == "__main__":

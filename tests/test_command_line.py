@@ -118,6 +118,8 @@ BAD = [
     (["generate", "mnist5k", "--guidance", "2", "--autoguidance", "1"], "one at a time"),
     (["generate", "mnist5k", "--guidance", "-2"], "guidance is 0 or more"),
     (["generate", "mnist5k", "--out", "x.jpg"], ".png or .npz"),
+    (["generate", "mnist5k", "--scale", "0"], "--scale is a number from 1 up"),
+    (["generate", "mnist5k", "--captions", "none.txt"], "a text file with a caption on each line, which none.txt is not"),
     (["generate", "mnist5k", "--device", "tpu"], "there is no device"),
     (["compare", "nothing"], "there is no run"),
     (["compare", "mnist5k", "--seed", str(2**64)], "--seed is a number below"),

@@ -123,6 +123,29 @@ def test_codes_and_captions_from_python(runs):
     assert torch.equal(model.sample(2, caption=texts, guidance=3), torch.stack(alone))
 
 
+def test_captions_from_a_file_are_taken_in_turn(runs, tmp_path):
+    texts = ["a pair of 2s", "a picture of a 3"]
+    (tmp_path / "captions.txt").write_text("\n".join([texts[0], "", texts[1]]))
+    base = [
+        runs["fashion-dalle"],
+        "--captions",
+        str(tmp_path / "captions.txt"),
+        "--device",
+        "cpu",
+        "--out",
+        str(tmp_path / "x.npz"),
+    ]
+    generate.main(base)
+    model = TwoStage.open(runs["fashion-dalle"], "cpu")
+    assert (np.load(tmp_path / "x.npz")["arr_0"] == model.sample(2, caption=texts).permute(0, 2, 3, 1).numpy()).all()
+    generate.main([*base, "--count", "3"])
+    expected = model.sample(3, caption=[*texts, texts[0]]).permute(0, 2, 3, 1).numpy()
+    assert (np.load(tmp_path / "x.npz")["arr_0"] == expected).all()
+    (tmp_path / "captions.txt").write_text("\n")
+    with pytest.raises(UserError, match="has no captions"):
+        generate.main(base)
+
+
 def test_rejection_keeps_some_of_what_would_be_drawn(runs, tmp_path):
     generate.main([runs["mnist-vqvae"], "--count", "12", "--label", "1", "--out", str(tmp_path / "all.npz"), "--device", "cpu"])
     pool = {image.tobytes() for image in np.load(tmp_path / "all.npz")["arr_0"].astype(int)}

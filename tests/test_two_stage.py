@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from pipelines import TwoStage, generate
 from pipelines.console import UserError
@@ -53,6 +54,19 @@ def test_sample_draws_what_the_command_draws(run, model, tmp_path):
     assert not torch.equal(images, model.sample(5, label=2, seed=4, **how))
     assert torch.equal(images[:2], model.sample(2, label="2", seed=3, **how))
     images[0] = 0  # as any other tensor
+
+
+def test_images_are_files_of_a_folder_and_enlarged_with_sharp_pixels(run, model, tmp_path):
+    command = [str(run.folder), "--count", "3", "--scale", "4", "--device", "cpu"]
+    generate.main([*command, "--out", f"{tmp_path}/drawn/"])
+    assert sorted(path.name for path in (tmp_path / "drawn").iterdir()) == ["00000.png", "00001.png", "00002.png"]
+    for number, image in enumerate(model.sample(3)):
+        with Image.open(tmp_path / "drawn" / f"{number:05}.png") as made:
+            pixels = np.asarray(made)[..., 0]
+        assert (pixels == np.kron(image[0].numpy(), np.ones((4, 4), dtype=np.uint8))).all()
+    generate.main([*command, "--out", str(tmp_path / "sheet.png")])
+    with Image.open(tmp_path / "sheet.png") as sheet:
+        assert sheet.size == (2 * 112 + 3, 2 * 112 + 3)
 
 
 def test_each_image_is_told_its_own_label(model):

@@ -35,30 +35,45 @@ def tiled(images: Tensor, columns: int) -> bytes:
     return buffer.getvalue()
 
 
-def write_images(path: Path, images: Tensor) -> None:
-    """images uint8 N C H W as a picture (.png) or as the array arr_0, N H W C (.npz); whole or not at all.
+def enlarged(images: Tensor, scale: int) -> Tensor:
+    """images N C H W with each pixel as a square of scale × scale pixels."""
+    return images.repeat_interleave(scale, 2).repeat_interleave(scale, 3)
 
-    Raises UserError where the file cannot be written, and says where the images lie instead: drawing them may have taken hours.
-    """
+
+def files_of(path: Path, images: Tensor, scale: int) -> dict[Path, bytes]:
+    """What `write_images` writes, by file."""
     if path.suffix == ".npz":
         buffer = io.BytesIO()
         np.savez_compressed(buffer, arr_0=images.permute(0, 2, 3, 1).contiguous().numpy())
-        content = buffer.getvalue()
-    else:
-        content = tiled(images, columns=max(1, round(len(images) ** 0.5)))
+        return {path: buffer.getvalue()}
+    images = enlarged(images, scale)
+    if path.suffix == ".png":
+        return {path: tiled(images, columns=max(1, round(len(images) ** 0.5)))}
+    return {path / f"{number:05}.png": tiled(image[None], columns=1) for number, image in enumerate(images)}
+
+
+def write_images(path: Path, images: Tensor, scale: int = 1) -> None:
+    """images uint8 N C H W as one picture (.png), as the array arr_0, N H W C (.npz), or each as a file in a folder.
+
+    scale: enlarges pictures with sharp pixels; an array stays as it is. Each file is there whole or not at all. Raises UserError
+    where one cannot be written, and says where the images lie instead: drawing them may have taken hours.
+    """
+    made = files_of(path, images, scale)
     try:
-        write_file(path, content)
+        for file, content in made.items():
+            write_file(file, content)
     except OSError as error:
-        raise UserError(f"{path} cannot be written ({error.strerror}); {elsewhere(path.name, content)}") from error
+        raise UserError(f"{path} cannot be written ({error.strerror}); {elsewhere(path, made)}") from error
 
 
-def elsewhere(name: str, content: bytes) -> str:
-    """Write a file to a new folder for temporary files instead; what to say of it."""
+def elsewhere(path: Path, made: dict[Path, bytes]) -> str:
+    """Write files to a new folder for temporary files instead; what to say of it."""
     try:
-        path = Path(tempfile.mkdtemp()) / name
-        write_file(path, content)
+        folder = Path(tempfile.mkdtemp())
+        for file, content in made.items():
+            write_file(folder / file.relative_to(path.parent), content)
     except OSError as error:
         return (
             f"nor can it be under {tempfile.gettempdir()} ({error.strerror}), so what was drawn is lost: make room and draw again"
         )
-    return f"what was drawn lies in {path}"
+    return f"what was drawn lies in {folder / path.name}"
