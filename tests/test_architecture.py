@@ -12,7 +12,7 @@ FORBIDDEN = {
     "stage2_prior": {"stage1_vae", "pipelines", "tests"},
     "pipelines": {"tests"},
 }
-COMMANDS = {"train_all", "generate", "compare", "likelihood", "score", "study", "benchmark", "export", "reproduce"}
+COMMANDS = {"train_all", "generate", "compare", "likelihood", "score", "study", "benchmark", "export", "reproduce", "explore"}
 LAYERS = [
     {"console"},
     {"processes"},
@@ -22,7 +22,7 @@ LAYERS = [
     {"judging"},
     {"pages"},
     {"two_stage"},
-    {"studies", "benchmarks"},
+    {"studies", "benchmarks", "explorer"},
     COMMANDS,
 ]
 """What lies in pipelines, from the bottom up: a room imports itself and what lies below, and a command no other command."""

@@ -1,0 +1,69 @@
+"""python -m pipelines.explore [RUN]: a page in the browser to draw from trained runs and look into them."""
+
+import os
+import socket
+from dataclasses import dataclass
+from typing import Annotated
+
+import tyro
+
+from pipelines.console import UserError, first_process, run_command, say
+from pipelines.runs.names import Device
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Draw from trained runs and look into them, in the browser."""
+
+    run: Annotated[str | None, tyro.conf.Positional] = None
+    """the run shown first: a name under checkpoints/, or a path"""
+    port: int = 7860
+    """where the page is served"""
+    host: str = "127.0.0.1"
+    """who may open the page: 127.0.0.1 for this machine alone, 0.0.0.0 for whoever can reach it"""
+    device: Device = "auto"
+    """the device to run on; auto takes the fastest that is there"""
+
+
+def main(arguments: list[str] | None = None) -> None:
+    asked = tyro.cli(Arguments, prog="python -m pipelines.explore", args=arguments, console_outputs=first_process())
+    check_port(asked.host, asked.port)
+    serve(asked)
+
+
+def check_port(host: str, port: int) -> None:
+    """Raises UserError where nothing can be served there."""
+    if not 1 <= port <= 65535:
+        raise UserError(f"--port is a number from 1 to 65535, not {port}")
+    try:
+        with socket.create_server((host, port)):
+            pass
+    except OSError as error:
+        raise UserError(
+            f"{host}:{port} cannot be used ({error.strerror}); name another with --port, as in --port {port + 1}"
+        ) from error
+
+
+def serve(asked: Arguments) -> None:
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported
+    try:
+        from pipelines.explorer.page import CSS, THEME, Page
+    except ModuleNotFoundError as error:
+        if error.name != "gradio":
+            raise
+        raise UserError("the explorer needs gradio: pip install -e '.[explore]'") from error
+    from pipelines.explorer.views import names_of_runs
+
+    if asked.run is None and not names_of_runs():
+        raise UserError("there is no run under checkpoints/; train one with python -m pipelines.train_all")
+    page = Page(asked.run, asked.device)
+    if asked.run is not None:
+        page.views(asked.run)  # what is wrong with it is said here
+    say(f"open http://{asked.host}:{asked.port} in a browser; Ctrl-C ends it")
+    page.blocks().launch(
+        server_name=asked.host, server_port=asked.port, quiet=True, theme=THEME, css=CSS, footer_links=[], ssr_mode=False
+    )
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,260 @@
+"""What each tab of the explorer shows of a trained run, without a browser.
+
+N images, C colour channels, H×W pixels. Every function raises UserError, in one sentence, where the run lacks what it needs.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from pipelines.console import UserError
+from pipelines.data.images import ImageSet, Splits
+from pipelines.judging.compare import nearest_training_images
+from pipelines.judging.comparison import read_comparison, title
+from pipelines.judging.features import FeatureSpace, feature_space
+from pipelines.judging.quality import nearest_neighbours
+from pipelines.judging.scores import Scorer, Usual
+from pipelines.judging.tradeoffs import described
+from pipelines.pages.scores import BRIGHTEST, heat
+from pipelines.runs.dataset import load_data
+from pipelines.runs.latents import training_latents
+from pipelines.runs.run import CHECKPOINTS
+from pipelines.two_stage import TwoStage, marginal
+from stage2_prior.autoregressive import LearnedPrior
+from stage2_prior.sampling import AS_FITTED, Sampling
+
+TILES = 20  # images of the decoded plane, along either side
+POINTS = 4000  # latents shown on the plane
+OUTSIDE = 0.002  # share of latents beyond either edge of the plane
+HELD_OUT = 1000  # held-out images, at most, that say which scores are usual
+NEIGHBOURS = 50_000  # training images, at most, that the nearest is looked for among
+
+
+@dataclass(frozen=True)
+class Strip:
+    """Pictures in a row with a heading, and what is to say of them."""
+
+    heading: str
+    images: Tensor | None
+    """uint8 N C H W; None where there are none, and the note says why"""
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Plane:
+    """Two latent numbers as a picture: x to the right, y upward."""
+
+    low: Tensor
+    """the lower left corner, 2"""
+    high: Tensor
+    """the upper right corner, 2"""
+    images: Tensor
+    """the plane decoded, TILES rows from the top of TILES images each, uint8 N C H W"""
+    points: Tensor
+    """means of q(z|x) of training images, N 2; none where their latents are not there"""
+    labels: Tensor | None
+    """of the points, N; None where they are not known"""
+
+    def at(self, x: float, y: float) -> Tensor:
+        """The latent numbers, 2, at a place in the picture: shares of its width and height, from the upper left corner."""
+        return torch.lerp(self.low, self.high, torch.tensor([x, 1 - y], dtype=torch.float32))
+
+
+def names_of_runs() -> list[str]:
+    """Of the runs under checkpoints/, finished or not."""
+    return sorted(path.parent.name for path in CHECKPOINTS.glob("*/config.json"))
+
+
+class Views:
+    """A trained run, as the explorer shows it. What takes long to load is loaded when it is first asked for, and kept."""
+
+    def __init__(self, model: TwoStage):
+        """Raises UserError where stage 2 is not finished; a run without a learned prior is shown with the others."""
+        self.model, self.run = model, model.run
+        if self.run.learned:
+            model.prior("learned")
+
+    @cached_property
+    def data(self) -> Splits:
+        return load_data(self.run)
+
+    @property
+    def guided(self) -> bool:
+        """Whether guidance has a meaning: the learned prior is told something."""
+        return self.run.learned and self.run.told is not None
+
+    @property
+    def autoguided(self) -> bool:
+        """Whether there is a weaker copy of the learned prior to be led away from."""
+        prior = self.model.prior("learned") if self.run.learned else None
+        return isinstance(prior, LearnedPrior) and prior.levels[0].weaker is not None
+
+    @cached_property
+    def plane(self) -> Plane:
+        return plane_of(self)
+
+    @cached_property
+    def space(self) -> FeatureSpace:
+        data, run = self.data, self.run
+        return feature_space(run.fabric, replace(run.config.metrics, extractor="classifier"), data, run.classifiers)
+
+    def tuned(self) -> Sampling:
+        """How the comparison of the run draws from the learned prior; as fitted where there is none."""
+        path = self.run.folder / "compare" / "metrics.json"
+        row = read_comparison(path).priors.get("tuned") if path.is_file() else None
+        return AS_FITTED if row is None or row.sampling is None else row.sampling
+
+    @cached_property
+    def scorer(self) -> Scorer:
+        return Scorer.of(self.run)
+
+    @cached_property
+    def usual(self) -> Usual:
+        """What scores of held-out images are like."""
+        test = self.data.test
+        return Usual.of(self.scorer(test.subset(torch.arange(min(len(test), HELD_OUT))), "scoring held-out images"))
+
+    def draw(self, count: int, seed: int, how: Sampling, label: str | None, caption: str | None) -> list[Strip]:
+        """The same seeds under each prior, the learned one first; label, caption and `how` are of the learned one."""
+        model, strips = self.model, []
+        codes = model.specs[0].vocabulary is not None
+        for name in reversed(model.priors):
+            told = {"label": label, "caption": caption, **vars(how)} if name == "learned" else {}
+            heading = f"learned prior, {described(how)}" if name == "learned" else title(name, codes)
+            try:
+                strips.append(Strip(heading, model.sample(count, prior=name, seed=seed, **told)))
+            except UserError as error:
+                if name == "learned":
+                    raise
+                strips.append(Strip(heading, None, str(error)))
+        return strips
+
+    def under(self, x: float, y: float) -> list[Strip]:
+        """The image at a place in the picture of the plane, as shares of its width and height from the upper left corner."""
+        z = self.plane.at(x, y)
+        level = z.view(1, *self.model.specs[0].shape)
+        with torch.inference_mode():
+            nats = {
+                title(name, False): float(marginal(self.model.prior(name))([level.to(self.model.device)], None))
+                for name in self.model.priors
+            }
+        densities = ", ".join(f"{value:.1f} under {name}" for name, value in nats.items())
+        return [Strip(f"z = ({z[0]:.2f}, {z[1]:.2f})", self.model.decode([level]), f"log p(z): {densities}")]
+
+    def held_out(self, number: int) -> Tensor:
+        """A held-out image by its number, uint8 C H W."""
+        images = self.data.test.images
+        if not 0 <= number < len(images):
+            raise UserError(f"there is no held-out image {number}; they are numbered from 0 to {len(images) - 1}")
+        return images[torch.tensor([number])][0]
+
+    def walk(self, start: Tensor, end: Tensor, steps: int) -> list[Strip]:
+        """Along the straight line in z between the posteriors' means of two images, uint8 C H W each."""
+        if self.model.specs[0].vocabulary is not None:
+            raise UserError(f"the latents of {self.run.name} are codes, between which there is no line; take a run with a VAE")
+        (z,) = self.model.encode(torch.stack([start, end]))
+        share = torch.linspace(0, 1, steps)[:, None, None, None]
+        images = self.model.decode([torch.lerp(z[:1], z[1:], share)])
+        return [
+            Strip("from", start[None]),
+            Strip("between their latents", images, "The first and the last are reconstructions."),
+            Strip("to", end[None]),
+        ]
+
+    def complete(self, picture: Tensor, hidden: Tensor, count: int, seed: int, label: str | None) -> list[Strip]:
+        """The hidden part, boolean H W, of a picture, uint8 C H W, drawn anew."""
+        if not hidden.any():
+            raise UserError("nothing is painted over: paint the part that is to be drawn anew")
+        label = label if self.run.told == "label" else None
+        made = self.model.complete(picture, ~hidden, count, label=label, seed=seed, particles=16)
+        given = torch.where(hidden, 128, picture)[None]
+        return [Strip("what is kept", given), Strip("the rest drawn anew, under the learned prior", made)]
+
+    def nearest(self, count: int, seed: int, how: Sampling, label: str | None, caption: str | None) -> list[Strip]:
+        """Samples of the learned prior, and below each the training image that is nearest: in pixels and in features."""
+        data = self.data
+        samples = self.model.sample(count, seed=seed, label=label, caption=caption, **vars(how))
+        rows = torch.arange(min(len(data.train), NEIGHBOURS))
+        some = "" if len(rows) == len(data.train) else f" Looked for among the first {len(rows)} training images."
+        pixels = data.train.images[rows].flatten(1).float() / 255
+        by_pixels = nearest_neighbours(samples.flatten(1).float() / 255, pixels)
+        by_features = nearest_neighbours(self.space.features(samples, "features of the samples"), self.space.reference)
+        strips = [Strip("samples of the learned prior", samples)]
+        for where, (distances, found), note in (("pixels", by_pixels, some), ("a classifier's features", by_features, "")):
+            listed = ", ".join(f"{number} ({distance:.2g})" for number, distance in zip(found.tolist(), distances.tolist()))
+            images = nearest_training_images(data, found)
+            strips.append(Strip(f"nearest in {where}", images, f"Their numbers, and how far they are: {listed}.{note}"))
+        return strips
+
+    def score(self, picture: Tensor) -> list[Strip]:
+        """How unusual a picture is, uint8 C H W, and where: its bits at each position, beside held-out images'."""
+        scores, usual = self.scorer(ImageSet(picture[None])), self.usual
+        size = (picture.shape[1], picture.shape[2])
+        maps = [heat(level, size) for level in usual.excess(scores)]
+        bits = f"{float(scores.bits_of_z):.0f} bits of z, {float(scores.bits_of_x):.0f} of x given z"
+        verdict = f"{float(100 * usual.more_usual(scores)):.0f} % of {len(usual.distances)} held-out images are more usual"
+        again = self.model.decode(self.model.encode(picture[None]))
+        return [
+            Strip("the picture, and its reconstruction", torch.cat([picture[None], again]), f"{verdict}: {bits}."),
+            Strip(
+                "where its bits of z lie",
+                torch.cat(maps),
+                f"Bright: more bits than in held-out images, up to {BRIGHTEST:g} standard deviations. From coarse to fine grids.",
+            ),
+        ]
+
+
+@torch.inference_mode()
+def plane_of(views: Views) -> Plane:
+    """Raises UserError where the latents are not two numbers."""
+    model = views.model
+    spec = model.specs[0]
+    if spec.vocabulary is not None or spec.dimensions != 2:
+        size = " + ".join(str(spec.dimensions) for spec in model.specs)
+        kind = "numbers" if spec.vocabulary is None else "codes"
+        raise UserError(f"a plane has two latent numbers, and {views.run.name} has {size} {kind}: train the preset mnist5k-2d")
+    labels = None
+    try:
+        points = training_latents(views.run).posteriors(slice(POINTS))[0]["mean"].flatten(1)
+        low, high = points.quantile(OUTSIDE, 0), points.quantile(1 - OUTSIDE, 0)
+    except UserError:
+        points, low, high = torch.empty(0, 2), torch.full((2,), -3.0), torch.full((2,), 3.0)
+    try:
+        known = views.data.train.labels
+        labels = None if known is None or not len(points) else known[: len(points)]
+    except UserError:
+        pass
+    middles = (torch.arange(TILES) + 0.5) / TILES
+    plane = Plane(low, high, torch.empty(0), points, labels)
+    z = torch.stack([plane.at(float(x), float(y)) for y in middles for x in middles])
+    return replace(plane, images=model.decode([z.view(-1, *spec.shape)]))
+
+
+def hidden_part(model: TwoStage, picture: str, layers: Sequence[str]) -> tuple[Tensor, Tensor]:
+    """A picture as the model takes it, uint8 C H W, and which of its pixels are painted over, boolean H W.
+
+    picture: a file; layers: files of what is painted over it, of the same size, transparent elsewhere. A pixel is painted over
+    where any part of it is. Of a picture that was enlarged in whole pixels, these are its own.
+    """
+    channels, height, width = model.image_shape
+    side = max(height, width)
+    hidden = torch.zeros(height, width, dtype=torch.bool)
+    for layer in layers:
+        with Image.open(layer) as image:
+            alpha = image.convert("RGBA").getchannel("A").point(lambda value: 255 * (value > 0))
+            share = ImageOps.fit(alpha, (side, side), Image.Resampling.BOX)
+        hidden |= torch.from_numpy(np.array(share))[:height, :width] > 0
+    pixels = model.read(picture)
+    with Image.open(picture) as image:
+        large = np.array(image.convert("L" if channels == 1 else "RGB"))
+    times = large.shape[0] // height
+    if large.shape[:2] == (times * height, times * width):
+        small = large[::times, ::times]
+        if (small.repeat(times, 0).repeat(times, 1) == large).all():
+            pixels = torch.tensor(small).view(height, width, channels).movedim(-1, 0)
+    return pixels, hidden

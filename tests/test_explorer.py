@@ -1,0 +1,140 @@
+"""What the explorer shows, without a browser; and its command."""
+
+import socket
+import sys
+
+import pytest
+import torch
+from PIL import Image, ImageDraw
+
+from pipelines import TwoStage, explore
+from pipelines.console import UserError
+from pipelines.explorer.views import TILES, Views, hidden_part
+from stage2_prior import baselines
+from stage2_prior.latents import LatentSpec
+from stage2_prior.sampling import AS_FITTED, Sampling
+from tests.parts import trained_run
+
+
+@pytest.fixture(autouse=True)
+def small_mixture(monkeypatch) -> None:
+    """For the time's sake."""
+    monkeypatch.setattr(baselines, "MIXTURE_COMPONENTS", (2,))
+
+
+@pytest.fixture(scope="module")
+def views(run) -> Views:
+    """The prior is told labels; its latents are continuous."""
+    return Views(TwoStage.open(run.folder, "cpu"))
+
+
+@pytest.fixture(scope="module")
+def flat(tmp_path_factory) -> Views:
+    """Two latent numbers."""
+    run = trained_run(tmp_path_factory.mktemp("flat"), "mnist5k-2d")
+    return Views(TwoStage.open(run.folder, "cpu"))
+
+
+def test_every_prior_is_drawn_at_the_same_seeds_and_only_the_learned_one_is_told(views):
+    how = Sampling(temperature=0.7, guidance=2.0)
+    strips = views.draw(3, 5, how, "2", None)
+    assert [strip.heading for strip in strips] == [
+        "learned prior, temperature 0.7, guidance 2",
+        "Gaussian mixture",
+        "fitted Gaussian",
+        "N(0, I)",
+    ]
+    assert torch.equal(strips[0].images, views.model.sample(3, label="2", seed=5, temperature=0.7, guidance=2.0))
+    assert torch.equal(strips[-1].images, views.model.sample(3, prior="standard", seed=5))
+
+
+def test_a_prior_that_cannot_be_opened_says_why_and_the_others_are_drawn(views, monkeypatch):
+    def missing(run):
+        raise UserError("there are no latents")
+
+    monkeypatch.setattr(views.model, "opened", {})
+    monkeypatch.setattr("pipelines.runs.priors.training_latents", missing)
+    monkeypatch.setattr("pipelines.files.key_of", lambda path: None)
+    strips = {strip.heading: strip for strip in views.draw(2, 0, AS_FITTED, None, None)}
+    assert strips["Gaussian mixture"].images is None and "no latents" in strips["Gaussian mixture"].note
+    assert len(strips["N(0, I)"].images) == 2
+
+
+def test_a_place_in_the_picture_of_the_plane_is_what_stands_there(flat, small_data):
+    plane = flat.plane
+    assert torch.equal(plane.at(0, 1), plane.low) and torch.equal(plane.at(1, 0), plane.high)
+    row, column = 3, 7  # from the top
+    (strip,) = flat.under((column + 0.5) / TILES, (row + 0.5) / TILES)
+    assert torch.equal(strip.images[0], plane.images[row * TILES + column])
+    assert len(plane.points) == len(plane.labels) == len(flat.data.train)
+    inside = (plane.points >= plane.low) & (plane.points <= plane.high)
+    assert inside.float().mean() > 0.95
+    assert strip.note.startswith("log p(z)") and all(title in strip.note for title in ("N(0, I)", "learned prior"))
+
+
+def test_a_walk_goes_from_one_reconstruction_to_the_other(views, small_data):
+    start, end = views.held_out(0), views.held_out(3)
+    first, between, last = views.walk(start, end, 5)
+    assert torch.equal(first.images[0], start) and torch.equal(last.images[0], end) and len(between.images) == 5
+    ends = views.model.decode(views.model.encode(torch.stack([start, end])))
+    assert torch.equal(between.images[[0, -1]], ends)
+
+
+def test_what_is_painted_over_is_drawn_anew_and_the_rest_is_kept(views, small_data, tmp_path):
+    picture = views.held_out(1)
+    large = Image.fromarray(picture[0].numpy()).resize((280, 280), Image.Resampling.NEAREST)
+    large.convert("RGBA").save(tmp_path / "background.png")
+    layer = Image.new("RGBA", large.size)
+    ImageDraw.Draw(layer).rectangle((0, 145, 279, 279), fill=(255, 0, 0, 128))  # from the middle of row 14 on
+    layer.save(tmp_path / "layer.png")
+    read, hidden = hidden_part(views.model, str(tmp_path / "background.png"), [str(tmp_path / "layer.png")])
+    assert torch.equal(read, picture), "a picture that was only enlarged is what it was"
+    assert torch.equal(hidden, torch.arange(28)[:, None].expand(28, 28) >= 14)
+    given, made = views.complete(picture, hidden, 2, 0, "1")
+    assert (given.images[0, :, 14:] == 128).all()
+    assert torch.equal(made.images[:, :, :14], picture[None, :, :14].expand(2, -1, -1, -1))
+    with pytest.raises(UserError, match="nothing is painted over"):
+        views.complete(picture, torch.zeros_like(hidden), 2, 0, None)
+
+
+def test_the_nearest_training_image_is_found(views, small_data, monkeypatch):
+    train = views.data.train.images
+    monkeypatch.setattr(views.model, "sample", lambda count, **told: train[torch.tensor([5, 17])])
+    samples, by_pixels, by_features = views.nearest(2, 0, AS_FITTED, None, None)
+    for strip in (by_pixels, by_features):
+        assert torch.equal(strip.images, samples.images)
+    assert "5 (0), 17 (0)" in by_pixels.note
+
+
+def test_the_score_says_how_many_held_out_images_are_more_usual(views, small_data):
+    noise = torch.randint(0, 256, (1, 28, 28), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    both, maps = views.score(noise)
+    assert torch.equal(both.images[0], noise) and maps.images.shape == (1, 3, 28, 28)
+    assert both.note.startswith("100 % of 120 held-out images are more usual")
+
+
+def test_what_a_run_lacks_is_said_in_a_sentence(views, monkeypatch, small_data):
+    with pytest.raises(UserError, match="has 196 numbers: train the preset mnist5k-2d"):
+        _ = views.plane
+    with pytest.raises(UserError, match="numbered from 0 to 119"):
+        views.held_out(120)
+    image = views.held_out(0)
+    monkeypatch.setattr(views.model, "specs", [LatentSpec((7, 7), vocabulary=5)])
+    with pytest.raises(UserError, match="are codes, between which there is no line"):
+        views.walk(image, image, 3)
+    with pytest.raises(UserError, match="has 49 codes"):
+        _ = views.plane
+
+
+def test_the_command_says_what_is_wrong_in_a_sentence(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(UserError, match=f"127.0.0.1:{port} cannot be used .*in use.*--port {port + 1}"):
+            explore.main(["--port", str(port)])
+    with pytest.raises(UserError, match="--port is a number from 1 to 65535, not 0"):
+        explore.main(["--port", "0"])
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    monkeypatch.delitem(sys.modules, "pipelines.explorer.page", raising=False)
+    with pytest.raises(UserError, match="needs gradio: pip install"):
+        explore.main([str(run.folder), "--port", str(port)])
