@@ -72,7 +72,7 @@ def main(arguments: list[str] | None = None) -> None:
 
     asked = tyro.cli(BENCHMARKS[name](), prog=f"python -m pipelines.benchmark {name}", args=settings)
     rows = asked.rows()
-    say(asked.table(rows))
+    say(*asked.table(rows).split("\n"))
     if asked.json is not None:
         write_json(asked.json, rows)
 

@@ -68,7 +68,7 @@ def compare_runs(asked: Arguments) -> None:
             judging = judging if value is None else replace(judging, **{name: value})
         with run.locked():
             report = reports[run.folder.name] = write_report(run, load_data(run), judging, asked.seed)
-        say(f"{run.folder.name}\n{table(report.comparison)}")
+        say(run.folder.name, *table(report.comparison))
         say(f"page, picture and figures: {report_folder(run, judging, asked.seed)}")
     if len(runs) > 1:
         write_together(asked.out, reports)

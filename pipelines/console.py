@@ -119,10 +119,10 @@ def run_command(main: Callable[[], None]) -> None:
             raise
         sys.exit(fail(f"out of memory{OF_MEMORY}"))
     except Stopped as stopped:
-        last_words(f"\n{stopped}")
+        last_words("", str(stopped))
         sys.exit(128 + stopped.signal)
     except KeyboardInterrupt:
-        last_words("\ninterrupted; nothing that was finished is lost, and the same command does the rest")
+        last_words("", "interrupted; nothing that was finished is lost, and the same command does the rest")
         sys.exit(130)
 
 
@@ -131,11 +131,11 @@ def fail(message: str) -> int:
     return 2
 
 
-def last_words(message: str) -> None:
+def last_words(*lines: str) -> None:
     """Before a process ends: printed once a machine, since a missing folder or device can be a matter of one."""
     if not under_torchrun() or os.environ["LOCAL_RANK"] == "0":
         try:
-            print(escaped(message), file=sys.stderr, flush=True)
+            print(*map(escaped, lines), sep="\n", file=sys.stderr, flush=True)
         except OSError:
             unread(sys.stderr)
     else:
@@ -143,8 +143,9 @@ def last_words(message: str) -> None:
 
 
 def escaped(message: str) -> str:
-    """A message whose names cannot steer the terminal: control characters and directions of writing as \\x1b or \\u202e."""
-    kept = "\n\t\u200c\u200d"  # the last two join letters, and parts of emoji
+    """A line whose names cannot steer the terminal: control characters, newlines among them, and directions of writing are
+    shown as \\x1b, \\n or \\u202e."""
+    kept = "\t\u200c\u200d"  # the last two join letters, and parts of emoji
     return "".join(c if c.isprintable() or c.isspace() and not c.isascii() or c in kept else ascii(c)[1:-1] for c in message)
 
 
@@ -163,15 +164,15 @@ def unread(stream: TextIO) -> None:
         os.dup2(nowhere.fileno(), stream.fileno())
 
 
-def say(message: str) -> None:
-    """One line for the person, and for the log.
+def say(*lines: str) -> None:
+    """Lines for the person, and for the log; a newline in one of them is part of a name, and is shown as \\n.
 
     Raises Stopped where nobody reads it any more; a training goes on to its next checkpoint first.
     """
     if not first_process():
         return
     try:
-        tqdm.write(escaped(message), file=sys.stdout)
+        tqdm.write("\n".join(map(escaped, lines)), file=sys.stdout)
         sys.stdout.flush()
     except OSError as error:
         if error.errno not in UNREAD:

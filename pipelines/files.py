@@ -215,9 +215,18 @@ def alone(path: Path, there: Callable[[], bool]) -> Iterator[None]:
     try:
         yield
     finally:
-        if lock.is_locked:
-            Path(lock.lock_file).unlink(missing_ok=True)
-            lock.release()
+        release(lock)
+
+
+def release(lock: FileLock) -> None:
+    """Release a lock, where this process holds it, and delete its file.
+
+    filelock takes no lock on a deleted file, so a process that waits for this one tries the next. The file is deleted before the
+    lock is released: later it could be that of another holder.
+    """
+    if lock.is_locked:
+        Path(lock.lock_file).unlink(missing_ok=True)
+        lock.release()
 
 
 def shards(path: Path, count: int) -> list[Path]:

@@ -54,7 +54,7 @@ def main(arguments: list[str] | None = None) -> None:
         result = likelihood(
             run, splits, images=asked.images, samples=asked.samples, naive=asked.naive, priors=asked.prior, seed=asked.seed
         )
-    say(f"{run.folder.name}\n{printed(as_table(result))}")
+    say(run.folder.name, *printed(as_table(result)))
     if asked.json is not None:
         write_json(asked.json, {"run": run.folder.name, **result})
         say(f"figures: {asked.json}")

@@ -73,8 +73,8 @@ def main(arguments: list[str] | None = None) -> None:
         write_file(folder / f"{asked.study}.png", png(found.figure))
         write_json(folder / f"{asked.study}.json", {"findings": found.sentences, **found.numbers})
     for sentence in found.sentences:
-        say(f"\n{sentence}")
-    say(f"\nplot and numbers: {folder / asked.study}.png, .json")
+        say("", sentence)
+    say("", f"plot and numbers: {folder / asked.study}.png, .json")
 
 
 if __name__ == "__main__":

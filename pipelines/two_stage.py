@@ -73,6 +73,9 @@ class TwoStage:
         config: the name of a preset, such as "mnist5k-vqvae", or a config. run: a name under checkpoints/, or a path; the
         preset's name when None. settings: by dotted path, what is to be otherwise than the config says, such as
         {"stage2.steps": 500}. Raises UserError where the run has begun with another config.
+
+        The places that the config names, where data lie or what program brings them, are believed: your program has named them.
+        So read a config that comes from someone else before you pass it.
         """
         if isinstance(config, str):
             run = preset_name(*parts_of(config)) if run is None else run

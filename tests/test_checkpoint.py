@@ -1,6 +1,7 @@
 """Checkpoints: whole or not at all, and never used when damaged."""
 
 import errno
+import functools
 import hashlib
 import io
 import json
@@ -367,6 +368,24 @@ def test_cached_tensors_are_made_once_and_again_when_the_key_or_the_file_changes
     assert list(tmp_path.iterdir()) == [path]
     files.write_tensors(path, {"x": torch.zeros(1)})  # whole, but made under no key
     assert files.cached(path, "b", make)["x"] == 4 and "truncated" not in capsys.readouterr().out
+
+
+def test_never_two_hold_a_lock_whose_file_is_deleted_when_it_is_released(tmp_path):
+    path, inside, most = tmp_path / "x", [], []
+
+    def use(_):
+        for _ in range(60):
+            with files.alone(path, lambda: False):
+                inside.append(1)
+                most.append(len(inside))
+                time.sleep(0.0002)
+                inside.pop()
+
+    with pytest.MonkeyPatch.context() as patch, ThreadPoolExecutor(4) as pool:
+        acquire = functools.partialmethod(files.FileLock.acquire, poll_interval=0.0005)
+        patch.setattr(files.FileLock, "acquire", acquire)
+        list(pool.map(use, range(4)))
+    assert max(most) == 1 and list(tmp_path.iterdir()) == []
 
 
 def test_of_several_runs_one_makes_what_is_cached_and_the_others_wait(tmp_path, capsys):

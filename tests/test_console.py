@@ -36,16 +36,16 @@ def test_where_nobody_reads_the_output_a_command_ends_as_others_do():
     assert done.returncode == 141 and "Traceback" not in done.stderr and "BrokenPipeError" not in done.stderr
 
 
-def test_names_cannot_steer_the_terminal(capsys):
+def test_names_cannot_steer_the_terminal_nor_make_lines_of_their_own(capsys):
     def main():
-        say("\x1b[2Ja.png\r\x07 \u202egnp.b \udcff é 猫 a\u3000b\n\tnext")
-        raise UserError("no \x1b]0;title\x07")
+        say("\x1b[2Ja.png\r\x07 \u202egnp.b \udcff é 猫 a\u3000b\n\tc.png", "next")
+        raise UserError("no \x1b]0;title\x07\nerror: none")
 
     with pytest.raises(SystemExit):
         run_command(main)
     said = capsys.readouterr()
-    assert said.out == "\\x1b[2Ja.png\\r\\x07 \\u202egnp.b \\udcff é 猫 a\u3000b\n\tnext\n"
-    assert said.err == "error: no \\x1b]0;title\\x07\n"
+    assert said.out == "\\x1b[2Ja.png\\r\\x07 \\u202egnp.b \\udcff é 猫 a\u3000b\\n\tc.png\nnext\n"
+    assert said.err == "error: no \\x1b]0;title\\x07\\nerror: none\n"
 
 
 @pytest.mark.parametrize("error", [MemoryError(), RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")])

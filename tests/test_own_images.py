@@ -404,6 +404,7 @@ def test_captions_are_checked_before_anything_is_trained(tmp_path, capsys):
         assert "warning: 10 of 10 captions are longer than 16 tokens and are cut; 9 then equal another" in said
 
 
+@pytest.mark.filterwarnings("error")
 def test_a_picture_of_too_many_pixels_is_refused_before_it_is_decoded(tmp_path, monkeypatch):
     path = tmp_path / "bomb.png"
     Image.new("1", (13_300, 13_300)).save(path)

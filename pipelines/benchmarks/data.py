@@ -80,7 +80,7 @@ class BenchmarkData:
             make_files(Path(made), count, in_files, self.source == "shards")
             row = {"images": count, "asked_for": self.images, "making_s": time.perf_counter() - started}
             row |= self.measured(Path(made))
-            say(f"{self.table([row])}\ndeleting the files, which takes a while")
+            say(*self.table([row]).split("\n"), "deleting the files, which takes a while")
         return [row]
 
     @property

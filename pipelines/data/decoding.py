@@ -5,6 +5,8 @@ C colour channels, H×W pixels.
 
 import functools
 import io
+import warnings
+from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
@@ -32,6 +34,13 @@ SAID = {
 """What may be said of an image: what it is, and what is done."""
 
 
+def opened(file: str | Path | BinaryIO) -> Image.Image:
+    """An image file, of which no pixel is read yet. Pillow's warning of many pixels is left out: `read_image` refuses them."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        return Image.open(file, formats=FORMATS)
+
+
 def read_image(
     file: str | BinaryIO,
     size: int,
@@ -47,7 +56,7 @@ def read_image(
     Of an animated image this is the first frame. Raises Unreadable.
     """
     try:
-        with Image.open(file, formats=FORMATS) as image:
+        with opened(file) as image:
             # An MPO is a photo with its preview.
             is_so = {"animated": image.format != "MPO" and getattr(image, "is_animated", False)}
             bits = significant_bits(image)

@@ -85,8 +85,8 @@ def as_table(result: dict[str, Any]) -> Table:
     return Table(f"Likelihood of {result['images']} held-out images", columns_of(result), rows, notes_of(result))
 
 
-def printed(table: Table) -> str:
-    """For the terminal."""
+def printed(table: Table) -> list[str]:
+    """Lines for the terminal."""
     lines = [f"{'':28}" + "".join(f" {column:>18}" for column in table.columns)]
     lines += [f"{row.title:28}" + "".join(f" {cell:>18}" for cell in row.cells) for row in table.rows]
-    return "\n".join(lines + table.notes)
+    return lines + table.notes

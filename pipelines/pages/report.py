@@ -39,7 +39,7 @@ def train_all(run: Run, options: Options = DEFAULTS) -> None:
     splits = train(run, options)
     with run.locked():
         comparison = finished_comparison(run, splits)
-    say(table(comparison))
+    say(*table(comparison))
     best = comparison.recommended or comparison.generator
     settings = comparison.priors[best].sampling
     how = "".join(f" --{name} {value:g}" for name, value in departures(settings).items()) if settings is not None else ""
@@ -49,7 +49,7 @@ def train_all(run: Run, options: Options = DEFAULTS) -> None:
         f" more samples: python -m pipelines.generate {shlex.quote(run.name)} --prior {prior}{how} --count 64"
         " --out samples.png"
     )
-    say("\n".join(diagnosis(run, comparison)))
+    say(*diagnosis(run, comparison))
     say(f"{time.monotonic() - started:.0f} seconds")
 
 
@@ -139,7 +139,7 @@ def write_together(path: Path, reports: dict[str, Report]) -> None:
             continue
         group = {run: comparisons[run] for run in runs}, {run: reports[run].exhibits for run in runs}
         sections.append(section_of_several(*group, {run: reports[run].config for run in runs}))
-        say("\n".join([sections[-1].name, *aligned(sections[-1].columns, sections[-1].rows), sections[-1].verdict]))
+        say(sections[-1].name, *aligned(sections[-1].columns, sections[-1].rows), sections[-1].verdict)
         entries = ranking(*group)
         for place, (nats, half) in above_best(entries).items():
             entry = entries[place]
@@ -148,5 +148,5 @@ def write_together(path: Path, reports: dict[str, Report]) -> None:
     write_page(path, sections, next(iter(comparisons.values())).versions, findings)
     files.write_json(path.with_suffix(".json"), figures)
     write_csv(path.with_suffix(".csv"), comparisons)
-    say("\n".join(findings))
+    say(*findings)
     say(f"all runs on one page: {path}")

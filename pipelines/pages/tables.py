@@ -12,10 +12,10 @@ from pipelines.judging.features import FIGURES
 from pipelines.pages.words import HEADINGS, cells, notes
 
 
-def table(comparison: Comparison) -> str:
-    """The comparison for the terminal."""
+def table(comparison: Comparison) -> list[str]:
+    """The lines of the comparison for the terminal."""
     rows = [Row(name, comparison.title(name), shown) for name, shown in cells(comparison).items()]
-    return "\n".join(aligned([*HEADINGS.values()], rows) + notes(comparison))
+    return aligned([*HEADINGS.values()], rows) + notes(comparison)
 
 
 def aligned(columns: list[str], rows: "list[Row]") -> list[str]:

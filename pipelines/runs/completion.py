@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pipelines import processes
 from pipelines.console import UserError, nearest, say
-from pipelines.data.decoding import Unreadable, read_image
+from pipelines.data.decoding import Unreadable, opened, read_image
 from pipelines.runs.names import Pixels
 from pipelines.runs.sampling import pixel_noise
 from stage1_vae.autoencoder import Autoencoder
@@ -34,7 +34,7 @@ def picture_to_complete(path: Path, image_shape: tuple[int, int, int], backgroun
     """
     channels, height, width = image_shape
     try:
-        with Image.open(path) as image:
+        with opened(path) as image:
             size = image.size
         pixels, is_so = read_image(str(path), max(height, width), channels, background=background)
     except (OSError, ValueError, Image.DecompressionBombError) as error:

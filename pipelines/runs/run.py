@@ -110,9 +110,7 @@ class Run:
         try:
             yield
         finally:
-            if lock.is_locked:
-                path.unlink(missing_ok=True)
-                lock.release()
+            files.release(lock)
 
     @property
     def name(self) -> str:
