@@ -20,6 +20,7 @@ from pipelines.pages.plots import (
     Figure,
     histogram,
     lines,
+    lines_of,
     nearest_plot,
     png,
     projections,
@@ -67,6 +68,8 @@ class Section:
 
     name: str
     verdict: str
+    overview: Picture
+    """the first images of every row"""
     diagnosis: list[str]
     """what limits, what to do next, and which figures do not count"""
     columns: list[str]
@@ -99,6 +102,7 @@ def section_of(name: str, comparison: Comparison, exhibits: Exhibits, config: Ru
     return Section(
         name=name,
         verdict=verdict_in_words(comparison),
+        overview=overview(lines_of(comparison, exhibits)),
         diagnosis=diagnosis,
         columns=[*HEADINGS.values(), "s per 1,000"],
         rows=rows,
@@ -127,17 +131,21 @@ def section_of_several(
     return Section(
         name=f"{', '.join(comparisons)}: one decoder",
         verdict=verdict_of_several(entries),
+        overview=overview(picture),
         diagnosis=[],
         columns=[*HEADINGS.values(), "nats above the best", "parameters", "s to train", "s per 1,000"],
         rows=rows,
         notes=[*about_measures(next(iter(comparisons.values()))), *about_several(comparisons)],
         pictures=[
-            chart_picture("Samples of every prior", f"The first {SHOWN} of each, not chosen.", picture),
             chart_picture("Training of the priors", "Loss in nats an image, over steps.", training_curves(curves)),
         ],
         config=json.dumps({run: to_dict(config) for run, config in configs.items()}, indent=2),
         tables=[],
     )
+
+
+def overview(figure: Figure) -> Picture:
+    return chart_picture("Samples of every prior", f"The first {SHOWN} of each, not chosen.", figure)
 
 
 def pictures_of(comparison: Comparison, exhibits: Exhibits) -> list[Picture]:
@@ -146,7 +154,6 @@ def pictures_of(comparison: Comparison, exhibits: Exhibits) -> list[Picture]:
         *samples(comparison, exhibits),
         *reconstructions(exhibits),
         *copies(comparison, exhibits),
-        *other_rows(comparison, exhibits),
         *latents(comparison, exhibits),
         *tradeoffs(comparison),
         chart_picture("Training", "Loss in nats an image, over steps.", training_curves(exhibits.histories)),
@@ -193,12 +200,6 @@ def copies(comparison: Comparison, exhibits: Exhibits) -> list[Picture]:
         images_picture("Nearest training images", caption, both),
         chart_picture("Memorization", share, nearest_plot(distances)),
     ]
-
-
-def other_rows(comparison: Comparison, exhibits: Exhibits) -> list[Picture]:
-    shown_before = ("standard", "learned", "tuned", "reconstruction")
-    others = {name: images[:SHOWN] for name, images in exhibits.images.items() if name not in shown_before}
-    return [images_picture(comparison.title(name), f"{SHOWN} images.", images) for name, images in others.items()]
 
 
 def latents(comparison: Comparison, exhibits: Exhibits) -> list[Picture]:

@@ -87,9 +87,12 @@ def tradeoff_plot(points: dict[float, Tradeoff], label: str) -> Figure:
 
 
 def write_picture(path: Path, comparison: Comparison, exhibits: Exhibits) -> None:
+    write_file(path, png(lines_of(comparison, exhibits)))
+
+
+def lines_of(comparison: Comparison, exhibits: Exhibits) -> Figure:
     """One line of images for each row, its fd beside it."""
-    rows = comparison.rows.items()
-    write_file(path, png(lines([(comparison.title(name), row.fd, exhibits.images[name]) for name, row in rows])))
+    return lines([(comparison.title(name), row.fd, exhibits.images[name]) for name, row in comparison.rows.items()])
 
 
 def lines(rows: Sequence[tuple[str, float | None, Tensor]]) -> Figure:
