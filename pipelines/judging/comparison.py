@@ -251,8 +251,9 @@ def verdict_of(fd: dict[str, Tensor], withheld: str | None, start: str) -> Verdi
     if withheld is not None:
         return Verdict(None, reason=withheld)
     gap = fd["standard"] - fd["reconstruction"]
-    # The distance of real held-out images is what sampling error alone costs: a gap below it cannot be told from noise.
-    if float(gap[0]) <= max(float(fd["real"][0]), 0.0):
+    # The distance of real held-out images is what sampling error alone costs: a gap below it, or below its own error, cannot be
+    # told from noise.
+    if float(gap[0]) <= max(float(fd["real"][0]), error(gap), 0.0):
         return Verdict(None, reason=f"{start} is no worse than the reconstructions, beyond sampling error")
     closed = {name: (fd["standard"] - fd[name]) / gap for name in ("learned", "tuned") if name in fd}
     figures = {name: (float(shares[0]), error(shares)) for name, shares in closed.items()}
