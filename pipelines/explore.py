@@ -47,12 +47,12 @@ def check_port(host: str, port: int) -> None:
 def serve(asked: Arguments) -> None:
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported
     try:
-        from pipelines.explorer.page import CSS, THEME, Page
+        from pipelines.explorer.page import Page
     except ModuleNotFoundError as error:
         if error.name != "gradio":
             raise
         raise UserError("the explorer needs gradio: pip install -e '.[explore]'") from error
-    from pipelines.explorer.views import names_of_runs
+    from pipelines.runs.run import names_of_runs
 
     if asked.run is None and not names_of_runs():
         raise UserError("there is no run under checkpoints/; train one with python -m pipelines.train_all")
@@ -60,9 +60,7 @@ def serve(asked: Arguments) -> None:
     if asked.run is not None:
         page.views(asked.run)  # what is wrong with it is said here
     say(f"open http://{asked.host}:{asked.port} in a browser; Ctrl-C ends it")
-    page.blocks().launch(
-        server_name=asked.host, server_port=asked.port, quiet=True, theme=THEME, css=CSS, footer_links=[], ssr_mode=False
-    )
+    page.serve(asked.host, asked.port)
 
 
 if __name__ == "__main__":

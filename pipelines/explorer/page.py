@@ -12,9 +12,10 @@ from PIL import Image
 from torch import Tensor
 
 from pipelines.console import UserError
-from pipelines.explorer.views import TILES, Plane, Strip, Views, hidden_part, names_of_runs
+from pipelines.explorer.views import TILES, Plane, Strip, Views, hidden_part
 from pipelines.pages.scores import uri
 from pipelines.runs.pictures import tiled
+from pipelines.runs.run import names_of_runs
 from pipelines.two_stage import TwoStage, sampling
 
 ANY = "any"
@@ -87,7 +88,7 @@ def plane_picture(plane: Plane, points: bool) -> Image.Image:
         axis.imshow(sheet.convert("RGB"), extent=(low_x, high_x, low_y, high_y), aspect="auto", interpolation="nearest")
     if points and len(plane.points):
         x, y = plane.points.T
-        axis.scatter(x, y, s=5, linewidths=0, alpha=0.6, c="tab:orange" if plane.labels is None else plane.labels, cmap="tab10")
+        axis.scatter(x, y, s=12, linewidths=0, alpha=0.8, c="tab:orange" if plane.labels is None else plane.labels, cmap="tab10")
     axis.set(xlim=(low_x, high_x), ylim=(low_y, high_y))
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
@@ -188,6 +189,21 @@ class Page:
         views = self.views(name)
         picture, hidden = hidden_part(views.model, drawing["background"], drawing["layers"])
         return views.complete(picture, hidden, count, whole(seed, "the seed"), None if label == ANY else label)
+
+    def serve(self, host: str, port: int, wait: bool = True) -> gr.Blocks:
+        """Serve the page until it is interrupted, or until it is closed where there is no waiting."""
+        blocks = self.blocks()
+        blocks.launch(
+            server_name=host,
+            server_port=port,
+            quiet=True,
+            prevent_thread_lock=not wait,
+            ssr_mode=False,
+            theme=THEME,
+            css=CSS,
+            footer_links=[],
+        )
+        return blocks
 
     def blocks(self) -> gr.Blocks:
         """The page."""

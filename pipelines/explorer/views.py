@@ -23,7 +23,6 @@ from pipelines.judging.tradeoffs import described
 from pipelines.pages.scores import BRIGHTEST, heat
 from pipelines.runs.dataset import load_data
 from pipelines.runs.latents import training_latents
-from pipelines.runs.run import CHECKPOINTS
 from pipelines.two_stage import TwoStage, marginal
 from stage2_prior.autoregressive import LearnedPrior
 from stage2_prior.sampling import AS_FITTED, Sampling
@@ -63,11 +62,6 @@ class Plane:
     def at(self, x: float, y: float) -> Tensor:
         """The latent numbers, 2, at a place in the picture: shares of its width and height, from the upper left corner."""
         return torch.lerp(self.low, self.high, torch.tensor([x, 1 - y], dtype=torch.float32))
-
-
-def names_of_runs() -> list[str]:
-    """Of the runs under checkpoints/, finished or not."""
-    return sorted(path.parent.name for path in CHECKPOINTS.glob("*/config.json"))
 
 
 class Views:
@@ -198,13 +192,14 @@ class Views:
         maps = [heat(level, size) for level in usual.excess(scores)]
         bits = f"{float(scores.bits_of_z):.0f} bits of z, {float(scores.bits_of_x):.0f} of x given z"
         verdict = f"{float(100 * usual.more_usual(scores)):.0f} % of {len(usual.distances)} held-out images are more usual"
+        order = " From the coarse grid to the fine one." if len(maps) > 1 else ""
         again = self.model.decode(self.model.encode(picture[None]))
         return [
             Strip("the picture, and its reconstruction", torch.cat([picture[None], again]), f"{verdict}: {bits}."),
             Strip(
                 "where its bits of z lie",
                 torch.cat(maps),
-                f"Bright: more bits than in held-out images, up to {BRIGHTEST:g} standard deviations. From coarse to fine grids.",
+                f"Bright: more bits than in held-out images, up to {BRIGHTEST:g} standard deviations.{order}",
             ),
         ]
 

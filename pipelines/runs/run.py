@@ -37,6 +37,11 @@ def folder_of(name: str) -> Path:
     return Path(name) if "/" in name or os.sep in name else CHECKPOINTS / name
 
 
+def names_of_runs() -> list[str]:
+    """Of the runs under checkpoints/, finished or not, and of the exports that come with the software."""
+    return sorted({path.parent.name for place in (CHECKPOINTS, TRAINED) for path in place.glob("*/config.json")})
+
+
 @dataclass(frozen=True)
 class Run:
     folder: Path
@@ -83,7 +88,7 @@ class Run:
         places = (CHECKPOINTS / name, Path(name), TRAINED / name)
         folder = next((path for path in places if (path / "config.json").is_file()), None)
         if folder is None:
-            known = sorted({path.parent.name for place in (CHECKPOINTS, TRAINED) for path in place.glob("*/config.json")})
+            known = names_of_runs()
             hint = nearest(name, known) if known else "; train one with python -m pipelines.train_all"
             raise UserError(f"there is no run {name!r}{hint}")
         folder = folder if folder.name not in ("", "..") else folder.resolve()
