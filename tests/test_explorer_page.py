@@ -1,0 +1,73 @@
+"""The page of the explorer in a real browser: every tab once, in the width of a telephone."""
+
+import os
+import shutil
+import socket
+
+import pytest
+
+os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported
+
+pytest.importorskip("gradio", reason="gradio is not installed: pip install -e '.[explore]'")
+playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+CHROMIUM = shutil.which("chromium")
+if CHROMIUM is None:
+    pytest.skip("there is no chromium", allow_module_level=True)
+QUIET = ("quic", "background-networking", "component-update", "sync", "gpu")  # what of Chromium would call the network
+WIDTH = 390
+PRESSED = {
+    "Walk": ("Walk", 14),
+    "Nearest": ("Find", 24),
+    "Score": ("Score", 3),
+}
+"""of a tab, its button and how many pictures that shows"""
+
+
+@pytest.fixture
+def address(run, small_data):
+    """Of the page, with a run whose prior is told labels."""
+    from pipelines.explorer.page import Page
+
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    blocks = Page(str(run.folder), "cpu").serve("127.0.0.1", port, wait=False)
+    yield f"http://127.0.0.1:{port}/"
+    blocks.close()
+
+
+def test_every_tab_answers_without_an_error_and_without_a_network(address):
+    arguments = ["--no-sandbox", "--no-first-run", *(f"--disable-{name}" for name in QUIET)]
+    with playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=CHROMIUM, args=arguments)
+        page = browser.new_page(viewport={"width": WIDTH, "height": 800})
+        page.set_default_timeout(120_000)
+        errors, requests = [], []
+        page.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
+        page.on("pageerror", lambda error: errors.append(str(error)))
+        page.on("request", lambda request: requests.append(request.url))
+        page.goto(address)
+        pictures = page.locator(".strip img:visible")
+        playwright.expect(pictures).to_have_count(4 * 16, timeout=120_000)
+        page.get_by_label("Seed").fill("1")
+        before = pictures.first.get_attribute("src")
+        page.get_by_role("button", name="Draw", exact=True).click()
+        page.wait_for_function("before => document.querySelector('.strip img').src != before", arg=before)
+
+        def tab(name: str) -> None:
+            """Those that the width has no room for are in a menu."""
+            shown = page.get_by_role("tab", name=name, exact=True).locator("visible=true")
+            if not shown.count():
+                page.locator(".overflow-menu > button").click()
+                shown = page.locator(".overflow-dropdown button", has_text=name)
+            shown.first.click()
+
+        tab("Plane")
+        playwright.expect(page.locator(".sentence:visible")).to_contain_text("train the preset mnist5k-2d")
+        for name, (button, count) in PRESSED.items():
+            tab(name)
+            page.get_by_role("button", name=button, exact=True).click()
+            playwright.expect(pictures).to_have_count(count, timeout=120_000)
+        assert page.evaluate("document.documentElement.scrollWidth") <= WIDTH
+        assert not errors
+        assert [url for url in requests if not url.startswith((address, "data:", "blob:"))] == []
+        browser.close()
