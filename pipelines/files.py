@@ -11,8 +11,9 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import cattrs
 import safetensors.torch
 from filelock import FileLock, Timeout
 from torch import Tensor
@@ -25,6 +26,7 @@ try:
 except ImportError:  # on Windows, where what killed writers left stays
     fcntl = None  # type: ignore[assignment]
 
+T = TypeVar("T")
 PARTIAL = re.compile(r"\.(?P<name>.+?)(?:\.[0-9a-f]{8})?\.partial", re.DOTALL)
 """Name of what is written aside: each writer's own. An earlier version had one for all writers of a file."""
 
@@ -141,7 +143,29 @@ def read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text())
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} cannot be read ({error}); delete it and run train_all again, to have it made again") from error
+        raise damaged(path, error) from error
+
+
+def read_as(path: Path, kind: type[T]) -> T:
+    """A file of JSON as a dataclass; the file may come from anyone. Raises UserError when that is not what it holds."""
+    try:
+        return structured(read_json(path), kind)
+    except ValueError as error:
+        raise error if isinstance(error, UserError) else damaged(path, error) from error
+
+
+def structured(values: Any, kind: type[T], by: cattrs.Converter | None = None) -> T:
+    """What JSON holds as a dataclass. by: how its fields are read, where not as usual. Raises ValueError for other values."""
+    if not isinstance(values, dict):
+        raise ValueError(f"it holds no {kind.__name__}")
+    try:
+        return (by or cattrs.global_converter).structure(values, kind)
+    except cattrs.BaseValidationError as error:
+        raise ValueError("; ".join(cattrs.transform_error(error))) from error
+
+
+def damaged(path: Path, error: Exception) -> UserError:
+    return UserError(f"{path} cannot be read ({error}); delete it and run train_all again, to have it made again")
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:

@@ -3,7 +3,6 @@
 The tables of README.md and docs/results.md are made of that file. The same command again goes on where it was.
 """
 
-import json
 import platform
 import re
 import shlex
@@ -78,14 +77,16 @@ def reproduce(command: str, seed: int, data: Path | None) -> None:
 
 def training_of(folder: Path, command: str, seed: int) -> "Training":
     """A finished run's figures, with what it was made by."""
+    from pipelines.files import read_as
     from pipelines.judging.comparison import read_comparison
+    from pipelines.pages.report import Timing
     from pipelines.pages.results import Training
     from pipelines.training import checkpoints
 
     comparison = read_comparison(folder / "compare" / "metrics.json")
     phases = [phase for phase in ("stage1", "stage2", "refined") if (folder / phase).is_dir()]
     seconds = {phase: checkpoints.usable(folder / phase)[-1].record["seconds"] for phase in phases}
-    seconds["comparison"] = json.loads((folder / "compare" / "timing.json").read_text())["seconds"]
+    seconds["comparison"] = read_as(folder / "compare" / "timing.json", Timing).seconds
     return Training.of(command, seed, comparison, seconds, commit(), hardware())
 
 

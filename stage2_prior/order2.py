@@ -42,6 +42,13 @@ class Order2Level(Sized):
         self.register_buffer("counts", torch.zeros(1))
         self.register_buffer("weight", torch.tensor(1.0))
 
+    def fits(self, found: dict[str, Tensor]) -> bool:
+        keys, counts, tables = found["keys"], found["counts"], (found["left"], found["above"])
+        shaped = all(table.shape == self.left.shape for table in tables) and found["weight"].ndim == 0
+        listed = keys.dtype == torch.int64 and keys.ndim == 1 and keys.shape == counts.shape and len(keys) > 0
+        positive = all(bool((tensor >= 0).all()) for tensor in (counts, found["weight"], *tables))
+        return shaped and listed and positive and int(keys[-1]) == (self.vocabulary + 1) ** 3
+
     def neighbours(self, codes: Tensor) -> tuple[Tensor, Tensor]:
         """Of every position, its left and upper neighbour; codes B h w."""
         left = functional.pad(codes, (1, 0), value=self.vocabulary)[..., :-1]

@@ -101,13 +101,24 @@ class StandardNormal(Prior):
 
 
 class Sized(nn.Module):
-    """A module whose buffers have as many numbers as the data ask for: loading a state, it takes on the sizes there."""
+    """A module whose buffers have as many numbers as the data ask for: loading a state, it takes on the sizes there.
 
-    def _load_from_state_dict(self, state_dict, prefix, *rest):
-        for name, buffer in self._buffers.items():
-            if (found := state_dict.get(prefix + name)) is not None and buffer is not None:
-                self._buffers[name] = buffer.new_empty(found.shape)
-        super()._load_from_state_dict(state_dict, prefix, *rest)
+    load_state_dict raises RuntimeError where these do not fit, as for any module.
+    """
+
+    def fits(self, found: dict[str, Tensor]) -> bool:
+        """Whether tensors, by the names of the buffers, can be a state of this module."""
+        raise NotImplementedError
+
+    def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, unexpected, errors):
+        found = {name: state_dict[prefix + name] for name in self._buffers if prefix + name in state_dict}
+        if len(found) == len(self._buffers):
+            if not self.fits(found):
+                errors.append(f"{prefix or type(self).__name__}: sizes or values do not fit")
+                return
+            own = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
+            self._buffers.update({name: buffer.new_empty(found[name].shape) for name, buffer in own.items()})
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
 
 
 def choosing_images(count: int) -> tuple[Tensor, Tensor]:
@@ -142,6 +153,14 @@ class GaussianMixturePrior(Sized, Prior):
         self.register_buffer("means", torch.zeros(first, size))
         # Lower Cholesky factors, K D D, or standard deviations, K D.
         self.register_buffer("factors", torch.eye(size).repeat(first, 1, 1) if full else torch.ones(first, size))
+
+    def fits(self, found: dict[str, Tensor]) -> bool:
+        components, size = found["weights"].numel(), self.means.shape[1]
+        shapes = [tuple(found[name].shape) for name in ("weights", "means", "factors")]
+        as_own = shapes[:2] == [(components,), (components, size)]
+        scaled = shapes[2] in ((components, size), (components, size, size))
+        positive = components and bool((found["weights"] >= 0).all() and found["weights"].sum() > 0)
+        return bool(as_own and scaled and positive)
 
     @property
     def full(self) -> bool:

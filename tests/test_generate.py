@@ -328,7 +328,9 @@ def test_the_comparison_finds_the_best_way_to_draw(runs, monkeypatch, best):
 def test_a_damaged_tokenizer_is_named(runs, tmp_path):
     path = Path(runs["fashion-dalle"]) / "tokenizer.json"
     content = path.read_bytes()
-    for damaged in (content[:-100], b"", b"{}"):
+    larger = json.loads(content)
+    larger["model"]["vocab"]["unknown"] = 10**6
+    for damaged in (content[:-100], b"", b"{}", json.dumps(larger).encode()):
         path.write_bytes(damaged)
         with pytest.raises(UserError, match="tokenizer.json is no tokenizer .*train_all again"):
             drawn(runs["fashion-dalle"], "--caption", "a boot", tmp_path=tmp_path)

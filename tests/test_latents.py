@@ -101,7 +101,7 @@ def test_many_latents_lie_in_several_files(tmp_path, monkeypatch):
                 assert torch.equal(tensor, everything[0][name][indices])
 
     same(several)
-    same(training_latents(run))
+    same(training_latents(run, [spec]))
     batches = []
     for dataset in (one, several):
         torch.manual_seed(0)
@@ -113,7 +113,7 @@ def test_many_latents_lie_in_several_files(tmp_path, monkeypatch):
     same(encode(run, autoencoder, splits.train, "train"))
     path.unlink()
     with pytest.raises(UserError, match="not all of it"):
-        training_latents(run)
+        training_latents(run, [spec])
     same(encode(run, autoencoder, splits.train, "train"))
     fewer = splits.train.subset(torch.arange(25))
     assert len(encode(run, autoencoder, fewer, "train")) == 25

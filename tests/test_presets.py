@@ -33,7 +33,7 @@ from pipelines.runs.config import RunConfig, read_config, replaced
 from pipelines.runs.dataset import load_data
 from pipelines.runs.latents import encode, training_latents
 from pipelines.runs.names import PRIORS
-from pipelines.runs.parts import load_autoencoder, weights_of
+from pipelines.runs.parts import load_autoencoder, specs_of, weights_of
 from pipelines.runs.recipes import parts_of, preset
 from pipelines.runs.run import CHECKPOINTS, Run
 from pipelines.train_all import parse
@@ -120,7 +120,7 @@ def test_both_stages_see_mirror_images(name, tmp_path, monkeypatch):
         expected = encode(run, autoencoder, ImageSet(shown, images.labels), f"{half.start}").posteriors(slice(None))
         for found, level in zip(latents.posteriors(half), expected):
             assert all(torch.equal(found[name], tensor) for name, tensor in level.items())
-    assert len(training_latents(run)) == 2 * count
+    assert len(training_latents(run, specs_of(autoencoder))) == 2 * count
 
     # What is copied may be copied from either.
     metrics = json.loads((run.folder / "compare" / "metrics.json").read_text())

@@ -54,7 +54,7 @@ def test_several_priors_share_one_training_and_one_copy_of_stage_1(run, monkeypa
     phases.train(others[0])
     shutil.rmtree(others[1].folder)
     load_prior(run, specs_of(load_autoencoder(run)))
-    assert len(training_latents(others[0])) == len(load_data(run).train) and len(trained) == 2
+    assert len(training_latents(others[0], specs_of(load_autoencoder(run)))) == len(load_data(run).train) and len(trained) == 2
 
 
 def test_a_stage_1_that_does_not_fit_is_refused_in_one_sentence(run, monkeypatch):

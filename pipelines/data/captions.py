@@ -54,11 +54,13 @@ def library() -> Any:
 class CaptionTokenizer:
     """Byte-pair encoding of lower-cased text (the `tokenizers` library), fitted to the training captions."""
 
-    def __init__(self, path: Path):
-        """Raises UserError when the file is missing or is no tokenizer's."""
+    def __init__(self, path: Path, vocabulary: int):
+        """Raises UserError when the file is missing or is no tokenizer's, or that of another vocabulary."""
         tokenizer = library().Tokenizer
         try:
             self.tokenizer = tokenizer.from_file(str(path))
+            if (largest := max(self.tokenizer.get_vocab().values(), default=0)) >= vocabulary:
+                raise ValueError(f"it has a token {largest}, and the prior knows {vocabulary}")
         except Exception as error:  # the library raises no more special one
             raise UserError(
                 f"{path} is no tokenizer ({error}); delete it and run train_all again, to have it made again as it was"

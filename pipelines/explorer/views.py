@@ -215,7 +215,7 @@ def plane_of(views: Views) -> Plane:
         raise UserError(f"a plane has two latent numbers, and {views.run.name} has {size} {kind}: train the preset mnist5k-2d")
     labels = None
     try:
-        points = training_latents(views.run).posteriors(slice(POINTS))[0]["mean"].flatten(1)
+        points = training_latents(views.run, model.specs).posteriors(slice(POINTS))[0]["mean"].flatten(1)
         low, high = points.quantile(OUTSIDE, 0), points.quantile(1 - OUTSIDE, 0)
     except UserError:
         points, low, high = torch.empty(0, 2), torch.full((2,), -3.0), torch.full((2,), 3.0)

@@ -341,7 +341,7 @@ def exhibits_of(subject: Subject, rows: Rows, judged: Judged, comparison: Compar
         rate_maps=maps,
         histories={phase: record["history"] for phase, record in records.items()},
         seconds=rows.seconds,
-        training_seconds={name: record["seconds"] for name, record in records.items() if "seconds" in record},
+        training_seconds={name: record["seconds"] for name, record in records.items() if record["seconds"] is not None},
         nats=rows.nats,
     )
 

@@ -20,7 +20,7 @@ from cattrs.gen import make_dict_structure_fn, make_dict_unstructure_fn, overrid
 from torch import Tensor
 
 from pipelines.console import UserError
-from pipelines.files import read_json, write_json
+from pipelines.files import read_json, structured, write_json
 from pipelines.judging.features import Features
 from pipelines.judging.health import Health
 from pipelines.judging.quality import error
@@ -212,10 +212,9 @@ def from_dict(values: Any) -> Comparison:
         raise ValueError(f"it is of version {values['schema']}, and this one reads version {SCHEMA}")
     missing = {name: row["note"] for name, row in values["priors"].items() if isinstance(row, dict) and row.keys() == {"note"}}
     priors = {name: row for name, row in values["priors"].items() if name not in missing}
-    try:
-        return converter().structure(values | {"priors": priors, "missing": missing}, Comparison)
-    except cattrs.BaseValidationError as error:
-        raise ValueError("; ".join(cattrs.transform_error(error))) from error
+    if unknown := priors.keys() - ROWS.keys():
+        raise ValueError(f"there is no row {min(unknown)!r}")
+    return structured(values | {"priors": priors, "missing": missing}, Comparison, converter())
 
 
 def write_comparison(path: Path, comparison: Comparison) -> None:

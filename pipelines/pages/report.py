@@ -76,6 +76,15 @@ class Report:
         return section_of(name, self.comparison, self.exhibits, self.config, diagnosis(self.run, self.comparison))
 
 
+@dataclass(frozen=True)
+class Timing:
+    """What timing.json says of a comparison."""
+
+    seconds_per_1000_images: dict[str, float]
+    seconds_of_training: dict[str, float]
+    seconds: float
+
+
 def write_report(run: Run, splits: Splits, judging: MetricsConfig, seed: int = 0) -> Report:
     """Compare, and write metrics.json, metrics.csv, timing.json, samples.png and page.html."""
     beginning = time.perf_counter()
@@ -86,15 +95,11 @@ def write_report(run: Run, splits: Splits, judging: MetricsConfig, seed: int = 0
     write_picture(folder / "samples.png", comparison, exhibits)
     report = Report(run, comparison, exhibits, replace(run.config, metrics=judging))
     write_csv(folder / "metrics.csv", {name: comparison})
-    write_timing(folder / "timing.json", exhibits, time.perf_counter() - beginning)
+    timing = Timing(exhibits.seconds, exhibits.training_seconds, time.perf_counter() - beginning)
+    files.write_json(folder / "timing.json", vars(timing))
     write_page(folder / "page.html", [report.section(name)], comparison.versions)
     write_comparison(metrics, comparison)
     return report
-
-
-def write_timing(path: Path, exhibits: Exhibits, seconds: float) -> None:
-    times = {"seconds_per_1000_images": exhibits.seconds, "seconds_of_training": exhibits.training_seconds, "seconds": seconds}
-    files.write_json(path, times)
 
 
 def finished_comparison(run: Run, splits: Splits) -> Comparison:
@@ -116,13 +121,14 @@ def is_of(comparison: Comparison, run: Run, splits: Splits) -> bool:
     as_many = comparison.images == min(asked.images, len(splits.test))
     # A comparison of an earlier version says neither how it was judged nor of what weights it is.
     same = comparison.judged_by in ({}, judged_by(asked)) and comparison.weights in ({}, weights_of(run))
-    return as_configured and as_many and same
+    whole = {"standard", *(["learned"] if run.learned else [])} <= comparison.priors.keys()
+    return as_configured and as_many and same and whole
 
 
 def check_finished(run: Run) -> None:
     """Raises UserError early where a part that is compared is not finished."""
-    training_latents(run)
     specs = specs_of(load_autoencoder(run))
+    training_latents(run, specs)
     open_prior(run, "standard", specs)
     if run.learned:
         open_prior(run, "learned", specs)

@@ -34,7 +34,7 @@ def contexts_of(run: Run, images: ImageSet, part: str = "train") -> Tensor | Non
         CaptionTokenizer.train(captions, vocabulary, path)
 
     processes.on_first(fitted)
-    return CaptionTokenizer(path).tokens(captions, condition.length)
+    return CaptionTokenizer(path, vocabulary).tokens(captions, condition.length)
 
 
 def check_captions(run: Run, images: ImageSet) -> None:
@@ -49,7 +49,7 @@ def check_captions(run: Run, images: ImageSet) -> None:
         processes.on_first(lambda: path.unlink(missing_ok=True))
     rows = contexts_of(run, images)
     captions = captions_of(images, read_facts(run).label_names)
-    lengths = CaptionTokenizer(path).lengths(captions)
+    lengths = CaptionTokenizer(path, condition.vocabulary).lengths(captions)
     cut = sum(length > condition.length for length in lengths)
     if cut and rows is not None:
         equal = len({*captions}) - len(rows.unique(dim=0))
@@ -81,7 +81,8 @@ def contexts_asked(
     if len(each) != count:
         raise UserError(f"{len(each)} {wanted}s for {count} images: give one, or one for each image")
     if isinstance(run.condition, Caption):
-        return CaptionTokenizer(run.folder / "tokenizer.json").tokens([str(one) for one in each], run.condition.length)
+        tokenizer = CaptionTokenizer(run.folder / "tokenizer.json", run.condition.vocabulary)
+        return tokenizer.tokens([str(one) for one in each], run.condition.length)
     names = read_facts(run).label_names
     return torch.tensor([label_number(one, names) for one in each])
 

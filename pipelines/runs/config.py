@@ -3,6 +3,7 @@
 import functools
 import json
 import operator
+import os
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, get_args, get_type_hints
@@ -13,6 +14,7 @@ from cattrs.strategies import configure_tagged_union
 
 from pipelines.console import UserError
 from pipelines.data.sets import DataConfig
+from pipelines.files import structured
 from pipelines.runs.names import ExtractorName, Pixels
 from pipelines.training.config import FitConfig, Precision
 from stage1_vae.autoencoder import AutoencoderConfig, BottleneckConfig
@@ -107,11 +109,21 @@ def described(interval: Interval) -> str:
 def converter() -> cattrs.Converter:
     made = cattrs.Converter(forbid_extra_keys=True)
     made.register_unstructure_hook(Path, str)
+    made.register_structure_hook(str, lambda value, _: name_of_file(value))
+    made.register_structure_hook(Path, lambda value, _: Path(name_of_file(value)))
     stage1 = (NetworkConfig, BottleneckConfig, LikelihoodConfig)
     stage2 = (BackboneConfig, HeadConfig, ConditionConfig, PriorConfig)
     for union in (DataConfig, *stage1, *stage2):
         configure_tagged_union(union, made, tag_name="kind")
     return made
+
+
+def name_of_file(value: Any) -> str:
+    """Raises ValueError for what can be no file's name: texts in a config name places, or one of several kinds."""
+    if not isinstance(value, str) or "\0" in value:
+        raise ValueError(f"{value!r:.40} is no name")
+    os.fsencode(value)
+    return value
 
 
 def to_dict(config: RunConfig) -> dict[str, Any]:
@@ -127,12 +139,7 @@ def judged_by(metrics: MetricsConfig) -> dict[str, Any]:
 
 def from_dict(values: dict[str, Any]) -> RunConfig:
     """Raises ValueError where the values are not a RunConfig's."""
-    if not isinstance(values, dict):
-        raise ValueError("it holds no config")
-    try:
-        return converter().structure(values, RunConfig)
-    except cattrs.BaseValidationError as error:
-        raise ValueError("; ".join(cattrs.transform_error(error))) from error
+    return structured(values, RunConfig, converter())
 
 
 def differences(old: Any, new: Any, name: str = "") -> list[str]:
@@ -147,9 +154,9 @@ def read_config(path: Path) -> RunConfig:
     """What is not in the file, because a later version added it, has its default. Raises UserError for another file."""
     try:
         config = from_dict(json.loads(path.read_text()))
+        check_ranges(config)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} cannot be read as the config.json of a run ({error}); mend the file, or name another") from error
-    check_ranges(config)
     return config
 
 

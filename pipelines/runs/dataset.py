@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from pipelines import files
 from pipelines.console import NotThere, UserError
+from pipelines.data.decoding import MOST_PIXELS
 from pipelines.data.identity import content_of_captions, content_of_files, stamp
 from pipelines.data.images import ImageSet, Mirrored, Splits
 from pipelines.data.sets import Shards
@@ -14,7 +15,7 @@ from pipelines.runs.run import UNREADABLE, Run, refuse_another
 from pipelines.training import checkpoints
 
 FACTS = "stage1/facts.json"
-OPTIONAL = ("listing", "content", "captions", "stamp")  # of its entries, which a run of an earlier version has not
+MOST_CHANNELS = 1000
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class Facts:
     label_names: list[str]
     images: dict[str, int]
     """number of images in each split"""
-    listing: str | None
+    listing: str | None = None
     """of the user's own images, a checksum of their names and labels"""
     content: str | None = None
     """a checksum of the images, and of labels that came with them; None in a run of an earlier version"""
@@ -34,6 +35,12 @@ class Facts:
     """a checksum of the captions"""
     stamp: str | None = None
     """of images in files, a checksum of the sizes and times of these"""
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for what no data set is."""
+        channels, height, width = self.image_shape
+        if min(self.image_shape) < 1 or channels > MOST_CHANNELS or height * width > MOST_PIXELS:
+            raise ValueError(f"there are no images of shape {self.image_shape}")
 
     @classmethod
     def of(cls, splits: Splits, before: "Facts | None" = None) -> "Facts":
@@ -59,12 +66,11 @@ def write_facts(run: Run, splits: Splits) -> None:
 
 
 def read_facts(run: Run) -> Facts:
-    """Raises UserError where stage 1 has not been trained."""
+    """Raises UserError where stage 1 has not been trained, or its file holds something else."""
     path = run.folder / FACTS
     if not path.is_file():
         raise UserError(f"{run.folder} is unfinished: stage 1 has not been trained. Run its train_all command again.")
-    facts = files.read_json(path)
-    return Facts(tuple(facts["image_shape"]), facts["label_names"], facts["images"], *(facts.get(name) for name in OPTIONAL))
+    return files.read_as(path, Facts)
 
 
 def load_data(run: Run) -> Splits:

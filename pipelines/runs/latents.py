@@ -1,5 +1,8 @@
 """The latents of a run's images: the posteriors of its autoencoder, encoded once and kept on disk."""
 
+import math
+from pathlib import Path
+
 import torch
 from torch import Tensor
 
@@ -13,7 +16,7 @@ from pipelines.runs.run import Run
 from pipelines.training.fabric import Fabric
 from pipelines.training.fit import in_order
 from stage1_vae.autoencoder import Autoencoder
-from stage2_prior.latents import Joined, LatentDataset
+from stage2_prior.latents import Joined, LatentDataset, LatentSpec
 
 ENCODING_BATCH = 500
 SHARD_BYTES = 2**28  # of latents in one file
@@ -41,7 +44,10 @@ def encode(run: Run, autoencoder: Autoencoder, images: ImageSet, part: str, phas
         rows = range(start, min(start + starts.step, len(images)))
         label = f"encoding {part}" + (f", {rows.start} to {rows.stop} of {len(images)}" if len(paths) > 1 else "")
         files.cached(shard, key, lambda: encoded(run.fabric, autoencoder, images, label, rows))  # noqa: B023
-    return latent_dataset([files.read_tensors(shard) for shard in paths], contexts_of(run, images, part))
+    shards = [read_latents(shard, specs_of(autoencoder)) for shard in paths]
+    if sum(len(next(iter(shard.values()))) for shard in shards) != len(images):
+        raise other_latents(path, f"they are not of {len(images)} images")
+    return latent_dataset(shards, contexts_of(run, images, part))
 
 
 def encode_training(run: Run, autoencoder: Autoencoder, images: ImageSet, phase: Phase | None = None) -> LatentDataset:
@@ -53,7 +59,7 @@ def encode_training(run: Run, autoencoder: Autoencoder, images: ImageSet, phase:
     return latents
 
 
-def training_latents(run: Run) -> LatentDataset:
+def training_latents(run: Run, specs: list[LatentSpec]) -> LatentDataset:
     """What `encode_training` put down, without contexts; of an export without latents it is called first."""
     folder = run.folder / "latents"
     if run.exported and not folder.is_dir():
@@ -68,7 +74,7 @@ def training_latents(run: Run) -> LatentDataset:
                 f"there is no {path}, or not all of it, which tells how images are encoded. Run the train_all command of"
                 f" {run.folder} again."
             )
-        shards += [files.read_tensors(shard) for shard in paths]
+        shards += [read_latents(shard, specs) for shard in paths]
     return latent_dataset(shards)
 
 
@@ -87,6 +93,31 @@ def encoded(
     rows = range(len(images)) if rows is None else rows
     batches = processes.in_batches(posteriors, torch.arange(rows.start, rows.stop), ENCODING_BATCH, label)
     return {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
+
+
+def read_latents(path: Path, specs: list[LatentSpec]) -> dict[str, Tensor]:
+    """Posteriors as `encoded` names them. Raises UserError where a file, which may come from anyone, holds something else."""
+    found = files.read_tensors(path)
+    expected: dict[str, tuple[torch.dtype, LatentSpec]] = {}
+    for level, spec in enumerate(specs):
+        of_level = {"mean": torch.float32, "std": torch.float32} if spec.vocabulary is None else {"codes": torch.int64}
+        expected |= {f"{level}.{name}": (dtype, spec) for name, dtype in of_level.items()}
+    if found.keys() != expected.keys():
+        raise other_latents(path, f"it holds {', '.join(sorted(found)) or 'nothing'}, not {', '.join(expected)}")
+    images = {len(tensor) if tensor.ndim else 0 for tensor in found.values()}
+    for name, (dtype, spec) in expected.items():
+        tensor = found[name]
+        if tensor.dtype != dtype or tensor.shape[1:] != spec.shape or len(images) != 1 or 0 in images:
+            raise other_latents(path, f"{name} is {tuple(tensor.shape)} {tensor.dtype}, not N × {spec.shape} {dtype}")
+        lowest, highest = map(float, tensor.aminmax())
+        least, most = (-math.inf, math.inf) if spec.vocabulary is None else (-1, spec.vocabulary)
+        if not least < lowest <= highest < most:
+            raise other_latents(path, f"{name} has values from {lowest:g} to {highest:g}")
+    return found
+
+
+def other_latents(path: Path, why: str) -> UserError:
+    return UserError(f"{path} is not of the latents of this run: {why}; delete {path.parent} to have it made again")
 
 
 def latent_dataset(shards: list[dict[str, Tensor]], contexts: Tensor | None = None) -> LatentDataset:

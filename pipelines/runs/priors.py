@@ -24,14 +24,14 @@ def open_prior(run: Run, name: str, specs: list[LatentSpec]) -> Prior:
     if name == "learned":
         return load_prior(run, specs)
     if name == "posterior":
-        return AggregatePosterior(training_latents(run))
+        return AggregatePosterior(training_latents(run, specs))
     known = baselines(specs)
     if name not in known:
         raise UserError(f"there is no prior {name!r} for these latents{nearest(name, [*known, 'learned', 'posterior'])}")
     baseline = known[name](specs)
 
     def fitted() -> dict[str, Tensor]:
-        latents = training_latents(run)
+        latents = training_latents(run, specs)
         with Progress(f"fitting the {name} prior", len(latents), "images") as progress:
             torch.manual_seed(seed_of(run.config.seed, 3))
             baseline.estimate(latents)
@@ -40,6 +40,13 @@ def open_prior(run: Run, name: str, specs: list[LatentSpec]) -> Prior:
 
     if name != "standard":
         key = finished(run, last_phase(run, "autoencoder")).digest()
-        baseline.load_state_dict(files.cached(run.work / "baselines" / f"{name}.safetensors", key, fitted))
+        path = run.work / "baselines" / f"{name}.safetensors"
+        state = files.cached(path, key, fitted)
+        try:
+            if not all(bool(tensor.isfinite().all()) for tensor in state.values()):
+                raise ValueError("not all of it are numbers")
+            baseline.load_state_dict(state)
+        except (ValueError, RuntimeError) as error:
+            raise UserError(f"{path} is of other latents ({error}); delete {path.parent} to have it made again") from error
     run.fabric.to_device(baseline)
     return baseline.eval()

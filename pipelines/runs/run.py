@@ -63,6 +63,7 @@ class Run:
             if config.precision == "auto":
                 config = replace(config, precision=read_config(path).precision)
             refuse_another(path, config)
+            refuse_links(folder)
         elif folder.exists():
             early = ("config.json", UNREADABLE)  # what is written first; a kill may leave part of it
             if not folder.is_dir() or any((files.partial_of(inner) or inner.name) not in early for inner in folder.iterdir()):
@@ -93,7 +94,9 @@ class Run:
             raise UserError(f"there is no run {name!r}{hint}")
         folder = folder if folder.name not in ("", "..") else folder.resolve()
         if exported.is_export(folder):
-            exported.check(folder)
+            exported.check(folder)  # it is only read
+        else:
+            refuse_links(folder)
         config = read_config(folder / "config.json")
         fabric = devices(device, config.precision)
         return cls(folder, replace(config, precision=resolved(config.precision, device)), fabric, given=False)
@@ -156,6 +159,21 @@ class Run:
         if isinstance(self.condition, Unconditional):
             return None
         return "label" if isinstance(self.condition, ClassLabel) else "caption"
+
+
+def refuse_links(folder: Path) -> None:
+    """Raises UserError where a link in a run's folder leads out of it: a run may come from anyone, and commands write to it.
+
+    The folder itself, or one above it, may be a link. Hard links are no links here: no file of a run is changed in place.
+    """
+    inside = folder.resolve()
+    for path in folder.resolve().rglob("*"):
+        if path.is_symlink() and not path.resolve().is_relative_to(inside):
+            name = folder / path.relative_to(inside)
+            raise UserError(
+                f"{name} is a link to {path.resolve()}, outside of the run, and commands would write there: put what it leads"
+                f" to in its place. The whole run may lie elsewhere, with {folder} as a link to it."
+            )
 
 
 def longer(before: RunConfig, now: RunConfig) -> list[str]:

@@ -17,7 +17,7 @@ import os
 import re
 import shutil
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from pipelines.console import UserError, say
-from pipelines.files import aside, clear_partial, flush, packed, read_tensors, write_flushed
+from pipelines.files import aside, clear_partial, flush, packed, read_tensors, structured, write_flushed
 from pipelines.training import sharding
 
 CHECKSUMS = "checksums.json"
@@ -51,6 +51,39 @@ def fill(model: nn.Module, tensors: dict[str, Tensor], path: Path) -> None:
             continue
         raise UserError(f"{path} is of another model: {wrong}")
     model.load_state_dict({name: sharding.as_split(tensor, expected[name]) for name, tensor in tensors.items()})
+
+
+@dataclass(frozen=True)
+class Moment:
+    """The terms of a training at one of its checkpoints: those of the last batch, and of the held-out examples."""
+
+    step: int
+    train: dict[str, float]
+    held_out: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Record:
+    """What a checkpoint says of itself. What has a default is missing in files of an earlier version."""
+
+    step: int
+    held_out: dict[str, float] | None
+    """None where a signal left no time to measure it"""
+    history: list[Moment] = field(default_factory=list)
+    rewinds: int = 0
+    time: float | None = None
+    """seconds since 1970"""
+    seconds: float | None = None
+    """of training, all starts together"""
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for what is no record of ours."""
+        terms = [{"loss": 0.0} if self.held_out is None else self.held_out]
+        terms += [part for moment in self.history for part in (moment.train, moment.held_out)]
+        if not all("loss" in part for part in terms) or not math.isfinite(terms[0]["loss"]):
+            raise ValueError("a loss is missing, or is not a number")
+        if self.rewinds < 0 or not all(0 <= moment.step <= self.step for moment in self.history):
+            raise ValueError("a number of steps or rewinds is out of range")
 
 
 @dataclass(frozen=True)
@@ -140,11 +173,9 @@ def check(folder: Path) -> Checkpoint:
     """
     try:
         verify(folder, "model.safetensors", "config.json")
-        found = Checkpoint(folder, json.loads((folder / "config.json").read_text()))
-        history, counts = found.record.get("history", []), (found.step, found.record.get("rewinds", 0))
-        counted = all(isinstance(count, int) and count >= 0 for count in counts)
-        if not (counted and isinstance(history, list) and isinstance(found.loss, float)):
-            raise ValueError("not a checkpoint's record")
+        found = Checkpoint(folder, asdict(structured(json.loads((folder / "config.json").read_text()), Record)))
+        if found.step != int(folder.name.removeprefix("step-")):
+            raise ValueError("a checkpoint of another step")
         return found
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         if isinstance(error, UserError):

@@ -263,7 +263,7 @@ class Training:
     def run(self, checkpoints: list[checkpoints.Checkpoint]) -> list[checkpoints.Checkpoint]:
         """Train to the end from the last of these checkpoints; returns those that are kept."""
         config, step, self.kept = self.config, 0, checkpoints
-        self.began = time.monotonic() - (checkpoints[-1].record.get("seconds", 0.0) if checkpoints else 0.0)
+        self.began = time.monotonic() - (checkpoints[-1].record["seconds"] or 0.0 if checkpoints else 0.0)
         if checkpoints:
             step = self.restore(checkpoints[-1])
             say(f"{self.label}: going on from step {step}")
@@ -472,6 +472,6 @@ class Training:
                 for name, tensor in moments.items()
             }
         self.optimizer.load_state_dict({"state": state, "param_groups": self.optimizer.state_dict()["param_groups"]})
-        self.history = list(last.record.get("history", []))
-        self.draw_anew(last.record.get("rewinds", 0))
+        self.history = list(last.record["history"])
+        self.draw_anew(last.record["rewinds"])
         return last.step
