@@ -250,7 +250,7 @@ def test_what_cannot_be_read_is_found_once(tmp_path, monkeypatch, capsys):
     (folder / "7.png").write_bytes(b"")
     config = Folder(folder, size=8, skip_unreadable=True, in_memory=0)
     first, reads = config.load(report), []
-    monkeypatch.setattr(reading, "read_image", lambda *arguments: reads.append(arguments) or read_image(*arguments))
+    monkeypatch.setattr(reading, "read_image", lambda *given, **named: reads.append(given) or read_image(*given, **named))
     assert torch.equal(config.load(report).train.images.rows, first.train.images.rows) and not reads
     report.write_text("{")
     config.load(report)

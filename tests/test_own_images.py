@@ -14,9 +14,11 @@ import torch
 from PIL import Image, ImageCms, ImageOps, PngImagePlugin, features
 
 from pipelines.console import UserError
+from pipelines.data.alike import groups_of, look_alike
 from pipelines.data.decoding import Unreadable, read_image
 from pipelines.data.folder import Folder
-from pipelines.data.images import Splits
+from pipelines.data.images import ImageSet, Splits
+from pipelines.data.images import split as split_images
 from pipelines.data.reading import content_of
 from pipelines.data.shards import Shards
 from pipelines.runs.completion import known_pixels
@@ -109,6 +111,56 @@ def test_what_costs_the_labels_is_said(tmp_path, capsys, kind, message):
         fill(tmp_path / "test" / ("images" if "one folder" in kind else ""))
     assert loaded(tmp_path).label_names == []
     assert re.search(message, capsys.readouterr().out)
+
+
+def scenes(folder: Path, count: int = 30) -> None:
+    """Three pictures of each scene, which differ in their colours alone, and by the end of their names."""
+    generator = np.random.default_rng(0)
+    for number in range(count):
+        scene = Image.fromarray(generator.integers(0, 256, (8, 8), dtype=np.uint8)).resize((24, 24))
+        for ending, colour in (("", "white"), ("-red", "pink"), ("-blue", "lightblue")):
+            inner = folder / f"place{number}"
+            inner.mkdir(parents=True, exist_ok=True)
+            ImageOps.colorize(scene, "black", colour).save(inner / f"scene_{number}{ending}.png")
+
+
+@pytest.mark.parametrize("by", ["folder", "name-prefix"])
+def test_near_duplicates_are_told_and_kept_on_one_side(tmp_path, capsys, by):
+    scenes(tmp_path / "PLACES")
+    before = loaded(tmp_path)
+    said = capsys.readouterr().out
+    assert re.search(r"of 9 test images under .* have near-duplicates among the training images, as \S*place\d", said)
+    assert "--data.split-by folder, or name-prefix" in said
+    splits = loaded(tmp_path, split_by=by)
+    assert "near-duplicates" not in capsys.readouterr().out
+    parts = [{*part.groups} for part in (splits.train, splits.validation, splits.test)]
+    assert not (parts[0] & parts[1] or parts[0] & parts[2] or parts[1] & parts[2]) and sum(map(len, parts)) == 30
+    assert all(count % 3 == 0 for count in splits.sizes.values()) and splits.listing == before.listing
+
+
+def test_groups_by_name_are_those_of_a_folder_that_begin_alike():
+    names = ["a/emoji_u1f44b.png", "a/emoji_u1f44b_1f3fb.png", "a/emoji_u1f44c.x.png", "b/emoji_u1f44b.png"]
+    prefixes = ["a/emoji_u1f44b", "a/emoji_u1f44b", "a/emoji_u1f44c", "b/emoji_u1f44b"]
+    assert groups_of(names, "name-prefix") == prefixes and groups_of(names, "folder") == ["a", "a", "a", "b"]
+
+
+def test_images_without_structure_and_other_images_are_no_near_duplicates(tmp_path, capsys):
+    fill(tmp_path / "flat", 40)
+    noise = torch.randint(0, 256, (200, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    assert not look_alike(noise[:50], noise[50:]) and look_alike(noise[:50], noise) == {index: index for index in range(50)}
+    loaded(tmp_path / "flat")
+    assert "near-duplicates" not in capsys.readouterr().out
+
+
+def test_by_file_images_are_split_as_ever_and_few_groups_are_refused(tmp_path):
+    images, labels = torch.arange(60).view(-1, 1, 1, 1), torch.arange(60) % 2
+    for names in ([str(index) for index in range(60)], ["same"] * 60):
+        kept, out = split_images(ImageSet(images, labels, groups=groups_of(names, "file")), 6)
+        as_ever = split_images(ImageSet(images, labels), 6)
+        assert torch.equal(kept.images, as_ever[0].images) and torch.equal(out.images, as_ever[1].images)
+    labelled(tmp_path)
+    with pytest.raises(UserError, match="finds only 2 groups among 24 images"):
+        loaded(tmp_path, split_by="folder")
 
 
 def test_one_folder_around_the_classes_costs_no_labels(tmp_path):

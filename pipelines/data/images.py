@@ -9,22 +9,31 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from pipelines.console import UserError
 from pipelines.data.identity import Used, content_of_tensors
 from pipelines.data.reading import Stored
 
 SPLIT_SEED = 0
 BINARIZATION_SEED = 0
 VALIDATION_SHARE = 0.05
+FEWEST_GROUPS = 3  # for training, validation and test
 
 
 class ImageSet:
     """images: uint8 N C H W, or on disk; labels: int64 N, or None; captions: N, or None.
 
-    Indexing gives what the autoencoder's forward takes.
+    groups: N, or None; images of the same group stay on one side of a split. Indexing gives what the autoencoder's forward
+    takes.
     """
 
-    def __init__(self, images: Tensor | Stored, labels: Tensor | None = None, captions: list[str] | None = None):
-        self.images, self.labels, self.captions = images, labels, captions
+    def __init__(
+        self,
+        images: Tensor | Stored,
+        labels: Tensor | None = None,
+        captions: list[str] | None = None,
+        groups: list[str] | None = None,
+    ):
+        self.images, self.labels, self.captions, self.groups = images, labels, captions, groups
 
     def __len__(self) -> int:
         return len(self.images)
@@ -40,8 +49,9 @@ class ImageSet:
     def subset(self, indices: Tensor) -> "ImageSet":
         labels = None if self.labels is None else self.labels[indices]
         captions = None if self.captions is None else [self.captions[index] for index in indices.tolist()]
+        groups = None if self.groups is None else [self.groups[index] for index in indices.tolist()]
         images = self.images.subset(indices) if isinstance(self.images, Stored) else self.images[indices]
-        return ImageSet(images, labels, captions)
+        return ImageSet(images, labels, captions, groups)
 
 
 class Binarized(ImageSet):
@@ -124,10 +134,20 @@ class Splits:
 
 
 def split(images: ImageSet, held_out: int) -> tuple[ImageSet, ImageSet]:
-    """A seeded split, stratified by label where there are labels with enough images each."""
-    from sklearn.model_selection import train_test_split  # slow to import
+    """A seeded split, stratified by label where there are labels with enough images each; or one of whole groups.
 
-    labels = images.labels
+    Raises UserError where there are too few groups.
+    """
+    from sklearn.model_selection import GroupShuffleSplit, train_test_split  # slow to import
+
+    labels, groups = images.labels, images.groups or []
+    if (count := len({*groups})) < len(groups):
+        if count < FEWEST_GROUPS:
+            raise UserError(f"--data.split-by finds only {count} groups among {len(groups)} images; use --data.split-by file")
+        by_group = GroupShuffleSplit(1, test_size=held_out / len(images), random_state=SPLIT_SEED)
+        rows = next(by_group.split(groups, groups=groups))
+        kept, out = (images.subset(torch.from_numpy(part).sort().values) for part in rows)
+        return kept, out
     counts = torch.bincount(labels) if labels is not None else torch.zeros(1)
     stratify = labels if labels is not None and held_out >= len(counts) and int(counts[counts > 0].min()) >= 2 else None
     kept, out = train_test_split(torch.arange(len(images)), test_size=held_out, random_state=SPLIT_SEED, stratify=stratify)

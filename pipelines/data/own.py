@@ -14,14 +14,16 @@ from PIL import ImageColor
 from torch import Tensor
 
 from pipelines.console import UserError, say
+from pipelines.data.alike import SplitBy, groups_of, look_alike
 from pipelines.data.decoding import SAID
 from pipelines.data.identity import Used
 from pipelines.data.images import ImageSet, Splits, split, with_validation
 from pipelines.data.layout import some
-from pipelines.data.reading import Stored
+from pipelines.data.reading import Stored, printable
 from pipelines.files import write_json
 
 FOLDER_TEST_SHARE = 0.1
+LEAST_ALIKE = 0.01  # share of the test images from which near-duplicates are told of
 FEWEST_IMAGES = 10  # of a folder, or its part
 
 
@@ -35,6 +37,9 @@ class OwnImages:
     """1 for grey, 3 for colour"""
     background: str = "white"
     """colour behind transparent pixels, by its name or as #rrggbb"""
+    split_by: SplitBy = "file"
+    """what the split keeps together: nothing but each file, the images of each folder, or in a folder those whose names begin
+    alike, up to the first `-`, `_`, space or dot"""
     skip_unreadable: bool = False
     """use the readable images when some cannot be read"""
     in_memory: Annotated[float, Interval(ge=0, le=1_000_000)] = 1.0
@@ -52,6 +57,9 @@ class OwnImages:
         captioned = [split for split, images in sets.items() if images.captions is not None]
         if captioned and len(captioned) < len(sets):
             raise UserError(f"of {where}, only the images for {' and '.join(captioned)} have captions")
+        for images in sets.values():
+            assert isinstance(images.images, Stored)
+            images.groups = groups_of(images.images.files.names, self.split_by)
         read, unreadable = readable([*sets.values()], where, self.skip_unreadable, self.in_memory, report)
         listing = listing_of([*sets.values()], unreadable, label_names)
         used = [
@@ -64,8 +72,26 @@ class OwnImages:
             everything = parts.pop("all")
             parts["train"], parts["test"] = split(everything, max(1, round(FOLDER_TEST_SHARE * len(everything))))
         if "validation" in parts:
-            return Splits(parts["train"], parts["validation"], parts["test"], label_names, listing, used=used)
-        return replace(with_validation(parts["train"], parts["test"], label_names, listing), used=used)
+            splits = Splits(parts["train"], parts["validation"], parts["test"], label_names, listing, used=used)
+        else:
+            splits = replace(with_validation(parts["train"], parts["test"], label_names, listing), used=used)
+        self.warn_of_duplicates(splits, where, chosen="all" in sets)
+        return splits
+
+    def warn_of_duplicates(self, splits: Splits, where: str, chosen: bool) -> None:
+        """Where near-duplicates of training images are test images. chosen: whether the split was made here."""
+        train, test = splits.train, splits.test
+        if not (isinstance(train.images, Tensor) and isinstance(test.images, Tensor) and train.groups and test.groups):
+            return  # on disk, where nothing is read first
+        alike = look_alike(test.images, train.images)
+        if len(alike) >= max(1, LEAST_ALIKE * len(test)):
+            number, other = next(iter(alike.items()))
+            remedy = ": --data.split-by folder, or name-prefix, keeps together what belongs together" * chosen
+            say(
+                f"warning: {len(alike)} of {len(test)} test images under {where} have near-duplicates among the training images,"
+                f" as {printable(test.groups[number])} has {printable(train.groups[other])}. So figures look better than they"
+                f" are{remedy if self.split_by == 'file' else ''}"
+            )
 
 
 def listing_of(sets: list[ImageSet], left_out: list[dict[int, str]], label_names: list[str]) -> str:
@@ -130,7 +156,7 @@ def readable(
         say(f"warning: {count} of {total} images under {where} cannot be read and are left out: {listed}")
     kept = []
     for part, tensor, found in zip(sets, pixels, known):
-        part = part if tensor is None else ImageSet(tensor, part.labels, part.captions)
+        part = part if tensor is None else ImageSet(tensor, part.labels, part.captions, part.groups)
         rest = torch.tensor([index for index in range(len(part)) if index not in found])
         kept.append(part.subset(rest) if found else part)
     return kept, known
