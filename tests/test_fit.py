@@ -362,13 +362,20 @@ def test_compiling_changes_nothing_but_speed_and_is_left_out_where_it_does_not_w
         compile(model, backend=broken if type(model) is (Noisy if fails == "held out" else fails) else "eager")
 
     monkeypatch.setattr(nn.Module, "compile", traced)
+    monkeypatch.setattr(fitting, "WORTH_COMPILING", CONFIG.steps)
     _, chosen = train(tmp_path / "compiled", dataclasses.replace(CONFIG, compile=True))
     assert compiled == ([nn.Linear] if fails is nn.Linear else [nn.Linear, Noisy])
     said = capsys.readouterr().out
-    assert said.count("warning") == bool(fails)
+    assert said.count("warning") == bool(fails) and ("compiling, which takes some minutes" in said) == (fails is not nn.Linear)
     assert not fails or ("no C++ compiler found" in said and "going on without" in said)
     for a, b in ((plain.model(), chosen.model()), (plain.training(), chosen.training())):
         assert a.keys() == b.keys() and all(torch.allclose(a[name], b[name]) for name in a)
+
+
+def test_a_training_that_is_shorter_than_its_compilation_is_not_compiled(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(nn.Module, "compile", lambda model: pytest.fail("compiled"))
+    train(tmp_path, dataclasses.replace(CONFIG, compile=True))
+    assert "not compiled, since 12 steps are too few" in capsys.readouterr().out
 
 
 class Precise(nn.Module):
@@ -387,6 +394,7 @@ class Precise(nn.Module):
 def test_compiled_gradients_are_not_rounded_where_the_model_is_not(tmp_path, monkeypatch):
     compile = nn.Module.compile
     monkeypatch.setattr(nn.Module, "compile", lambda model: compile(model, backend="aot_eager"))
+    monkeypatch.setattr(fitting, "WORTH_COMPILING", 1)
     first = dataclasses.replace(CONFIG, steps=1)
     moments = []
     for config in (first, dataclasses.replace(first, compile=True)):

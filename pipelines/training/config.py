@@ -37,7 +37,8 @@ class FitConfig:
     checkpoint_steps: Annotated[int, Interval(ge=1, le=1_000_000_000)] = 500
     """steps between checkpoints; the held-out loss is measured at each, and the best one is kept"""
     compile: bool = False
-    """compile the model with torch.compile, which takes minutes before it saves any time; without, where it does not work"""
+    """compile the model with torch.compile, which takes minutes before it saves any time; without, where it does not work or the
+    training has fewer than 2,000 steps"""
 
 
 def check_batches(config: FitConfig) -> None:

@@ -39,6 +39,7 @@ REWINDS = 3  # from one checkpoint, before it is given up
 SAVE_SECONDS = 60.0  # without a checkpoint, then one is written between two held-out evaluations
 SAVE_SHARE = 0.02  # of the time at most goes into such checkpoints: large ones are written less often
 EARLY = 1 / 8  # of the steps: when the weights are kept that autoguidance leads away from
+WORTH_COMPILING = 2000  # steps of a training: compiling takes minutes, which a shorter one does not win back
 CURVE_STEPS = 50  # between two points of a tracker's curves
 
 
@@ -247,7 +248,10 @@ class Training:
         self.config, self.seed, self.folder, self.label = config, seed, folder, label
         check_batches(config)
         self.draw_anew(rewinds=0)
-        if config.compile and can_compile(fabric):
+        if config.compile and config.steps < WORTH_COMPILING:
+            say(f"{label}: not compiled, since {config.steps} steps are too few to win back the minutes that compiling takes")
+        elif config.compile and can_compile(fabric):
+            say(f"{label}: compiling, which takes some minutes before the first step")
             # As without: gradients of what is computed in full precision are not rounded (pytorch issue 153044).
             torch._functorch.config.backward_pass_autocast = "off"
             model.compile()
