@@ -263,6 +263,7 @@ class Training:
         self.average = Average(model, config.average_decay)
         self.history: list[dict[str, Any]] = []
         self.kept: list[checkpoints.Checkpoint] = []
+        self.began = time.monotonic()
 
     def run(self, checkpoints: list[checkpoints.Checkpoint]) -> list[checkpoints.Checkpoint]:
         """Train to the end from the last of these checkpoints; returns those that are kept."""
