@@ -106,7 +106,7 @@ def test_codes_over_all_levels(tmp_path):
     run = trained_run(tmp_path, "fashion-vqvae2")
     result = measured(run)
     assert result["samples"] == 1 and result["codes"] == 2 and "latents" not in result
-    assert set(result["priors"]) == {"standard", "unigram", "learned"}
+    assert set(result["priors"]) == {"standard", "unigram", "order2", "learned"}
     uniform = 7 * 7 * math.log(512) + 14 * 14 * math.log(512)
     assert result["priors"]["standard"]["rate"]["nats"] == pytest.approx(uniform, rel=1e-5)
     assert "naive" in result["priors"]["unigram"] and "naive" not in result["priors"]["learned"]  # which is told a label
