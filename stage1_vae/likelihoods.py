@@ -119,7 +119,9 @@ class GaussianLikelihood(nn.Module):
         return distributions.Independent(distributions.Normal(outputs, self.sigma.to(outputs), validate_args=False), 3)
 
     def sample(self, outputs: Tensor, uniforms: Tensor) -> Tensor:
-        return outputs + self.sigma.to(outputs) * torch.special.ndtri(uniforms.to(outputs))
+        if outputs.device.type == "mps":  # which has no such function
+            uniforms = uniforms.cpu()
+        return outputs + self.sigma.to(outputs) * torch.special.ndtri(uniforms.to(outputs.dtype)).to(outputs)
 
     @torch.no_grad()
     def update(self, outputs: Tensor, targets: Tensor) -> None:

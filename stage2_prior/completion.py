@@ -48,8 +48,9 @@ def complete(
     numbers = (indices[:, None] * particles + torch.arange(particles, device=indices.device)).flatten()
     told = prior.draw_contexts(numbers, seed) if contexts is None else contexts.repeat_interleave(particles, 0)
     levels: list[Tensor] = []
-    logs = torch.zeros(len(indices), particles, dtype=torch.float64, device=indices.device)
-    smallest = torch.full((len(indices),), float(particles), dtype=torch.float64, device=indices.device)
+    dtype = torch.float32 if indices.device.type == "mps" else torch.float64  # MPS has no wider one
+    logs = torch.zeros(len(indices), particles, dtype=dtype, device=indices.device)
+    smallest = torch.full((len(indices),), float(particles), dtype=dtype, device=indices.device)
     weighed = False  # something held since the particles were last looked at
     for level, (own, latent, mask) in enumerate(zip(prior.levels, given, held, strict=True)):
         backbone: Backbone = own.backbone

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from stage2_prior.compiled import CompiledDraw, compiled_draw
 from stage2_prior.latents import LatentSpec, Posterior
-from stage2_prior.sampling import AS_FITTED, Sampling, choose, choose_many
+from stage2_prior.sampling import AS_FITTED, Sampling, choose, choose_many, inverse_normal_cdf
 
 LOG_SQRT_2PI = 0.5 * math.log(2 * math.pi)
 CANDIDATES = 32  # drawn at each position to choose one from under guidance
@@ -167,7 +167,7 @@ class GaussianMixtureHead(Head):
     def begin(self, uniforms: Tensor, how: Sampling) -> MixtureDraws:
         choice, candidates = uniforms.tensor_split((1 if how.strength else 0,), dim=-1)
         candidates = rearrange(candidates, "b p (m u) -> p b m u", u=1 + self.channels)
-        normals = torch.special.ndtri(candidates[..., 1:]).to(self.shift.dtype).contiguous()
+        normals = inverse_normal_cdf(candidates[..., 1:]).to(self.shift.dtype).contiguous()
         compiled = compiled_draw(self.hidden, self.output, self.components, len(uniforms)) if how == AS_FITTED else None
         return MixtureDraws(how, candidates[..., 0].contiguous().unbind(), normals.unbind(), choice.unbind(1), compiled)
 

@@ -78,7 +78,12 @@ def only(levels: list[T]) -> T:
 
 
 def gaussian_log_probs(value: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    """log N(value; mean, diag std²) of every value under every Gaussian, B N in float64: value B D, mean and std N D."""
+    """log N(value; mean, diag std²) of every value under every Gaussian, B N in float64: value B D, mean and std N D.
+
+    On the CPU where the device, MPS, has no float64.
+    """
+    if value.device.type == "mps":
+        value, mean, std = value.cpu(), mean.cpu(), std.cpu()
     # Σ (z-m)²/s² = Σ z²/s² - 2 z·m/s² + m²/s², three matrix products; in float64, because the terms nearly cancel.
     value, mean, precision = value.double(), mean.double(), std.double().square().reciprocal()
     distance = value.square() @ precision.T - 2 * value @ (mean * precision).T + (mean.square() * precision).sum(1)
@@ -308,9 +313,9 @@ class AggregatePosterior(Prior):
     def sample(self, indices: Tensor, seed: int, how: Sampling = AS_FITTED, contexts: Tensor | None = None) -> list[Tensor]:
         if how != AS_FITTED:
             raise CannotSample("posteriors of training images are drawn as they are: without temperature, top-k, top-p, guidance")
-        chosen = (first_uniforms(seed, indices, COMPONENT_STREAM).double() * len(self.dataset)).long()
+        chosen = (first_uniforms(seed, indices, COMPONENT_STREAM).cpu().double() * len(self.dataset)).long()
         levels = []
-        for posterior in self.dataset.posteriors(chosen.cpu()):
+        for posterior in self.dataset.posteriors(chosen):
             posterior = {name: tensor.to(indices.device) for name, tensor in posterior.items()}
             shape = tuple(posterior["mean"].shape[1:]) if "mean" in posterior else ()
             levels.append(draw(posterior, normals(seed, indices, shape)))

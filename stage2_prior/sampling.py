@@ -70,7 +70,14 @@ def normals(seed: int, indices: Tensor, shape: tuple[int, ...], stream: int = 0)
     """Standard normal numbers, B × shape, by the inverse CDF of `uniforms`."""
     count = torch.Size(shape).numel()
     position = torch.zeros(1, dtype=torch.int64, device=indices.device)
-    return torch.special.ndtri(uniforms(seed, indices, position, count, stream)).view(len(indices), *shape)
+    return inverse_normal_cdf(uniforms(seed, indices, position, count, stream)).view(len(indices), *shape)
+
+
+def inverse_normal_cdf(uniforms: Tensor) -> Tensor:
+    """Standard normal numbers from uniform ones of any shape; on the CPU where the device cannot."""
+    if uniforms.device.type == "mps":
+        return torch.special.ndtri(uniforms.cpu()).to(uniforms.device)
+    return torch.special.ndtri(uniforms)
 
 
 def choose(logits: Tensor, uniform: Tensor) -> Tensor:

@@ -428,7 +428,7 @@ def nats_of_latents(subject: Subject) -> dict[str, Tensor]:
     def nats(batch: Tensor) -> dict[str, Tensor]:
         torch.manual_seed(subject.seed + int(batch[0]))
         levels, contexts = subject.run.fabric.to_device(subject.latents[batch])
-        return {name: -prior.log_prob(levels, contexts).double().cpu() for name, prior in priors.items()}
+        return {name: -prior.log_prob(levels, contexts).cpu().double() for name, prior in priors.items()}
 
     if not subject.autoencoder.bottleneck.has_density:
         return {}

@@ -135,7 +135,7 @@ class FeatureSpace:
 
         def features(rows: Tensor) -> Tensor:
             batch = self.fabric.to_device(in_order(images, rows, self.model.batch))
-            return self.model.features(batch.flip(-1) if mirror else batch).double().cpu()
+            return self.model.features(batch.flip(-1) if mirror else batch).cpu().double()
 
         return torch.cat(processes.in_batches(features, torch.arange(len(images)), self.model.batch, label)) * self.scale
 

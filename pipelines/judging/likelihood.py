@@ -230,19 +230,19 @@ class Measurement:
         contexts = None if self.contexts is None else self.run.fabric.to_device(self.contexts[batch])
         log_priors = {name: prior.log_prob for name, prior in self.priors.items()}
         made = draws(self.autoencoder, images, self.samples, log_priors, contexts)
-        columns = {"log_likelihood": made.log_likelihood.double().mean(0)}
+        columns = {"log_likelihood": made.log_likelihood.cpu().double().mean(0)}
         counts = {1, self.samples} | {10**power for power in range(1, 10) if 10**power < self.samples}
         for name in self.priors:
-            weights = made.log_weights(name).double()
-            columns[f"{name}/rate"] = made.rate(name).double().mean(0)
+            weights = made.log_weights(name).cpu().double()
+            columns[f"{name}/rate"] = made.rate(name).cpu().double().mean(0)
             columns[f"{name}/effective"] = effective_samples(weights)
             for count in sorted(counts):
                 columns[f"{name}/bound/{count}"] = importance_weighted_bound(grouped(weights, count)).mean(0)
         for name, levels in blind.items():
-            weights = log_likelihoods(self.autoencoder, images, levels).double()
+            weights = log_likelihoods(self.autoencoder, images, levels).cpu().double()
             columns[f"{name}/naive"] = importance_weighted_bound(weights)
             columns[f"{name}/naive_effective"] = effective_samples(weights)
-        return {name: values.cpu() for name, values in columns.items()}
+        return columns
 
 
 def active_units(latents: LatentDataset) -> int:

@@ -1,0 +1,69 @@
+"""The commands on a device that lacks what MPS, a Mac's GPU, lacks: see mps.py."""
+
+import pytest
+import torch
+from lightning_fabric.accelerators import MPSAccelerator
+
+from pipelines import generate, likelihood
+from pipelines.pages.report import train_all
+from pipelines.runs.names import PRIORS
+from pipelines.runs.phases import train
+from pipelines.runs.pictures import write_images
+from pipelines.runs.recipes import preset
+from pipelines.runs.run import Run
+from stage2_prior.baselines import CONTINUOUS_BASELINES
+from stage2_prior.sampling import inverse_normal_cdf
+from tests.mps import DEVICE, Device, Refused
+from tests.parts import fewer_ways_to_draw, shrunk, small_splits
+
+
+@pytest.fixture
+def device(monkeypatch):
+    """The stand-in, which is what `--device auto` takes."""
+    monkeypatch.setattr(MPSAccelerator, "is_available", lambda: True)
+    monkeypatch.setattr(MPSAccelerator, "get_parallel_devices", lambda devices: [DEVICE])
+    monkeypatch.setattr(MPSAccelerator, "parse_devices", lambda devices: 1)
+    # Tensors with others inside cannot be looked at in part in inference mode.
+    monkeypatch.setattr(torch.inference_mode, "__enter__", lambda self: torch.no_grad.__enter__(self))
+    monkeypatch.setattr(torch.inference_mode, "__exit__", lambda self, *error: torch.no_grad.__exit__(self, *error))
+    with Device():
+        yield DEVICE
+
+
+def run_of(name, folder, monkeypatch) -> Run:
+    monkeypatch.chdir(folder)
+    config = shrunk(preset(name))
+    monkeypatch.setattr(type(config.data), "load", lambda self, report=None: small_splits((1, 16, 16), 4))
+    run = Run.create(folder / "checkpoints" / name, config)
+    assert run.fabric.device == DEVICE
+    return run
+
+
+def test_train_all_and_likelihood(device, tmp_path, monkeypatch):
+    fewer_ways_to_draw(monkeypatch)
+    train_all(run_of("mnist5k", tmp_path, monkeypatch))
+    likelihood.main(["mnist5k", "--images", "4", "--samples", "2", "--naive", "10"])
+    generate.main(["mnist5k", "--count", "3", "--pixels", "sample"])
+    write_images(tmp_path / "picture.png", torch.zeros(1, 1, 16, 16, dtype=torch.uint8))
+    generate.main(["mnist5k", "--count", "2", "--complete", "picture.png", "--keep", "bottom-half", "--out", "completed.png"])
+
+
+def test_codes(device, tmp_path, monkeypatch):
+    train(run_of("fashion-vqvae2", tmp_path, monkeypatch))
+    for prior in PRIORS:
+        if prior not in CONTINUOUS_BASELINES:
+            generate.main(["fashion-vqvae2", "--count", "3", "--prior", prior])
+
+
+def test_what_mps_lacks_is_refused(device):
+    numbers = torch.rand(3, device=device)
+    for refused in (
+        lambda: numbers.double(),
+        lambda: numbers.to("cpu", torch.float64),
+        lambda: torch.zeros(3, dtype=torch.float64, device=device),
+        lambda: torch.special.ndtri(numbers),
+        lambda: numbers + torch.rand(3),
+    ):
+        with pytest.raises(Refused, match="MPS"):
+            refused()
+    assert torch.equal(inverse_normal_cdf(numbers).cpu(), torch.special.ndtri(numbers.cpu()))
