@@ -32,7 +32,9 @@ PARTIAL = re.compile(r"\.(?P<name>.+?)(?:\.[0-9a-f]{8})?\.partial", re.DOTALL)
 
 
 def flush(path: Path) -> None:
-    """fsync a file or a folder."""
+    """fsync a folder, so that new names in it last; Windows opens none, and keeps names by itself."""
+    if os.name == "nt":
+        return
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,16 +1,23 @@
 """The commands on a device that lacks what MPS, a Mac's GPU, lacks: see mps.py."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
 import pytest
 import torch
 from lightning_fabric.accelerators import MPSAccelerator
 
-from pipelines import generate, likelihood
+from pipelines import files, generate, likelihood
 from pipelines.pages.report import train_all
 from pipelines.runs.names import PRIORS
 from pipelines.runs.phases import train
 from pipelines.runs.pictures import write_images
 from pipelines.runs.recipes import preset
 from pipelines.runs.run import Run
+from pipelines.training.devices import devices
 from stage2_prior.baselines import CONTINUOUS_BASELINES
 from stage2_prior.sampling import inverse_normal_cdf
 from tests.mps import DEVICE, Device, Refused
@@ -53,6 +60,31 @@ def test_codes(device, tmp_path, monkeypatch):
     for prior in PRIORS:
         if prior not in CONTINUOUS_BASELINES:
             generate.main(["fashion-vqvae2", "--count", "3", "--prior", prior])
+
+
+def test_float32_is_float32_also_in_convolutions_on_cuda(monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    devices("cpu")
+    assert not torch.backends.cudnn.allow_tf32
+
+
+def test_windows_opens_no_folder(tmp_path, monkeypatch):
+    def opened(path, *how):
+        if Path(path).is_dir():
+            raise PermissionError(13, "Permission denied", str(path))
+        return os_open(path, *how)
+
+    os_open = os.open
+    monkeypatch.setattr(files, "os", SimpleNamespace(**{**vars(os), "name": "nt", "open": opened}))
+    monkeypatch.setattr(files, "fcntl", None)
+    for number in range(2):
+        files.write_json(tmp_path / "x.json", number)
+    assert files.read_json(tmp_path / "x.json") == 1 and [path.name for path in tmp_path.iterdir()] == ["x.json"]
+
+
+def test_benchmarks_are_imported_where_there_is_no_module_resource():
+    lines = "import sys; sys.modules['resource'] = None; import pipelines.benchmarks.data"
+    subprocess.run([sys.executable, "-c", lines], check=True)
 
 
 def test_what_mps_lacks_is_refused(device):

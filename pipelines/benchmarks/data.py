@@ -3,7 +3,6 @@
 import io
 import itertools
 import os
-import resource
 import statistics
 import tempfile
 import time
@@ -250,4 +249,6 @@ def resident_bytes() -> int:
     try:
         return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     except OSError:
+        import resource  # not on Windows
+
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

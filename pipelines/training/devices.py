@@ -31,6 +31,7 @@ def fabric_for(device: str, precision: Precision, sharded: bool = False) -> Fabr
     Under torchrun, connects its processes. sharded: each holds a share of weights and optimizer, not all of them.
     Raises UserError when a machine has fewer devices than processes.
     """
+    torch.backends.cudnn.allow_tf32 = False  # torch would round the float32 numbers of convolutions to 10 bits; not in products
     on_gpu = device in ("auto", "cuda") and torch.cuda.is_available()
     processes, here = (int(os.environ[name]) if under_torchrun() else 1 for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
     if on_gpu and here > torch.cuda.device_count():
