@@ -85,7 +85,7 @@ def read_results(path: Path) -> list[Training]:
 
 
 def write_results(path: Path, trainings: Iterable[Training]) -> None:
-    write_json(path, [asdict(training) for training in sorted(trainings, key=lambda training: training.seed)])
+    write_json(path, [asdict(training) for training in trainings])
 
 
 def with_training(trainings: list[Training], new: Training) -> list[Training]:
