@@ -49,7 +49,7 @@ def test_every_prior_is_drawn_at_the_same_seeds_and_only_the_learned_one_is_told
 
 
 def test_a_prior_that_cannot_be_opened_says_why_and_the_others_are_drawn(views, monkeypatch):
-    def missing(run):
+    def missing(run, specs):
         raise UserError("there are no latents")
 
     monkeypatch.setattr(views.model, "opened", {})

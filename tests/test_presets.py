@@ -346,8 +346,8 @@ def test_the_example_of_the_readme_runs(run, tmp_path, monkeypatch):
     Path("checkpoints").symlink_to(run.folder.parent)
     (example,) = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
     exec(example, found := {})
-    assert found["images"].shape == (16, 1, 28, 28) and found["images"].dtype == torch.uint8
-    assert found["nats"].isfinite().all() and found["nats"].shape == (16,)
+    assert found["images"].shape == (64, 1, 28, 28) and found["images"].dtype == torch.uint8
+    assert found["nats"].isfinite().all() and found["nats"].shape == (64,)
 
 
 OUT_OF_RANGE = [
