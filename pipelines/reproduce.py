@@ -82,12 +82,10 @@ def training_of(folder: Path, command: str, seed: int) -> "Training":
     from pipelines.judging.comparison import read_comparison
     from pipelines.pages.report import Timing
     from pipelines.pages.results import Training
-    from pipelines.training import checkpoints
 
     comparison = read_comparison(folder / "compare" / "metrics.json")
-    phases = [phase for phase in ("stage1", "stage2", "refined") if (folder / phase).is_dir()]
-    seconds = {phase: checkpoints.usable(folder / phase)[-1].record["seconds"] for phase in phases}
-    seconds["comparison"] = read_as(folder / "compare" / "timing.json", Timing).seconds
+    timing = read_as(folder / "compare" / "timing.json", Timing)
+    seconds = timing.seconds_of_training | {"comparison": timing.seconds}
     return Training.of(command, seed, comparison, seconds, commit(), hardware())
 
 

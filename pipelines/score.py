@@ -44,20 +44,21 @@ def score(asked: Arguments) -> None:
     from pipelines.data.folder import images_at
     from pipelines.judging.scores import Scorer, Usual
     from pipelines.pages.scores import write_scores
-    from pipelines.runs.dataset import load_data
+    from pipelines.runs.dataset import background_of, load_data
     from pipelines.runs.run import Run
 
     started = time.monotonic()
     run = Run.open(asked.run, asked.device)
     scorer = Scorer.of(run)
     splits = load_data(run)
-    usual = Usual.of(scorer(splits.test, "scoring held-out images"))
+    held_out = scorer(splits.test, "scoring held-out images")
+    usual = Usual.of(held_out)
     if asked.images:
-        names, images = images_at(asked.images, splits.image_shape)
+        names, images = images_at(asked.images, splits.image_shape, background_of(run))
     else:
         images = getattr(splits, asked.split)
         names = [f"{asked.split} {number}" for number in range(len(images))]
-    scores = scorer(images)
+    scores = held_out if images is splits.test else scorer(images)
     write_scores(asked.out, run.name, scorer, images, names, scores, usual, asked.shown)
     unusual = int((usual.more_usual(scores) > 0.99).sum())
     say(f"{unusual} of {len(scores)} images are more unusual than 99 % of held-out ones")

@@ -15,7 +15,7 @@ from pipelines.console import UserError, say
 from pipelines.runs.completion import completions, known_pixels, picture_to_complete
 from pipelines.runs.conditions import contexts_asked
 from pipelines.runs.config import RunConfig, replaced
-from pipelines.runs.dataset import load_data, read_facts
+from pipelines.runs.dataset import background_of, load_data, read_facts
 from pipelines.runs.names import Pixels, PriorName, preset_name
 from pipelines.runs.options import DEFAULTS, Options
 from pipelines.runs.parts import load_autoencoder, specs_of
@@ -291,7 +291,7 @@ class TwoStage:
 
     def read(self, picture: str | Path) -> Tensor:
         """A picture from a file as the model takes them, uint8 C H W: cropped and resized. Raises UserError for another file."""
-        return picture_to_complete(Path(picture), self.image_shape, getattr(self.run.config.data, "background", "white"))
+        return picture_to_complete(Path(picture), self.image_shape, background_of(self.run))
 
     def compare(self) -> "Comparison":
         """The comparison of all priors that the run's config asks for, as data: read from the run's folder where it is there

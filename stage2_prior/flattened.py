@@ -6,8 +6,17 @@ B batch, D all numbers of one latent.
 import torch
 from torch import Tensor, nn
 
+from stage2_prior.conditions import ConditionConfig, Unconditional
 from stage2_prior.latents import LatentDataset, LatentSpec
 from stage2_prior.prior import only
+
+
+class FlattenedConfig:
+    """What the configs of these priors have in common: they are told nothing."""
+
+    @property
+    def condition(self) -> ConditionConfig:
+        return Unconditional()
 
 
 class Flattened(nn.Module):

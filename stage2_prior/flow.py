@@ -15,15 +15,14 @@ import torch
 from annotated_types import Interval
 from torch import Tensor
 
-from stage2_prior.conditions import ConditionConfig, Unconditional
-from stage2_prior.flattened import Flattened
+from stage2_prior.flattened import Flattened, FlattenedConfig
 from stage2_prior.latents import LatentDataset, LatentSpec
 from stage2_prior.prior import Prior
 from stage2_prior.sampling import AS_FITTED, Sampling, normals
 
 
 @dataclass(frozen=True)
-class FlowConfig:
+class FlowConfig(FlattenedConfig):
     """A normalizing flow: neural spline coupling layers over the flattened latent."""
 
     transforms: Annotated[int, Interval(ge=1, le=1000)] = 6
@@ -32,10 +31,6 @@ class FlowConfig:
     """width of the two hidden layers in each"""
     bins: Annotated[int, Interval(ge=2, le=1000)] = 8
     """pieces of each spline, between -5 and 5 standard deviations"""
-
-    @property
-    def condition(self) -> ConditionConfig:
-        return Unconditional()
 
     def build(self, specs: list[LatentSpec], classes: int = 0) -> "FlowPrior":
         """Raises ValueError for codes, and where zuko is missing."""

@@ -16,8 +16,7 @@ import torch
 from annotated_types import Interval
 from torch import Tensor, nn
 
-from stage2_prior.conditions import ConditionConfig, Unconditional
-from stage2_prior.flattened import Flattened
+from stage2_prior.flattened import Flattened, FlattenedConfig
 from stage2_prior.heads import floored, gaussian_log_prob
 from stage2_prior.latents import LatentDataset, LatentSpec
 from stage2_prior.prior import Prior
@@ -28,7 +27,7 @@ AT_ONCE = 4096  # rows of the networks in `bound`
 
 
 @dataclass(frozen=True)
-class SecondVaeConfig:
+class SecondVaeConfig(FlattenedConfig):
     """A second VAE over the flattened latent (Dai and Wipf 2019)."""
 
     hidden: Annotated[int, Interval(ge=1, le=65_536)] = 512
@@ -37,10 +36,6 @@ class SecondVaeConfig:
     """hidden layers of encoder and decoder"""
     samples: Annotated[int, Interval(ge=1, le=100_000)] = 50
     """draws of u behind the bound on log p(z)"""
-
-    @property
-    def condition(self) -> ConditionConfig:
-        return Unconditional()
 
     def build(self, specs: list[LatentSpec], classes: int = 0) -> "SecondVAE":
         """Raises ValueError for codes."""
@@ -59,8 +54,6 @@ class SecondVAE(Prior):
 
     def __init__(self, specs: list[LatentSpec], config: SecondVaeConfig):
         super().__init__()
-        if config.samples < 1:
-            raise ValueError(f"the draws behind a bound are a number from 1 up, not {config.samples}")
         self.flattened = Flattened(specs, "second VAE")
         size = self.flattened.size
         self.samples = config.samples

@@ -16,8 +16,7 @@ import torch
 from annotated_types import Interval
 from torch import Tensor, nn
 
-from stage2_prior.conditions import ConditionConfig, Unconditional
-from stage2_prior.flattened import Flattened
+from stage2_prior.flattened import Flattened, FlattenedConfig
 from stage2_prior.heads import MINIMUM_LOG_STD, floored, tempered
 from stage2_prior.latents import LatentDataset, LatentSpec
 from stage2_prior.prior import Prior, gaussian_log_probs, only
@@ -25,15 +24,11 @@ from stage2_prior.sampling import AS_FITTED, COMPONENT_STREAM, Sampling, choose,
 
 
 @dataclass(frozen=True)
-class VampConfig:
+class VampConfig(FlattenedConfig):
     """A mixture of learned posteriors, which begin as those of random training images."""
 
     components: Annotated[int, Interval(ge=1, le=1_000_000)] = 500
     """posteriors"""
-
-    @property
-    def condition(self) -> ConditionConfig:
-        return Unconditional()
 
     def build(self, specs: list[LatentSpec], classes: int = 0) -> "VampPrior":
         """Raises ValueError for codes."""

@@ -8,7 +8,8 @@ import pytest
 
 from pipelines import reproduce
 from pipelines.console import UserError
-from pipelines.pages.results import TABLES, Training, markdown, read_results, summary, with_training, write_results, written
+from pipelines.pages.results import TABLES, Training, read_results, summary, with_training, write_results, written
+from pipelines.pages.tables import markdown
 from tests.parts import compared, fewer_ways_to_draw, small_splits
 
 TRAINING = Training(

@@ -90,8 +90,10 @@ def read_captions(folder: Path, names: list[str], root: Path) -> list[str] | Non
     return [caption for caption in known if caption is not None]
 
 
-def images_at(paths: Sequence[str], image_shape: tuple[int, int, int]) -> tuple[list[str], ImageSet]:
+def images_at(paths: Sequence[str], image_shape: tuple[int, int, int], background: str) -> tuple[list[str], ImageSet]:
     """Pictures by their paths, and all under the folders among these, resized to C H W; with their names.
+
+    background: the colour behind transparent pixels.
 
     What cannot be read is named and left out. Raises UserError where a path is not there, or nothing is left.
     """
@@ -106,7 +108,8 @@ def images_at(paths: Sequence[str], image_shape: tuple[int, int, int]) -> tuple[
     channels, size, _ = image_shape
     if not names:
         raise UserError(f"no pictures under {some([*paths])}; those that are read end in {', '.join(sorted(IMAGE_ENDINGS))}")
-    images, unreadable, _ = Stored(FolderFiles(Path(), names), channels, size).read_all("reading images", keep=True)
+    stored = Stored(FolderFiles(Path(), names), channels, size, background)
+    images, unreadable, _ = stored.read_all("reading images", keep=True)
     assert images is not None
     for number, reason in unreadable.items():
         say(f"left out: {printable(names[number])} cannot be read ({reason})")

@@ -6,7 +6,8 @@ from typing import Any
 
 from torch import Tensor
 
-Z = 1.96  # standard errors of a 95 % interval
+from pipelines.judging.quality import error_of_mean
+
 OVERFIT = 0.05  # of what the prior gains over the standard one, lost again by the end of the training
 
 
@@ -55,7 +56,7 @@ def health_of(nats: Mapping[str, Tensor], history: Sequence[Mapping[str, Any]]) 
     return Health(
         rival=rival,
         gain=float(saved.mean()),
-        plus_minus=Z * float(saved.std()) / len(saved) ** 0.5 if len(saved) > 1 else float("inf"),
+        plus_minus=error_of_mean(saved) if len(saved) > 1 else float("inf"),
         training=best["train"]["loss"],
         held_out=best["held_out"]["loss"],
         best_step=best["step"],

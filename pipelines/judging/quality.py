@@ -44,6 +44,11 @@ def error(values: Tensor) -> float:
     return DEVIATIONS * float(values[1:].std())
 
 
+def error_of_mean(values: Tensor) -> float:
+    """Half of the 95 % interval of the mean of two or more values."""
+    return DEVIATIONS * float(values.std()) / len(values) ** 0.5
+
+
 def chunks(rows: int, columns: int) -> list[Tensor]:
     return list(torch.arange(rows).split(max(1, CHUNK // columns)))
 
@@ -172,9 +177,14 @@ def nearer(distances: Tensor, held_out: Tensor) -> Tensor:
     copying of Meehan et al. 2020 (section 3): 1/2 where samples lie as near to the training set as new images do, above it
     where they are copied from it.
     """
-    ordered = held_out.sort().values
-    below = torch.searchsorted(ordered, distances) + torch.searchsorted(ordered, distances, right=True)
-    return 1 - below.double() / (2 * len(held_out))
+    return 1 - share_below(distances, held_out)
+
+
+def share_below(values: Tensor, others: Tensor) -> Tensor:
+    """For each of N values the share of others, M, that are smaller; ties count half."""
+    ordered = others.sort().values
+    below = torch.searchsorted(ordered, values) + torch.searchsorted(ordered, values, right=True)
+    return below.double() / (2 * len(others))
 
 
 def copied(distances: Tensor, held_out: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ from torch import Tensor
 from pipelines import processes
 from pipelines.console import UserError
 from pipelines.data.images import ImageSet
+from pipelines.judging.quality import share_below
 from pipelines.runs.parts import load_autoencoder, load_prior, specs_of
 from pipelines.runs.run import Run
 from pipelines.training.fit import in_order, seed_of
@@ -144,6 +145,4 @@ class Usual:
 
 def auroc(usual: Tensor, unusual: Tensor) -> float:
     """The share of pairs in which the unusual one has the higher score, ties counting half; N and M scores."""
-    ordered = usual.sort().values
-    below = torch.searchsorted(ordered, unusual) + torch.searchsorted(ordered, unusual, right=True)
-    return float(below.double().mean() / (2 * len(ordered)))
+    return float(share_below(unusual, usual).mean())

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from pipelines.judging.compare import Exhibits
 from pipelines.judging.comparison import Comparison, Row
+from pipelines.judging.quality import error_of_mean
 from pipelines.judging.tradeoffs import described
 from stage2_prior.sampling import AS_FITTED
 
@@ -14,7 +15,6 @@ COMMON = ("real", "reconstruction", "posterior")
 """Rows that are no prior's to draw from: they stand on top."""
 OWN = ("learned", "tuned")
 """Rows that each run has its own of; the others are the same in all that share a decoder."""
-Z = 1.96  # standard errors of a 95 % interval
 
 
 @dataclass(frozen=True)
@@ -90,6 +90,4 @@ def above_best(entries: Sequence[Entry]) -> dict[int, tuple[float, float]]:
         return {}
     best = min(known.values(), key=lambda nats: float(nats.mean()))
     gaps = {place: nats - best for place, nats in known.items()}
-    return {
-        place: (float(gap.mean()), Z * float(gap.std()) / len(gap) ** 0.5 if len(gap) > 1 else 0.0) for place, gap in gaps.items()
-    }
+    return {place: (float(gap.mean()), error_of_mean(gap) if len(gap) > 1 else 0.0) for place, gap in gaps.items()}

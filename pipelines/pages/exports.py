@@ -14,6 +14,7 @@ from pipelines.console import UserError
 from pipelines.files import aside, flush, found_shards, read_tensors, write_flushed
 from pipelines.judging.comparison import Comparison, read_comparison
 from pipelines.pages.report import report_folder
+from pipelines.pages.tables import markdown
 from pipelines.runs.config import to_dict
 from pipelines.runs.dataset import FACTS, read_facts
 from pipelines.runs.exported import CARD, FORMAT, LIST, files_of
@@ -138,14 +139,10 @@ def card(run: Run, comparison: Comparison | None, name: str, half: bool) -> str:
 
 def figures(comparison: Comparison, half: bool) -> list[str]:
     """What the comparison says, and how it was measured."""
-    rows = [
-        f"| {comparison.title(name)} | {'' if row.fd is None else f'{row.fd:.2f}'} |" for name, row in comparison.rows.items()
-    ]
+    rows = [[comparison.title(name), "" if row.fd is None else f"{row.fd:.2f}"] for name, row in comparison.rows.items()]
     reference = comparison.images_of.reference
     return [
-        "| images | Fréchet distance |",
-        "|---|---|",
-        *rows,
+        markdown([["images", "Fréchet distance"], *rows]),
         "",
         f"Fréchet distance in the features of {comparison.features.extractor}, between {comparison.images} images in each row and"
         f" {reference} training images; lower is better."

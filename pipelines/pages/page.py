@@ -240,6 +240,11 @@ def rates(comparison: Comparison, exhibits: Exhibits) -> list[Picture]:
 
 def write_page(path: Path, sections: Sequence[Section], versions: dict[str, str], findings: Sequence[str] = ()) -> None:
     """findings: what is to be said of all runs together."""
-    template = jinja2.Environment(autoescape=True).from_string((Path(__file__).parent / "page.html").read_text(encoding="utf-8"))
     made_with = ", ".join(f"{name} {version}" for name, version in versions.items())
-    write_file(path, template.render(sections=sections, findings=findings, versions=made_with).encode())
+    write_file(path, rendered("page.html", sections=sections, findings=findings, versions=made_with))
+
+
+def rendered(template: str, **values: object) -> bytes:
+    """A page from a template beside this file, by its name."""
+    text = (Path(__file__).parent / template).read_text(encoding="utf-8")
+    return jinja2.Environment(autoescape=True).from_string(text).render(values).encode()

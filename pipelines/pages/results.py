@@ -10,12 +10,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import mean, stdev
 
-import cattrs
-
 from pipelines.console import UserError
-from pipelines.files import read_json, write_json
+from pipelines.files import read_json, structured, write_json
 from pipelines.judging.comparison import Comparison
 from pipelines.judging.tradeoffs import described
+from pipelines.pages.tables import markdown
 
 FIGURES = ("fd", "precision", "recall", "coverage", "label_read")
 """of each row that is kept"""
@@ -77,10 +76,9 @@ def read_results(path: Path) -> list[Training]:
     """Raises UserError where the file holds something else."""
     if not path.is_file():
         return []
-    values = read_json(path)
     try:
-        return [cattrs.structure(value, Training) for value in values]
-    except (cattrs.BaseValidationError, TypeError) as error:
+        return [structured(value, Training) for value in read_json(path)]
+    except (ValueError, TypeError) as error:
         raise UserError(f"{path} holds no results of trainings; delete it, or bring back its last version") from error
 
 
@@ -168,12 +166,6 @@ TABLES: dict[str, Callable[[list[Training]], list[list[str]]]] = {
     "quality": quality,
     "trainings": trainings_apart,
 }
-
-
-def markdown(rows: list[list[str]]) -> str:
-    heading, *others = rows
-    lines = [heading, ["---"] * len(heading), *others]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
 MARKED = re.compile(r"<!-- table (\w+) -->\n.*?<!-- end -->", re.DOTALL)

@@ -1,12 +1,10 @@
 """Scores of images as a table and a page, the most unusual first."""
 
-import base64
 import csv
 import io
 from dataclasses import dataclass
 from pathlib import Path
 
-import jinja2
 import matplotlib
 import torch
 from torch import Tensor
@@ -14,6 +12,7 @@ from torch import Tensor
 from pipelines.data.images import ImageSet
 from pipelines.files import write_file
 from pipelines.judging.scores import Scorer, Scores, Usual
+from pipelines.pages.page import data_uri, rendered
 from pipelines.runs.pictures import tiled
 
 BRIGHTEST = 6.0  # standard deviations above held-out images'
@@ -42,11 +41,8 @@ def write_scores(
     write_file(path, buffer.getvalue().encode())
     first = order[:shown]
     cards = cards_of(scorer, images, [names[number] for number in first.tolist()], scores, usual, first)
-    template = jinja2.Environment(loader=jinja2.PackageLoader("pipelines.pages", "."), autoescape=True).get_template(
-        "scores.html"
-    )
-    page = template.render(run=run, cards=cards, count=len(scores), brightest=BRIGHTEST, table=path.name)
-    write_file(path.with_suffix(".html"), page.encode())
+    page = rendered("scores.html", run=run, cards=cards, count=len(scores), brightest=BRIGHTEST, table=path.name)
+    write_file(path.with_suffix(".html"), page)
 
 
 @torch.inference_mode()
@@ -75,4 +71,4 @@ def heat(excess: Tensor, size: tuple[int, int]) -> Tensor:
 
 def uri(image: Tensor) -> str:
     """uint8 C H W as a PNG."""
-    return "data:image/png;base64," + base64.b64encode(tiled(image[None], 1)).decode()
+    return data_uri(tiled(image[None], 1))

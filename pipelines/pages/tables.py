@@ -42,6 +42,13 @@ class Table:
     notes: list[str]
 
 
+def markdown(rows: list[list[str]]) -> str:
+    """Rows of cells, the heading first."""
+    heading, *others = rows
+    lines = [heading, ["---"] * len(heading), *others]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
 def write_csv(path: Path, runs: Mapping[str, Comparison]) -> None:
     """One row a prior of each run; the same numbers as metrics.json."""
     buffer = io.StringIO()

@@ -119,6 +119,11 @@ def refuse_other_images(run: Run, splits: Splits) -> None:
     )
 
 
+def background_of(run: Run) -> str:
+    """The colour behind transparent pixels of pictures that the run is given; of data sets that have none, white."""
+    return getattr(run.config.data, "background", "white")
+
+
 def examples_of(run: Run, images: ImageSet) -> ImageSet:
     """What is trained on: the training images, as often as not mirrored where the config asks for it."""
     return Mirrored(images) if run.config.mirror else images
