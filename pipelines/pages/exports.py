@@ -106,7 +106,6 @@ def card(run: Run, comparison: Comparison | None, name: str, half: bool) -> str:
     facts = read_facts(run)
     channels, height, width = facts.image_shape
     data = vars(run.config.data).get("name", type(run.config.data).__name__)
-    takes = {"label": 'label="…", one of ' + ", ".join(facts.label_names), "caption": 'caption="…"', None: None}[run.told]
     lines = [
         "---",
         "pipeline_tag: unconditional-image-generation",
@@ -130,7 +129,8 @@ def card(run: Run, comparison: Comparison | None, name: str, half: bool) -> str:
         f'images = TwoStage.open("{name}").sample(64, seed=0)  # uint8, 64 {channels} {height} {width}',
         "```",
         "",
-        *([f"The prior is told the {run.told}: `sample(64, {takes})`.", ""] if takes else []),
+        *([f'The prior is told the {run.told}: `sample(64, {run.told}="…")`.', ""] if run.told else []),
+        *([f"Labels: {', '.join(facts.label_names)}.", ""] if run.told == "label" else []),
     ]
     if comparison is not None:
         lines += figures(comparison, half)
