@@ -1,6 +1,7 @@
 """python -m pipelines.reproduce [COMMAND …]: train presets on several seeds, and put their figures into docs/results.json.
 
-The tables of README.md and docs/results.md are made of that file. The same command again goes on where it was.
+Other priors on the decoder of some of them, too. The tables of README.md and docs are made of that file. The same command again
+goes on where it was.
 """
 
 import platform
@@ -25,9 +26,19 @@ PUBLISHED = {
     "fashion-mnist": (0,),
 }
 """What README and docs report: by what stands after train_all, the seeds."""
+RIVALS = {
+    "mnist5k --prior.condition none": (
+        "--prior.backbone pixelcnn",
+        "--prior.backbone transformer",
+        "--prior flow",
+        "--prior vamp",
+        "--prior second-vae",
+    ),
+}
+"""Priors that are trained on the decoder of a command's first seed, too, by what stands after train_all --stage1-from."""
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "docs" / "results.json"
-DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "results.md")
+DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "results.md", ROOT / "docs" / "priors.md")
 
 
 @dataclass(frozen=True)
@@ -52,28 +63,58 @@ def main(arguments: list[str] | None = None) -> None:
         )
     if not asked.tables:
         for command in asked.commands or PUBLISHED:
-            for seed in asked.seeds or PUBLISHED.get(command, (0,)):
+            seeds = asked.seeds or PUBLISHED.get(command, (0,))
+            for seed in seeds:
                 reproduce(command, seed, asked.data)
+            if rivals := RIVALS.get(command):
+                rank(command, seeds[0], rivals)
     write_tables()
 
 
 def reproduce(command: str, seed: int, data: Path | None) -> None:
     """Train what is not trained yet, and put its figures into docs/results.json. Raises UserError where the training fails."""
-    from pipelines.pages.results import read_results, with_training, write_results
+    from pipelines.pages.results import read_results, write_results
     from pipelines.runs.recipes import preset
 
     words = shlex.split(command)
     if not words:
         raise UserError("an empty command names no preset")
-    folder = Path("checkpoints") / "reproduce" / f"{re.sub('[^a-z0-9]+', '-', command.lower())}-seed-{seed}"
+    folder = folder_of(command, seed)
     has_folder = hasattr(preset(words[0]).data, "root")  # mnist5k's images come with a package
     where = ["--data.root", str(data)] if has_folder and data is not None else []
-    train = [*words, "--seed", str(seed), "--run", str(folder), *where]
-    say(f"python -m pipelines.train_all {shlex.join(train)}")
-    code = subprocess.run([sys.executable, "-m", "pipelines.train_all", *train]).returncode
+    called("train_all", [*words, "--seed", str(seed), "--run", str(folder), *where])
+    write_results(RESULTS, read_results(RESULTS).with_training(training_of(folder, command, seed)))
+
+
+def folder_of(command: str, seed: int) -> Path:
+    """Of the run."""
+    return Path("checkpoints") / "reproduce" / f"{re.sub('[^a-z0-9]+', '-', command.lower())}-seed-{seed}"
+
+
+def called(module: str, arguments: list[str]) -> None:
+    """Another command of this package, to its end. Raises UserError where it fails."""
+    say(f"python -m pipelines.{module} {shlex.join(arguments)}")
+    code = subprocess.run([sys.executable, "-m", f"pipelines.{module}", *arguments]).returncode
     if code:
-        raise UserError(f"the training of {command!r} on seed {seed} ended with exit code {code}, for the reason above")
-    write_results(RESULTS, with_training(read_results(RESULTS), training_of(folder, command, seed)))
+        raise UserError(f"pipelines.{module} {shlex.join(arguments)} ended with exit code {code}, for the reason above")
+
+
+def rank(command: str, seed: int, rivals: tuple[str, ...]) -> None:
+    """Train other priors on the decoder of a finished training, compare all, and put the ranking into docs/results.json."""
+    from pipelines.files import read_json, structured
+    from pipelines.judging.together import Standing
+    from pipelines.pages.results import Ranking, read_results, write_results
+
+    first = folder_of(command, seed)
+    folders = [folder_of(f"{command} {rival}", seed) for rival in rivals]
+    for rival, folder in zip(rivals, folders):
+        how = ["--stage1-from", str(first), *shlex.split(rival), "--seed", str(seed)]
+        called("train_all", [*how, "--run", str(folder), "--no-compare"])
+    page = first.with_name(f"{first.name}-priors.html")
+    called("compare", [str(first), *map(str, folders), "--out", str(page)])
+    (found,) = read_json(page.with_suffix(".json"))["rankings"]
+    ranking = Ranking(command, seed, [structured(standing, Standing) for standing in found], commit(), hardware())
+    write_results(RESULTS, read_results(RESULTS).with_ranking(ranking))
 
 
 def training_of(folder: Path, command: str, seed: int) -> "Training":
@@ -90,14 +131,16 @@ def training_of(folder: Path, command: str, seed: int) -> "Training":
 
 
 def commit() -> str:
-    """Of the code, with a + where files were changed since."""
+    """Of the code, with a + where files were changed since; the figures and their tables do not count."""
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+
     try:
-        described = subprocess.run(
-            ["git", "describe", "--always", "--dirty=+"], cwd=ROOT, capture_output=True, text=True, check=True
-        )
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!docs", ":!README.md")
+        return git("rev-parse", "--short", "HEAD") + ("+" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
-    return described.stdout.strip()
 
 
 def hardware() -> str:
@@ -122,9 +165,9 @@ def write_tables() -> None:
     from pipelines.files import write_file
     from pipelines.pages.results import read_results, written
 
-    trainings = read_results(RESULTS)
+    results = read_results(RESULTS)
     for document in DOCUMENTS:
-        write_file(document, written(document.read_text(), trainings).encode())
+        write_file(document, written(document.read_text(), results).encode())
         say(f"tables of {document}")
 
 

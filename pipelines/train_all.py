@@ -34,6 +34,7 @@ RECIPE
                  Without a PRESET, a run of that name goes on as it was begun
 --config FILE    take the config.json of any run in place of a preset
 --stage1-from RUN  take over the stage 1 of another run and train only the prior; without a PRESET, with RUN's settings
+--no-compare     train only; python -m pipelines.compare RUN compares, several runs together
 --device {{{{auto,cpu,cuda,mps}}}}   --tracker {{{{none,csv,tensorboard,wandb}}}}   --on-nan {{{{stop,skip,rewind}}}}
 --seed, --mirror, --stage1.steps, --stage2.steps, --autoencoder.bottleneck KIND, --prior.backbone KIND, and so on:
 python -m pipelines.train_all PRESET --help   says every setting with its meaning, unit and default, and all kinds of parts"""

@@ -96,7 +96,7 @@ def test_the_verdict_says_that_samples_are_copies(compared):
 
 
 def test_runs_of_the_same_images_are_compared_in_words_and_others_are_not(compared):
-    together = json.loads((compared / "both.json").read_text())
+    together = json.loads((compared / "both.json").read_text())["runs"]
     assert list(together) == ["mnist5k", "mnist-vqvae", "attention"]
     assert [row["run"] for row in csv.DictReader(open(compared / "both.csv"))].count("mnist-vqvae") > 3
     (finding,) = between_runs({name: from_dict(values) for name, values in together.items()})
@@ -115,6 +115,7 @@ def test_runs_of_the_same_images_are_compared_in_words_and_others_are_not(compar
 
 def test_priors_that_share_a_decoder_stand_in_one_table_sorted(compared):
     page, together = (compared / "both.html").read_text(), json.loads((compared / "both.json").read_text())
+    (ranking,) = together["rankings"]
     assert page.count("<h2>") == 2 and "<h2>mnist5k, attention: one decoder</h2>" in page
     section = page.split("one decoder</h2>")[1].split("<h2>")[0]
     table = [re.findall("<td>(.*?)</td>", row) for row in re.findall("<tr.*?</tr>", section, re.DOTALL)][1:]
@@ -126,12 +127,15 @@ def test_priors_that_share_a_decoder_stand_in_one_table_sorted(compared):
     assert section.count("data:image/png") == 2  # one picture of all, and the curves
 
     # The paired differences: zero for the best, and for the others those of the means.
-    rows = {("attention", "learned"): together["attention"]["priors"]["learned"]}
-    rows |= {("mnist5k", name): row for name, row in together["mnist5k"]["priors"].items() if "nll" in row}
-    best = min(row["nll"] for row in rows.values())
-    for row in rows.values():
-        assert row["nats_above_best"]["nats"] == pytest.approx(row["nll"] - best, abs=1e-6)
-        assert (row["nats_above_best"]["plus_minus"] > 0) == (row["nll"] > best)
+    first, second = (from_dict(together["runs"][run]) for run in ("mnist5k", "attention"))
+    nats = {first.title(name): row.nll for name, row in first.priors.items() if row.nll is not None and name != "learned"}
+    nats |= {first.prior: first.priors["learned"].nll, second.prior: second.priors["learned"].nll}
+    best = min(nats.values())
+    found = {row["prior"]: row for row in ranking if row["nats_above_best"] is not None}
+    assert found.keys() == nats.keys()
+    for prior, row in found.items():
+        assert row["nats_above_best"] == pytest.approx(nats[prior] - best, abs=1e-6)
+        assert (row["nats_plus_minus"] > 0) == (nats[prior] > best)
     columns = {cells[0]: cells[-4:] for cells in table}
     assert columns["N(0, I)"][1] == "0" and columns["N(0, I)"][2] == ""  # nothing fitted, no time
     assert all(float(columns[name][2]) > 0 for name in ("PixelSNAIL (mnist5k)", "Transformer (attention)"))

@@ -8,7 +8,8 @@ import pytest
 
 from pipelines import reproduce
 from pipelines.console import UserError
-from pipelines.pages.results import TABLES, Training, read_results, summary, with_training, write_results, written
+from pipelines.judging.together import Standing
+from pipelines.pages.results import TABLES, Ranking, Results, Training, read_results, summary, write_results, written
 from pipelines.pages.tables import markdown
 from tests.parts import compared, fewer_ways_to_draw, small_splits
 
@@ -30,29 +31,45 @@ TRAINING = Training(
     hardware="a CPU, 2 threads",
 )
 
+STANDING = Standing("PixelSNAIL", "a", 6.0, 0.5, 0.5, 0.6, 0.7, 0.0, 0.0, 1000, 60.0, 2.0)
+RANKING = Ranking("mnist5k", 0, [STANDING, dataclasses.replace(STANDING, prior="N(0, I)", fd=None)], "abc", "a CPU, 2 threads")
+RESULTS = Results([TRAINING], [RANKING])
+
 
 @pytest.mark.parametrize("document", reproduce.DOCUMENTS, ids=lambda path: path.name)
 def test_the_tables_of_readme_and_docs_are_those_of_the_results(document):
-    text, trainings = document.read_text(), read_results(reproduce.RESULTS)
-    assert trainings and "<!-- table " in text
-    assert written(text, trainings) == text, "make the tables anew: python -m pipelines.reproduce --tables"
+    text, results = document.read_text(), read_results(reproduce.RESULTS)
+    assert results.trainings and "<!-- table " in text
+    assert written(text, results) == text, "make the tables anew: python -m pipelines.reproduce --tables"
 
 
 def test_what_is_published_is_what_stands_in_the_results():
-    found = {(training.command, training.seed) for training in read_results(reproduce.RESULTS)}
+    results = read_results(reproduce.RESULTS)
+    found = {(training.command, training.seed) for training in results.trainings}
     assert found == {(command, seed) for command, seeds in reproduce.PUBLISHED.items() for seed in seeds}
+    assert [ranking.command for ranking in results.rankings] == [*reproduce.RIVALS]
 
 
 @pytest.mark.parametrize("name", TABLES)
 def test_a_table_follows_every_figure_it_shows(name):
     """No figure is typed in by hand: the text changes with the results."""
     text = f"before\n<!-- table {name} -->\nold\n<!-- end -->\nafter"
-    first = written(text, [TRAINING])
+    first = written(text, RESULTS)
     assert first.startswith("before\n") and first.endswith("\nafter") and "old" not in first
-    assert written(first, [TRAINING]) == first
+    assert written(first, RESULTS) == first
     learned = {"fd": 7.0, "precision": 0.1, "recall": 0.6, "coverage": 0.7}
     other = dataclasses.replace(TRAINING, rows=TRAINING.rows | {"learned": learned})
-    assert written(first, [other]) != first
+    ranked = dataclasses.replace(RANKING, standings=[dataclasses.replace(STANDING, recall=0.1)])
+    assert written(first, Results([other], [ranked])) != first
+
+
+def test_a_table_may_be_of_one_command():
+    text = "<!-- table priors of mnist5k -->\nold\n<!-- end -->"
+    others = Ranking("mnist", 0, [dataclasses.replace(STANDING, prior="another")], "abc", "a CPU")
+    found = written(text, RESULTS.with_ranking(others))
+    assert found == written(text, RESULTS) and "PixelSNAIL" in found
+    with pytest.raises(UserError, match="'mnist5k', of which there are no results"):
+        written(text, Results())
 
 
 def test_figures_of_several_seeds_are_a_mean_and_a_standard_deviation():
@@ -73,15 +90,15 @@ def test_a_row_that_one_seed_lacks_has_a_dash_and_a_tuned_one_is_the_learned_whe
 
 def test_a_training_made_again_replaces_its_figures_in_place(tmp_path):
     first, second = TRAINING, dataclasses.replace(TRAINING, command="mnist")
-    both = with_training([first], second)
+    both = RESULTS.with_training(second)
     again = dataclasses.replace(first, gap_closed=0.9)
-    found = with_training(with_training(both, again), dataclasses.replace(first, seed=1))
-    assert found == [again, dataclasses.replace(first, seed=1), second]
+    found = both.with_training(again).with_training(dataclasses.replace(first, seed=1))
+    assert found.trainings == [again, dataclasses.replace(first, seed=1), second] and found.rankings == [RANKING]
     write_results(tmp_path / "results.json", found)
     assert read_results(tmp_path / "results.json") == found
 
 
-@pytest.mark.parametrize("content", ["{", "[1]", '[{"command": 3}]', "null"])
+@pytest.mark.parametrize("content", ["{", "[1]", '{"trainings": [{"command": 3}]}', "null"])
 def test_a_damaged_file_of_results_is_refused(tmp_path, content):
     path = tmp_path / "results.json"
     path.write_text(content)
@@ -91,7 +108,7 @@ def test_a_damaged_file_of_results_is_refused(tmp_path, content):
 
 def test_an_unknown_table_is_refused():
     with pytest.raises(UserError, match="no table 'other'"):
-        written("<!-- table other -->\n<!-- end -->", [])
+        written("<!-- table other -->\n<!-- end -->", Results())
 
 
 def test_a_finished_run_becomes_a_row(run, monkeypatch, tmp_path, small_data):
@@ -120,19 +137,19 @@ def test_a_finished_run_becomes_a_row(run, monkeypatch, tmp_path, small_data):
     reproduce.main(["mnist --stage2.steps 4", "--seeds", "3", "--data", "somewhere"])
     assert asked[0][2:7] == ["pipelines.train_all", "mnist", "--stage2.steps", "4", "--seed"]
     assert asked[0][-2:] == ["--data.root", "somewhere"]
-    (training,) = read_results(tmp_path / "results.json")
+    (training,) = read_results(tmp_path / "results.json").trainings
     assert training.command == "mnist --stage2.steps 4" and training.seed == 3
     assert training.figure("learned", "fd") == comparison.priors["learned"].fd
     assert training.gap_closed == comparison.gap_closed
     assert [*training.seconds] == ["stage1", "stage2", "comparison"] and min(training.seconds.values()) > 0
-    assert json.loads((tmp_path / "results.json").read_text())[0]["hardware"].endswith("threads")
+    assert json.loads((tmp_path / "results.json").read_text())["trainings"][0]["hardware"].endswith("threads")
     assert "`mnist --stage2.steps 4`" in (tmp_path / "README.md").read_text()
 
 
 def test_a_training_that_fails_ends_it_in_a_sentence(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(reproduce.subprocess, "run", lambda command, **how: type("Ended", (), {"returncode": 2}))
-    with pytest.raises(UserError, match="'mnist5k' on seed 0 ended with exit code 2"):
+    with pytest.raises(UserError, match="train_all mnist5k --seed 0 .* ended with exit code 2"):
         reproduce.main(["mnist5k"])
     with pytest.raises(UserError, match="no preset 'mnits'"):
         reproduce.main(["mnits"])

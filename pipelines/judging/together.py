@@ -25,7 +25,8 @@ class Entry:
     """of the row in its own run"""
     run: str | None
     """whose prior it is; None of what all share"""
-    title: str
+    prior: str
+    """in words, and how it is drawn from, where not as it was fitted"""
     row: Row
     images: Tensor
     """uint8 N C H W"""
@@ -36,9 +37,33 @@ class Entry:
     """-log p(z) of the same draws of held-out latents under each prior, one an image; None where it has none of its own"""
 
     @property
+    def title(self) -> str:
+        """The prior, and the run that it is of."""
+        return self.prior if self.run is None else f"{self.prior} ({self.run})"
+
+    @property
     def generates(self) -> bool:
         """Whether its images are drawn from a prior."""
         return self.key not in COMMON
+
+
+@dataclass(frozen=True)
+class Standing:
+    """One row of the ranking, as a file keeps it."""
+
+    prior: str
+    run: str | None
+    fd: float | None
+    fd_plus_minus: float | None
+    precision: float | None
+    recall: float | None
+    coverage: float | None
+    nats_above_best: float | None
+    nats_plus_minus: float | None
+    parameters: int | None
+    seconds_to_train: float | None
+    seconds_to_draw: float | None
+    """1,000 images"""
 
 
 def sharing(comparisons: Mapping[str, Comparison]) -> list[list[str]]:
@@ -64,12 +89,11 @@ def ranking(comparisons: Mapping[str, Comparison], exhibits: Mapping[str, Exhibi
             if not own and any(entry.key == key for entry in [*common, *priors]):
                 continue
             found = exhibits[run]
-            name = f"{comparison.prior} ({run})"
-            own_titles = {"learned": name, "tuned": f"{name}, {described(row.sampling or AS_FITTED)}"}
+            name = comparison.prior if own else comparison.title(key)
             entry = Entry(
                 key,
                 run if own else None,
-                own_titles[key] if own else comparison.title(key),
+                f"{name}, {described(row.sampling or AS_FITTED)}" if key == "tuned" else name,
                 row,
                 found.images[key],
                 found.seconds.get(key),
@@ -91,3 +115,27 @@ def above_best(entries: Sequence[Entry]) -> dict[int, tuple[float, float]]:
     best = min(known.values(), key=lambda nats: float(nats.mean()))
     gaps = {place: nats - best for place, nats in known.items()}
     return {place: (float(gap.mean()), error_of_mean(gap) if len(gap) > 1 else 0.0) for place, gap in gaps.items()}
+
+
+def standings(entries: Sequence[Entry]) -> list[Standing]:
+    """A ranking without its images."""
+    gaps, found = above_best(entries), []
+    for place, entry in enumerate(entries):
+        nats, half = gaps.get(place, (None, None))
+        found.append(
+            Standing(
+                prior=entry.prior,
+                run=entry.run,
+                fd=entry.row.fd,
+                fd_plus_minus=entry.row.plus_minus.get("fd"),
+                precision=entry.row.precision,
+                recall=entry.row.recall,
+                coverage=entry.row.coverage,
+                nats_above_best=nats,
+                nats_plus_minus=half,
+                parameters=entry.row.parameters,
+                seconds_to_train=entry.seconds_to_train,
+                seconds_to_draw=entry.seconds_to_draw,
+            )
+        )
+    return found

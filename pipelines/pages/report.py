@@ -2,7 +2,7 @@
 
 import shlex
 import time
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from pipelines import files, processes
@@ -11,7 +11,7 @@ from pipelines.data.images import Splits
 from pipelines.judging.compare import Exhibits, compare
 from pipelines.judging.comparison import Comparison, read_comparison, to_dict, write_comparison
 from pipelines.judging.features import inception
-from pipelines.judging.together import above_best, ranking, sharing
+from pipelines.judging.together import ranking, sharing, standings
 from pipelines.judging.tradeoffs import departures
 from pipelines.pages.diagnosis import diagnosis
 from pipelines.pages.page import Section, section_of, section_of_several, write_page
@@ -37,6 +37,9 @@ def train_all(run: Run, options: Options = DEFAULTS) -> None:
         with run.fabric.rank_zero_first(local=True):  # which may download it
             inception(run.config.metrics.weights)
     splits = train(run, options)
+    if not options.compare:
+        say(f"trained; compare its priors: python -m pipelines.compare {shlex.quote(run.name)}")
+        return
     with run.locked():
         comparison = finished_comparison(run, splits)
     say(*table(comparison))
@@ -137,8 +140,7 @@ def check_finished(run: Run) -> None:
 def write_together(path: Path, reports: dict[str, Report]) -> None:
     """The page of several runs, by their names, and the same figures beside it. Runs that share a decoder share a table."""
     comparisons = {run: report.comparison for run, report in reports.items()}
-    findings, sections = between_runs(comparisons), []
-    figures = {run: to_dict(comparison) for run, comparison in comparisons.items()}
+    findings, sections, rankings = between_runs(comparisons), [], []
     for runs in sharing(comparisons):
         if len(runs) == 1:
             sections.append(reports[runs[0]].section(runs[0]))
@@ -146,13 +148,10 @@ def write_together(path: Path, reports: dict[str, Report]) -> None:
         group = {run: comparisons[run] for run in runs}, {run: reports[run].exhibits for run in runs}
         sections.append(section_of_several(*group, {run: reports[run].config for run in runs}))
         say(sections[-1].name, *aligned(sections[-1].columns, sections[-1].rows), sections[-1].verdict)
-        entries = ranking(*group)
-        for place, (nats, half) in above_best(entries).items():
-            entry = entries[place]
-            for run in runs if entry.run is None else [entry.run]:
-                figures[run]["priors"][entry.key]["nats_above_best"] = {"nats": nats, "plus_minus": half}
+        rankings.append([asdict(standing) for standing in standings(ranking(*group))])
     write_page(path, sections, next(iter(comparisons.values())).versions, findings)
-    files.write_json(path.with_suffix(".json"), figures)
+    figures = {run: to_dict(comparison) for run, comparison in comparisons.items()}
+    files.write_json(path.with_suffix(".json"), {"runs": figures, "rankings": rankings})
     write_csv(path.with_suffix(".csv"), comparisons)
     say(*findings)
     say(f"all runs on one page: {path}")

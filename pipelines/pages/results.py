@@ -1,23 +1,28 @@
 """docs/results.json: the figures of whole trainings, and the tables of README and docs that are made of them.
 
 A training is what `python -m pipelines.train_all COMMAND --seed S` leaves. COMMAND is a preset, perhaps with overrides.
-A table stands in a document between `<!-- table NAME -->` and `<!-- end -->`; `written` puts it there anew.
+A table stands in a document between `<!-- table NAME -->` and `<!-- end -->`, one about a single command between
+`<!-- table NAME of COMMAND -->` and `<!-- end -->`; `written` puts it there anew.
 """
 
 import re
-from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, field
+import shlex
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from statistics import mean, stdev
+from typing import TypeVar
 
 from pipelines.console import UserError
 from pipelines.files import read_json, structured, write_json
 from pipelines.judging.comparison import Comparison
+from pipelines.judging.together import Standing
 from pipelines.judging.tradeoffs import described
 from pipelines.pages.tables import markdown
 
 FIGURES = ("fd", "precision", "recall", "coverage", "label_read")
 """of each row that is kept"""
+Made = TypeVar("Made", bound="Training | Ranking")
 KEPT = ("reconstruction", "standard", "mixture", "learned", "tuned")
 
 
@@ -72,25 +77,51 @@ class Training:
         return self.rows.get(row, {}).get(name)
 
 
-def read_results(path: Path) -> list[Training]:
+@dataclass(frozen=True)
+class Ranking:
+    """Every prior on the decoder of one training, the nearest to the training images first."""
+
+    command: str
+    """of the training whose stage 1 they share"""
+    seed: int
+    standings: list[Standing]
+    commit: str
+    hardware: str
+
+
+@dataclass(frozen=True)
+class Results:
+    trainings: list[Training] = field(default_factory=list)
+    rankings: list[Ranking] = field(default_factory=list)
+
+    def with_training(self, new: Training) -> "Results":
+        """A new training takes the place of the same command's on the same seed."""
+        return replace(self, trainings=in_place(self.trainings, new))
+
+    def with_ranking(self, new: Ranking) -> "Results":
+        """A new ranking takes the place of that on the same decoder."""
+        return replace(self, rankings=in_place(self.rankings, new))
+
+
+def read_results(path: Path) -> Results:
     """Raises UserError where the file holds something else."""
     if not path.is_file():
-        return []
+        return Results()
     try:
-        return [structured(value, Training) for value in read_json(path)]
+        return structured(read_json(path), Results)
     except (ValueError, TypeError) as error:
         raise UserError(f"{path} holds no results of trainings; delete it, or bring back its last version") from error
 
 
-def write_results(path: Path, trainings: Iterable[Training]) -> None:
-    write_json(path, [asdict(training) for training in trainings])
+def write_results(path: Path, results: Results) -> None:
+    write_json(path, asdict(results))
 
 
-def with_training(trainings: list[Training], new: Training) -> list[Training]:
-    """The trainings, with a new one in the place of the same command's on the same seed. Commands keep the order they came in."""
-    order = list(dict.fromkeys(training.command for training in [*trainings, new]))
-    others = [training for training in trainings if (training.command, training.seed) != (new.command, new.seed)]
-    return sorted([*others, new], key=lambda training: (order.index(training.command), training.seed))
+def in_place(old: list[Made], new: Made) -> list[Made]:
+    """With a new one in the place of the same command's on the same seed. Commands keep the order they came in."""
+    order = list(dict.fromkeys(one.command for one in [*old, new]))
+    others = [one for one in old if (one.command, one.seed) != (new.command, new.seed)]
+    return sorted([*others, new], key=lambda one: (order.index(one.command), one.seed))
 
 
 # Tables
@@ -161,23 +192,69 @@ def trainings_apart(trainings: list[Training]) -> list[list[str]]:
     return rows
 
 
-TABLES: dict[str, Callable[[list[Training]], list[list[str]]]] = {
-    "summary": summary,
-    "quality": quality,
-    "trainings": trainings_apart,
+def priors(rankings: list[Ranking]) -> list[list[str]]:
+    """One row a prior on a shared decoder: its samples, its density, its size and its time."""
+    headings = [
+        "z from",
+        "fd",
+        "precision",
+        "recall",
+        "coverage",
+        "nats above the best",
+        "parameters",
+        "s to train",
+        "s per 1,000",
+    ]
+    rows = [headings]
+    for standing in (standing for ranking in rankings for standing in ranking.standings):
+        fd = number(standing.fd, 2) + ("" if standing.fd_plus_minus is None else f" ± {standing.fd_plus_minus:.2f}")
+        shares = [number(value, 2) for value in (standing.precision, standing.recall, standing.coverage)]
+        nats = number(standing.nats_above_best, 1)
+        if standing.nats_above_best and standing.nats_plus_minus is not None:
+            nats += f" ± {standing.nats_plus_minus:.1f}"
+        times = [number(standing.seconds_to_train, 0), number(standing.seconds_to_draw, 1)]
+        size = "–" if standing.parameters is None else f"{standing.parameters:,}"
+        rows.append([standing.prior, fd, *shares, nats, size, *times])
+    return rows
+
+
+def number(value: float | None, digits: int) -> str:
+    return "–" if value is None else f"{value:.{digits}f}"
+
+
+TABLES: dict[str, Callable[[Results], list[list[str]]]] = {
+    "summary": lambda results: summary(results.trainings),
+    "quality": lambda results: quality(results.trainings),
+    "trainings": lambda results: trainings_apart(results.trainings),
+    "priors": lambda results: priors(results.rankings),
 }
 
 
-MARKED = re.compile(r"<!-- table (\w+) -->\n.*?<!-- end -->", re.DOTALL)
+MARKED = re.compile(r"<!-- table (\w+)(?: of ([^\n]+))? -->\n.*?<!-- end -->", re.DOTALL)
 
 
-def written(text: str, trainings: list[Training]) -> str:
+def written(text: str, results: Results) -> str:
     """A document with its tables made anew. Raises UserError for a table that there is not."""
 
     def anew(found: re.Match[str]) -> str:
-        name = found.group(1)
+        beginning, (name, command) = found.group(0).partition("\n")[0], found.groups()
         if name not in TABLES:
             raise UserError(f"there is no table {name!r}; there are: {', '.join(TABLES)}")
-        return f"<!-- table {name} -->\n{markdown(TABLES[name](trainings))}\n<!-- end -->"
+        return f"{beginning}\n{markdown(TABLES[name](of_command(results, command)))}\n<!-- end -->"
 
     return MARKED.sub(anew, text)
+
+
+def of_command(results: Results, command: str | None) -> Results:
+    """All results where no command is named. Raises UserError where there are none of a command."""
+    if command is None:
+        return results
+    some = Results(
+        [training for training in results.trainings if training.command == command],
+        [ranking for ranking in results.rankings if ranking.command == command],
+    )
+    if some == Results():
+        raise UserError(
+            f"a table is of {command!r}, of which there are no results: python -m pipelines.reproduce {shlex.quote(command)}"
+        )
+    return some

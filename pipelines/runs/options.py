@@ -21,6 +21,8 @@ class Options:
     stage1_from: str | None = None
     """run whose stage 1 this one takes over, by its name or path: its encoder, decoder and latents, of which the disk holds one
     copy. Only the prior is trained"""
+    compare: bool = True
+    """whether to compare the priors at the end; without it, python -m pipelines.compare RUN does"""
     strategy: Literal["ddp", "fsdp"] = "ddp"
     """under torchrun, what each process holds of the prior in training: ddp all of it, fsdp a share of its weights, gradients
     and optimizer (FSDP2), for a prior larger than one device trains"""
