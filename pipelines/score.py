@@ -42,7 +42,7 @@ def main(arguments: list[str] | None = None) -> None:
 def score(asked: Arguments) -> None:
     # Slow to import, and --help needs none of it.
     from pipelines.data.folder import images_at
-    from pipelines.judging.scores import Scorer, Usual
+    from pipelines.judging.scores import Scorer, Usual, auroc
     from pipelines.pages.scores import write_scores
     from pipelines.runs.dataset import background_of, load_data
     from pipelines.runs.run import Run
@@ -62,6 +62,12 @@ def score(asked: Arguments) -> None:
     write_scores(asked.out, run.name, scorer, images, names, scores, usual, asked.shown)
     unusual = int((usual.more_usual(scores) > 0.99).sum())
     say(f"{unusual} of {len(scores)} images are more unusual than 99 % of held-out ones")
+    if asked.images and len(names) > 1:
+        first, *others = [
+            f"{auroc(usually, values):.2f} by {name}"
+            for (name, usually), values in zip(usual.every(held_out).items(), usual.every(scores).values())
+        ]
+        say(f"told from held-out images with an AUROC of {first}, as they are ordered here; {', '.join(others)}; 0.5 is chance")
     say(f"table: {asked.out}; look at {asked.out.with_suffix('.html')}; {time.monotonic() - started:.0f} seconds")
 
 

@@ -5,7 +5,8 @@ B batch, K components, D all numbers of one latent.
     p(z) = 1/K Σ_k N(z; m_k, diag s_k²)
 
 The VampPrior's components are the encoder's posteriors of K learned images. Here stage 1 is frozen and stage 2 never sees an
-image, so m_k and s_k are learned themselves. They begin as the posteriors of K random training images.
+image, so m_k and s_k are learned themselves. Components begin at the means of K random training images, as wide as all of q(z):
+where they begin as narrow as posteriors, only the nearest one gets a gradient, and learning takes far longer.
 """
 
 import math
@@ -17,7 +18,7 @@ from annotated_types import Interval
 from torch import Tensor, nn
 
 from stage2_prior.flattened import Flattened, FlattenedConfig
-from stage2_prior.heads import MINIMUM_LOG_STD, floored, tempered
+from stage2_prior.heads import floored, tempered
 from stage2_prior.latents import LatentDataset, LatentSpec
 from stage2_prior.prior import Prior, gaussian_log_probs, only
 from stage2_prior.sampling import AS_FITTED, COMPONENT_STREAM, Sampling, choose, first_uniforms, normals
@@ -25,7 +26,7 @@ from stage2_prior.sampling import AS_FITTED, COMPONENT_STREAM, Sampling, choose,
 
 @dataclass(frozen=True)
 class VampConfig(FlattenedConfig):
-    """A mixture of learned posteriors, which begin as those of random training images."""
+    """A mixture of learned posteriors, which begin at those of random training images."""
 
     components: Annotated[int, Interval(ge=1, le=1_000_000)] = 500
     """posteriors"""
@@ -50,10 +51,8 @@ class VampPrior(Prior):
         self.flattened.estimate(dataset)
         order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))
         chosen = order[torch.arange(len(self.means)) % len(order)]
-        posterior = only(dataset.posteriors(chosen))
-        self.means.copy_(self.flattened.values([posterior["mean"].to(self.means)]))
-        stds = posterior["std"].flatten(1).to(self.means) / self.flattened.scale
-        self.log_stds.copy_(stds.log().clamp_min(MINIMUM_LOG_STD))
+        means = only(dataset.posteriors(chosen))["mean"]
+        self.means.copy_(self.flattened.values([means.to(self.means)]))
 
     def stds(self) -> Tensor:
         return floored(self.log_stds).exp()

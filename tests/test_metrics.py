@@ -25,7 +25,7 @@ from torchmetrics.image.kid import poly_mmd
 from pipelines.console import UserError
 from pipelines.data.images import ImageSet
 from pipelines.judging import features, quality
-from pipelines.judging.comparison import Verdict, from_dict, read_comparison, verdict_of, write_comparison
+from pipelines.judging.comparison import SURELY, Verdict, from_dict, read_comparison, verdict_of, write_comparison
 from pipelines.judging.features import FIGURES, Classifier, FeatureSpace, Judge, feature_space, inception, kept_best
 from pipelines.judging.quality import (
     Cloud,
@@ -40,7 +40,6 @@ from pipelines.judging.quality import (
 )
 from pipelines.judging.tradeoffs import along
 from pipelines.pages.tables import table
-from pipelines.pages.words import SURELY
 from pipelines.runs.config import MetricsConfig
 from pipelines.runs.dataset import load_data
 from pipelines.runs.recipes import preset

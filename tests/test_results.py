@@ -31,7 +31,7 @@ TRAINING = Training(
     hardware="a CPU, 2 threads",
 )
 
-STANDING = Standing("PixelSNAIL", "a", 6.0, 0.5, 0.5, 0.6, 0.7, 0.0, 0.0, 1000, 60.0, 2.0)
+STANDING = Standing("PixelSNAIL", "a", 6.0, 0.5, 0.5, 0.6, 0.7, 0.01, 0.0, 0.0, 1000, 60.0, 2.0)
 RANKING = Ranking("mnist5k", 0, [STANDING, dataclasses.replace(STANDING, prior="N(0, I)", fd=None)], "abc", "a CPU, 2 threads")
 RESULTS = Results([TRAINING], [RANKING])
 

@@ -28,6 +28,8 @@ from pipelines.judging.tradeoffs import Tradeoff, described
 from stage2_prior.sampling import Sampling
 
 SCHEMA = 1
+SURELY = 0.01
+"""The largest probability of `copying_p` at which samples are called copies."""
 ROWS = {
     "real": "real images",
     "reconstruction": "reconstructions",
@@ -75,6 +77,11 @@ class Row:
     sampling: Sampling | None = None
     """how the row was drawn, where not as the prior was fitted"""
     note: str | None = None
+
+    @property
+    def copies(self) -> bool:
+        """Whether some of its images are surely copies of training images."""
+        return self.copying_p is not None and self.copying_p < SURELY
 
 
 @dataclass(frozen=True)

@@ -138,6 +138,15 @@ class Usual:
         """For each level, how many standard deviations the bits of z at each position lie above held-out images', N h w."""
         return [(bits - mean) / std for bits, (mean, std) in zip(scores.maps, self.maps, strict=True)]
 
+    def every(self, scores: Scores) -> dict[str, Tensor]:
+        """Each way to order images by how unusual they are, the higher the more, N each; the first is the one that works."""
+        return {
+            "both, either way": self.distance(scores),
+            "bits": scores.bits,
+            "bits of z": scores.bits_of_z,
+            "bits of x given z": scores.bits_of_x,
+        }
+
     def more_usual(self, scores: Scores) -> Tensor:
         """The share of held-out images that are more usual than each image, N; 1 where all are."""
         return torch.searchsorted(self.distances, self.distance(scores)).double() / len(self.distances)

@@ -58,6 +58,8 @@ class Standing:
     precision: float | None
     recall: float | None
     coverage: float | None
+    copied: float | None
+    """share of samples that lie as near to a training image as the nearest 1 % of held-out images do"""
     nats_above_best: float | None
     nats_plus_minus: float | None
     parameters: int | None
@@ -131,6 +133,7 @@ def standings(entries: Sequence[Entry]) -> list[Standing]:
                 precision=entry.row.precision,
                 recall=entry.row.recall,
                 coverage=entry.row.coverage,
+                copied=entry.row.copied,
                 nats_above_best=nats,
                 nats_plus_minus=half,
                 parameters=entry.row.parameters,

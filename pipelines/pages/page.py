@@ -118,14 +118,14 @@ def section_of_several(
 ) -> Section:
     """What a page says of several runs that share a decoder: every prior in one table and one picture, the nearest first."""
     entries = ranking(comparisons, exhibits)
+    best = next((entry for entry in entries if entry.generates and not entry.row.copies), None)
     gaps, rows = above_best(entries), []
     for place, entry in enumerate(entries):
         shown = [cell(entry.row, figure) for figure in HEADINGS]
         above = "" if place not in gaps else "best" if gaps[place][0] == 0 else "+{:.1f} ± {:.1f}".format(*gaps[place])
         size = "" if entry.row.parameters is None else f"{entry.row.parameters:,}"
         times = ["" if time is None else f"{time:.3g}" for time in (entry.seconds_to_train, entry.seconds_to_draw)]
-        first = entry.generates and not any(before.generates for before in entries[:place])
-        rows.append(Row("best" if first else entry.key, entry.title, [*shown, above, size, *times]))
+        rows.append(Row("best" if entry is best else entry.key, entry.title, [*shown, above, size, *times]))
     curves = {run: found.histories["stage2"] for run, found in exhibits.items() if "stage2" in found.histories}
     picture = lines([(entry.title, entry.row.fd, entry.images) for entry in entries])
     return Section(

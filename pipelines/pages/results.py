@@ -194,27 +194,18 @@ def trainings_apart(trainings: list[Training]) -> list[list[str]]:
 
 def priors(rankings: list[Ranking]) -> list[list[str]]:
     """One row a prior on a shared decoder: its samples, its density, its size and its time."""
-    headings = [
-        "z from",
-        "fd",
-        "precision",
-        "recall",
-        "coverage",
-        "nats above the best",
-        "parameters",
-        "s to train",
-        "s per 1,000",
-    ]
-    rows = [headings]
+    judged = ["fd", "precision", "recall", "coverage", "copied, %", "nats above the best"]
+    rows = [["z from", *judged, "parameters", "s to train", "s per 1,000"]]
     for standing in (standing for ranking in rankings for standing in ranking.standings):
         fd = number(standing.fd, 2) + ("" if standing.fd_plus_minus is None else f" ± {standing.fd_plus_minus:.2f}")
         shares = [number(value, 2) for value in (standing.precision, standing.recall, standing.coverage)]
+        copied = number(None if standing.copied is None else 100 * standing.copied, 1)
         nats = number(standing.nats_above_best, 1)
         if standing.nats_above_best and standing.nats_plus_minus is not None:
             nats += f" ± {standing.nats_plus_minus:.1f}"
         times = [number(standing.seconds_to_train, 0), number(standing.seconds_to_draw, 1)]
         size = "–" if standing.parameters is None else f"{standing.parameters:,}"
-        rows.append([standing.prior, fd, *shares, nats, size, *times])
+        rows.append([standing.prior, fd, *shares, copied, nats, size, *times])
     return rows
 
 

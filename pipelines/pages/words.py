@@ -8,9 +8,6 @@ from pipelines.judging.quality import NEAREST
 from pipelines.judging.together import Entry
 from pipelines.judging.tradeoffs import described, lowest_fd
 
-SURELY = 0.01
-"""The largest probability of `copying_p` at which samples are called copies."""
-
 HEADINGS = {
     "fd": "fd",
     "kid": "KID",
@@ -108,7 +105,7 @@ def about_copies(comparison: Comparison) -> list[str]:
     for drawn, row in rows.items():
         if row.copied is not None and row.copying_p is not None:
             share, chance = percent(row.copied, row.plus_minus.get("copied")), f"p = {row.copying_p:.2g}"
-            says = "some are copies; look at the nearest training images" if row.copying_p < SURELY else "no more than by chance"
+            says = "some are copies; look at the nearest training images" if row.copies else "no more than by chance"
             lines.append(f"copies: of samples {drawn}, {share} % lie that near: {says} ({chance}).")
     return lines
 
@@ -224,22 +221,30 @@ def about_several(comparisons: Mapping[str, Comparison]) -> list[str]:
 
 def verdict_of_several(entries: Sequence[Entry]) -> str:
     """entries: as `ranking` gives them."""
-    priors = [entry for entry in entries if entry.generates and entry.row.fd is not None]
+    every = [entry for entry in entries if entry.generates and entry.row.fd is not None]
+    priors = [entry for entry in every if not entry.row.copies]
     if not priors:
-        return "Too few images for a Fréchet distance: no prior can be named the best."
+        why = "every prior gives copies of training images" if every else "too few images for a Fréchet distance"
+        return f"No prior can be named the best: {why}."
     best = priors[0]
     reconstruction = next(entry for entry in entries if entry.key == "reconstruction")
     ahead = f"; next is {priors[1].title}, at {cell(priors[1].row, 'fd')}" if len(priors) > 1 else ""
     return (
-        f"Of {len(priors)} ways to draw z for one decoder, {best.title} lies nearest to the training images, at a Fréchet"
+        f"Of {len(every)} ways to draw z for one decoder, {best.title} lies nearest to the training images, at a Fréchet"
         f" distance of {cell(best.row, 'fd')}{ahead}. The decoder's own reconstructions lie at {cell(reconstruction.row, 'fd')}."
+        + "".join(
+            f" {entry.title} is left out: {100 * (entry.row.copied or 0):.1f} % of its samples lie as near to a training image as"
+            f" {100 * NEAREST:g} % of held-out images do, so some are copies."
+            for entry in every
+            if entry.row.copies
+        )
     )
 
 
 def verdict_in_words(comparison: Comparison) -> str:
     """How near samples lie to the data, and that some are copies of training images where that is so."""
     rows = [comparison.priors[name] for name in (comparison.generator, "tuned") if name in comparison.priors]
-    copies = max((row.copied or 0 for row in rows if row.copying_p is not None and row.copying_p < SURELY), default=None)
+    copies = max((row.copied or 0 for row in rows if row.copies), default=None)
     if copies is None:
         return about_nearness(comparison)
     return (

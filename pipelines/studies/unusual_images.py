@@ -11,7 +11,6 @@ from pipelines.studies.trained import Findings, Trained
 
 COUNT = 500  # images of each kind
 NOISE = 50  # grey levels, standard deviation
-SCORES = {"bits": "bits", "bits_of_z": "bits of z", "bits_of_x": "bits of x given z", "unusual": "both, either way"}
 
 
 def unusual_images(trained: Trained) -> Findings:
@@ -23,19 +22,16 @@ def unusual_images(trained: Trained) -> Findings:
     patched, patch = exchanged(images)
     kinds = {**changed(images), "patch of another": patched}
     found = {name: scorer(ImageSet(some), f"scoring: {name}") for name, some in {"held out": images, **kinds}.items()}
-    values = {
-        name: {"bits": s.bits, "bits_of_z": s.bits_of_z, "bits_of_x": s.bits_of_x, "unusual": usual.distance(s)}
-        for name, s in found.items()
-    }
-    told = {name: {score: auroc(values["held out"][score], values[name][score]) for score in SCORES} for name in kinds}
+    values = {name: usual.every(scores) for name, scores in found.items()}
+    told = {name: {way: auroc(own, values[name][way]) for way, own in values["held out"].items()} for name in kinds}
     finest = usual.excess(found["patch of another"])[-1]
     inside = torch.nn.functional.interpolate(patch[None, None].float(), finest.shape[1:], mode="area")[0, 0] > 0.5
     places = auroc(finest[:, ~inside].flatten(), finest[:, inside].flatten())
     sentences = [
         f"By their bits, -log₂ p(x), {in_words('bits', told)}",
-        f"By the bits of z alone, {in_words('bits_of_z', told)}",
+        f"By the bits of z alone, {in_words('bits of z', told)}",
         "By how far the bits of z and of x lie from those of held-out images, in either direction, as python -m pipelines.score"
-        f" orders images, {in_words('unusual', told)}",
+        f" orders images, {in_words('both, either way', told)}",
         f"Where a patch came from another image, the map of the bits of z finds the patch with an AUROC of {places:.2f} over"
         " positions.",
     ]
@@ -80,9 +76,9 @@ def plotted(kinds: dict[str, Tensor], told: dict[str, dict[str, float]]) -> Figu
     picture = torch.cat(rows).numpy()
     pictures.imshow(picture if picture.shape[-1] == 3 else picture[..., 0], cmap="gray", vmin=0, vmax=255, aspect="auto")
     pictures.axis("off")
-    table = torch.tensor([[told[name][score] for score in SCORES] for name in kinds])
+    table = torch.tensor([[*told[name].values()] for name in kinds])
     axis.imshow(table, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
-    axis.set_xticks(range(len(SCORES)), list(SCORES.values()))
+    axis.set_xticks(range(table.shape[1]), list(next(iter(told.values()))))
     axis.set_yticks(range(len(kinds)), list(kinds))
     for row, values in enumerate(table.tolist()):
         for column, value in enumerate(values):
