@@ -7,17 +7,20 @@ import json
 import re
 import shutil
 import subprocess
+from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from pipelines import compare
-from pipelines.judging.comparison import from_dict
+from pipelines.judging.comparison import from_dict, read_comparison
 from pipelines.judging.features import FIGURES
+from pipelines.judging.together import Entry
 from pipelines.pages.plots import plain, png, pyplot
 from pipelines.pages.report import train_all
-from pipelines.pages.words import between_runs, notes, verdict_in_words
+from pipelines.pages.words import between_runs, notes, verdict_in_words, verdict_of_several
 from pipelines.runs.config import replaced
 from pipelines.runs.options import Options
 from pipelines.runs.phases import train
@@ -140,6 +143,22 @@ def test_priors_that_share_a_decoder_stand_in_one_table_sorted(compared):
     assert columns["N(0, I)"][1] == "0" and columns["N(0, I)"][2] == ""  # nothing fitted, no time
     assert all(float(columns[name][2]) > 0 for name in ("PixelSNAIL (mnist5k)", "Transformer (attention)"))
     assert int(columns["fitted Gaussian"][1].replace(",", "")) == 196 + 196 * 197 // 2
+
+
+def test_copies_are_not_named_the_best_of_several(compared):
+    comparison = read_comparison(compared / "mnist5k/compare/metrics.json")
+    row = comparison.priors["learned"]
+    honest = replace(row, fd=2.0, copying_p=0.5)
+    copies = replace(row, fd=1.0, copying_p=1e-9, copied=0.4)
+
+    def entry(key, row):
+        return Entry(key, None, key, row, torch.zeros(1, 1, 4, 4), None, None, None)
+
+    reconstruction = entry("reconstruction", row)
+    said = verdict_of_several([reconstruction, entry("one", copies), entry("other", honest)])
+    assert said.startswith("Of 2 ways to draw z for one decoder, other lies nearest")
+    assert "one is left out: 40.0 % of its samples" in said and "other is left out" not in said
+    assert verdict_of_several([reconstruction, entry("one", copies)]).endswith("every prior gives copies of training images.")
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no chromium here")
