@@ -31,8 +31,8 @@ RIVALS = {
         "--prior.backbone pixelcnn",
         "--prior.backbone transformer",
         "--prior flow",
-        "--prior vamp",
-        "--prior second-vae",
+        "--prior vamp --stage2.steps 6000",
+        "--prior second-vae --stage2.steps 6000",
     ),
 }
 """Priors that are trained on the decoder of a command's first seed, too, by what stands after train_all --stage1-from."""

@@ -42,11 +42,19 @@ class SecondVaeConfig(FlattenedConfig):
         return SecondVAE(specs, self)
 
 
-def network(inputs: int, outputs: int, hidden: int, layers: int) -> nn.Sequential:
-    parts: list[nn.Module] = []
-    for width in [inputs] + [hidden] * (layers - 1):
-        parts += [nn.Linear(width, hidden), nn.SiLU()]
-    return nn.Sequential(*parts, nn.Linear(hidden, outputs))
+class Network(nn.Module):
+    """Hidden layers, and what goes in beside them at the last one, as in the authors' code: without it, u is not used."""
+
+    def __init__(self, inputs: int, outputs: int, hidden: int, layers: int):
+        super().__init__()
+        parts: list[nn.Module] = []
+        for width in [inputs] + [hidden] * (layers - 1):
+            parts += [nn.Linear(width, hidden), nn.SiLU()]
+        self.hidden = nn.Sequential(*parts)
+        self.last = nn.Linear(inputs + hidden, outputs)
+
+    def forward(self, values: Tensor) -> Tensor:
+        return self.last(torch.cat([values, self.hidden(values)], -1))
 
 
 class SecondVAE(Prior):
@@ -57,8 +65,8 @@ class SecondVAE(Prior):
         self.flattened = Flattened(specs, "second VAE")
         size = self.flattened.size
         self.samples = config.samples
-        self.encoder = network(size, 2 * size, config.hidden, config.layers)
-        self.decoder = network(size, size, config.hidden, config.layers)
+        self.encoder = Network(size, 2 * size, config.hidden, config.layers)
+        self.decoder = Network(size, size, config.hidden, config.layers)
         self.log_gamma = nn.Parameter(torch.zeros(()))
 
     def estimate(self, dataset: LatentDataset) -> None:

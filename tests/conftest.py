@@ -2,13 +2,14 @@
 
 import os
 import tempfile
+from collections.abc import Iterator
 
 import pytest
 import torch
 
 from pipelines.data.sets import EmbeddedDigits, TorchvisionSet
 from pipelines.runs.run import Run
-from tests.parts import small_splits, trained_run
+from tests.parts import cheaper_comparisons, small_splits, trained_run
 
 os.environ["OMP_NUM_THREADS"] = "1"  # of the commands that tests start
 STATE = tempfile.TemporaryDirectory()  # what tests have commands remember is none of the user's
@@ -16,15 +17,11 @@ os.environ["XDG_STATE_HOME"] = STATE.name
 torch.set_num_threads(1)
 
 
-APART = ("test_presets.py", "test_recipes.py")  # whose tests share little and take long together
-
-
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The tests of a file share its fixtures, so they run in one process; those of a few files each where there is room."""
-    for item in items:
-        if item.path.name not in APART:
-            item.add_marker(pytest.mark.xdist_group(item.path.name))
+@pytest.fixture(scope="session", autouse=True)
+def quick() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        cheaper_comparisons(patch)
+        yield
 
 
 @pytest.fixture(scope="module")

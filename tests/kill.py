@@ -1,4 +1,4 @@
-"""python tests/kill.py --kills 50: a run that is killed at any moment ends as if it had never been.
+"""python -m tests.kill --kills 50: a run that is killed at any moment ends as if it had never been.
 
 A shrunk `train_all`, and `generate` after it, are killed (SIGKILL) at a random moment, every other time right before a random
 one of their operations on files; the same commands again may be killed again, and again until they end. Then the folder must
@@ -24,12 +24,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 
 from pipelines import generate, train_all
 from pipelines.console import run_command
 from pipelines.judging import features
 from pipelines.judging.quality import resampled
+from tests.parts import cheaper_comparisons
 
 FIT = "--{0}.steps 6 --{0}.batch-size 16 --{0}.checkpoint-steps 2 --{0}.warmup-steps 1"
 SMALL = "--autoencoder.network.width 8 --autoencoder.network.blocks 1 --prior.backbone.width 8 --prior.backbone.layers 1"
@@ -64,6 +66,7 @@ def write_data(root: Path) -> None:
 
 def commands(preset: str) -> None:
     features.resampled = partial(resampled, resamples=5)  # shrunk, too
+    cheaper_comparisons(pytest.MonkeyPatch())
     train_all.main([preset, *COMMON.split(), *PRESETS[preset].split()])
     generate.main(["run", "--count", "8", "--out", "samples.npz", "--device", "cpu"])
 

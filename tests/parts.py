@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from pipelines.data.images import ImageSet, Splits, with_validation
 from pipelines.judging import tradeoffs
 from pipelines.judging.comparison import Comparison
+from pipelines.pages import plots
 from pipelines.pages.report import write_report
 from pipelines.runs.config import RunConfig
 from pipelines.runs.kinds import name_of
@@ -20,6 +21,7 @@ from pipelines.training.config import FitConfig
 from stage1_vae import bottlenecks, likelihoods
 from stage1_vae.hierarchy import Hierarchical
 from stage1_vae.networks import Convolutional, ConvolutionalFlat, FullyConnected
+from stage2_prior import baselines
 from stage2_prior.autoregressive import AutoregressiveConfig, AutoregressivePrior, CascadeConfig
 from stage2_prior.flow import FlowConfig
 from stage2_prior.heads import Categorical, GaussianMixture, GaussianMixtureHead
@@ -138,10 +140,16 @@ def shrunk_prior(prior: PriorConfig) -> PriorConfig:
     return dataclasses.replace(prior, backbone=dataclasses.replace(prior.backbone, width=8, layers=2))
 
 
-def fewer_ways_to_draw(patch: pytest.MonkeyPatch) -> None:
-    """The comparison tries one temperature and one strength of each guidance, for the time's sake."""
+def cheaper_comparisons(patch: pytest.MonkeyPatch) -> None:
+    """A comparison tries one temperature, one strength of each guidance and small mixtures, and draws small pictures.
+
+    Commands that tests start as processes of their own compare as users' do.
+    """
     for ways, one in (("TEMPERATURES", 0.8), ("GUIDANCE", 2.0), ("AUTOGUIDANCE", 0.5)):
         patch.setattr(tradeoffs, ways, (one,))
+    patch.setattr(tradeoffs, "SHARES", (1.0, 0.5))
+    patch.setattr(baselines, "MIXTURE_COMPONENTS", (2, 10))
+    patch.setattr(plots, "DPI", 30)
 
 
 def trained_run(folder: Path, name: str, **parts) -> Run:

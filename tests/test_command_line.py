@@ -170,7 +170,7 @@ def test_a_command_starts_and_fails_as_a_process_of_its_own(trained):
 
 def test_a_run_that_is_killed_ends_as_one_that_is_not():
     """Few kills of one preset; by itself the script kills more, of several."""
-    script = [sys.executable, str(Path(__file__).parent / "kill.py"), "--kills", "2", "--presets", "mnist-vqvae"]
+    script = [sys.executable, "-m", "tests.kill", "--kills", "2", "--presets", "mnist-vqvae"]
     done = subprocess.run(script, cwd=Path(__file__).parents[1], capture_output=True, text=True, timeout=600)
     assert done.returncode == 0 and done.stdout.endswith("2 of 2\n"), done.stdout + done.stderr
 

@@ -21,7 +21,7 @@ from pipelines.training.devices import devices
 from stage2_prior.baselines import CONTINUOUS_BASELINES
 from stage2_prior.sampling import inverse_normal_cdf
 from tests.mps import DEVICE, Device, Refused
-from tests.parts import fewer_ways_to_draw, shrunk, small_splits
+from tests.parts import shrunk, small_splits
 
 
 @pytest.fixture
@@ -47,7 +47,6 @@ def run_of(name, folder, monkeypatch) -> Run:
 
 
 def test_train_all_and_likelihood(device, tmp_path, monkeypatch):
-    fewer_ways_to_draw(monkeypatch)
     train_all(run_of("mnist5k", tmp_path, monkeypatch))
     likelihood.main(["mnist5k", "--images", "4", "--samples", "2", "--naive", "10"])
     generate.main(["mnist5k", "--count", "3", "--pixels", "sample"])

@@ -10,16 +10,9 @@ from PIL import Image, ImageDraw
 from pipelines import TwoStage, explore
 from pipelines.console import UserError
 from pipelines.explorer.views import TILES, Views, hidden_part
-from stage2_prior import baselines
 from stage2_prior.latents import LatentSpec
 from stage2_prior.sampling import AS_FITTED, Sampling
 from tests.parts import trained_run
-
-
-@pytest.fixture(autouse=True)
-def small_mixture(monkeypatch) -> None:
-    """For the time's sake."""
-    monkeypatch.setattr(baselines, "MIXTURE_COMPONENTS", (2,))
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,6 @@ from pipelines.runs import run as runs
 from pipelines.runs.exported import CARD, LIST, files_of
 from pipelines.runs.pictures import tiled
 from pipelines.runs.run import TRAINED, Run
-from tests.parts import fewer_ways_to_draw
 
 ROOT = Path(__file__).parents[1]
 
@@ -44,7 +43,6 @@ def content(folder: Path) -> dict[str, bytes]:
 
 
 def test_an_export_is_the_same_model(run, copied, small_data, monkeypatch):
-    fewer_ways_to_draw(monkeypatch)
     before, model, other = content(copied), TwoStage.open(run.folder, "cpu"), TwoStage.open(copied, "cpu")
     for how in ({}, {"label": "1", "guidance": 2.0}, {"autoguidance": 1.0}, {"prior": "standard"}, {"prior": "gaussian"}):
         assert torch.equal(model.sample(4, seed=1, **how), other.sample(4, seed=1, **how))

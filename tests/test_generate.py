@@ -36,7 +36,7 @@ from stage2_prior.conditions import Unconditional
 from stage2_prior.latents import LatentSpec
 from stage2_prior.prior import StandardNormal
 from stage2_prior.sampling import AS_FITTED, Sampling
-from tests.parts import NETWORKS, compared, fewer_ways_to_draw, shrunk, small_splits
+from tests.parts import NETWORKS, compared, shrunk, small_splits
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +45,6 @@ def runs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
     made = {}
     with pytest.MonkeyPatch.context() as patch:
-        fewer_ways_to_draw(patch)
         for name in ("mnist-vqvae", "fashion-vqvae2", "fashion-dalle", "mnist5k"):
             config = shrunk(preset(name))
             if name == "mnist5k":

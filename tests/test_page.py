@@ -27,7 +27,7 @@ from pipelines.runs.phases import train
 from pipelines.runs.recipes import preset
 from pipelines.runs.run import Run
 from stage2_prior.transformer import TransformerConfig
-from tests.parts import fewer_ways_to_draw, shrunk, small_splits
+from tests.parts import shrunk, small_splits
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
@@ -37,7 +37,6 @@ def compared(tmp_path_factory):
     """Two runs of different kinds, another prior on the stage 1 of the first, and the page of all three."""
     folder = tmp_path_factory.mktemp("page")
     with pytest.MonkeyPatch.context() as patch:
-        fewer_ways_to_draw(patch)
         runs = []
         for name in ("mnist5k", "mnist-vqvae"):
             config = shrunk(preset(name))

@@ -11,7 +11,7 @@ from pipelines.console import UserError
 from pipelines.judging.together import Standing
 from pipelines.pages.results import TABLES, Ranking, Results, Training, read_results, summary, write_results, written
 from pipelines.pages.tables import markdown
-from tests.parts import compared, fewer_ways_to_draw, small_splits
+from tests.parts import compared, small_splits
 
 TRAINING = Training(
     command="mnist5k",
@@ -113,7 +113,6 @@ def test_an_unknown_table_is_refused():
 
 def test_a_finished_run_becomes_a_row(run, monkeypatch, tmp_path, small_data):
     """The figures are the comparison's own; the seconds are those of the phases and of the comparison."""
-    fewer_ways_to_draw(monkeypatch)
     comparison = compared(run, small_splits((1, 28, 28), 4))
     monkeypatch.setattr(reproduce, "RESULTS", tmp_path / "results.json")
     monkeypatch.setattr(reproduce, "DOCUMENTS", (tmp_path / "README.md",))

@@ -15,7 +15,6 @@ from pipelines.console import UserError
 from stage1_vae.bounds import draws, elbo
 from stage2_prior.baselines import baselines
 from stage2_prior.sampling import Sampling
-from tests.parts import fewer_ways_to_draw
 
 ROOT = Path(__file__).parents[1]
 
@@ -150,7 +149,6 @@ def test_a_mistake_is_one_sentence(model, ask, says):
 def test_train_goes_on_with_a_run_and_compare_gives_its_comparison(run, small_data, monkeypatch):
     """A finished run is not trained again; the comparison is that of the command, as data."""
     monkeypatch.chdir(run.folder.parent)
-    fewer_ways_to_draw(monkeypatch)
     again = TwoStage.train(run.config, f"./{run.folder.name}")
     assert torch.equal(again.sample(2), TwoStage.open(run.folder).sample(2))
     with pytest.raises(UserError, match="seed: 0 in the run, 5 asked for"):

@@ -19,6 +19,8 @@ matplotlib.use("Agg")
 from matplotlib import pyplot  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
 
+DPI = 110
+
 
 def nearest_plot(distances: dict[str, Tensor]) -> Figure:
     """The cumulative distribution of distances to the nearest training image, one curve a row."""
@@ -123,7 +125,7 @@ def plain(name: str) -> str:
 
 def png(figure: Figure) -> bytes:
     buffer = io.BytesIO()
-    figure.savefig(buffer, dpi=110)
+    figure.savefig(buffer, dpi=DPI)
     pyplot.close(figure)
     return buffer.getvalue()
 

@@ -106,6 +106,7 @@ def described(interval: Interval) -> str:
     return f"{lower} {upper}"
 
 
+@functools.cache  # it takes tens of milliseconds
 def converter() -> cattrs.Converter:
     made = cattrs.Converter(forbid_extra_keys=True)
     made.register_unstructure_hook(Path, str)
