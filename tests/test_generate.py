@@ -284,14 +284,15 @@ def test_the_comparison_of_a_conditional_prior_of_codes(runs):
         best = lowest_fd(comparison.sampling).sampling
         assert ("tuned" in comparison.priors) == (best != AS_FITTED)
         assert [point.sampling for point in comparison.sampling] == ways_to_sample(contexts=True, weaker=True)
-        assert any(f"network, is lowest with {described(best)};" in note for note in notes(comparison))
+        named = described(best) if "tuned" in comparison.priors else f"no; {described(best)}"
+        assert any(note.startswith(f"tuned: {named} has the lowest fd") for note in notes(comparison))
 
 
 def test_with_few_images_sampling_is_not_tuned(runs):
     run = Run.open(runs["mnist-vqvae"], "cpu")
     splits = load_data(run)
     comparison = compared(run, dataclasses.replace(splits, test=splits.test.subset(torch.arange(50))))
-    few = "sampling: not tuned, 50 samples of each way to draw are too few for a Fréchet distance."
+    few = "tuned: no; 50 samples of each way to draw are too few for a Fréchet distance."
     assert few in notes(comparison) and "tuned" not in comparison.priors
 
 

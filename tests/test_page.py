@@ -94,7 +94,7 @@ def test_the_verdict_says_that_samples_are_copies(compared):
         changed["priors"][name] |= {"copying_p": p, "copied": 0.209}
         comparison = from_dict(changed)
         assert ("copies of training images: 20.9 %" in verdict_in_words(comparison)) == says
-        assert any("some are copies; look" in note for note in notes(comparison)) == says
+        assert any("Some are copies; look" in note for note in notes(comparison)) == says
 
 
 def test_runs_of_the_same_images_are_compared_in_words_and_others_are_not(compared):

@@ -47,13 +47,12 @@ def train_all(run: Run, options: Options = DEFAULTS) -> None:
     settings = comparison.priors[best].sampling
     how = "".join(f" --{name} {value:g}" for name, value in departures(settings).items()) if settings is not None else ""
     prior = "learned" if best == "tuned" else best
-    say(
-        f"everything lies in {run.folder}; look at {run.folder / 'compare' / 'page.html'};"
-        f" more samples: python -m pipelines.generate {shlex.quote(run.name)} --prior {prior}{how} --count 64"
-        " --out samples.png"
-    )
     say(*diagnosis(run, comparison))
-    say(f"{time.monotonic() - started:.0f} seconds")
+    say(
+        f"page to look at: {run.folder / 'compare' / 'page.html'}",
+        f"more samples: python -m pipelines.generate {shlex.quote(run.name)} --prior {prior}{how} --count 64 --out samples.png",
+        f"{time.monotonic() - started:.0f} seconds",
+    )
 
 
 def report_folder(run: Run, judging: MetricsConfig, seed: int = 0) -> Path:

@@ -9,13 +9,13 @@ from pathlib import Path
 from pipelines.files import write_file
 from pipelines.judging.comparison import Comparison
 from pipelines.judging.features import FIGURES
-from pipelines.pages.words import HEADINGS, cells, notes
+from pipelines.pages.words import HEADINGS, SHORT, cells, short_notes
 
 
 def table(comparison: Comparison) -> list[str]:
-    """The lines of the comparison for the terminal."""
-    rows = [Row(name, comparison.title(name), shown) for name, shown in cells(comparison).items()]
-    return aligned([*HEADINGS.values()], rows) + notes(comparison)
+    """The lines of the comparison for the terminal: fewer columns and words than on the page."""
+    rows = [Row(name, comparison.title(name), shown) for name, shown in cells(comparison, SHORT).items()]
+    return aligned([HEADINGS[figure] for figure in SHORT], rows) + short_notes(comparison)
 
 
 def aligned(columns: list[str], rows: "list[Row]") -> list[str]:

@@ -1,12 +1,15 @@
 """The comparison in words: titles, cells of the table, notes and verdicts."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from pipelines.judging.comparison import ROWS, Comparison, Row
 from pipelines.judging.quality import NEAREST
 from pipelines.judging.together import Entry
 from pipelines.judging.tradeoffs import described, lowest_fd
+
+SHORT = ("fd", "precision", "recall", "coverage", "copied", "nll")
+"""Columns that the terminal shows, too"""
 
 HEADINGS = {
     "fd": "fd",
@@ -51,10 +54,10 @@ def percent(share: float, half: float | None) -> str:
     return f"{100 * share:.1f}" + ("" if half is None else f" ± {100 * half:.1f}")
 
 
-def cells(comparison: Comparison) -> dict[str, list[str]]:
-    """For each row of the table, in the order shown, its cells under HEADINGS."""
+def cells(comparison: Comparison, figures: Iterable[str] = HEADINGS) -> dict[str, list[str]]:
+    """For each row of the table, in the order shown, its cells."""
     rows: dict[str, Row | None] = {**comparison.rows, **dict.fromkeys(comparison.missing)}
-    return {name: [cell(rows[name], figure) for figure in HEADINGS] for name in ROWS if name in rows}
+    return {name: [cell(rows[name], figure) for figure in figures] for name in ROWS if name in rows}
 
 
 def drawn_from(comparison: Comparison) -> str:
@@ -64,76 +67,97 @@ def drawn_from(comparison: Comparison) -> str:
 
 def notes(comparison: Comparison) -> list[str]:
     """What the figures are, and those that are not of one prior."""
-    everything = (about_figures, about_priors, about_codes, about_labels, about_sampling, about_gap)
+    everything = (about_measures, about_copies, about_trouble, about_priors, about_codes, about_labels, about_sampling, about_gap)
     return [line for about in everything for line in about(comparison)]
+
+
+def short_notes(comparison: Comparison) -> list[str]:
+    """What the terminal says below the table; the page explains every column."""
+    told = [f"Only the learned prior is conditioned on the {comparison.told}."] if comparison.told else []
+    everything = (about_distance, about_trouble, about_codebooks, about_labels, about_gap)
+    return [line for about in everything for line in about(comparison)] + told
+
+
+def about_distance(comparison: Comparison) -> list[str]:
+    features = comparison.features
+    read = "" if features.accuracy is None else f", which is right on {100 * features.accuracy:.1f} % of test images"
+    return [
+        f"fd: Fréchet distance to {comparison.images_of.reference} training images in {features.dimensions} features; lower is"
+        f" better. {comparison.images} images a row, seed {comparison.seed}. Features: {features.extractor}"
+        f" {features.digest}{read}."
+    ]
+
+
+def about_intervals(comparison: Comparison) -> list[str]:
+    return [
+        f"±: half of the interval of {comparison.intervals}. Other samples of this model would fall into it; those of another"
+        " training need not.",
+    ]
 
 
 def about_measures(comparison: Comparison) -> list[str]:
     """What the figures are, and their errors."""
-    features, count, reference = comparison.features, comparison.images, comparison.images_of.reference
-    read = "" if features.accuracy is None else f", which reads {100 * features.accuracy:.1f} % of test images right"
     return [
-        f"fd: Fréchet distance to {reference} training images, from {count} images a row under seed {comparison.seed}, in the"
-        f" {features.dimensions} features of the {features.extractor} {features.digest}{read}; lower is better. KID:"
-        f" kernel distance to {min(count, reference)} of them, lower is better. precision and density: how many"
-        " samples lie among training images; recall and coverage: how much of the training images' variety the samples reach;"
-        " higher is better.",
-        f"±: half of the interval of {comparison.intervals}; other samples of the same model would fall into it, another training"
-        " run need not.",
+        *about_distance(comparison),
+        f"KID: kernel distance to {min(comparison.images, comparison.images_of.reference)} training images; lower is better.",
+        "precision, density: how many samples lie among training images; higher is better.",
+        "recall, coverage: how much of the training images' variety the samples reach; higher is better.",
+        "nearer: how often a sample lies nearer to its nearest training image than a held-out image lies to its own. New images"
+        " give 0.5 (Meehan et al. 2020).",
+        f"copied: share of samples that lie as near to a training image as the nearest {100 * NEAREST:g} % of held-out images do."
+        f" New images give {100 * NEAREST:g} %; above that, some are copies.",
+        *about_intervals(comparison),
     ]
-
-
-def about_figures(comparison: Comparison) -> list[str]:
-    lines = [
-        *about_measures(comparison),
-        "nearer: of pairs of a sample and a held-out image, the share in which the sample lies nearer to its nearest training"
-        " image. 0.5: as near as new images are (Meehan et al. 2020).",
-        f"copied: the share of samples that lie as near to a training image as the nearest {100 * NEAREST:g} % of held-out images"
-        f" do. {100 * NEAREST:g} %: as many as of new images; above: some are copies.",
-        *about_copies(comparison),
-    ]
-    lines += [f"{figure}: withheld, {reason}." for figure, reason in comparison.withheld.items()]
-    return lines + [f"warning: {warning}." for warning in comparison.warnings]
 
 
 def about_copies(comparison: Comparison) -> list[str]:
     """Whether samples of the prior that the run is meant to be drawn from are copies of training images."""
-    rows = {f"drawn from {drawn_from(comparison)}": comparison.priors[comparison.generator]}
+    rows = {f"from {drawn_from(comparison)}": comparison.priors[comparison.generator]}
     if "tuned" in comparison.priors:
-        rows[f"drawn with {described_tuned(comparison)}"] = comparison.priors["tuned"]
+        rows[f"with {described_tuned(comparison)}"] = comparison.priors["tuned"]
     lines = []
     for drawn, row in rows.items():
         if row.copied is not None and row.copying_p is not None:
             share, chance = percent(row.copied, row.plus_minus.get("copied")), f"p = {row.copying_p:.2g}"
-            says = "some are copies; look at the nearest training images" if row.copies else "no more than by chance"
-            lines.append(f"copies: of samples {drawn}, {share} % lie that near: {says} ({chance}).")
+            says = "Some are copies; look at the nearest training images" if row.copies else "No more than by chance"
+            lines.append(f"copies: {share} % of the samples drawn {drawn} lie that near to a training image. {says} ({chance}).")
     return lines
 
 
+def about_trouble(comparison: Comparison) -> list[str]:
+    withheld = [f"{figure}: withheld, {reason}." for figure, reason in comparison.withheld.items()]
+    missing = [f"{ROWS[name]}: {why}." for name, why in comparison.missing.items()]
+    return withheld + missing + [f"warning: {warning}." for warning in comparison.warnings]
+
+
 def about_priors(comparison: Comparison) -> list[str]:
-    lines = [f"{ROWS[name]}: {why}." for name, why in comparison.missing.items()]
-    lines += [f"{ROWS[name]}: {row.note}." for name, row in comparison.priors.items() if row.note and name != "posterior"]
+    lines = [f"{ROWS[name]}: {row.note}." for name, row in comparison.priors.items() if row.note and name != "posterior"]
     if any(row.nll is not None for row in comparison.priors.values()):
-        told = f"; the learned prior alone is told the {comparison.told}" if comparison.told else ""
-        bound = (
-            "; ≤: a bound, the true figure may be lower" if any(row.nll_is_bound for row in comparison.priors.values()) else ""
-        )
-        lines.append(f"nll of z: nats an image of held-out latents under the prior; lower is better{told}{bound}.")
+        lines.append("nll of z: -log p(z) of held-out latents in nats an image; lower is better.")
+    if comparison.told:
+        lines.append(f"Only the learned prior is conditioned on the {comparison.told}.")
+    if any(row.nll_is_bound for row in comparison.priors.values()):
+        lines.append("≤: an upper bound.")
     return lines
 
 
 def about_codes(comparison: Comparison) -> list[str]:
-    lines = [f"reconstructions: mean squared error {comparison.reconstruction.mse:.5f} a pixel, of values in [0, 1]."]
+    lines = [f"reconstructions: mean squared error {comparison.reconstruction.mse:.5f} a pixel, for values in [0, 1]."]
     if (perturbed := comparison.reconstruction.fd_perturbed) is not None:
         lines.append(
-            f"perturbed reconstructions: fd {perturbed:.2f}, {cell(comparison.reconstruction, 'fd')} without. A tenth of the"
-            " positions of each latent has the value of another image there: how much the decoder forgives a prior's errors."
+            f"perturbed reconstructions: fd {perturbed:.2f}, and {cell(comparison.reconstruction, 'fd')} unperturbed. A tenth of"
+            " the latent positions come from another image. It shows how much the decoder forgives a prior's errors."
         )
+    return lines + about_codebooks(comparison)
+
+
+def about_codebooks(comparison: Comparison) -> list[str]:
+    lines = []
     for level in comparison.codes:
         height, width = level.grid
         lines.append(
-            f"codes on the {height}×{width} grid: {level.used} of {level.codes} used over the test images,"
-            f" perplexity {level.perplexity:.0f}."
+            f"codebook of the {height}×{width} grid: {level.used} of {level.codes} codes used over the test images, perplexity"
+            f" {level.perplexity:.0f}."
         )
     return lines
 
@@ -143,10 +167,10 @@ def about_labels(comparison: Comparison) -> list[str]:
     if not shares:
         return []
     read = {name: f"{100 * share:.1f} %" for name, share in shares.items()}
-    tuned = f", {read['tuned']} drawn with {described_tuned(comparison)}" if "tuned" in read else ""
+    tuned = f", {read['tuned']} with {described_tuned(comparison)}" if "tuned" in read else ""
     return [
-        f"labels: the classifier reads the one asked for off {read['learned']} of the learned prior's samples{tuned}, and"
-        f" the true one off {read['reconstruction']} of reconstructions and {read['real']} of real images."
+        f"labels read: the classifier reads the right label off {read['learned']} of the learned prior's samples{tuned},"
+        f" {read['reconstruction']} of reconstructions and {read['real']} of real images."
     ]
 
 
@@ -164,11 +188,11 @@ def about_sampling(comparison: Comparison) -> list[str]:
     ways, count = "; ".join(described(point.sampling) for point in tried if point.sampling), tried[0].images
     best = lowest_fd(tried)
     if best is None or best.sampling is None:
-        return [f"sampling: not tuned, {count} samples of each way to draw are too few for a Fréchet distance."]
-    row = "it has a row of its own" if "tuned" in comparison.priors else "so there is no other row"
+        return [f"tuned: no; {count} samples of each way to draw are too few for a Fréchet distance."]
+    named = described(best.sampling) if "tuned" in comparison.priors else f"no; {described(best.sampling)}"
     return [
-        f"sampling: of {ways}, the fd of {count} samples of another seed, in the features of another network, is lowest with"
-        f" {described(best.sampling)}; {row}."
+        f"tuned: {named} has the lowest fd of {len(tried)} ways to draw, on {count} samples of another seed, in the features of"
+        f" another network. Tried: {ways}."
     ]
 
 
@@ -177,12 +201,11 @@ def about_gap(comparison: Comparison) -> list[str]:
         closed, tuned = figure_of(comparison.gap_closed, comparison.gap_closed_plus_minus), ""
         if comparison.gap_closed_tuned is not None:
             share = figure_of(comparison.gap_closed_tuned, comparison.gap_closed_tuned_plus_minus)
-            tuned = f", {share} with {described_tuned(comparison)}"
-        return [
-            f"gap closed: {closed} of the way from {comparison.title('standard')} to the decoder's own reconstructions{tuned}."
-        ]
+            tuned = f" as fitted, {share} with {described_tuned(comparison)}"
+        start = comparison.title("standard")
+        return [f"gap closed: {closed}{tuned}. 0 is as far from the data as {start}, 1 as near as reconstructions."]
     learned = comparison.generator == "learned"
-    return [f"gap closed: none stated, {comparison.gap_closed_reason}."] if learned else []
+    return [f"gap closed: withheld, {comparison.gap_closed_reason}."] if learned else []
 
 
 def between_runs(runs: Mapping[str, Comparison]) -> list[str]:
