@@ -190,6 +190,23 @@ class TwoStage:
             return samples.images[kept_best(run.fabric, classifier, samples.images, contexts.cpu(), keep_best)][:count]
         return samples.images.clone()  # no tensor of the inference mode, which could not be changed in place
 
+    def told(
+        self,
+        count: int,
+        *,
+        label: str | int | Sequence[str | int] | None = None,
+        caption: str | Sequence[str] | None = None,
+        seed: int = 0,
+    ) -> list[str]:
+        """What the learned prior is told of each image that `sample` draws under the same arguments: the names of labels, or
+        captions. Empty where it is told nothing."""
+        prior, contexts = self.prior("learned"), self.contexts(count, "learned", label, caption)
+        if caption is not None:
+            return [caption] * count if isinstance(caption, str) else [*caption]
+        if contexts is None and isinstance(prior, LearnedPrior) and self.run.told == "label":
+            contexts = prior.draw_contexts(torch.arange(count, device=self.device), seed)
+        return [] if contexts is None else [self.labels[number] for number in contexts.tolist()]
+
     @torch.no_grad()
     def encode(self, images: Tensor) -> list[Tensor]:
         """The latents of images: the mean of q(z|x), or codes.
