@@ -24,6 +24,8 @@ CHECKPOINTS = Path("checkpoints")
 TRAINED = Path(__file__).parents[1] / "trained"
 """exports that come with the software"""
 UNREADABLE = "unreadable.json"
+GIVEN = "images.safetensors"
+"""images that a Python program gave"""
 PHASES = ("stage1", "stage2", "refine")
 FREE = (
     *("data.root:", "data.urls:", "data.test_urls:", "data.cache:", "data.in_memory:", "data.skip_unreadable:", "metrics."),
@@ -69,7 +71,7 @@ class Run:
             refuse_another(path, config)
             refuse_links(folder)
         elif folder.exists():
-            early = ("config.json", UNREADABLE)  # what is written first; a kill may leave part of it
+            early = ("config.json", UNREADABLE, GIVEN)  # what is written first; a kill may leave part of it
             if not folder.is_dir() or any((files.partial_of(inner) or inner.name) not in early for inner in folder.iterdir()):
                 raise UserError(f"{folder} is not empty and holds no run; give another name with --run")
         fabric = devices(device, config.precision)
