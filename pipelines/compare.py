@@ -56,7 +56,7 @@ def compare_runs(asked: Arguments) -> None:
     from pipelines.runs.run import Run
 
     runs = [Run.open(name, asked.device) for name in asked.runs]
-    names = [run.folder.name for run in runs]
+    names = [run.title for run in runs]
     if len({*names}) < len(names):
         raise UserError(f"runs on one page have names of their own, not {', '.join(names)}: rename a folder, or leave one out")
     for run in runs:
@@ -67,8 +67,8 @@ def compare_runs(asked: Arguments) -> None:
         for name, value in vars(asked.metrics).items():
             judging = judging if value is None else replace(judging, **{name: value})
         with run.locked():
-            report = reports[run.folder.name] = write_report(run, load_data(run), judging, asked.seed)
-        say(run.folder.name, *table(report.comparison))
+            report = reports[run.title] = write_report(run, load_data(run), judging, asked.seed)
+        say(run.title, *table(report.comparison))
         say(f"page, picture and figures: {report_folder(run, judging, asked.seed)}")
     if len(runs) > 1:
         write_together(asked.out, reports)

@@ -2,13 +2,16 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
 from pipelines.console import UserError, first_process, nearest, run_command, say
 from pipelines.runs.names import PRIORS, Device, Pixels, PriorName
 from stage2_prior.sampling import AS_FITTED, CannotSample, Sampling
+
+if TYPE_CHECKING:
+    from pipelines.two_stage import TwoStage
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,8 @@ class Arguments:
     """.png for one picture of all images; .npz for one array arr_0, uint8, N H W C; DIR/ for a .png of each image"""
     scale: int = 1
     """enlarges pictures so many times, with sharp pixels; an array stays as it is"""
+    texts: bool = True
+    """in a picture of all images, the label or caption that each was drawn with stands below it"""
     pixels: Pixels = "mean"
     """the mean of p(x|z), or a draw from it"""
     how: Annotated[Sampling, tyro.conf.arg(name="")] = AS_FITTED
@@ -118,8 +123,8 @@ def write_asked(asked: Arguments) -> None:
             keep_best=asked.keep_best,
             batch_size=asked.batch_size,
         )
-        write_images(asked.out, images, asked.scale)
-        say(f"{count} images from the {asked.prior} prior of {model.run.folder}: {asked.out}")
+        write_images(asked.out, images, asked.scale, texts_of(model, asked, count, caption))
+        say(f"{count} images from the {asked.prior} prior of {model.run.name}: {asked.out}")
         return
     picture, known = model.read(asked.complete), known_pixels(asked.keep, model.image_shape)
     images = model.complete(
@@ -136,6 +141,17 @@ def write_asked(asked: Arguments) -> None:
     given = with_hidden_grey(picture, known)[None]
     write_images(asked.out, torch.cat([given, images]) if asked.out.suffix == ".png" else images, asked.scale)
     say(f"{count} completions of {asked.complete}, which keep its {asked.keep}: {asked.out}")
+
+
+def texts_of(model: "TwoStage", asked: Arguments, count: int, caption: str | list[str] | None) -> list[str]:
+    """The label or caption that each image was drawn with; none where they are not wanted, or the images were told nothing.
+
+    Nor are there any for images that were drawn with labels of their own, and of which a classifier kept some.
+    """
+    chosen = asked.keep_best < 1 and asked.label is None
+    if not asked.texts or asked.out.suffix != ".png" or asked.prior != "learned" or chosen:
+        return []
+    return model.told(count, label=asked.label, caption=caption, seed=asked.seed)
 
 
 if __name__ == "__main__":

@@ -54,9 +54,9 @@ def main(arguments: list[str] | None = None) -> None:
         result = likelihood(
             run, splits, images=asked.images, samples=asked.samples, naive=asked.naive, priors=asked.prior, seed=asked.seed
         )
-    say(run.folder.name, *printed(as_table(result)))
+    say(run.title, *printed(as_table(result)))
     if asked.json is not None:
-        write_json(asked.json, {"run": run.folder.name, **result})
+        write_json(asked.json, {"run": run.title, **result})
         say(f"figures: {asked.json}")
     say(f"{time.monotonic() - started:.0f} seconds")
 

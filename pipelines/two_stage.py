@@ -5,6 +5,7 @@ N images, C colour channels, H×W pixels, c latent channels, h×w latent grid. T
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -12,16 +13,18 @@ import torch
 from torch import Tensor
 
 from pipelines.console import UserError, say
+from pipelines.data.given import Given
+from pipelines.data.images import ImageSet
 from pipelines.runs.completion import completions, known_pixels, picture_to_complete
 from pipelines.runs.conditions import contexts_asked
 from pipelines.runs.config import RunConfig, replaced
-from pipelines.runs.dataset import background_of, load_data, read_facts
+from pipelines.runs.dataset import background_of, load_data, read_facts, write_given
 from pipelines.runs.names import Pixels, PriorName, preset_name
 from pipelines.runs.options import DEFAULTS, Options
 from pipelines.runs.parts import load_autoencoder, specs_of
 from pipelines.runs.priors import densities, open_prior
 from pipelines.runs.recipes import parts_of, preset
-from pipelines.runs.run import Run, folder_of
+from pipelines.runs.run import GIVEN, Run, folder_of
 from pipelines.runs.sampling import generate
 from stage1_vae.bounds import LogPrior, draws, importance_weighted_bound
 from stage2_prior.autoregressive import LearnedPrior
@@ -30,7 +33,10 @@ from stage2_prior.prior import Prior
 from stage2_prior.sampling import CannotSample, Sampling
 
 if TYPE_CHECKING:
+    from torch.utils.data import Dataset
+
     from pipelines.judging.comparison import Comparison
+    from pipelines.judging.scores import Scores
 
 BATCH = 500  # images encoded or judged at once
 Dtype = Literal["float32", "bfloat16"]
@@ -67,12 +73,22 @@ class TwoStage:
         run: str | None = None,
         settings: Mapping[str, Any] | None = None,
         options: Options = DEFAULTS,
+        *,
+        dataset: "Dataset[Any] | None" = None,
+        held_out: "Dataset[Any] | None" = None,
     ) -> "TwoStage":
         """Train both stages of a run, or what is not finished of it, as `python -m pipelines.train_all` does.
 
         config: the name of a preset, such as "mnist5k-vqvae", or a config. run: a name under checkpoints/, or a path; the
         preset's name when None. settings: by dotted path, what is to be otherwise than the config says, such as
-        {"stage2.steps": 500}. Raises UserError where the run has begun with another config.
+        {"stage2.steps": 500}.
+
+        dataset: trained on in place of the config's data: a torch Dataset of images, or of pairs of an image and a class number.
+        An image is one of Pillow, or a tensor C H W or H W with 1 or 3 channels, of uint8 or of numbers from 0 to 1; all have
+        one size. held_out: likewise, the test images; a tenth of the dataset when None. Both are copied to the run's folder, so
+        every command knows them. A preset whose prior is told labels needs them.
+
+        Raises UserError where the run has begun with another config.
 
         The places that the config names, where data lie or what program brings them, are believed: your program has named them.
         So read a config that comes from someone else before you pass it.
@@ -87,7 +103,12 @@ class TwoStage:
         assert isinstance(config, RunConfig)
         from pipelines.runs.phases import train  # slow to import, and drawing needs none of it
 
-        made = Run.create(folder_of(run), config, options.device)
+        folder = folder_of(run)
+        if dataset is not None:
+            config = replace(config, data=Given((folder / GIVEN).absolute()))
+        made = Run.create(folder, config, options.device)
+        if dataset is not None:
+            write_given(made, dataset, held_out)
         train(made, options)
         return cls(made)
 
@@ -190,6 +211,23 @@ class TwoStage:
             return samples.images[kept_best(run.fabric, classifier, samples.images, contexts.cpu(), keep_best)][:count]
         return samples.images.clone()  # no tensor of the inference mode, which could not be changed in place
 
+    def told(
+        self,
+        count: int,
+        *,
+        label: str | int | Sequence[str | int] | None = None,
+        caption: str | Sequence[str] | None = None,
+        seed: int = 0,
+    ) -> list[str]:
+        """What the learned prior is told of each image that `sample` draws under the same arguments: the names of labels, or
+        captions. Empty where it is told nothing."""
+        prior, contexts = self.prior("learned"), self.contexts(count, "learned", label, caption)
+        if caption is not None:
+            return [caption] * count if isinstance(caption, str) else [*caption]
+        if contexts is None and isinstance(prior, LearnedPrior) and self.run.told == "label":
+            contexts = prior.draw_contexts(torch.arange(count, device=self.device), seed)
+        return [] if contexts is None else [self.labels[number] for number in contexts.tolist()]
+
     @torch.no_grad()
     def encode(self, images: Tensor) -> list[Tensor]:
         """The latents of images: the mean of q(z|x), or codes.
@@ -288,6 +326,16 @@ class TwoStage:
             pixels=pixels,
         )
         return made.clone()
+
+    def score(self, images: Tensor) -> "Scores":
+        """How unusual each image is under both stages, in bits, and where; see `Scores`. Compare with those of usual images.
+
+        images: uint8 N C H W. A prior that is told labels or captions is told nothing. Raises UserError where the prior is not
+        autoregressive, or the encoder has no density.
+        """
+        from pipelines.judging.scores import Scorer  # slow to import, and drawing needs none of it
+
+        return Scorer.of(self.run)(ImageSet(torch.cat(self.batches(images))))
 
     def read(self, picture: str | Path) -> Tensor:
         """A picture from a file as the model takes them, uint8 C H W: cropped and resized. Raises UserError for another file."""

@@ -12,7 +12,19 @@ FORBIDDEN = {
     "stage2_prior": {"stage1_vae", "pipelines", "tests"},
     "pipelines": {"tests"},
 }
-COMMANDS = {"train_all", "generate", "compare", "likelihood", "score", "study", "benchmark", "export", "reproduce", "explore"}
+COMMANDS = {
+    "train_all",
+    "generate",
+    "compare",
+    "likelihood",
+    "score",
+    "study",
+    "benchmark",
+    "export",
+    "publish",
+    "reproduce",
+    "explore",
+}
 LAYERS = [
     {"console"},
     {"processes"},

@@ -140,7 +140,7 @@ def test_bad_input_is_one_sentence_and_exit_code_2(trained, arguments, says):
     (folder / "empty").rmdir()
 
 
-COMMANDS = "train_all generate compare likelihood score study benchmark export explore reproduce".split()
+COMMANDS = "train_all generate compare likelihood score study benchmark export publish explore reproduce".split()
 WITH_TORCH = ["generate", *(f"benchmark {name}" for name in ("training", "data", "sampling", "batches", "metrics"))]
 
 

@@ -428,3 +428,23 @@ def test_a_picture_of_many_is_that_of_torchvision(count, channels, columns):
     save_image(make_grid(images / 255, nrow=columns, padding=1, pad_value=0.5), expected := io.BytesIO(), format="png")
     with Image.open(io.BytesIO(tiled(images, columns))) as made, Image.open(expected) as other:
         assert (np.asarray(made) == np.asarray(other)).all()
+
+
+@pytest.mark.parametrize("width", [5, 28, 120])
+def test_texts_stand_below_images_and_leave_the_images_as_they_are(width):
+    images = torch.randint(0, 256, (4, 1, 20, width), dtype=torch.uint8)
+
+    def sheet(*texts: str) -> np.ndarray:
+        with Image.open(io.BytesIO(tiled(images, 2, texts))) as made:
+            return np.asarray(made)[..., 0]
+
+    long = "a photo of a very small dog " * 50
+    plain, made, longer = sheet(), sheet("a", "b", "c", ""), sheet("a", "b", "c", long)
+    rows = (len(made) - 1) // 2
+    assert (made[:21] == plain[:21]).all() and (made[rows : rows + 21] == plain[21:42]).all()
+    strips = [made[row + 21 : row + rows, column + 1 : column + width + 1] for row in (0, rows) for column in (0, width + 1)]
+    assert [bool((strip < 255).any()) for strip in strips] == [True, True, True, False] or width == 5
+    assert made.shape[1] == longer.shape[1] == plain.shape[1] and len(longer) <= 3 * len(made)
+    one = sheet("a", "a", "a", "a")
+    assert (one[: len(plain)] == plain).all() and len(plain) < len(one) < len(made)
+    assert (sheet("a", "a\x1b\n", "", "") != sheet("a", "a", "", "")).any() or width == 5

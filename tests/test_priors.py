@@ -533,6 +533,18 @@ def test_the_aggregate_posterior_is_the_mixture_of_its_posteriors():
     assert torch.allclose(prior.log_prob([points]), each.exp().mean(1).log(), atol=1e-4)
 
 
+def test_the_density_of_the_aggregate_posterior_reads_each_posterior_once_and_few_at_a_time(monkeypatch):
+    dataset, read = random_latents(50, LatentSpec((2, 2, 2))), []
+    whole = AggregatePosterior(dataset).log_prob([torch.randn(40, 2, 2, 2, generator=torch.Generator().manual_seed(0))])
+    of_rows = LatentDataset.posteriors
+    monkeypatch.setattr("stage2_prior.prior.GAUSSIANS_AT_ONCE", 8)
+    monkeypatch.setattr(LatentDataset, "posteriors", lambda self, rows: read.append(of_rows(self, rows)) or read[-1])
+    parts = AggregatePosterior(dataset).log_prob([torch.randn(40, 2, 2, 2, generator=torch.Generator().manual_seed(0))])
+    assert torch.allclose(parts, whole, atol=1e-5)
+    sizes = [len(level["mean"]) for (level,) in read]
+    assert max(sizes) == 8 and sum(sizes) == 50
+
+
 def test_a_latent_data_set_draws_afresh():
     dataset = random_latents(10, LatentSpec((1, 2, 2)))
     (first,), (second,) = dataset[torch.arange(3)][0], dataset[torch.arange(3)][0]

@@ -27,7 +27,7 @@ NAMED = json.loads((Path(__file__).parent / "presets.json").read_text())
 SHAPES = dict.fromkeys(DATA, (3, 64, 64)) | dict.fromkeys(("mnist5k", "mnist", "fashion-mnist"), (1, 28, 28))
 SHAPES["cifar10"] = (3, 32, 32)
 ALL = [preset_name(data, recipe) for data in DATA for recipe in RECIPES]
-SENSELESS = ["cifar10-binary", "folder-binary", "webdataset-binary"]
+SENSELESS = ["cifar10-binary", "folder-binary", "webdataset-binary", "parquet-binary", "torchvision-binary"]
 
 
 @pytest.mark.parametrize("name", NAMED)

@@ -12,6 +12,7 @@ from PIL import Image
 
 from pipelines import TwoStage, generate
 from pipelines.console import UserError
+from pipelines.runs.pictures import tiled
 from stage1_vae.bounds import draws, elbo
 from stage2_prior.baselines import baselines
 from stage2_prior.sampling import Sampling
@@ -63,9 +64,22 @@ def test_images_are_files_of_a_folder_and_enlarged_with_sharp_pixels(run, model,
         with Image.open(tmp_path / "drawn" / f"{number:05}.png") as made:
             pixels = np.asarray(made)[..., 0]
         assert (pixels == np.kron(image[0].numpy(), np.ones((4, 4), dtype=np.uint8))).all()
-    generate.main([*command, "--out", str(tmp_path / "sheet.png")])
+    generate.main([*command, "--no-texts", "--out", str(tmp_path / "sheet.png")])
     with Image.open(tmp_path / "sheet.png") as sheet:
         assert sheet.size == (2 * 112 + 3, 2 * 112 + 3)
+
+
+def test_the_label_of_each_image_stands_below_it_in_one_picture(run, model, tmp_path):
+    told = model.told(4, seed=2)
+    assert len({*told}) > 1 and torch.equal(model.sample(4, label=told, seed=2), model.sample(4, seed=2))
+    assert model.told(2, label=3) == ["3", "3"]
+    asked = [str(run.folder), "--count", "4", "--seed", "2", "--device", "cpu", "--out", str(tmp_path / "x.png")]
+    generate.main(asked)
+    assert (tmp_path / "x.png").read_bytes() == tiled(model.sample(4, seed=2), 2, told)
+    generate.main([*asked, "--label", "1"])
+    assert (tmp_path / "x.png").read_bytes() == tiled(model.sample(4, seed=2, label="1"), 2, ["1"] * 4)
+    generate.main([*asked, "--prior", "standard"])
+    assert (tmp_path / "x.png").read_bytes() == tiled(model.sample(4, seed=2, prior="standard"), 2)
 
 
 def test_each_image_is_told_its_own_label(model):

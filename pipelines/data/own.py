@@ -4,6 +4,7 @@ import hashlib
 import json
 import math
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
@@ -92,6 +93,26 @@ class OwnImages:
                 f" as {printable(test.groups[number])} has {printable(train.groups[other])}. So figures look better than they"
                 f" are{remedy if self.split_by == 'file' else ''}"
             )
+
+
+def labels_of(
+    parts: Sequence[tuple[Sequence[str], Sequence[str | None]]], rows: str, label: str
+) -> tuple[list[Tensor | None], list[str]]:
+    """For each part, of which the names and the labels as texts are given, the number of each label; and the labels by number.
+
+    None and no labels unless all have one; nor are there any where all have the same, which says nothing. rows, label: what
+    they are called.
+    """
+    without = [name for names, texts in parts for name, text in zip(names, texts) if text is None]
+    total = sum(len(names) for names, _ in parts)
+    if 0 < len(without) < total:
+        say(f"no labels: {len(without)} of {total} {rows} have no {label}: {some(without, 3)}")
+    known = {text for _, texts in parts for text in texts if text is not None}
+    if without or len(known) < 2:
+        return [None for _ in parts], []
+    ordered = sorted(known, key=lambda text: (0, int(text), "") if text.isdecimal() else (1, 0, text))
+    number = {name: index for index, name in enumerate(ordered)}
+    return [torch.tensor([number[text] for text in texts if text is not None]) for _, texts in parts], ordered
 
 
 def listing_of(sets: list[ImageSet], left_out: list[dict[int, str]], label_names: list[str]) -> str:

@@ -16,7 +16,9 @@ import torch
 
 from pipelines.console import NotThere, UserError, say
 from pipelines.data.folder import Folder
+from pipelines.data.given import Given, TorchvisionByName
 from pipelines.data.images import ImageSet, Splits, split, with_validation
+from pipelines.data.parquet import Parquet
 from pipelines.data.shards import Shards
 
 EMBEDDED_TEST_IMAGES = 1000
@@ -88,4 +90,4 @@ def image_set(dataset: Any) -> ImageSet:
     return ImageSet(images.contiguous(), torch.as_tensor(dataset.targets).long())
 
 
-DataConfig = EmbeddedDigits | TorchvisionSet | Folder | Shards
+DataConfig = EmbeddedDigits | TorchvisionSet | Folder | Shards | Parquet | TorchvisionByName | Given

@@ -7,14 +7,11 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-from torch import Tensor
-
 from pipelines.console import UserError, say
 from pipelines.data.captions import usable_text
 from pipelines.data.images import ImageSet, Splits
 from pipelines.data.layout import listed, some
-from pipelines.data.own import FEWEST_IMAGES, OwnImages
+from pipelines.data.own import FEWEST_IMAGES, OwnImages, labels_of
 from pipelines.data.reading import Stored
 from pipelines.data.tars import Member, TarFiles, members_of
 
@@ -40,7 +37,10 @@ class Shards(OwnImages):
         self.check()
         patterns = {"all": self.urls} if self.test_urls is None else {"train": self.urls, "test": self.test_urls}
         found = [self.samples(pattern) for pattern in patterns.values()]
-        labels, label_names = labels_of([members for _, members in found])
+        said = [[member.said.get("cls") for member in members] for _, members in found]
+        texts = [[None if text is None else text.decode(errors="replace").strip() for text in part] for part in said]
+        keys = [[member.key for member in members] for _, members in found]
+        labels, label_names = labels_of([*zip(keys, texts)], "samples", "cls")
         sets = {
             split: ImageSet(Stored(TarFiles(*part), self.channels, self.size, self.background), part_labels, captions_in(part[1]))
             for split, part, part_labels in zip(patterns, found, labels)
@@ -85,26 +85,6 @@ REMOTE = re.compile(r"(?!file:)\w{2,}:")  # a URL, or a pipe: command
 def cache_name(url: str) -> str:
     """Shards of one name from several places are several files."""
     return f"{hashlib.sha256(url.encode()).hexdigest()[:16]}-{re.sub(r'[^A-Za-z0-9.-]+', '-', url)[-100:]}"
-
-
-def labels_of(parts: list[list[Member]]) -> tuple[list[Tensor | None], list[str]]:
-    """For each part, the number of each sample's label; and the names by number. None and no names unless all have one.
-
-    Nor are there any where all have the same, which says nothing.
-    """
-    without = [member.key for members in parts for member in members if "cls" not in member.said]
-    total = sum(map(len, parts))
-    if 0 < len(without) < total:
-        say(f"no labels: {len(without)} of {total} samples have no cls: {some(without, 3)}")
-    if without:
-        return [None for _ in parts], []
-    texts = [[member.said["cls"].decode(errors="replace").strip() for member in members] for members in parts]
-    known = {text for part in texts for text in part}
-    if len(known) < 2:
-        return [None for _ in parts], []
-    names = sorted(known, key=lambda text: (0, int(text), "") if text.isdecimal() else (1, 0, text))
-    number = {name: index for index, name in enumerate(names)}
-    return [torch.tensor([number[text] for text in part]) for part in texts], names
 
 
 def captions_in(members: list[Member]) -> list[str] | None:

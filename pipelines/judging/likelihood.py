@@ -256,16 +256,13 @@ def mutual_information(latents: LatentDataset, chosen: Tensor, seed: int) -> Ten
 
     Its mean is the empirical I(x; z), which cannot exceed log n for n posteriors, however large the true one is.
     """
-    aggregate = AggregatePosterior(latents)
     torch.manual_seed(seed)
-    rows = []
-    with Progress("mutual information", len(chosen), "images") as progress:
-        for batch in chosen.split(BATCH):
-            (posterior,), ((z,), _) = latents.posteriors(batch), latents[batch]
-            log_q = gaussian_log_prob(z, posterior["mean"], posterior["std"].log()).flatten(1).sum(1)
-            rows.append((log_q - aggregate.log_prob([z])).double())
-            progress.update(len(batch))
-    return torch.cat(rows)
+    drawn, log_q = [], []
+    for batch in chosen.split(BATCH):
+        (posterior,), ((z,), _) = latents.posteriors(batch), latents[batch]
+        log_q.append(gaussian_log_prob(z, posterior["mean"], posterior["std"].log()).flatten(1).sum(1))
+        drawn.append(z)
+    return (torch.cat(log_q) - AggregatePosterior(latents).log_prob([torch.cat(drawn)])).double()
 
 
 @torch.inference_mode()

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -28,14 +29,25 @@ from pipelines.training.checkpoints import CHECKSUMS, checksum
 
 SAMPLES = "samples.png"
 SHOWN = 16  # samples on the card
+LICENSE = re.compile(r"[a-z0-9][a-z0-9.-]*")  # an identifier on the hub
 
 
-def export(run: Run, folder: Path, half: bool = False, latents: bool = False) -> None:
+def export(
+    run: Run,
+    folder: Path,
+    half: bool = False,
+    latents: bool = False,
+    name: str | None = None,
+    license: str | None = None,
+) -> None:
     """Write an export of a finished run to a new folder; it is there whole or not at all.
 
     half: weights in half precision; then samples differ a little. latents: also those of the training images, which the
-    baselines are fitted to. Raises UserError where the run is not finished, or the folder is there.
+    baselines are fitted to. name: to open it by, the folder's when None. license: its identifier on the hub; that of the run's
+    card when None. Raises UserError where the run is not finished, or the folder is there.
     """
+    if license is not None and not LICENSE.fullmatch(license):
+        raise UserError(f"--license is an identifier such as mit or cc-by-4.0, not {license!r}")
     if folder.exists():
         raise UserError(f"{folder} is there already: give another folder with --out, or delete it")
     kept = {"config.json": as_json(to_dict(without_places(run.config)))}
@@ -45,23 +57,25 @@ def export(run: Run, folder: Path, half: bool = False, latents: bool = False) ->
     for phase in phases:
         best = finished(run, phase).folder
         weights = read_tensors(best / "model.safetensors")
-        name = f"{phase}/{best.name}"
+        place = f"{phase}/{best.name}"
         model = stored(weights, half) if half else (best / "model.safetensors").read_bytes()
-        kept |= {f"{name}/model.safetensors": model, f"{name}/config.json": (best / "config.json").read_bytes()}
+        kept |= {f"{place}/model.safetensors": model, f"{place}/config.json": (best / "config.json").read_bytes()}
     if (early := early_prior(run)) is not None:
         kept[EARLY_PRIOR] = stored(read_tensors(early), half) if half else early.read_bytes()
     if run.told == "caption":
         kept["tokenizer.json"] = (run.folder / "tokenizer.json").read_bytes()
     comparison = None
-    if (metrics := report_folder(run, run.config.metrics) / "metrics.json").is_file():
+    made_here = report_folder(run, run.config.metrics) / "metrics.json"
+    metrics = made_here if made_here.is_file() else run.folder / "compare" / "metrics.json"  # of an export, as it came
+    if metrics.is_file():
         comparison, kept["compare/metrics.json"] = read_comparison(metrics), metrics.read_bytes()
     kept[SAMPLES] = tiled(first_samples(run), 4)
-    kept[CARD] = card(run, comparison, folder.name, half).encode()
+    kept[CARD] = card(run, comparison, name or folder.name, half, license or license_of(run.folder / CARD)).encode()
     folder.parent.mkdir(parents=True, exist_ok=True)
     with aside(folder, folder=True) as made:
-        for name, content in kept.items():
-            (made / name).parent.mkdir(parents=True, exist_ok=True)
-            write_flushed(made / name, content)
+        for file, content in kept.items():
+            (made / file).parent.mkdir(parents=True, exist_ok=True)
+            write_flushed(made / file, content)
         for phase in phases:
             (checkpoint,) = (made / phase).glob("step-*")
             sums = {path.name: checksum(path) for path in checkpoint.iterdir()}
@@ -71,7 +85,7 @@ def export(run: Run, folder: Path, half: bool = False, latents: bool = False) ->
             for part in ("train", "mirrored"):
                 for shard in found_shards(run.work / "latents" / f"{last_phase(run, 'autoencoder')}-{part}.safetensors"):
                     shutil.copy(shard, made / "latents")
-        sums = {name: checksum(made / name) for name in files_of(made)}
+        sums = {file: checksum(made / file) for file in files_of(made)}
         write_flushed(made / LIST, as_json({"format": FORMAT, "files": sums}))
         flush(made)
         os.rename(made, folder)
@@ -101,7 +115,16 @@ def first_samples(run: Run) -> Tensor:
     return generate(autoencoder, prior, SHOWN, seed=0, device=run.fabric.device).images
 
 
-def card(run: Run, comparison: Comparison | None, name: str, half: bool) -> str:
+def license_of(path: Path) -> str | None:
+    """What the metadata of a card say; None where there is no card, or it says nothing that is an identifier."""
+    if not path.is_file():
+        return None
+    metadata = path.read_text(errors="replace").partition("\n---")[0]
+    found = re.search(rf"^license: ({LICENSE.pattern})$", metadata, re.MULTILINE)
+    return found[1] if found else None
+
+
+def card(run: Run, comparison: Comparison | None, name: str, half: bool, license: str | None) -> str:
     """README.md, as the Hugging Face hub has it: metadata, what the model is, its figures with how they were measured."""
     facts = read_facts(run)
     channels, height, width = facts.image_shape
@@ -109,12 +132,14 @@ def card(run: Run, comparison: Comparison | None, name: str, half: bool) -> str:
     lines = [
         "---",
         "pipeline_tag: unconditional-image-generation",
+        "library_name: two-stage-latent-prior",
+        *([f"license: {license}"] if license else []),
         "tags:",
         "- two-stage-latent-prior",
         "- vae" if run.config.autoencoder.bottleneck.__class__.__name__ == "Gaussian" else "- discrete-latents",
         "---",
         "",
-        f"# {name}",
+        f"# {name.rpartition('/')[2]}",
         "",
         f"A two-stage image generator: an autoencoder, and a prior that was fitted to its latents. It draws images of"
         f" {channels}×{height}×{width} numbers, and was trained on {facts.images['train']} images ({data}).",
@@ -128,6 +153,8 @@ def card(run: Run, comparison: Comparison | None, name: str, half: bool) -> str:
         "",
         f'images = TwoStage.open("{name}").sample(64, seed=0)  # uint8, 64 {channels} {height} {width}',
         "```",
+        "",
+        f"Or from the command line: `python -m pipelines.generate {name} --count 64 --out samples.png`.",
         "",
         *([f'The prior is told the {run.told}: `sample(64, {run.told}="…")`.', ""] if run.told else []),
         *([f"Labels: {', '.join(facts.label_names)}.", ""] if run.told == "label" else []),

@@ -90,7 +90,7 @@ class Timing:
 def write_report(run: Run, splits: Splits, judging: MetricsConfig, seed: int = 0) -> Report:
     """Compare, and write metrics.json, metrics.csv, timing.json, samples.png and page.html."""
     beginning = time.perf_counter()
-    folder, name = report_folder(run, judging, seed), run.folder.name
+    folder, name = report_folder(run, judging, seed), run.title
     comparison, exhibits = compare(run, splits, judging, seed)
     metrics = folder / "metrics.json"
     metrics.unlink(missing_ok=True)  # with it, a comparison is finished

@@ -2,16 +2,18 @@
 
 import shlex
 from dataclasses import dataclass
+from typing import Any
 
 from pipelines import files
 from pipelines.console import NotThere, UserError
 from pipelines.data.decoding import MOST_PIXELS
+from pipelines.data.given import file_of
 from pipelines.data.identity import content_of_captions, content_of_files, stamp
 from pipelines.data.images import ImageSet, Mirrored, Splits
 from pipelines.data.sets import Shards
 from pipelines.runs import whereabouts
 from pipelines.runs.config import to_dict
-from pipelines.runs.run import UNREADABLE, Run, refuse_another
+from pipelines.runs.run import GIVEN, UNREADABLE, Run, refuse_another
 from pipelines.training import checkpoints
 
 FACTS = "stage1/facts.json"
@@ -63,6 +65,20 @@ def write_facts(run: Run, splits: Splits) -> None:
     files.write_json(run.folder / FACTS, vars(Facts.of(splits, before)))
     if run.given:
         whereabouts.remember(run.config)
+
+
+def write_given(run: Run, dataset: Any, held_out: Any) -> None:
+    """Put down the images of a torch Dataset in the run's folder, from which they are read whenever the run goes on.
+
+    Raises UserError where the run is trained on others, or the Dataset holds no images.
+    """
+    path, content = run.folder / GIVEN, file_of(dataset, held_out)
+    if (run.folder / FACTS).is_file() and (not path.is_file() or path.read_bytes() != content):
+        raise UserError(
+            f"{run.folder} is trained on other images than this Dataset's: give the run another name. The Dataset of a run gives"
+            " the same images whenever it is read, so without random changes in its transform."
+        )
+    files.write_file(path, content)
 
 
 def read_facts(run: Run) -> Facts:

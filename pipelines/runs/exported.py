@@ -26,16 +26,18 @@ def files_of(folder: Path) -> list[str]:
     return sorted(name.as_posix() for name in names if name.name != LIST and not any(part[0] == "." for part in name.parts))
 
 
-def check(folder: Path) -> None:
-    """Raises UserError where an export is of a later version, or is not as it was made. Nothing in it is run or followed."""
-    again = "get the export again, or make it again with python -m pipelines.export"
+def check(folder: Path, again: str = "get the export again, or make it again with python -m pipelines.export") -> None:
+    """Raises UserError where an export is of a later version, or is not as it was made. Nothing in it is run or followed.
+
+    The card may be edited: it is for people. again: how to get it as it was made.
+    """
     try:
         content: Any = json.loads((folder / LIST).read_text())
         version, listed = content["format"], content["files"]
         if version > FORMAT:
             raise UserError(f"{folder} was exported by a later version of this software: update it, then run the command again")
         found = {name: checksum(folder / name) for name in files_of(folder)}
-        differing = sorted(name for name in {*found, *listed} if found.get(name) != listed.get(name))
+        differing = sorted(name for name in {*found, *listed} if name != CARD and found.get(name) != listed.get(name))
     except FileNotFoundError as error:
         raise UserError(f"{folder} is a part of an export: it has no {LIST}; {again}") from error
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:

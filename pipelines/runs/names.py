@@ -11,6 +11,8 @@ DATA = {
     "cifar10": "CIFAR-10, 50,000 colour pictures",
     "folder": "your own images: --data.root PATH",
     "webdataset": "your own images in tar files: --data.urls PATTERN",
+    "torchvision": "any data set of torchvision, at any size: --data.name NAME",
+    "parquet": "your own images in Parquet files, as the Hugging Face hub has them: --data.root PATH",
 }
 RECIPES = {
     "vae": "a VAE and a PixelSNAIL, a gated PixelCNN with attention; meant where no recipe is named",

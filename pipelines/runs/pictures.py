@@ -2,37 +2,85 @@
 
 import io
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 from einops import rearrange, repeat
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 from torch.nn import functional as F
 
-from pipelines.console import UserError
+from pipelines.console import UserError, escaped
 from pipelines.data.layout import DRAWN
 from pipelines.files import write_file
 
 GREY = 128
+LETTERS = (9, 14)  # pixels: the least and the largest size of text
+MOST_LINES = 3  # of text below an image
 
 
-def tiled(images: Tensor, columns: int) -> bytes:
+def tiled(images: Tensor, columns: int, texts: Sequence[str] = ()) -> bytes:
     """images uint8 N C H W as one picture in rows, with grey lines between them; PNG.
 
+    texts: one for each image, which stands below it; where all are the same, it stands once, below all images.
     As torchvision's make_grid does it, but that takes seconds to import.
     """
     columns, line = min(columns, len(images)), int(len(images) > 1)
+    of_all = len({*texts}) == 1
+    if texts and not of_all:
+        images = torch.cat([repeat(images, "n c h w -> n (c grey) h w", grey=3 // images.shape[1]), written(texts, images)], 2)
     framed = F.pad(repeat(images, "n c h w -> n (c grey) h w", grey=3 // images.shape[1]), (line, 0, line, 0), value=GREY)
     blank = torch.full_like(framed[:1], GREY).expand(-len(framed) % columns, -1, -1, -1)
     rows = rearrange(torch.cat([framed, blank]), "(r c) k h w -> (r h) (c w) k", c=columns)
     picture = F.pad(rows, (0, 0, 0, line, 0, line), value=GREY)
+    if of_all:
+        picture = torch.cat([picture, rearrange(written(texts[:1], picture.movedim(-1, 0)[None]), "1 c h w -> h w c")])
     buffer, info = io.BytesIO(), PngInfo()
     info.add_text("Software", DRAWN)  # so that it is no image of a data set
     Image.fromarray(picture.numpy()).save(buffer, format="png", pnginfo=info)
     return buffer.getvalue()
+
+
+def written(texts: Sequence[str], images: Tensor) -> Tensor:
+    """Texts in black on white, each as wide as an image of N C H W and all of the same height; uint8 N 3 h W."""
+    width = images.shape[3]
+    font = ImageFont.load_default(max(LETTERS[0], min(LETTERS[1], width // 8)))
+    assert isinstance(font, ImageFont.FreeTypeFont)
+    fitting = ["\n".join(fitted(escaped(text), font, width - 2)) for text in texts]
+    lines = 1 + max(text.count("\n") for text in fitting)
+    height = lines * (round(font.size) + 2) + 3
+    strips = []
+    for text in fitting:
+        strip = Image.new("RGB", (width, height), "white")
+        ImageDraw.Draw(strip).multiline_text((width / 2, 1), text, "black", font, anchor="ma", spacing=2, align="center")
+        strips.append(torch.from_numpy(np.array(strip)))
+    return rearrange(torch.stack(strips), "n h w c -> n c h w")
+
+
+def fitted(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
+    """A text as lines that are no wider than `width` pixels; … stands for what does not fit into MOST_LINES of them."""
+    lines, words = [""], text.split()
+    for number, word in enumerate(words):
+        longer = f"{lines[-1]} {word}".lstrip()
+        if font.getlength(longer) <= width or not lines[-1]:
+            lines[-1] = longer
+        elif len(lines) < MOST_LINES:
+            lines.append(word)
+        else:
+            lines[-1] = f"{longer} {' '.join(words[number + 1 :])}"
+            break
+    return [cut(line, font, width) for line in lines]
+
+
+def cut(line: str, font: ImageFont.FreeTypeFont, width: int) -> str:
+    """A line as it is where it fits, else its beginning and …"""
+    if font.getlength(line) <= width:
+        return line
+    fitting = (end for end in range(min(len(line), width), 0, -1) if font.getlength(f"{line[:end]}…") <= width)
+    return f"{line[: next(fitting, 0)]}…"
 
 
 def enlarged(images: Tensor, scale: int) -> Tensor:
@@ -40,7 +88,7 @@ def enlarged(images: Tensor, scale: int) -> Tensor:
     return images.repeat_interleave(scale, 2).repeat_interleave(scale, 3)
 
 
-def files_of(path: Path, images: Tensor, scale: int) -> dict[Path, bytes]:
+def files_of(path: Path, images: Tensor, scale: int, texts: Sequence[str]) -> dict[Path, bytes]:
     """What `write_images` writes, by file."""
     if path.suffix == ".npz":
         buffer = io.BytesIO()
@@ -48,17 +96,19 @@ def files_of(path: Path, images: Tensor, scale: int) -> dict[Path, bytes]:
         return {path: buffer.getvalue()}
     images = enlarged(images, scale)
     if path.suffix == ".png":
-        return {path: tiled(images, columns=max(1, round(len(images) ** 0.5)))}
+        return {path: tiled(images, max(1, round(len(images) ** 0.5)), texts)}
     return {path / f"{number:05}.png": tiled(image[None], columns=1) for number, image in enumerate(images)}
 
 
-def write_images(path: Path, images: Tensor, scale: int = 1) -> None:
+def write_images(path: Path, images: Tensor, scale: int = 1, texts: Sequence[str] = ()) -> None:
     """images uint8 N C H W as one picture (.png), as the array arr_0, N H W C (.npz), or each as a file in a folder.
 
-    scale: enlarges pictures with sharp pixels; an array stays as it is. Each file is there whole or not at all. Raises UserError
-    where one cannot be written, and says where the images lie instead: drawing them may have taken hours.
+    scale: enlarges pictures with sharp pixels; an array stays as it is. texts: stand below images in one picture.
+
+    Each file is there whole or not at all. Raises UserError where one cannot be written, and says where the images lie instead:
+    drawing them may have taken hours.
     """
-    made = files_of(path, images, scale)
+    made = files_of(path, images, scale, texts)
     try:
         for file, content in made.items():
             write_file(file, content)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from pipelines.console import UserError, nearest
-from pipelines.data.sets import DataConfig, EmbeddedDigits, Folder, Shards, TorchvisionSet
+from pipelines.data.sets import DataConfig, EmbeddedDigits, Folder, Parquet, Shards, TorchvisionByName, TorchvisionSet
 from pipelines.runs.config import CLASSIFIER, MetricsConfig, RunConfig, replaced
 from pipelines.runs.names import DATA, DEFAULT_RECIPE, RECIPES, SHORT, preset_name
 from pipelines.training.config import FitConfig
@@ -79,6 +79,8 @@ DATA_SETS = {
     "cifar10": COLOUR,
     "folder": replace(COLOUR, config=Folder(), labelled=False, tuned_as="cifar10"),
     "webdataset": replace(COLOUR, config=Shards(), labelled=False, tuned_as="cifar10"),
+    "torchvision": replace(COLOUR, config=TorchvisionByName(), tuned_as="cifar10"),
+    "parquet": replace(COLOUR, config=Parquet(), labelled=False, tuned_as="cifar10"),
 }
 
 WIDE = Categorical(hidden=512)

@@ -12,7 +12,7 @@ from filelock import FileLock, Timeout
 
 from pipelines import files, processes
 from pipelines.console import UserError, nearest
-from pipelines.runs import exported
+from pipelines.runs import exported, hub
 from pipelines.runs.config import RunConfig, check_ranges, differences, read_config, to_dict
 from pipelines.training.checkpoints import checksum
 from pipelines.training.config import check_batches
@@ -24,6 +24,8 @@ CHECKPOINTS = Path("checkpoints")
 TRAINED = Path(__file__).parents[1] / "trained"
 """exports that come with the software"""
 UNREADABLE = "unreadable.json"
+GIVEN = "images.safetensors"
+"""images that a Python program gave"""
 PHASES = ("stage1", "stage2", "refine")
 FREE = (
     *("data.root:", "data.urls:", "data.test_urls:", "data.cache:", "data.in_memory:", "data.skip_unreadable:", "metrics."),
@@ -33,7 +35,9 @@ FREE = (
 
 
 def folder_of(name: str) -> Path:
-    """Where a run is made, by its name under checkpoints/ or its path."""
+    """Where a run is made, by its name under checkpoints/ or its path. Raises UserError for a name on the hub."""
+    if name.startswith(hub.PREFIX):
+        raise UserError(f"{name} is a model on the hub, which is not trained on: give the run another name")
     return Path(name) if "/" in name or os.sep in name else CHECKPOINTS / name
 
 
@@ -49,6 +53,8 @@ class Run:
     fabric: Fabric
     given: bool = True
     """whether a command gave the config; else it was read from the folder, and where it says that data lie is not believed"""
+    on_hub: str | None = None
+    """the name that it was opened by, where it comes from the hub"""
 
     @classmethod
     def create(cls, folder: Path, config: RunConfig, device: str = "auto") -> "Run":
@@ -65,7 +71,7 @@ class Run:
             refuse_another(path, config)
             refuse_links(folder)
         elif folder.exists():
-            early = ("config.json", UNREADABLE)  # what is written first; a kill may leave part of it
+            early = ("config.json", UNREADABLE, GIVEN)  # what is written first; a kill may leave part of it
             if not folder.is_dir() or any((files.partial_of(inner) or inner.name) not in early for inner in folder.iterdir()):
                 raise UserError(f"{folder} is not empty and holds no run; give another name with --run")
         fabric = devices(device, config.precision)
@@ -82,10 +88,14 @@ class Run:
 
     @classmethod
     def open(cls, name: str, device: str = "auto") -> "Run":
-        """A run by its name under checkpoints/, or by its path; or an export that comes with the software, by its name.
+        """A run by its name under checkpoints/, or by its path; an export that comes with the software, by its name; or one on
+        the hub, as hub:owner/name.
 
         Raises UserError when it is not there, or is an export that is not whole.
         """
+        on_hub = name if name.startswith(hub.PREFIX) else None
+        if on_hub:
+            name = str(hub.fetched(on_hub))
         places = (CHECKPOINTS / name, Path(name), TRAINED / name)
         folder = next((path for path in places if (path / "config.json").is_file()), None)
         if folder is None:
@@ -99,7 +109,7 @@ class Run:
             refuse_links(folder)
         config = read_config(folder / "config.json")
         fabric = devices(device, config.precision)
-        return cls(folder, replace(config, precision=resolved(config.precision, device)), fabric, given=False)
+        return cls(folder, replace(config, precision=resolved(config.precision, device)), fabric, given=False, on_hub=on_hub)
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -123,7 +133,14 @@ class Run:
     @property
     def name(self) -> str:
         """What the other commands know it by."""
+        if self.on_hub:
+            return self.on_hub
         return self.folder.name if self.folder.parent in (CHECKPOINTS, TRAINED) else str(self.folder)
+
+    @property
+    def title(self) -> str:
+        """What tables and pages call it."""
+        return self.on_hub.rpartition("/")[2] if self.on_hub else self.folder.name
 
     @property
     def exported(self) -> bool:
@@ -136,7 +153,7 @@ class Run:
         if not self.exported:
             return self.folder
         digest = checksum(self.folder / exported.LIST)[:8]
-        return CHECKPOINTS / "from-exports" / f"{self.folder.resolve().name}-{digest}"
+        return CHECKPOINTS / "from-exports" / f"{self.title if self.on_hub else self.folder.resolve().name}-{digest}"
 
     @property
     def classifiers(self) -> Path:
