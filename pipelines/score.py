@@ -67,7 +67,7 @@ def score(asked: Arguments) -> None:
             f"{auroc(usually, values):.2f} by {name}"
             for (name, usually), values in zip(usual.every(held_out).items(), usual.every(scores).values())
         ]
-        say(f"told from held-out images with an AUROC of {first}, as they are ordered here; {', '.join(others)}; 0.5 is chance")
+        say(f"AUROC against held-out images: {first}, the order here; {', '.join(others)}. 0.5 is chance.")
     say(f"table: {asked.out}; look at {asked.out.with_suffix('.html')}; {time.monotonic() - started:.0f} seconds")
 
 

@@ -6,8 +6,7 @@
     aggregate-posterior  is q(z) really N(0, I)?
     unusual-images       does a likelihood tell which images are unusual?
 
-Each runs on a trained run (mnist5k, which is trained if it is not there), in minutes on 2 cores, and writes a plot, the
-numbers and what they say under RUN/studies/.
+Each runs on a trained run, in minutes on 2 cores, and writes a plot, the numbers and what they say into its folder `studies`.
 
 x an image, z a latent, L draws of z; all likelihoods in nats.
 """
@@ -33,7 +32,7 @@ class Arguments:
     study: tyro.conf.Positional[Study]
     """which question"""
     run: str = DEFAULT_PRESET
-    """a run's name under checkpoints/, or its path; mnist5k is trained if it is not there"""
+    """a run's name under checkpoints/, its path, or a trained model that comes with the software, as mnist5k does"""
     device: Device = "auto"
     """the device to run on; auto takes the fastest that is there"""
 
@@ -59,13 +58,9 @@ def main(arguments: list[str] | None = None) -> None:
     asked = tyro.cli(Arguments, prog="python -m pipelines.study", args=arguments)
     from pipelines.files import write_file, write_json
     from pipelines.pages.plots import png
-    from pipelines.runs.phases import train
-    from pipelines.runs.recipes import preset
-    from pipelines.runs.run import CHECKPOINTS, Run
+    from pipelines.runs.run import Run
     from pipelines.studies.trained import Trained
 
-    if asked.run == DEFAULT_PRESET and not (CHECKPOINTS / DEFAULT_PRESET / "config.json").is_file():
-        train(Run.create(CHECKPOINTS / DEFAULT_PRESET, preset(DEFAULT_PRESET), asked.device))
     run = Run.open(asked.run, asked.device)
     folder = run.work / "studies"
     with run.locked():

@@ -60,7 +60,7 @@ def test_vamp_is_the_mixture_of_its_components():
         near = (dataset.levels[0]["mean"].flatten(1) - mean).abs().sum(1).argmin()
         assert torch.allclose(mean, dataset.levels[0]["mean"][near].flatten(), atol=1e-4)
     variance = dataset.levels[0]["mean"].flatten(1).var(0, correction=0) + dataset.levels[0]["std"].flatten(1).square().mean(0)
-    assert torch.allclose(stds**2, variance.expand_as(stds), rtol=1e-3)
+    assert torch.allclose(stds**2, variance.expand_as(stds), rtol=5e-3)  # a smooth floor adds a thousandth
     assert len(means.unique(dim=0)) == 5
     randomized(prior)
     means, stds = (prior.flattened.latent(prior.means)[0].flatten(1), prior.stds() * prior.flattened.scale)
@@ -72,7 +72,7 @@ def test_vamp_is_the_mixture_of_its_components():
 @pytest.fixture(scope="module")
 def second():
     """A second VAE whose density is known: by a fine sum over its u, of two numbers."""
-    prior = randomized(SecondVaeConfig(hidden=6, layers=2, samples=20).build([SPEC]).double(), 0.5)
+    prior = randomized(SecondVaeConfig(hidden=6, layers=2, samples=20).build([SPEC]).double(), 0.35)
     prior.flattened.shift.fill_(0.5)
     prior.flattened.scale.fill_(1.5)
 

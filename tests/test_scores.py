@@ -1,6 +1,7 @@
 """Scores of images: what they are made of, and that unusual images come first."""
 
 import csv
+import io
 import math
 
 import pytest
@@ -17,9 +18,10 @@ from tests.parts import small_splits, trained_run
 SPLITS = small_splits((1, 28, 28), 4)
 
 
-def of(bits_of_z, bits_of_x) -> Scores:
+def of(bits_of_z, bits_of_x, bits_of_png=None) -> Scores:
     bits_of_z, bits_of_x = torch.tensor(bits_of_z), torch.tensor(bits_of_x)
-    return Scores(bits_of_z, bits_of_x, [bits_of_z[:, None, None]])
+    bits_of_png = torch.full_like(bits_of_z, 900.0) if bits_of_png is None else torch.tensor(bits_of_png)
+    return Scores(bits_of_z, bits_of_x, bits_of_png, [bits_of_z[:, None, None]])
 
 
 def around(count: int = 200, seed: int = 0) -> Scores:
@@ -37,6 +39,9 @@ def test_bits_are_those_of_both_stages_and_a_map_adds_up_to_the_bits_of_z(run):
         posteriors = scorer.autoencoder.encode(batch)
     assert found.maps[0].shape == (7, *scorer.prior.levels[0].spec.grid)
     assert torch.allclose(found.maps[0].flatten(1).sum(1), found.bits_of_z, atol=1e-3)
+    buffer = io.BytesIO()
+    Image.fromarray(batch[0, 0].numpy()).save(buffer, "PNG", compress_level=9)
+    assert float(found.bits_of_png[0]) == pytest.approx(8 * len(buffer.getvalue()), rel=0.1)
     # The average over many draws of z is KL(q(z|x) ‖ p(z)) and the distortion, in bits.
     many = [scorer.of_batch(batch) for _ in range(200)]
     drawn = [scorer.autoencoder.sample(posteriors) for _ in range(200)]
@@ -78,6 +83,14 @@ def test_images_far_from_held_out_ones_in_either_direction_are_unusual():
     assert abs(float(own.mean()) - 0.5) < 0.1  # of images like the held-out ones, as many are less usual as more
 
 
+def test_a_simple_image_with_as_few_bits_as_a_complex_one_is_unusual():
+    """What the likelihood alone does not see (Serrà et al. 2020)."""
+    noise = torch.randn(2, 200, generator=torch.Generator().manual_seed(0))
+    usual = Usual.of(of((100 + 5 * noise[0]).tolist(), [50.0] * 200, (900 + 50 * noise[0] + 10 * noise[1]).tolist()))
+    more = usual.more_usual(of([100.0, 100.0], [50.0, 50.0], [900.0, 600.0]))
+    assert more[0] < 0.2 and more[1] == 1
+
+
 def test_bits_that_do_not_vary_and_too_few_images():
     usual = Usual.of(of([5.0] * 20, [3.0] * 20))
     assert usual.distance(of([5.0], [3.0])).isfinite().all()
@@ -108,7 +121,7 @@ def test_the_table_begins_with_the_most_unusual_and_keeps_the_names_of_files(run
     page = (tmp_path / "found.html").read_text()
     assert page.count("<figure>") == 4 and page.index("noise.png") < page.index("usual-0.png")
     printed = capsys.readouterr().out
-    assert "broken.png cannot be read" in printed and "told from held-out images with an AUROC of " in printed
+    assert "broken.png cannot be read" in printed and "AUROC against held-out images: " in printed
 
 
 def test_without_images_the_runs_own_are_scored(run, tmp_path, small_data, monkeypatch):

@@ -175,9 +175,11 @@ def test_unusual_images(run, monkeypatch):
     found = numbers(run, "unusual-images")
     assert {"inverted", "uniformly grey", "patch of another"} <= found["auroc"].keys()
     for told in found["auroc"].values():
-        assert {*told} == {"bits", "bits_of_z", "bits_of_x", "unusual"} and all(0 <= value <= 1 for value in told.values())
+        assert {*told} == {"all three", "bits", "bits of z", "bits of x given z", "bits of PNG"} and all(
+            0 <= value <= 1 for value in told.values()
+        )
     # Squares on a dark ground: what is inverted lies far from them in every way.
-    assert found["auroc"]["inverted"]["bits_of_x"] > 0.95 and found["auroc"]["inverted"]["unusual"] > 0.95
+    assert found["auroc"]["inverted"]["bits of x given z"] > 0.95 and found["auroc"]["inverted"]["all three"] > 0.95
 
 
 def test_images_of_which_a_score_counts_more_as_usual_than_real_ones_are_named():

@@ -5,10 +5,13 @@ N images, h×w latent grid.
     bits of z           log₂ q(z|x) - log₂ p(z), one draw z ~ q(z|x); for codes -log₂ p(codes)
     bits of x given z   -log₂ p(x|z)
 
-Their sum is a bound on -log₂ p(x). Alone it misleads: simple images have few bits under a model of others (Nalisnick et al.
-2019a). So an image is unusual where the two numbers lie far from those of held-out images, in either direction: by their
-Mahalanobis distance. That is a test of typicality with two statistics (after Nalisnick et al. 2019b, "Detecting
-Out-of-Distribution Inputs to Deep Generative Models Using Typicality").
+    bits of PNG         of the image as a PNG file: how complex it is for a program that has seen no other
+
+The first two add up to a bound on -log₂ p(x). Alone it misleads: simple images have few bits under a model of others (Nalisnick
+et al. 2019a). So an image is unusual where the three numbers lie far from those of held-out images, in either direction: by
+their Mahalanobis distance. That is a test of typicality (after Nalisnick et al. 2019b, "Detecting Out-of-Distribution Inputs to
+Deep Generative Models Using Typicality"), which sees when bits are few only because an image is simple (after Serrà et al. 2020,
+"Input complexity and out-of-distribution detection with likelihood-based generative models").
 """
 
 import math
@@ -16,6 +19,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from torchvision.io import encode_png
 
 from pipelines import processes
 from pipelines.console import UserError
@@ -38,6 +42,8 @@ class Scores:
     """N"""
     bits_of_x: Tensor
     """given z, N"""
+    bits_of_png: Tensor
+    """N"""
     maps: list[Tensor]
     """for each level, the bits of z at each position, N h w"""
 
@@ -45,6 +51,11 @@ class Scores:
     def bits(self) -> Tensor:
         """The bound on -log₂ p(x), N."""
         return self.bits_of_z + self.bits_of_x
+
+    @property
+    def numbers(self) -> Tensor:
+        """All three, float64 N 3."""
+        return torch.stack([self.bits_of_z, self.bits_of_x, self.bits_of_png], 1).double()
 
     def __len__(self) -> int:
         return len(self.bits_of_z)
@@ -86,6 +97,7 @@ class Scorer:
         return Scores(
             torch.cat([part.bits_of_z for part in parts]),
             torch.cat([part.bits_of_x for part in parts]),
+            torch.cat([part.bits_of_png for part in parts]),
             [torch.cat(maps) for maps in zip(*(part.maps for part in parts))],
         )
 
@@ -102,7 +114,9 @@ class Scorer:
             maps.append((nats / BIT).cpu())
         likelihood = self.autoencoder.likelihood
         of_x = -likelihood(self.autoencoder.outputs(levels)).log_prob(likelihood.scale(images)) / BIT
-        return Scores(torch.stack([bits.flatten(1).sum(1) for bits in maps]).sum(0), of_x.cpu(), maps)
+        of_z = torch.stack([bits.flatten(1).sum(1) for bits in maps]).sum(0)
+        of_png = torch.tensor([8.0 * len(encode_png(image, compression_level=9)) for image in images.cpu()])
+        return Scores(of_z, of_x.cpu(), of_png, maps)
 
 
 @dataclass(frozen=True)
@@ -110,9 +124,9 @@ class Usual:
     """What scores of held-out images are like."""
 
     mean: Tensor
-    """of the bits of z and of x, 2"""
+    """of the three numbers of bits, 3"""
     precision: Tensor
-    """the inverse of their covariance, 2 2"""
+    """the inverse of their covariance, 3 3"""
     distances: Tensor
     """of the held-out images, sorted, N"""
     maps: list[tuple[Tensor, Tensor]]
@@ -123,15 +137,14 @@ class Usual:
         """Raises UserError where there are too few held-out images to tell."""
         if len(held_out) < 10:
             raise UserError(f"{len(held_out)} held-out images are too few to say what is usual; at least 10 are needed")
-        both = torch.stack([held_out.bits_of_z, held_out.bits_of_x], 1).double()
-        mean, precision = both.mean(0), torch.linalg.pinv(both.T.cov(), hermitian=True)
+        mean, precision = held_out.numbers.mean(0), torch.linalg.pinv(held_out.numbers.T.cov(), hermitian=True)
         maps = [(bits.mean(0), bits.std(0).clamp(min=1e-3)) for bits in held_out.maps]
-        usual = cls(mean, precision, both, maps)
+        usual = cls(mean, precision, torch.zeros(0), maps)
         return replace(usual, distances=usual.distance(held_out).sort().values)
 
     def distance(self, scores: Scores) -> Tensor:
-        """The squared Mahalanobis distance of the two numbers of bits from those of held-out images, N."""
-        away = torch.stack([scores.bits_of_z, scores.bits_of_x], 1).double() - self.mean
+        """The squared Mahalanobis distance of the three numbers of bits from those of held-out images, N."""
+        away = scores.numbers - self.mean
         return ((away @ self.precision) * away).sum(1)
 
     def excess(self, scores: Scores) -> list[Tensor]:
@@ -141,10 +154,11 @@ class Usual:
     def every(self, scores: Scores) -> dict[str, Tensor]:
         """Each way to order images by how unusual they are, the higher the more, N each; the first is the one that works."""
         return {
-            "both, either way": self.distance(scores),
+            "all three": self.distance(scores),
             "bits": scores.bits,
             "bits of z": scores.bits_of_z,
             "bits of x given z": scores.bits_of_x,
+            "bits of PNG": scores.bits_of_png,
         }
 
     def more_usual(self, scores: Scores) -> Tensor:

@@ -34,9 +34,9 @@ def write_scores(
     more_usual = usual.more_usual(scores)
     buffer = io.StringIO()
     writer = csv.writer(buffer)
-    writer.writerow(["image", "bits", "bits_of_z", "bits_of_x_given_z", "held_out_more_usual"])
+    writer.writerow(["image", "bits", "bits_of_z", "bits_of_x_given_z", "bits_of_png", "held_out_more_usual"])
     for number in order.tolist():
-        figures = (scores.bits[number], scores.bits_of_z[number], scores.bits_of_x[number])
+        figures = (scores.bits[number], scores.bits_of_z[number], scores.bits_of_x[number], scores.bits_of_png[number])
         writer.writerow([names[number], *(f"{float(figure):.2f}" for figure in figures), f"{float(more_usual[number]):.4f}"])
     write_file(path, buffer.getvalue().encode())
     first = order[:shown]

@@ -30,8 +30,8 @@ def unusual_images(trained: Trained) -> Findings:
     sentences = [
         f"By their bits, -log₂ p(x), {in_words('bits', told)}",
         f"By the bits of z alone, {in_words('bits of z', told)}",
-        "By how far the bits of z and of x lie from those of held-out images, in either direction, as python -m pipelines.score"
-        f" orders images, {in_words('both, either way', told)}",
+        "By how far the bits of z, of x given z and of the PNG file lie from those of held-out images, in either direction, as"
+        f" python -m pipelines.score orders images, {in_words('all three', told)}",
         f"Where a patch came from another image, the map of the bits of z finds the patch with an AUROC of {places:.2f} over"
         " positions.",
     ]
