@@ -192,7 +192,8 @@ class Views:
         some = "" if len(rows) == len(data.train) else f" Looked for among the first {len(rows)} training images."
         pixels = data.train.images[rows].flatten(1).float() / 255
         by_pixels = nearest_neighbours(samples.flatten(1).float() / 255, pixels)
-        by_features = nearest_neighbours(self.space.features(samples, "features of the samples"), self.space.reference)
+        distances, places = nearest_neighbours(self.space.features(samples, "features of the samples"), self.space.reference)
+        by_features = distances, self.space.numbers(places)
         strips = [Strip("samples of the learned prior", samples)]
         for where, (distances, found), note in (("pixels", by_pixels, some), ("a classifier's features", by_features, "")):
             listed = ", ".join(f"{number} ({distance:.2g})" for number, distance in zip(found.tolist(), distances.tolist()))
