@@ -88,7 +88,7 @@ def comparisons(size: int, images: int, training: int) -> Rows:
         data = ["--data.root", str(folder / "images"), "--data.size", str(size), "--data.in-memory", "0"]
         data += ["--metrics.classifier.steps", "1", "--metrics.classifier.batch-size", "8", "--device", "cpu"]
         command = ["train_all", "folder", *data, *network, *prior, *settings, "--run", str(folder / "run")]
-        in_a_process([*command, "--metrics.images", "64"])
+        in_a_process([*command, "--metrics.images", "1"])
         for count in (images // 2, images):
             seconds, peak = in_a_process(["compare", str(folder / "run"), "--metrics.images", str(count), "--device", "cpu"])
             name = f"a comparison of {count} images of {size}×{size}"
