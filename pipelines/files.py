@@ -178,6 +178,11 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
     write_file(path, safetensors.torch.save(packed(tensors), metadata))
 
 
+def replace_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    """The same in every process that calls it."""
+    replace_file(path, safetensors.torch.save(packed(tensors), metadata))
+
+
 def packed(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Copies on the CPU that share no memory, as safetensors wants them."""
     return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
