@@ -80,6 +80,7 @@ def test_what_is_made_does_not_depend_on_the_number_of_processes(found):
 
 
 def test_each_process_writes_latents_of_its_own(found, folder):
+    torch.set_default_dtype(torch.float32)  # of the run
     name = "stage1-train-0000{}-of-00006.safetensors".format
     assert [of_one["wrote"]["first"] for of_one in found] == [[name(1), name(3), name(5), name(6)], [name(2), name(4)]]
     assert [of_one["wrote"]["again"] for of_one in found] == [[], []]
