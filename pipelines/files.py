@@ -127,8 +127,12 @@ def delete(path: Path) -> None:
 
 def write_file(path: Path, content: bytes) -> None:
     """Write a file so that it is there whole or not at all. Of several processes the first does; the others return at once."""
-    if not first_process():
-        return
+    if first_process():
+        replace_file(path, content)
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """The same in every process that calls it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with aside(path) as made:
         write_flushed(made, content)
@@ -172,6 +176,11 @@ def damaged(path: Path, error: Exception) -> UserError:
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
     write_file(path, safetensors.torch.save(packed(tensors), metadata))
+
+
+def replace_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    """The same in every process that calls it."""
+    replace_file(path, safetensors.torch.save(packed(tensors), metadata))
 
 
 def packed(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

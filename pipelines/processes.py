@@ -55,20 +55,36 @@ def gathered(value: T) -> list[T]:
     return values
 
 
-def in_batches(work: Callable[[Tensor], T], indices: Tensor, size: int, label: str | None = None) -> list[T]:
+def on_each(action: Callable[[], object]) -> None:
+    """An action of each process; what one raises of a user's mistake or a disk is raised on all."""
+    failure = None
+    try:
+        action()
+    except (UserError, OSError) as error:
+        failure = error
+    for other in gathered(failure):
+        if other is not None:
+            raise other
+
+
+def in_batches(work: Callable[[Tensor], T], indices: Tensor, size: int, label: str | None = None, alone: bool = False) -> list[T]:
     """What `work` makes of each batch of `size` indices, in order; the processes take turns, and all get all.
 
     What is made does not depend on the number of processes, if `work` depends on its indices alone. label: of the progress.
+    alone: of its own indices, each process for itself.
     """
     batches = indices.split(size)
+    turns, own = (1, 0) if alone else (count(), rank())
     made: list[T] = []
     with Progress(label, len(indices), "images") as progress:
-        for start in range(0, len(batches), count()):
-            number = start + rank()
+        for start in range(0, len(batches), turns):
+            number = start + own
             # Sharded weights are brought together by all processes at once: with no batch left, one works in vain.
             result = work(batches[min(number, len(batches) - 1)])
             if number < len(batches):
                 made.append(result)
-            progress.update(sum(len(batch) for batch in batches[start : start + count()]))
-    turns = gathered(made)
-    return [turns[number % count()][number // count()] for number in range(len(batches))]
+            progress.update(sum(len(batch) for batch in batches[start : start + turns]))
+    if alone:
+        return made
+    by_rank = gathered(made)
+    return [by_rank[number % turns][number // turns] for number in range(len(batches))]

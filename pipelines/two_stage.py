@@ -203,12 +203,14 @@ class TwoStage:
         if warning := samples.warning():
             say(f"warning: {warning}")
         if keep_best < 1:
-            from pipelines.judging.features import kept_best, trained_classifier  # slow to import, and seldom needed
+            from pipelines.judging.features import kept_best, surety_of, trained_classifier  # slow to import, and seldom needed
 
             assert contexts is not None
             run = self.run
             classifier, _ = trained_classifier(run.fabric, run.config.metrics, load_data(run), run.classifiers, seed=1)
-            return samples.images[kept_best(run.fabric, classifier, samples.images, contexts.cpu(), keep_best)][:count]
+            labels = contexts.cpu()
+            surety = surety_of(run.fabric, classifier, samples.images, labels)
+            return samples.images[kept_best(surety, labels, keep_best)][:count]
         return samples.images.clone()  # no tensor of the inference mode, which could not be changed in place
 
     def told(

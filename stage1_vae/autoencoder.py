@@ -7,6 +7,7 @@ B batch, C colour channels, H×W pixels, L samples of z an image.
 Images are uint8, B C H W, at every public boundary; the likelihood says in which scale its log_prob is.
 """
 
+import math
 from dataclasses import dataclass, field
 
 import torch
@@ -27,6 +28,8 @@ from stage1_vae.bottlenecks import (
 from stage1_vae.hierarchy import Hierarchical
 from stage1_vae.likelihoods import Likelihood, LikelihoodConfig
 from stage1_vae.networks import Convolutional, Network, NetworkConfig
+
+PIXELS_AT_ONCE = 2**19  # of images that are encoded or decoded together, outside of training: they bound the memory
 
 BottleneckConfig = Deterministic | Gaussian | VectorQuantized | FiniteScalar | GumbelSoftmax | Hierarchical
 
@@ -59,6 +62,11 @@ class Autoencoder(nn.Module):
         self.latents = self.bottleneck.latents(grid)
         """Shape and vocabulary of each level of latents, coarse to fine: all that stage 2 needs to know."""
 
+    @property
+    def at_once(self) -> int:
+        """How many images are encoded or decoded together, outside of training."""
+        return max(1, PIXELS_AT_ONCE // math.prod(self.image_shape[1:]))
+
     def features(self, images: Tensor) -> Tensor:
         return self.encoder(2 * likelihoods.unit_interval(images) - 1)
 
@@ -85,7 +93,10 @@ class Autoencoder(nn.Module):
 
     def encode(self, images: Tensor) -> list[Posterior]:
         """images uint8 B C H W to the posterior q(z|x) of each level, coarse to fine."""
-        return self.bottleneck.posterior(self.features(images))
+        parts = [self.bottleneck.posterior(self.features(part)) for part in images.split(self.at_once)]
+        if len(parts) == 1:
+            return parts[0]
+        return [{name: torch.cat([part[name] for part in level]) for name in level[0]} for level in zip(*parts)]
 
     def sample(self, posteriors: list[Posterior]) -> list[Tensor]:
         """z ~ q(z|x), one latent for each level, with gradients to mean and std (reparametrized: Kingma and Welling 2014)."""
@@ -108,7 +119,9 @@ class Autoencoder(nn.Module):
     def render(self, levels: list[Tensor], uniforms: Tensor | None = None) -> Tensor:
         """Latents to uint8 images B C H W: the mean of p(x|z); or a draw from it, made from uniform numbers in (0, 1), B C H W.
         What is not a number is drawn black."""
-        return quantized(self.values(levels, uniforms))
+        noise = None if uniforms is None else uniforms.split(self.at_once)
+        parts = zip(*(level.split(self.at_once) for level in levels))
+        return torch.cat([quantized(self.values([*part], noise and noise[number])) for number, part in enumerate(parts)])
 
     def values(self, levels: list[Tensor], uniforms: Tensor | None = None) -> Tensor:
         """The same before rounding: grey levels in [0, 1], and somewhat beyond."""

@@ -118,6 +118,9 @@ class Gaussian:
         return GaussianBottleneck(self, features)
 
 
+LOG_STDS = -15.0, 10.0
+
+
 class GaussianBottleneck(Continuous):
     has_density = True
 
@@ -128,14 +131,23 @@ class GaussianBottleneck(Continuous):
         self.project = nn.Conv2d(features, 2 * config.channels, 1)
 
     def forward(self, features: Tensor, progress: float) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        mean, log_std = full_precision(self.project(features)).chunk(2, dim=1)
+        mean, log_std = self.moments(features)
         rate = gaussian_rate(mean, log_std)
         noise = torch.randn(self.samples, *mean.shape, dtype=mean.dtype, device=mean.device)
         return mean + log_std.exp() * noise, self.beta * rate, {"rate": rate}
 
     def posterior(self, features: Tensor) -> list[Posterior]:
-        mean, log_std = full_precision(self.project(features)).chunk(2, dim=1)
+        mean, log_std = self.moments(features)
         return [{"mean": mean, "std": log_std.exp()}]
+
+    def moments(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and log standard deviation, B C h w each.
+
+        log σ stays between LOG_STDS, as in latent diffusion (Rombach et al. 2022: log σ² from -30 to 20), so that one spike makes
+        no loss infinite. Unlike there, its gradient passes the bounds, so that it comes back.
+        """
+        mean, log_std = full_precision(self.project(features)).chunk(2, dim=1)
+        return mean, log_std.detach().clamp(*LOG_STDS) + (log_std - log_std.detach())
 
 
 def gaussian_rate(mean: Tensor, log_std: Tensor) -> Tensor:
@@ -143,6 +155,7 @@ def gaussian_rate(mean: Tensor, log_std: Tensor) -> Tensor:
     return 0.5 * (mean.square() + (2 * log_std).exp() - 1 - 2 * log_std).flatten(1).sum(1)
 
 
+DISTANCES_AT_ONCE = 2**24  # between vectors and codes, 4 bytes each
 REVIVAL_ENDS = 0.8  # share of the training
 
 
@@ -217,8 +230,10 @@ class VectorQuantizedBottleneck(Codes):
         # A code used less than evenly costs no more than an even one, or what is rare would die out.
         frequencies = (self.counts / self.counts.sum().clamp(min=1e-9)).clamp(min=1 / self.vocabulary)
         cost = cost - risen * self.config.rate_weight * frequencies.log()
+        parts = vectors.flatten(0, -2).split(max(1, DISTANCES_AT_ONCE // self.vocabulary))
         with torch.autocast(vectors.device.type, enabled=False):
-            return torch.addmm(cost, vectors.flatten(0, -2), self.codebook.T, alpha=-2).argmin(1).view(vectors.shape[:-1])
+            nearest = [torch.addmm(cost, part, self.codebook.T, alpha=-2).argmin(1) for part in parts]
+        return torch.cat(nearest).view(vectors.shape[:-1])
 
     def set_up(self, vectors: Tensor) -> None:
         """Set the codebook up from the first batch."""
@@ -293,6 +308,9 @@ class FiniteScalar:
         return FiniteScalarBottleneck(self, features)
 
 
+MOST_CODES = 1_000_000
+
+
 class FiniteScalarBottleneck(Codes):
     has_density = True
     levels: Tensor
@@ -302,6 +320,11 @@ class FiniteScalarBottleneck(Codes):
         super().__init__()
         if not config.levels or min(config.levels) < 2:
             raise ValueError(f"every channel needs at least 2 levels, not {config.levels}")
+        if (codes := math.prod(config.levels)) > MOST_CODES:
+            raise ValueError(
+                f"the levels {', '.join(map(str, config.levels))} make {codes:,} codes, and at most {MOST_CODES:,} can be"
+                " modelled: use fewer levels or channels"
+            )
         self.latent_channels, self.vocabulary = len(config.levels), math.prod(config.levels)
         self.project = nn.Conv2d(features, self.latent_channels, 1)
         levels = torch.tensor(config.levels)
@@ -311,10 +334,15 @@ class FiniteScalarBottleneck(Codes):
 
     def rounded(self, features: Tensor) -> tuple[Tensor, Tensor]:
         """Levels 0 … L-1 of every channel, straight through, and the codes (Mentzer et al. 2023, appendix A.1, but with 1 + 1e-3
-        and atanh, which put a feature of 0 exactly on level L // 2, where the authors have 1 - 1e-3 and tan)."""
+        and atanh, which put a feature of 0 exactly on level L // 2, where the authors have 1 - 1e-3 and tan).
+
+        With two levels there is no such level between others: a feature of 0 lies on the edge between both, where the gradient is
+        largest. In the middle of one of them it would be next to nothing.
+        """
         half = (self.levels - 1) * (1 + 1e-3) / 2
         offset = torch.where(self.levels % 2 == 0, 0.5, 0.0)
-        bounded = torch.tanh(full_precision(self.project(features)) + torch.atanh(offset / half)) * half - offset
+        shift = torch.atanh(torch.where(self.levels == 2, 0.0, offset / half))
+        bounded = torch.tanh(full_precision(self.project(features)) + shift) * half - offset
         level = bounded + (bounded.round() - bounded).detach() + self.levels // 2
         # What is not a number is no integer, but has a code, so that training meets it as a loss.
         return level, (level.detach().nan_to_num().round().long() * self.strides).sum(1)

@@ -44,30 +44,32 @@ def draws(
     samples: int,
     log_priors: Mapping[str, LogPrior],
     contexts: Tensor | None = None,
-    at_once: int = DECODED_AT_ONCE,
+    at_once: int | None = None,
 ) -> Draws:
     """`samples` draws of z for each image, and their densities under q(z|x), under every prior, and of the image.
 
-    images: uint8 B C H W. contexts: B …, what the priors are told of each image. at_once: latents decoded together.
+    images: uint8 B C H W. contexts: B …, what the priors are told of each image. at_once: latents decoded together;
+    as many as memory is meant to hold when None.
     Raises ValueError when q(z|x) has no density (a deterministic bottleneck): there is no bound to compute.
     """
     if not autoencoder.bottleneck.has_density:
         raise ValueError("a deterministic encoder has no density q(z|x), so it has no ELBO and no likelihood")
     posteriors = autoencoder.encode(images)
-    targets = autoencoder.likelihood.scale(images)
+    at_once = min(DECODED_AT_ONCE, autoencoder.at_once) if at_once is None else at_once
     parts: dict[str, list[Tensor]] = {name: [] for name in ("log_likelihood", "log_posterior", *log_priors)}
     # One row for each pair of a sample and an image, the images fastest.
     for row in torch.arange(samples * len(images), device=images.device).split(at_once):
         image = row % len(images)
         chosen = [{name: tensor[image] for name, tensor in posterior.items()} for posterior in posteriors]
         levels = autoencoder.sample(chosen)
-        log_q = torch.zeros(len(row), device=images.device, dtype=targets.dtype)
+        log_q = torch.zeros(len(row), device=images.device)
         for level, posterior in zip(levels, chosen):
             if "codes" not in posterior:
                 q = distributions.Normal(posterior["mean"], posterior["std"], validate_args=False)
                 log_q = log_q + q.log_prob(level).flatten(1).sum(1)
         told = None if contexts is None else contexts[image]
-        parts["log_likelihood"].append(autoencoder.log_likelihood(autoencoder.outputs(levels), targets[image]))
+        targets = autoencoder.likelihood.scale(images[image])
+        parts["log_likelihood"].append(autoencoder.log_likelihood(autoencoder.outputs(levels), targets))
         parts["log_posterior"].append(log_q)
         for name, log_prior in log_priors.items():
             parts[name].append(log_prior(levels, told))

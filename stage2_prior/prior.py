@@ -15,12 +15,13 @@ contexts, B …, is what a conditional prior is told of each image, such as its 
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from stage2_prior.heads import LOG_SQRT_2PI, tempered, truncated
+from stage2_prior.heads import LOG_SQRT_2PI, NUMBERS_AT_ONCE, tempered, truncated
 from stage2_prior.latents import LatentDataset, LatentSpec, draw
 from stage2_prior.sampling import (
     AS_FITTED,
@@ -38,6 +39,7 @@ from stage2_prior.sampling import (
 # it costs 197 nats an image on held-out latents, worse than N(0, I) with 171; with five, 140. Of more images, one draw of each
 # of 20,000 is better than five of each of 4,000: 246.4 against 251.6 nats on mnist.
 MIXTURE_DRAWS, MIXTURE_POINTS = 5, 20_000
+MIXTURE_BYTES = 2**28  # of these points in float64; fitting takes a multiple of it
 LARGEST_FULL_COVARIANCE = 1024  # dimensions; beyond it the Gaussian and the mixture are diagonal
 GAUSSIANS_AT_ONCE, BYTES_AT_ONCE = 2048, 2**25  # of the aggregate posterior's density
 MOST_FULL = 10  # components with full covariances: fitting fifty takes minutes; diagonal ones, seconds
@@ -176,19 +178,29 @@ class GaussianMixturePrior(Sized, Prior):
     def estimate(self, dataset: LatentDataset) -> None:
         if self.tried == (1,):
             posterior = only(dataset.sample())
-            mean, std = (posterior[name].flatten(1).double() for name in ("mean", "std"))
+            means, stds = (posterior[name].flatten(1) for name in ("mean", "std"))
+            parts = torch.arange(len(means)).split(max(1, NUMBERS_AT_ONCE // means.shape[1]))  # few are held in float64 at once
+
+            def average(of: Callable[[Tensor], Tensor]) -> Tensor:
+                return torch.stack([of(rows) for rows in parts]).sum(0) / len(means)
+
             # Law of total variance: Cov[z] = Cov[E[z|x]] + E[Var[z|x]].
-            noise = std.square().mean(0)
-            noise = noise + 1e-6 * (noise + mean.var(0, correction=0)).mean()  # a point posterior can leave directions empty
-            self.means.copy_(mean.mean(0, keepdim=True))
+            mean = average(lambda rows: means[rows].double().sum(0))
+            noise = average(lambda rows: stds[rows].double().square().sum(0))
+            variance = average(lambda rows: (means[rows].double() - mean).square().sum(0))
+            noise = noise + 1e-6 * (noise + variance).mean()  # a point posterior can leave directions empty
+            self.means.copy_(mean[None])
             if self.full:
-                covariance = torch.cov(mean.T, correction=0).reshape(len(noise), -1) + torch.diag(noise)
+                covariance = torch.diag(noise)
+                for centred in (means[rows].double() - mean for rows in parts):
+                    covariance.addmm_(centred.T, centred, alpha=1 / len(means))
                 self.factors.copy_(torch.linalg.cholesky(covariance)[None])
             else:
-                self.factors.copy_((mean.var(0, correction=0) + noise).sqrt()[None])
+                self.factors.copy_((variance + noise).sqrt()[None])
             return
         fitted, held_out = choosing_images(len(dataset))
-        levels, _ = dataset[fitted.repeat(MIXTURE_DRAWS)[:MIXTURE_POINTS]]
+        most = max(max(self.tried), min(MIXTURE_POINTS, MIXTURE_BYTES // (8 * self.means.shape[1])))
+        levels, _ = dataset[fitted.repeat(MIXTURE_DRAWS)[:most]]
         judged, found = [draw(level).to(self.means) for level in dataset.posteriors(held_out)], []
         for components in self.tried:
             self.fit(only(levels), min(components, len(levels[0])))

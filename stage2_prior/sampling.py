@@ -10,9 +10,8 @@ batch, in any number of processes and on any device. The sample drawn with it is
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -21,6 +20,7 @@ from torch import Tensor, nn
 from stage2_prior.layers import Backbone
 from stage2_prior.replay import MOST_POSITIONS, Replayed, replayed
 
+NOISE_AT_ONCE = 2**22  # uniform numbers; making them takes some 30 bytes each
 WORD = 0xFFFFFFFF  # the low 32 bits of an int64
 # Streams of the noise, beside those of the latents: level l uses stream l. Choices use two.
 CONTEXT_STREAM, COMPONENT_STREAM, CHOICE_STREAM, PIXEL_STREAM = 1000, 1001, 1002, 1004
@@ -184,36 +184,48 @@ def sample_grid(
 
     weaker: what guidance leads away from: the same prior told nothing, or a weaker one. None where `how` asks for no guidance.
     """
-    positions = torch.arange(grid[0] * grid[1], device=indices.device)
-    uniform = uniforms(seed, indices, positions, prior.head.uniforms(how), stream)
+
+    def noise(positions: slice) -> Tensor:
+        numbers = torch.arange(positions.start, positions.stop, device=indices.device)
+        return uniforms(seed, indices, numbers, prior.head.uniforms(how), stream)
+
+    positions = grid[0] * grid[1]
     both = [prior] if weaker is None else [prior, weaker]
     modules = [module for one in both for module in (one.backbone, one.head)]
     told = [known for one in both for known in (one.map, one.prefix)]
-    draw = partial(draw_grid, modules, grid, how)
-    if indices.device.type != "cuda" or len(positions) > MOST_POSITIONS:
-        return draw(uniform, *told)
-    return replayed.setdefault(prior.backbone, Replayed())((grid, how), modules, draw, [uniform, *told])
+    if indices.device.type != "cuda" or positions > MOST_POSITIONS:
+        return draw_grid(modules, grid, how, len(indices), noise, *told)
+
+    def draw(uniform: Tensor, *told: Tensor | None) -> Tensor:
+        return draw_grid(modules, grid, how, len(uniform), lambda positions: uniform[:, positions], *told)
+
+    return replayed.setdefault(prior.backbone, Replayed())((grid, how), modules, draw, [noise(slice(0, positions)), *told])
 
 
 @torch.no_grad()
-def draw_grid(modules: list[Any], grid: tuple[int, int], how: Sampling, uniform: Tensor, *told: Tensor | None) -> Tensor:
+def draw_grid(
+    modules: list[Any], grid: tuple[int, int], how: Sampling, batch: int, noise: Callable[[slice], Tensor], *told: Tensor | None
+) -> Tensor:
     """The loop of `sample_grid`. Nothing in it waits for a value, so that a GPU can replay it.
 
-    modules: backbone and head, and those of what guidance leads away from where there is any; uniform B P U; told: the map and
-        the prefix of each backbone.
+    modules: backbone and head, and those of what guidance leads away from where there is any. noise: the uniform numbers of some
+        positions, B P U, of which few are asked for at once. told: the map and the prefix of each backbone.
     """
     backbones, heads = modules[::2], modules[1::2]
-    states = [backbone.begin(len(uniform), grid, map, prefix) for backbone, map, prefix in zip(backbones, told[::2], told[1::2])]
-    head_state = heads[0].begin(uniform, how)
+    states = [backbone.begin(batch, grid, map, prefix) for backbone, map, prefix in zip(backbones, told[::2], told[1::2])]
     dtype = next(heads[0].parameters()).dtype  # the backbone may be rounder; a density never is
     previous: list[Tensor] | list[None] = [None] * len(heads)
-    drawn = []
-    for position in range(grid[0] * grid[1]):
-        features = [
-            backbone.step(before, position, state).to(dtype) for backbone, before, state in zip(backbones, previous, states)
-        ]
-        weaker = (heads[1], features[1]) if len(heads) > 1 else None
-        value = heads[0].draw(features[0], position, head_state, weaker)
-        drawn.append(value)
-        previous = [head.embed(value) for head in heads]
+    drawn, positions = [], grid[0] * grid[1]
+    at_once = max(1, NOISE_AT_ONCE // max(1, batch * heads[0].uniforms(how)))
+    for first in range(0, positions, at_once):
+        some = slice(first, min(first + at_once, positions))
+        head_state = heads[0].begin(noise(some), how)
+        for position in range(some.start, some.stop):
+            features = [
+                backbone.step(before, position, state).to(dtype) for backbone, before, state in zip(backbones, previous, states)
+            ]
+            weaker = (heads[1], features[1]) if len(heads) > 1 else None
+            value = heads[0].draw(features[0], position - first, head_state, weaker)
+            drawn.append(value)
+            previous = [head.embed(value) for head in heads]
     return torch.stack(drawn, dim=1).unflatten(1, grid)

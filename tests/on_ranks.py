@@ -11,14 +11,17 @@ from pathlib import Path
 
 import torch
 from lightning_fabric import Fabric
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
-from pipelines import processes
+from pipelines import files, processes
 from pipelines.console import Stopped, UserError
 from pipelines.data.images import ImageSet, Splits
 from pipelines.data.sets import TorchvisionSet
 from pipelines.pages.report import train_all
+from pipelines.runs import latents
+from pipelines.runs.dataset import write_facts
 from pipelines.runs.latents import encoded
+from pipelines.runs.parts import new_autoencoder
 from pipelines.runs.recipes import preset
 from pipelines.runs.run import Run
 from pipelines.runs.sampling import generate
@@ -181,6 +184,31 @@ def run_of_codes(folder: Path) -> Run:
     return run
 
 
+def writers_of_latents(folder: Path) -> dict[str, list[str]]:
+    """Latents of 11 images in files of two, and which files this process wrote, first and when one of them is gone."""
+    splits = small_splits((1, 28, 28), 4)
+    run = Run.create(folder, shrunk(preset("mnist5k")), "cpu")
+    write_facts(run, splits)
+    autoencoder = new_autoencoder(run, splits.image_shape)
+    fit(run.fabric, autoencoder, splits.train, splits.validation, run.config.stage1, 0, run.folder / "stage1", "stage 1")
+    latents.ENCODING_BATCH, latents.SHARD_BYTES = 1, 2 * 8 * autoencoder.latents[0][0][0] * 49
+    wrote: list[str] = []
+    replace_file = files.replace_file
+    files.replace_file = lambda path, content: (wrote.append(path.name), replace_file(path, content))[1]
+    found = {}
+    for when in ("first", "again", "one gone"):
+        wrote.clear()
+        latents.encode(run, autoencoder, splits.train.subset(torch.arange(11)), "train")
+        found[when] = [*wrote]
+        distributed.barrier()
+        if when == "again" and processes.rank() == 0:
+            files.shards(run.folder / "latents" / "stage1-train.safetensors", 6)[3].unlink()
+        distributed.barrier()
+    files.replace_file = replace_file
+    latents.ENCODING_BATCH, latents.SHARD_BYTES = 500, 2**28
+    return found
+
+
 def main(folder: Path) -> None:
     torch.set_num_threads(1)
     torch.set_default_dtype(torch.float64)
@@ -201,6 +229,7 @@ def main(folder: Path) -> None:
     found["sharded"] = trained(sharded, prior(), folder / "sharded").state_dict()
     torch.set_default_dtype(torch.float32)
     TorchvisionSet.load = made  # type: ignore[method-assign]
+    found["wrote"] = writers_of_latents(folder / "latents")
     run_of_codes(folder / "run")
     torch.save(found, folder / f"found-{processes.rank()}.pt")
 

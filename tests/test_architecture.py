@@ -36,6 +36,7 @@ LAYERS = [
     {"two_stage"},
     {"studies", "benchmarks", "explorer"},
     COMMANDS,
+    {"__main__"},
 ]
 """What lies in pipelines, from the bottom up: a room imports itself and what lies below, and a command no other command."""
 

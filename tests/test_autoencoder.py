@@ -7,7 +7,7 @@ import torch
 from scipy import stats
 from torch import distributions, nn
 
-from stage1_vae import bottlenecks, likelihoods
+from stage1_vae import autoencoder, bottlenecks, likelihoods
 from stage1_vae.autoencoder import Autoencoder, AutoencoderConfig
 from stage1_vae.bottlenecks import gaussian_rate
 from stage1_vae.bounds import (
@@ -68,6 +68,25 @@ def test_contract(network, bottleneck, likelihood, shape):
         assert rendered.shape == images.shape and rendered.dtype == torch.uint8
     spread = (model.sample(posteriors)[0] - levels[0]).abs().max()
     assert (spread > 0) == (model.bottleneck.has_density and not codes)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("bottleneck", ["gaussian", "hierarchical"])
+def test_few_images_are_encoded_and_decoded_at_once_with_the_same_results(bottleneck, monkeypatch):
+    torch.manual_seed(0)
+    model = Autoencoder((1, 16, 16), AutoencoderConfig(Convolutional(width=8), BOTTLENECKS[bottleneck])).eval()
+    images, noise, sizes = torch.randint(0, 256, (7, 1, 16, 16), dtype=torch.uint8), torch.rand(7, 1, 16, 16), []
+    for part in (model.encoder, model.decoder):
+        part.register_forward_hook(lambda _, __, made: sizes.append(len(made[0] if isinstance(made, tuple | list) else made)))
+    made = []
+    for pixels in (2**19, 3 * 16 * 16):
+        monkeypatch.setattr(autoencoder, "PIXELS_AT_ONCE", pixels)
+        levels = model.mean(model.encode(images))
+        made.append((levels, model.render(levels), model.render(levels, noise)))
+    assert sizes == [7] * 3 + [3, 3, 1] * 3
+    for whole, parts in zip(made[0][0], made[1][0]):
+        assert torch.allclose(whole.float(), parts.float(), atol=1e-5)
+    assert all((whole.int() - parts.int()).abs().max() <= 1 for whole, parts in zip(made[0][1:], made[1][1:]))
 
 
 def test_the_rate_is_the_divergence_of_torch():
@@ -248,6 +267,8 @@ class LinearGaussian(nn.Module):
 
     Behind the autoencoder's methods, for `bounds`; images are one row of pixels.
     """
+
+    at_once = 128
 
     def __init__(self, pixels: int, dimensions: int, sigma: float, optimal: bool):
         super().__init__()

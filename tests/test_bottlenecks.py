@@ -6,7 +6,8 @@ import pytest
 import torch
 from scipy import stats
 
-from stage1_vae.bottlenecks import CodeUse, FiniteScalar, GumbelSoftmax, VectorQuantized
+from stage1_vae import bottlenecks
+from stage1_vae.bottlenecks import CodeUse, FiniteScalar, Gaussian, GumbelSoftmax, VectorQuantized
 from stage1_vae.hierarchy import Hierarchical
 from tests.parts import BOTTLENECKS
 
@@ -251,3 +252,42 @@ def test_every_finite_scalar_level_is_reached_and_zero_is_the_middle_one(levels)
     _, codes = model.rounded(torch.linspace(-9, 9, 101).view(-1, 1, 1, 1))
     assert codes.unique().tolist() == list(range(levels))
     assert model.rounded(torch.zeros(1, 1, 1, 1))[0] == pytest.approx(levels // 2, abs=1e-6)
+
+
+def test_two_finite_scalar_levels_have_a_gradient():
+    model = FiniteScalar((2,)).build(1)
+    model.project.weight.data.fill_(1)
+    model.project.bias.data.zero_()
+    features = torch.linspace(-1, 1, 9).view(1, 1, 1, 9).requires_grad_()
+    level, codes = model.rounded(features)
+    level.sum().backward()
+    assert codes.flatten().tolist() == [0] * 4 + [1] * 5 and (features.grad > 0.2).all()
+
+
+def test_finite_scalar_codes_that_are_too_many_are_refused():
+    with pytest.raises(ValueError, match="make 1,000,000,000 codes, and at most 1,000,000 can be modelled"):
+        FiniteScalar((1000, 1000, 1000)).build(4)
+
+
+def test_a_spike_of_log_sigma_makes_no_loss_infinite_and_comes_back():
+    model = Gaussian(channels=1).build(1)
+    model.project.weight.data.copy_(torch.tensor([0.0, 1.0]).view(2, 1, 1, 1))
+    model.project.bias.data.zero_()
+    features = torch.tensor([-1000.0, -3.0, 2.0, 1000.0]).view(4, 1, 1, 1).requires_grad_()
+    embedded, penalty, _ = model(features, 0.0)
+    penalty.sum().backward()
+    assert embedded.isfinite().all() and penalty.isfinite().all()
+    assert features.grad.isfinite().all() and features.grad[3] > 1 and features.grad[0] < -0.5
+    (posterior,) = model.posterior(features)
+    assert torch.equal(posterior["std"][1:3], features[1:3].exp()) and posterior["std"].isfinite().all()
+
+
+@torch.no_grad()
+def test_nearest_codes_are_looked_for_few_at_a_time(monkeypatch):
+    model, sizes = VectorQuantized(codes=12, channels=3).build(4), []
+    model.codebook.normal_()
+    vectors = torch.randn(2, 5, 3)
+    whole, addmm = model.choose(vectors), torch.addmm
+    monkeypatch.setattr(bottlenecks, "DISTANCES_AT_ONCE", 12 * 4)
+    monkeypatch.setattr(torch, "addmm", lambda *of, **how: sizes.append(len(of[1])) or addmm(*of, **how))
+    assert torch.equal(model.choose(vectors), whole) and sizes == [4, 4, 2]

@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+import pipelines.__main__ as everything
+
 SHRUNK = [
     *("--stage1.steps", "6", "--stage1.batch-size", "16", "--stage1.checkpoint-steps", "3"),
     *("--stage2.steps", "6", "--stage2.batch-size", "16", "--stage2.checkpoint-steps", "3"),
@@ -159,6 +161,26 @@ def test_help_imports_little(asked):
     done = subprocess.run([sys.executable, "-c", script], cwd=Path(__file__).parents[1], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert f"python -m pipelines.{module}" in done.stdout and len(done.stdout) > 200
+
+
+def test_one_command_starts_all_others(tmp_path):
+    """As it is installed, two-stage COMMAND; and as a module."""
+    assert {*everything.COMMANDS} == {*COMMANDS}
+    installed = (Path(__file__).parents[1] / "pyproject.toml").read_text()
+    assert 'two-stage = "pipelines.__main__:main"' in installed and callable(everything.main)
+
+    def started(*arguments: str) -> subprocess.CompletedProcess:
+        environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+        start = [sys.executable, "-m", "pipelines", *arguments]
+        return subprocess.run(start, cwd=tmp_path, env=environment, capture_output=True, text=True)
+
+    said = started("--help").stdout
+    assert all(f"  {name}" in said for name in COMMANDS)
+    done = started("train-all", "--help")
+    assert done.returncode == 0 and done.stdout.startswith("usage: python -m pipelines.train_all")
+    for arguments, says in ((["trian_all"], "did you mean 'train_all'"), (["compare"], "name a run to compare")):
+        done = started(*arguments)
+        assert done.returncode == 2 and says in done.stderr and "Traceback" not in done.stderr
 
 
 def test_a_command_starts_and_fails_as_a_process_of_its_own(trained):

@@ -16,7 +16,7 @@ from webdataset import TarWriter
 
 from pipelines import files
 from pipelines.console import UserError
-from pipelines.data import reading
+from pipelines.data import reading, shard_index
 from pipelines.data.decoding import Unreadable, read_image
 from pipelines.data.folder import Folder
 from pipelines.data.images import Binarized, ImageSet, Mirrored, Splits, split
@@ -432,13 +432,43 @@ def test_shards_are_read_as_a_folder_is(pictures, shards):
             assert len(set(b.captions)) == len(b) and all(caption.startswith("picture ") for caption in b.captions)
 
 
+def test_the_index_of_shards_is_read_from_beside_them_until_they_change(shards, tmp_path, monkeypatch):
+    for shard in range(4):
+        (tmp_path / f"{shard}.tar").write_bytes(Path(shards.replace("{0..3}", str(shard))).read_bytes())
+    urls, entries_of, read = str(tmp_path / "{0..3}.tar"), shard_index.entries_of, []
+    monkeypatch.setattr(shard_index, "entries_of", lambda path, *rest: read.append(path) or entries_of(path, *rest))
+
+    def loaded(kept: Path) -> Splits:
+        read.clear()
+        return Shards(urls, size=8, cache=kept).load()
+
+    first = loaded(tmp_path / "cache")
+    assert len(read) == 4 and not (tmp_path / "cache").exists() and len([*tmp_path.glob("*.tar.index")]) == 4
+    again = loaded(tmp_path / "cache")
+    assert read == []
+    for a, b in ((first.train, again.train), (first.test, again.test)):
+        assert torch.equal(a.images, b.images) and torch.equal(a.labels, b.labels) and a.captions == b.captions
+    os.utime(tmp_path / "2.tar", (0, 0))
+    (tmp_path / "1.tar.index").write_bytes(b"damaged")
+    loaded(tmp_path / "cache")
+    assert read == [str(tmp_path / "1.tar"), str(tmp_path / "2.tar")]
+    # Where nothing can be written beside the shards, as in a folder that is read only (which root may write to).
+    for path in tmp_path.glob("*.tar.index"):
+        path.unlink()
+        path.mkdir()
+    loaded(tmp_path / "cache")
+    assert len(read) == 4 and len([*(tmp_path / "cache").glob("*.index")]) == 4
+    loaded(tmp_path / "cache")
+    assert read == []
+
+
 def test_shards_from_elsewhere_are_copied_once_and_test_shards_are_the_test_split(shards, tmp_path, monkeypatch):
     first, last = (f"pipe:cat {shards.replace('{0..3}', part)}" for part in ("{0..2}", "3"))
     config = Shards(first, last, cache=tmp_path / "copies", size=8)
     splits = config.load()
     assert [len(part) for part in parts(splits)] == [43, 2, 15]
     assert sorted(splits.test.captions) == sorted(f"picture {index}" for index in range(45, 60))
-    assert len(list((tmp_path / "copies").iterdir())) == 4
+    assert len(list((tmp_path / "copies").glob("*.tar"))) == 4
     monkeypatch.setattr("webdataset.cache.download", None)
     assert torch.equal(config.load().test.images[:], splits.test.images[:])
     assert cache_name("https://a/train/0.tar") != cache_name("https://a/test/0.tar")

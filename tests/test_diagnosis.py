@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipelines.judging.compare import exchange
 from pipelines.judging.comparison import CodeUse, Comparison, ImagesOf, Row
 from pipelines.judging.features import Features, Reference
 from pipelines.judging.health import health_of
+from pipelines.judging.rows import exchange
 from pipelines.judging.tradeoffs import Tradeoff
 from pipelines.pages.diagnosis import another_prior, diagnosis, health_line
 from pipelines.runs.config import replaced

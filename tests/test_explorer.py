@@ -2,6 +2,7 @@
 
 import socket
 import sys
+import threading
 
 import pytest
 import torch
@@ -83,11 +84,41 @@ def test_what_is_painted_over_is_drawn_anew_and_the_rest_is_kept(views, small_da
     read, hidden = hidden_part(views.model, str(tmp_path / "background.png"), [str(tmp_path / "layer.png")])
     assert torch.equal(read, picture), "a picture that was only enlarged is what it was"
     assert torch.equal(hidden, torch.arange(28)[:, None].expand(28, 28) >= 14)
-    given, made = views.complete(picture, hidden, 2, 0, "1")
+    given, made = views.complete(picture, hidden, 2, 0, "1", "what a prior that is told labels does not hear")
     assert (given.images[0, :, 14:] == 128).all()
     assert torch.equal(made.images[:, :, :14], picture[None, :, :14].expand(2, -1, -1, -1))
     with pytest.raises(UserError, match="nothing is painted over"):
-        views.complete(picture, torch.zeros_like(hidden), 2, 0, None)
+        views.complete(picture, torch.zeros_like(hidden), 2, 0, None, None)
+
+
+def test_a_caption_is_what_a_completion_is_told(views, small_data, monkeypatch):
+    heard = []
+    monkeypatch.setattr(views.model, "complete", lambda *_, **told: heard.append(told) or torch.zeros(1, 1, 28, 28))
+    monkeypatch.setattr(type(views.run), "told", "caption")
+    views.complete(views.held_out(1), torch.ones(28, 28, dtype=torch.bool), 1, 0, "1", "a boot")
+    assert heard[0]["caption"] == "a boot" and heard[0]["label"] is None
+
+
+def test_data_are_loaded_beside_what_is_drawn_and_looked_for_again_where_they_are_not_there(run, monkeypatch):
+    begun, there, found = threading.Event(), threading.Event(), []
+
+    def load(_):
+        begun.set()
+        there.wait(60)
+        if not found:
+            raise UserError("no data")
+        return found[0]
+
+    monkeypatch.setattr("pipelines.explorer.views.load_data", load)
+    views = Views(TwoStage.open(run.folder, "cpu"))
+    assert not begun.is_set()
+    _ = views.loading
+    assert begun.wait(60) and views.draw(1, 0, AS_FITTED, None, None), "drawing waits for no data"
+    there.set()
+    with pytest.raises(UserError, match="no data"):
+        _ = views.data
+    found.append("splits")
+    assert views.data == "splits"
 
 
 def test_the_nearest_training_image_is_found(views, small_data, monkeypatch):

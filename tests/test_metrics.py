@@ -24,9 +24,9 @@ from torchmetrics.image.kid import poly_mmd
 
 from pipelines.console import UserError
 from pipelines.data.images import ImageSet
-from pipelines.judging import features, quality
+from pipelines.judging import compare, features, quality, rows
 from pipelines.judging.comparison import SURELY, Verdict, from_dict, read_comparison, verdict_of, write_comparison
-from pipelines.judging.features import FIGURES, Classifier, FeatureSpace, Judge, feature_space, inception, kept_best
+from pipelines.judging.features import FIGURES, Classifier, FeatureSpace, Judge, feature_space, inception, kept_best, surety_of
 from pipelines.judging.quality import (
     Cloud,
     FrechetDistance,
@@ -238,13 +238,21 @@ def test_the_classifier_takes_images_of_any_size(size):
     assert Classifier(3, 2).eval().features(torch.zeros(5, 3, size, size, dtype=torch.uint8)).shape == (5, 64)
 
 
+def test_of_too_many_training_images_some_are_compared_with(tmp_path, monkeypatch):
+    monkeypatch.setattr(features, "MOST_TRAINING", 40)
+    some = space(tmp_path, 100)
+    assert len(some.reference) == some.description.reference.images == 34
+    assert some.numbers(torch.tensor([0, 1, 33, 34, 35])).tolist() == [0, 3, 99, 100, 103]
+
+
 def test_features_are_kept_for_the_same_images_and_network_only(tmp_path, monkeypatch):
+    monkeypatch.setattr(quality, "CHUNK", 7 * 64)  # features of a few images at a time
     first = space(tmp_path, 100)
-    assert float(first.reference.var(0).sum()) == pytest.approx(100)
+    assert float(first.reference[:].var(0).sum()) == pytest.approx(100)
     with monkeypatch.context() as patch:
         patch.setattr(Classifier, "features", lambda *_: pytest.fail("they are on the disk"))
         second = space(tmp_path, 100)
-    assert torch.equal(first.reference, second.reference) and first.description == second.description
+    assert torch.equal(first.reference[:], second.reference[:]) and first.description == second.description
     other = space(tmp_path, 90)
     assert other.description.digest == first.description.digest
     assert other.description.reference != first.description.reference and len(other.reference) == 90
@@ -281,7 +289,7 @@ def test_inception_features_are_not_scaled_and_too_few_images_have_no_fid(incept
     config = MetricsConfig(extractor="inception", weights=path)
     made = feature_space(fabric_for("cpu", "float32"), config, splits, tmp_path)
     (expected,) = network(splits.train.images.repeat(1, 3, 1, 1))
-    assert torch.equal(made.reference, expected.double())
+    assert torch.equal(made.reference[:], expected.double())
     assert made.withheld(1000) == f"{len(expected)} images for 2048 features: a covariance needs more images than features"
 
 
@@ -320,6 +328,8 @@ def test_weights_that_are_not_to_be_had(tmp_path, monkeypatch):
 class Reader(nn.Module):
     """Is sure of label 1 in bright images, of label 0 in dark ones."""
 
+    pixels = 2**10
+
     def features(self, images):
         return images.float().mean((1, 2, 3))[:, None] / 255
 
@@ -332,11 +342,12 @@ def test_the_share_kept_is_the_surest_of_each_label():
     labels = torch.tensor([0, 1, 0, 1, 0, 1, 0, 1])
     images = brightness.to(torch.uint8).view(-1, 1, 1, 1).expand(-1, 1, 4, 4)
     fabric = fabric_for("cpu", "float32")
-    assert kept_best(fabric, Reader(), images, labels, 0.5).tolist() == [0, 1, 2, 5]
-    assert kept_best(fabric, Reader(), images, labels, 1.0).tolist() == list(range(8))
-    assert kept_best(fabric, Reader(), images, labels, 0.1).tolist() == [0, 5]
+    surety = surety_of(fabric, Reader(), images, labels)
+    assert kept_best(surety, labels, 0.5).tolist() == [0, 1, 2, 5]
+    assert kept_best(surety, labels, 1.0).tolist() == list(range(8))
+    assert kept_best(surety, labels, 0.1).tolist() == [0, 5]
     for share in (0.3, 0.4, 0.6):
-        assert len(kept_best(fabric, Reader(), images, torch.tensor([0, 0, 0, 1, 1, 1, 1, 1]), share)) >= share * len(images)
+        assert len(kept_best(surety, torch.tensor([0, 0, 0, 1, 1, 1, 1, 1]), share)) >= share * len(images)
 
 
 def made_by_a_second_run(make: Callable[[], Any], path: Path, lock: Path, capsys) -> Any:
@@ -359,7 +370,7 @@ def test_a_second_run_waits_for_the_features_that_another_is_making(tmp_path, ca
     (path,) = tmp_path.glob("features-*.safetensors")
     path.unlink()  # as if the other were still at it
     second = made_by_a_second_run(lambda: space(tmp_path, 100), path, path.with_suffix(".lock"), capsys)
-    assert torch.equal(second.reference, first.reference)
+    assert torch.equal(second.reference[:], first.reference[:])
 
 
 def test_a_second_run_waits_for_the_classifier_that_another_is_training(tmp_path, capsys):
@@ -400,10 +411,17 @@ def test_the_gap_closed_is_the_share_of_the_way_to_the_reconstructions():
 
 
 @pytest.mark.usefixtures("small_data")
-def test_a_comparison_comes_back_from_its_file(run, tmp_path):
-    """With what is missing and what is withheld; of a later version it is refused."""
-    splits = load_data(run)
+def test_a_comparison_comes_back_from_its_file(run, tmp_path, monkeypatch):
+    """With what is missing and what is withheld; of a later version it is refused. No row's images are held but those shown."""
+    splits, drawn = load_data(run), []
+    monkeypatch.setattr(rows, "GRID", 10)
+    draw_rows = compare.draw_rows
+    monkeypatch.setattr(compare, "draw_rows", lambda subject: drawn.append(draw_rows(subject)) or drawn[-1])
     made = compared(run, splits)
+    of_label = rows.A_LABEL * len(splits.label_names)
+    assert {len(seen.features) for seen in drawn[0].seen.values()} == {120}
+    assert {len(seen.images) for seen in drawn[0].seen.values()} <= {*range(10, 10 + of_label + 1)}
+    assert {len(images) for images in drawn[0].images.values()} == {10} and 10 + of_label < 120
     few = compared(run, dataclasses.replace(splits, test=splits.test.subset(torch.arange(3))))
     without = dataclasses.replace(
         made, priors={name: row for name, row in made.priors.items() if name != "learned"}, missing={"learned": "none: none"},

@@ -153,7 +153,7 @@ def test_both_stages_see_mirror_images(name, tmp_path, monkeypatch):
     # What is copied may be copied from either.
     metrics = json.loads((run.folder / "compare" / "metrics.json").read_text())
     space = feature_space(run.fabric, run.config.metrics, load_data(run), run.classifiers)
-    either = torch.cat([space.reference, space.features(images.images.flip(-1), "flipped")])
+    either = torch.cat([space.reference[:], space.features(images.images.flip(-1), "flipped")])
     distances, _ = nearest_neighbours(space.features(load_data(run).test.images, "test"), either)
     assert metrics["real"]["distance_to_training"] == pytest.approx(float(distances.median()))
 

@@ -8,13 +8,16 @@ import torch
 from scipy import stats
 from torch import distributions
 
+from stage2_prior import heads, sampling
+from stage2_prior import prior as baselines_of
 from stage2_prior.autoregressive import AutoregressiveConfig
 from stage2_prior.baselines import CODE_BASELINES, CONTINUOUS_BASELINES, baselines
 from stage2_prior.heads import MINIMUM_LOG_STD, Categorical, GaussianMixture, truncated
 from stage2_prior.latents import LatentDataset, LatentSpec, draw
+from stage2_prior.layers import attend
 from stage2_prior.pixelcnn import PixelCNNConfig
 from stage2_prior.prior import AggregatePosterior, GaussianMixturePrior
-from stage2_prior.sampling import AS_FITTED, CannotSample, Sampling, uniforms
+from stage2_prior.sampling import AS_FITTED, CannotSample, Conditioned, Sampling, sample_grid, uniforms
 from stage2_prior.transformer import TransformerConfig
 from tests.parts import BACKBONES, HEADS, LEARNED, RIVALS, random_latents, random_prior, randomized, spec_for
 
@@ -603,3 +606,54 @@ def test_a_transformer_sees_positions_beside_what_is_embedded_from_the_start(hea
     prior = AutoregressiveConfig(TransformerConfig(width=64), HEADS[head]).build([spec])
     values = torch.arange(5) if head == "categorical" else torch.randn(500, 2)
     assert 0.2 < float(prior.position.std() / prior.head.embed(values).std()) < 5
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("strength", [0.0, 1.0])
+def test_noise_of_few_positions_is_made_at_once_with_the_same_samples(strength, monkeypatch):
+    spec, how, sizes = spec_for("mixture", (3, 4)), Sampling(autoguidance=strength), []
+    prior = random_prior(spec, "pixelcnn", "mixture", scale=0.15).float()
+    told = Conditioned(prior.backbone, prior.head, None, None)
+    weaker = told if strength else None
+    whole = sample_grid(told, spec.grid, torch.arange(5), 3, how, weaker=weaker)
+    begin = type(prior.head).begin
+    monkeypatch.setattr(
+        type(prior.head), "begin", lambda self, noise, how: sizes.append(noise.shape[1]) or begin(self, noise, how)
+    )
+    monkeypatch.setattr(sampling, "NOISE_AT_ONCE", 5 * 5 * prior.head.uniforms(how))
+    assert torch.equal(sample_grid(told, spec.grid, torch.arange(5), 3, how, weaker=weaker), whole) and sizes == [5, 5, 2]
+
+
+def test_moments_are_taken_of_few_posteriors_at_a_time_with_the_same_result(monkeypatch):
+    spec = LatentSpec((2, 3, 3))
+    dataset, of_head, of_prior = random_latents(50, spec), [], []
+    for numbers in (2**21, 7 * spec.dimensions):
+        monkeypatch.setattr(heads, "NUMBERS_AT_ONCE", numbers)
+        monkeypatch.setattr(baselines_of, "NUMBERS_AT_ONCE", numbers)
+        of_head.append(torch.cat(heads.channel_moments(dataset.levels[0])))
+        prior = GaussianMixturePrior([spec], 1)
+        prior.estimate(dataset)
+        of_prior.append(prior)
+    mean, std = dataset.levels[0]["mean"].double(), dataset.levels[0]["std"].double()
+    by_hand = mean.mean((0, 2, 3)), mean.var((0, 2, 3), correction=0) + std.square().mean((0, 2, 3))
+    assert torch.allclose(of_head[0], torch.cat(by_hand)) and torch.allclose(of_head[1], of_head[0])
+    for name, tensor in of_prior[0].state_dict().items():
+        assert torch.allclose(tensor, of_prior[1].state_dict()[name], atol=1e-6)
+
+
+def test_the_points_that_a_mixture_is_fitted_to_are_limited_in_bytes(monkeypatch):
+    spec, fitted = LatentSpec((1, 2, 2)), []
+    monkeypatch.setattr(baselines_of, "MIXTURE_BYTES", 8 * spec.dimensions * 30)
+    fit = GaussianMixturePrior.fit
+    monkeypatch.setattr(GaussianMixturePrior, "fit", lambda self, points, of: fitted.append(len(points)) or fit(self, points, of))
+    GaussianMixturePrior([spec], 2).estimate(random_latents(50, spec))
+    assert fitted == [30]
+
+
+def test_attention_in_bfloat16_makes_no_square_of_its_positions(monkeypatch):
+    q, k, v = torch.randn(3, 1, 2, 300, 8).bfloat16()
+    later = torch.ones(300, 300, dtype=torch.bool).triu(1)
+    expected = (q.float() @ k.float().mT * 8**-0.5).masked_fill(later, -math.inf).softmax(-1) @ v.float()
+    monkeypatch.setattr(torch.Tensor, "softmax", lambda *_: pytest.fail("a softmax over all pairs of positions"))
+    found = attend(q, k, v)
+    assert found.dtype == torch.bfloat16 and torch.allclose(found.float(), expected, atol=0.02)

@@ -9,11 +9,14 @@ import pytest
 import torch
 from lightning_fabric import Fabric
 
+from pipelines.files import read_tensors
 from pipelines.judging.comparison import to_dict
 from pipelines.runs.dataset import load_data
+from pipelines.runs.parts import load_autoencoder
+from pipelines.runs.run import Run
 from pipelines.training import checkpoints
 from tests import on_ranks
-from tests.parts import compared, random_latents
+from tests.parts import compared, random_latents, small_splits
 
 ROOT = Path(__file__).parent.parent
 ONE = Fabric(accelerator="cpu")
@@ -74,6 +77,18 @@ def test_what_is_made_does_not_depend_on_the_number_of_processes(found):
     made = on_ranks.sampled(ONE)
     for of_one in found:
         assert all(torch.equal(made[name], of_one["sampled"][name]) for name in made)
+
+
+def test_each_process_writes_latents_of_its_own(found, folder):
+    torch.set_default_dtype(torch.float32)  # of the run
+    name = "stage1-train-0000{}-of-00006.safetensors".format
+    assert [of_one["wrote"]["first"] for of_one in found] == [[name(1), name(3), name(5), name(6)], [name(2), name(4)]]
+    assert [of_one["wrote"]["again"] for of_one in found] == [[], []]
+    assert [of_one["wrote"]["one gone"] for of_one in found] == [[name(3)], [name(4)]]
+    several = [read_tensors(folder / "latents" / "latents" / name(number)) for number in range(1, 7)]
+    run = Run.open(str(folder / "latents"), "cpu")
+    (whole,) = load_autoencoder(run).encode(small_splits((1, 28, 28), 4).train.images[:11])
+    assert torch.allclose(torch.cat([part["0.mean"] for part in several]), whole["mean"], atol=1e-5)
 
 
 def test_all_leave_out_a_step_that_is_not_a_number_on_one(found, tmp_path):

@@ -6,7 +6,6 @@ replays it into the same tensors; what a capture would not survive, because it w
 
 import gc
 import weakref
-from functools import partial
 
 import pytest
 import torch
@@ -62,7 +61,9 @@ def setting(backbone, head, how, batch=4):
     prior = random_prior(spec, backbone, head, scale=0.15).float()
     copies = 2 if how.guidance else 1
     modules = [prior.backbone, prior.head] * copies
-    draw = partial(draw_grid, modules, spec.grid, how)
+
+    def draw(uniform, *told):
+        return draw_grid(modules, spec.grid, how, len(uniform), lambda positions: uniform[:, positions], *told)
 
     def inputs(seed):
         generator = torch.Generator().manual_seed(seed)

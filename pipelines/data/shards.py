@@ -13,7 +13,8 @@ from pipelines.data.images import ImageSet, Splits
 from pipelines.data.layout import listed, some
 from pipelines.data.own import FEWEST_IMAGES, OwnImages, labels_of
 from pipelines.data.reading import Stored
-from pipelines.data.tars import Member, TarFiles, members_of
+from pipelines.data.shard_index import Index, index_of
+from pipelines.data.tars import TarFiles
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ class Shards(OwnImages):
     test_urls: str | None = None
     """shards of the test split; a tenth of the samples when not given"""
     cache: Path = Path("data/shards")
-    """folder that shards from elsewhere are copied to, once"""
+    """folder that shards from elsewhere are copied to, once; and for what is in shards where it cannot be kept beside them"""
 
     def load(self, report: Path | None = None) -> Splits:
         """report: file to name the unreadable images in."""
@@ -37,17 +38,16 @@ class Shards(OwnImages):
         self.check()
         patterns = {"all": self.urls} if self.test_urls is None else {"train": self.urls, "test": self.test_urls}
         found = [self.samples(pattern) for pattern in patterns.values()]
-        said = [[member.said.get("cls") for member in members] for _, members in found]
-        texts = [[None if text is None else text.decode(errors="replace").strip() for text in part] for part in said]
-        keys = [[member.key for member in members] for _, members in found]
-        labels, label_names = labels_of([*zip(keys, texts)], "samples", "cls")
-        sets = {
-            split: ImageSet(Stored(TarFiles(*part), self.channels, self.size, self.background), part_labels, captions_in(part[1]))
-            for split, part, part_labels in zip(patterns, found, labels)
-        }
+        texts = [(index.keys, [*map(text_of, index.said["cls"])]) for _, index in found]
+        labels, label_names = labels_of(texts, "samples", "cls")
+        sets = {}
+        for split, (paths, index), part_labels in zip(patterns, found, labels):
+            files = TarFiles(paths, index.keys, index.shards, index.offsets, index.sizes)
+            images = Stored(files, self.channels, self.size, self.background)
+            sets[split] = ImageSet(images, part_labels, captions_in(index))
         return self.splits(sets, " and ".join(patterns.values()), label_names, report)
 
-    def samples(self, pattern: str) -> tuple[list[str], list[Member]]:
+    def samples(self, pattern: str) -> tuple[list[str], Index]:
         """The local files of a pattern, and what is in them."""
         try:
             from webdataset.cache import FileCache
@@ -67,15 +67,14 @@ class Shards(OwnImages):
             except (OSError, ValueError) as error:
                 raise UserError(f"the shard {url} cannot be copied to {self.cache}/ ({error})") from error
         left_out: Counter[str] = Counter()
-        members = members_of(paths, base_plus_ext, left_out)
+        index = index_of(paths, base_plus_ext, left_out, self.cache)
         if left_out:
             say(f"left out of {pattern}: {listed(left_out)}")
-        repeated = len(members) - len({(member.shard, member.key) for member in members})
-        if repeated:
-            say(f"{pattern} holds {repeated} samples whose name is that of another in the same shard: all are used")
-        if len(members) < FEWEST_IMAGES:
-            raise UserError(f"{pattern} holds {len(members)} images; at least {FEWEST_IMAGES} are needed")
-        return paths, members
+        if index.repeated:
+            say(f"{pattern} holds {index.repeated} samples whose name is that of another in the same shard: all are used")
+        if len(index) < FEWEST_IMAGES:
+            raise UserError(f"{pattern} holds {len(index)} images; at least {FEWEST_IMAGES} are needed")
+        return paths, index
 
 
 NEEDS_WEBDATASET = "shards need the library `webdataset`: pip install -e '.[webdataset]'"
@@ -87,24 +86,30 @@ def cache_name(url: str) -> str:
     return f"{hashlib.sha256(url.encode()).hexdigest()[:16]}-{re.sub(r'[^A-Za-z0-9.-]+', '-', url)[-100:]}"
 
 
-def captions_in(members: list[Member]) -> list[str] | None:
+def text_of(content: bytes | None) -> str | None:
+    return None if content is None else content.decode(errors="replace").strip()
+
+
+def captions_in(index: Index) -> list[str] | None:
     """What the samples' txt says, or the `caption` of their json; None unless all have one."""
-    captions = [caption_in(member) for member in members]
-    without = [member.key for member, caption in zip(members, captions) if caption is None]
-    if 0 < len(without) < len(members):
-        say(f"no captions: {len(without)} of {len(members)} samples have neither txt nor json with one: {some(without, 3)}")
+    captions = [caption_in(*of_sample) for of_sample in zip(index.keys, index.said["txt"], index.said["json"])]
+    without = [key for key, caption in zip(index.keys, captions) if caption is None]
+    if 0 < len(without) < len(index):
+        say(f"no captions: {len(without)} of {len(index)} samples have neither txt nor json with one: {some(without, 3)}")
     return None if without else [caption for caption in captions if caption is not None]
 
 
-def caption_in(member: Member) -> str | None:
+def caption_in(key: str, txt: bytes | None, json_text: bytes | None) -> str | None:
     """Raises UserError where the json has a caption that is no text."""
-    if "txt" in member.said:
-        return member.said["txt"].decode(errors="replace").strip()
+    if txt is not None:
+        return text_of(txt)
+    if json_text is None:
+        return None
     try:
-        caption = json.loads(member.said["json"])["caption"]
+        caption = json.loads(json_text)["caption"]
     except (ValueError, KeyError, TypeError):
         return None
     try:
         return usable_text(caption)
     except UserError as error:
-        raise UserError(f"the caption of the sample {member.key}: {error}") from error
+        raise UserError(f"the caption of the sample {key}: {error}") from error

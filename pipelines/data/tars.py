@@ -10,22 +10,22 @@ from dataclasses import dataclass
 from typing import BinaryIO, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
-from pipelines.console import NotThere, Progress, UserError
 from pipelines.data.decoding import IMAGE_ENDINGS
 from pipelines.data.reading import printable
 
 SAID = ("cls", "txt", "json")  # what is read of a sample beside its image
+Numbers = NDArray[np.int64]
 SplitName = Callable[[str], tuple[str | None, str | None]]
 CHUNK = 2**20  # bytes
 
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """Where the image of one sample lies in a list of tar files, and what else its sample says."""
+    """Where the image of one sample lies in a tar file, and what else its sample says."""
 
     key: str
-    shard: int
     offset: int
     size: int
     said: dict[str, bytes]
@@ -34,11 +34,9 @@ class Member:
 class TarFiles:
     """Members of tar files that are not compressed, read where they lie."""
 
-    def __init__(self, paths: list[str], members: list[Member]):
-        self.paths, self.names = paths, [member.key for member in members]
-        self.shards, self.offsets, self.sizes = (
-            np.array([(m.shard, m.offset, m.size) for m in members], np.int64).reshape(-1, 3).T
-        )
+    def __init__(self, paths: list[str], names: list[str], shards: Numbers, offsets: Numbers, sizes: Numbers):
+        """shards: the number of the path that each lies in; offsets and sizes in bytes."""
+        self.paths, self.names, self.shards, self.offsets, self.sizes = paths, names, shards, offsets, sizes
 
     def __len__(self) -> int:
         return len(self.names)
@@ -65,32 +63,6 @@ class Entry(NamedTuple):
     offset: int
     size: int
     content: bytes
-
-
-def members_of(paths: list[str], split_name: SplitName, left_out: Counter[str]) -> list[Member]:
-    """The samples with an image in WebDataset shards, in the order in which they begin there. No image is read.
-
-    split_name: into the key of the sample and the kind; left_out: takes the number of what is left out, by its kind. Raises
-    UserError for a file that is not a tar file, is compressed, or is cut off.
-    """
-    found: list[Member] = []
-    with Progress("reading the index of the shards", len(paths), "shards") as progress:
-        for shard, path in enumerate(paths):
-            try:
-                entries = [*entries_of(path, left_out)]
-            except (OSError, tarfile.TarError, ValueError) as error:
-                if isinstance(error, FileNotFoundError):
-                    raise NotThere(f"there is no shard {path}: give your shards with --data.urls PATTERN") from error
-                raise UserError(
-                    f"{path} cannot be read as a tar file without compression ({error}). Mend or remove it, or copy it again."
-                ) from error
-            members, others = samples(entries, shard, split_name)
-            if not members:  # keys with dots in them
-                members, others = samples(entries, shard, posixpath.splitext)
-            found += members
-            left_out.update(others)
-            progress.update(1)
-    return found
 
 
 def entries_of(path: str, left_out: Counter[str]) -> Iterator[Entry]:
@@ -139,7 +111,7 @@ def after_zeros(file: BinaryIO, length: int) -> int | None:
     return None
 
 
-def samples(entries: list[Entry], shard: int, split_name: SplitName) -> tuple[list[Member], Counter[str]]:
+def samples(entries: list[Entry], split_name: SplitName) -> tuple[list[Member], Counter[str]]:
     """Of one shard, in whatever order its files come; and what is left out. A name that comes again begins another sample."""
     everything: list[dict[str, Entry]] = []
     current: dict[str, dict[str, Entry]] = {}
@@ -166,5 +138,5 @@ def samples(entries: list[Entry], shard: int, split_name: SplitName) -> tuple[li
         if len(images) > 1:
             left_out["second image"] += len(images) - 1
         said = {kind: entry.content for kind, entry in sample.items() if kind in SAID}
-        found.append(Member(key, shard, images[-1].offset, images[-1].size, said))
+        found.append(Member(key, images[-1].offset, images[-1].size, said))
     return found, left_out

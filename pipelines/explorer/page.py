@@ -116,7 +116,13 @@ class Page:
         self.names = names_of_runs()
         if first is not None and first not in self.names:
             self.names.insert(0, first)
-        self.opened = functools.lru_cache(maxsize=3)(lambda name: Views(TwoStage.open(name, device)))
+        self.opened = functools.lru_cache(maxsize=3)(self.open)
+
+    def open(self, name: str) -> Views:
+        """A run, and its data on their way, so that what first needs them does not wait."""
+        views = Views(TwoStage.open(name, self.device))
+        _ = views.loading
+        return views
 
     def views(self, name: str | None) -> Views:
         if not name:
@@ -183,12 +189,14 @@ class Page:
             large = small.resize((small.width * times, small.height * times), Image.Resampling.NEAREST)
         return [gr.update(value={"background": large, "layers": [], "composite": None}), ""]
 
-    def complete(self, name: str, seed: float, drawing: dict[str, Any] | None, count: int, label: str) -> list[Strip]:
+    def complete(self, name: str, seed: float, drawing: dict[str, Any] | None, count: int, *told: Any) -> list[Strip]:
+        """told: the label and the caption."""
         if not drawing or not drawing["background"]:
             raise UserError("there is no picture to complete: load a held-out image, or drop a file")
         views = self.views(name)
         picture, hidden = hidden_part(views.model, drawing["background"], drawing["layers"])
-        return views.complete(picture, hidden, count, whole(seed, "the seed"), None if label == ANY else label)
+        label, caption = told
+        return views.complete(picture, hidden, count, whole(seed, "the seed"), None if label == ANY else label, caption or None)
 
     def serve(self, host: str, port: int, wait: bool = True) -> gr.Blocks:
         """Serve the page until it is interrupted, or until it is closed where there is no waiting."""
@@ -269,7 +277,8 @@ class Page:
                 button = gr.Button("Draw the painted part", variant="primary")
                 completed = gr.HTML()
                 one_at_a_time(load.click, fn=self.load, inputs=[run, number], outputs=[editor, completed])
-                one_at_a_time(button.click, fn=shown(self.complete), inputs=[run, seed, editor, few, label], outputs=completed)
+                asked: dict[str, Any] = {"inputs": [run, seed, editor, few, label, caption], "outputs": completed}
+                one_at_a_time(button.click, fn=shown(self.complete), **asked)
             with gr.Tab("Nearest"):
                 gr.Markdown("Samples of the learned prior, and the training images that are nearest to them.")
                 some = gr.Slider(1, 16, 8, step=1, label="Samples")

@@ -4,6 +4,7 @@ N images, C colour channels, H×W pixels. Every function raises UserError, in on
 """
 
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -74,8 +75,18 @@ class Views:
             model.prior("learned")
 
     @cached_property
+    def loading(self) -> Future[Splits]:
+        """The data on their way: they are loaded beside what else is done."""
+        return ThreadPoolExecutor(1).submit(load_data, self.run)
+
+    @property
     def data(self) -> Splits:
-        return load_data(self.run)
+        """Raises UserError where they are not there; asked again, they are looked for again."""
+        try:
+            return self.loading.result()
+        except UserError:
+            vars(self).pop("loading", None)
+            raise
 
     @property
     def guided(self) -> bool:
@@ -160,12 +171,16 @@ class Views:
             Strip("to", end[None]),
         ]
 
-    def complete(self, picture: Tensor, hidden: Tensor, count: int, seed: int, label: str | None) -> list[Strip]:
-        """The hidden part, boolean H W, of a picture, uint8 C H W, drawn anew."""
+    def complete(
+        self, picture: Tensor, hidden: Tensor, count: int, seed: int, label: str | None, caption: str | None
+    ) -> list[Strip]:
+        """The hidden part, boolean H W, of a picture, uint8 C H W, drawn anew. Of label and caption, that counts which the
+        prior is told."""
         if not hidden.any():
             raise UserError("nothing is painted over: paint the part that is to be drawn anew")
         label = label if self.run.told == "label" else None
-        made = self.model.complete(picture, ~hidden, count, label=label, seed=seed, particles=16)
+        caption = caption if self.run.told == "caption" else None
+        made = self.model.complete(picture, ~hidden, count, label=label, caption=caption, seed=seed, particles=16)
         given = torch.where(hidden, 128, picture)[None]
         return [Strip("what is kept", given), Strip("the rest drawn anew, under the learned prior", made)]
 
@@ -177,7 +192,8 @@ class Views:
         some = "" if len(rows) == len(data.train) else f" Looked for among the first {len(rows)} training images."
         pixels = data.train.images[rows].flatten(1).float() / 255
         by_pixels = nearest_neighbours(samples.flatten(1).float() / 255, pixels)
-        by_features = nearest_neighbours(self.space.features(samples, "features of the samples"), self.space.reference)
+        distances, places = nearest_neighbours(self.space.features(samples, "features of the samples"), self.space.reference)
+        by_features = distances, self.space.numbers(places)
         strips = [Strip("samples of the learned prior", samples)]
         for where, (distances, found), note in (("pixels", by_pixels, some), ("a classifier's features", by_features, "")):
             listed = ", ".join(f"{number} ({distance:.2g})" for number, distance in zip(found.tolist(), distances.tolist()))

@@ -1,7 +1,6 @@
 """Makes the comparison: draws from every prior of a run through one frozen decoder, and judges what is drawn."""
 
 import platform
-import time
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,39 +10,25 @@ from torch import Tensor
 from pipelines import processes
 from pipelines.data.images import Splits
 from pipelines.judging.comparison import CodeUse, Comparison, ImagesOf, Row, title, verdict_of
-from pipelines.judging.features import (
-    Classifier,
-    FeatureSpace,
-    Judge,
-    choosing_space,
-    feature_space,
-    logits_of,
-    trained_classifier,
-)
+from pipelines.judging.features import Judge, OfTraining, choosing_space
 from pipelines.judging.health import health_of
 from pipelines.judging.likelihood import likelihood, rate_maps
 from pipelines.judging.quality import intervals, nearest_neighbours
+from pipelines.judging.rows import BATCH, Rows, Subject
 from pipelines.judging.tradeoffs import Tradeoff, choose_sampling, described, rejection, ways_to_sample
 from pipelines.runs.config import MetricsConfig, judged_by
 from pipelines.runs.kinds import name_of_prior
-from pipelines.runs.latents import encode
-from pipelines.runs.parts import load_autoencoder, specs_of, weights_of
-from pipelines.runs.priors import densities, open_prior
+from pipelines.runs.parts import weights_of
 from pipelines.runs.run import Run
-from pipelines.runs.sampling import Samples, generate, pixel_noise
+from pipelines.runs.sampling import Samples
 from pipelines.training import checkpoints
-from stage1_vae.autoencoder import Autoencoder
 from stage1_vae.bottlenecks import perplexity
 from stage2_prior.autoregressive import LearnedPrior
-from stage2_prior.latents import LatentDataset, LatentSpec
-from stage2_prior.prior import GaussianMixturePrior, Prior
+from stage2_prior.latents import LatentSpec
+from stage2_prior.prior import GaussianMixturePrior
 from stage2_prior.sampling import AS_FITTED, Sampling
 
 SHOWN = 16  # images in a row of the picture
-GRID = 64  # images kept of each row, to show them
-A_LABEL, MOST_LABELS = 16, 12  # samples shown of a label, and labels
-POINTS = 1000  # draws in a scatter plot
-BATCH = 500
 PERTURBED = 0.1  # of the positions of a reconstruction
 FEW = 8  # draws of z an image for the likelihood; python -m pipelines.likelihood takes more
 NOT_A_GENERATOR = "not a generator: reconstructs training images"
@@ -81,86 +66,6 @@ class Exhibits:
 
 
 @dataclass(frozen=True)
-class Subject:
-    """What is compared: a frozen decoder and its priors, against held-out images, as many of which each prior draws."""
-
-    run: Run
-    splits: Splits
-    judging: MetricsConfig
-    seed: int
-    autoencoder: Autoencoder
-    specs: list[LatentSpec]
-    space: FeatureSpace
-    latents: LatentDataset
-    """of the test split"""
-    chosen: Tensor
-    """which images of the test split, N"""
-    told: Tensor | None
-    """what the learned prior is told of each of them"""
-    priors: dict[str, Prior]
-
-    @classmethod
-    def of(cls, run: Run, splits: Splits, judging: MetricsConfig, seed: int) -> "Subject":
-        autoencoder = load_autoencoder(run)
-        specs = specs_of(autoencoder)
-        space = feature_space(run.fabric, judging, splits, run.classifiers)
-        count = min(judging.images, len(splits.test))
-        chosen = torch.randperm(len(splits.test), generator=torch.Generator().manual_seed(seed))[:count]
-        latents = encode(run, autoencoder, splits.test, "test")
-        told = None if latents.contexts is None or run.told is None else latents.contexts[chosen]
-        priors = {name: open_prior(run, name, specs) for name in (*densities(run, specs), "posterior")}
-        return cls(run, splits, judging, seed, autoencoder, specs, space, latents, chosen, told, priors)
-
-    @property
-    def codes(self) -> list[Tensor]:
-        """Of the whole test split, one tensor for each level; none of continuous latents."""
-        return [posterior["codes"] for posterior in self.latents.sample() if "codes" in posterior]
-
-    @property
-    def labels(self) -> Tensor | None:
-        """Of the chosen images, where the learned prior is told labels or captions of them."""
-        labels = self.splits.test.labels
-        return None if labels is None or self.told is None or not self.run.learned else labels[self.chosen]
-
-
-class Rows:
-    """The images of each row, uint8 N C H W, with what is known of how they were drawn."""
-
-    def __init__(self, subject: Subject):
-        self.subject = subject
-        self.images: dict[str, Tensor] = {}
-        self.points: dict[str, Tensor] = {}
-        """the first latents as the decoder reads them, POINTS D"""
-        self.seconds: dict[str, float] = {}
-        """for 1,000 images"""
-        self.perturbed: Tensor | None = None
-        """reconstructions of which a share of the positions, PERTURBED, was exchanged"""
-        self.nats: dict[str, Tensor] = {}
-        """of each prior, -log p(z) of the chosen images' latents, N"""
-        self.warnings: list[str] = []
-
-    def sampled(self, row: str, prior: Prior, how: Sampling = AS_FITTED, count: int | None = None, seed: int = 0) -> Samples:
-        """`count` samples, as many as there are chosen images when None. seed: added to the subject's own."""
-        subject, started = self.subject, time.perf_counter()
-        count = len(subject.chosen) if count is None else count
-        samples = generate(
-            subject.autoencoder,
-            prior,
-            count,
-            seed=subject.seed + seed,
-            device=subject.run.fabric.device,
-            how=how,
-            contexts=subject.told,
-            pixels=subject.judging.pixels,
-            label=f"sampling {row}",
-        )
-        self.seconds[row] = 1000 * (time.perf_counter() - started) / count
-        if warning := samples.warning():
-            self.warnings.append(f"{row}: {warning}")
-        return samples
-
-
-@dataclass(frozen=True)
 class Judged:
     """The figures of each row, and what they were made of."""
 
@@ -180,7 +85,7 @@ def compare(run: Run, splits: Splits, judging: MetricsConfig, seed: int = 0) -> 
     rows = draw_rows(subject)
     how, tried = tuned_sampling(subject, rows)
     if how != AS_FITTED:
-        rows.images["tuned"] = rows.sampled("tuned", subject.priors["learned"], how).images
+        rows.add_samples("tuned", subject.priors["learned"], how)
     judged = judge(subject, rows)
     rows.nats = nats_of_latents(subject)
     figures = with_nats(subject, rows.nats, judged.rows)
@@ -194,12 +99,10 @@ def compare(run: Run, splits: Splits, judging: MetricsConfig, seed: int = 0) -> 
 def draw_rows(subject: Subject) -> Rows:
     """Held-out images, their reconstructions, and samples of every prior."""
     rows = Rows(subject)
-    rows.images["real"] = subject.splits.test.images[subject.chosen]
-    rows.images["reconstruction"] = reconstruct(subject)
+    rows.seen["real"] = rows.held_out()
+    rows.seen["reconstruction"] = rows.reconstructions()
     for name, prior in subject.priors.items():
-        samples = rows.sampled(name, prior)
-        rows.images[name], rows.points[name] = samples.images, embedded(subject, samples.levels)
-    rows.perturbed = reconstruct(subject, exchanged=PERTURBED)
+        rows.add_samples(name, prior)
     return rows
 
 
@@ -210,7 +113,10 @@ def tuned_sampling(subject: Subject, rows: Rows) -> tuple[Sampling, list[Tradeof
         return AS_FITTED, []
 
     def drawn(how: Sampling, count: int) -> Tensor:
-        return rows.sampled(described(how), learned, how, count, seed=1).images
+        def features(places: Tensor, samples: Samples) -> Tensor:
+            return space.of_batch(samples.images)
+
+        return space.scaled(torch.cat(rows.sampled(described(how), learned, features, how, count, seed=1)))
 
     run = subject.run
     space = choosing_space(run.fabric, subject.judging, subject.splits, run.classifiers)
@@ -221,18 +127,18 @@ def tuned_sampling(subject: Subject, rows: Rows) -> tuple[Sampling, list[Tradeof
 
 def judge(subject: Subject, rows: Rows) -> Judged:
     space = subject.space
-    features = {name: space.features(images, f"features of {name}") for name, images in rows.images.items()}
+    features = {name: space.scaled(seen.features) for name, seen in rows.seen.items()}
     learned_from = space.reference
     if subject.run.config.mirror:  # a copy may be of either
-        mirrored = space.features(subject.splits.train.images, "features of the mirror images", mirror=True)
-        learned_from = torch.cat([learned_from, mirrored])
+        learned_from = OfTraining([learned_from, space.of_training(mirror=True)], space.scale)
     nearest = {name: nearest_neighbours(values, learned_from) for name, values in features.items()}
     judge = Judge(space, nearest["real"][0], subject.seed)
     values = {name: judge.under_resamples(points, nearest[name][0]) for name, points in features.items()}
     figures = {name: Row(**judge.figures(found, nearest[name][0])) for name, found in values.items()}
-    error = (rows.images["reconstruction"].double() - rows.images["real"].double()).div(255).square().mean()
-    perturbed = None if rows.perturbed is None else space.distance_of(space.features(rows.perturbed, "features of perturbed"))
-    figures["reconstruction"] = replace(figures["reconstruction"], mse=float(error), fd_perturbed=perturbed)
+    errors = rows.seen["reconstruction"].errors
+    assert errors is not None
+    perturbed = space.distance_of(space.scaled(rows.reconstructions(exchanged=PERTURBED).features))
+    figures["reconstruction"] = replace(figures["reconstruction"], mse=float(errors.mean()), fd_perturbed=perturbed)
     figures["posterior"] = replace(figures["posterior"], note=NOT_A_GENERATOR)
     if isinstance(mixture := subject.priors.get("mixture"), GaussianMixturePrior):
         kind = "full" if mixture.full else "diagonal"
@@ -259,13 +165,10 @@ def with_labels_read(subject: Subject, rows: Rows, figures: dict[str, Row]) -> d
     labels = subject.labels
     if labels is None:
         return figures
-    model = subject.space.model
-    reader = model if isinstance(model, Classifier) else classifier(subject, seed=0)
     read = {}
-    for name in ("real", "reconstruction", "learned", "tuned"):
-        if name in figures:
-            found = logits_of(subject.run.fabric, reader, rows.images[name]).argmax(1)
-            read[name] = replace(figures[name], label_read=float((found == labels).float().mean()))
+    for name, seen in rows.seen.items():
+        if seen.read is not None:
+            read[name] = replace(figures[name], label_read=float((seen.read == labels).float().mean()))
     return figures | read
 
 
@@ -275,9 +178,9 @@ def comparison_of(subject: Subject, rows: Rows, judged: Judged, tried: list[Trad
     priors = {name: row for name, row in figures.items() if name not in ("real", "reconstruction")}
     rejected = []
     if subject.labels is not None:
-        other = classifier(subject, seed=1)
-        drawn, features = rows.images["learned"], judged.features["learned"]
-        rejected = rejection(run, subject.space, other, drawn, features, subject.labels)
+        surety = rows.seen["learned"].surety
+        assert surety is not None
+        rejected = rejection(subject.space, surety, judged.features["learned"], subject.labels)
     codes, withheld = subject.codes, None
     if not run.learned:
         withheld = NO_LEARNED_PRIOR
@@ -307,7 +210,7 @@ def comparison_of(subject: Subject, rows: Rows, judged: Judged, tried: list[Trad
         prior=name_of_prior(run.config.prior) if run.learned else "learned prior",
         told=run.told if run.learned else None,
         images=len(subject.chosen),
-        images_of=ImagesOf(len(splits.train)),
+        images_of=ImagesOf(len(subject.space.reference)),
         seed=subject.seed,
         weights=weights_of(run),
         judged_by=judged_by(subject.judging),
@@ -329,9 +232,9 @@ def exhibits_of(subject: Subject, rows: Rows, judged: Judged, comparison: Compar
     made = {phase: checkpoints.usable(run.folder / phase) for phase in ("stage1", "stage2", "refined")}
     records = {phase: found[-1].record for phase, found in made.items() if found}  # an export has only what is used
     return Exhibits(
-        images={name: images[:GRID] for name, images in rows.images.items()},
-        by_label=by_label(subject, rows.images),
-        nearest=nearest_training_images(subject.splits, judged.nearest[generator][1][:SHOWN]),
+        images=rows.images,
+        by_label=rows.by_label("tuned" if "tuned" in rows.seen else "learned") if subject.shown else {},
+        nearest=nearest_training_images(subject.splits, subject.space.numbers(judged.nearest[generator][1][:SHOWN])),
         distances={name: judged.nearest[name][0] for name in ("real", generator, "posterior")},
         projections=projected(rows.points) if min(rows.points["posterior"].shape) > 1 else {},
         code_counts=[
@@ -344,16 +247,6 @@ def exhibits_of(subject: Subject, rows: Rows, judged: Judged, comparison: Compar
         training_seconds={name: record["seconds"] for name, record in records.items() if record["seconds"] is not None},
         nats=rows.nats,
     )
-
-
-def by_label(subject: Subject, images: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The first samples of each label, where there are labels and each has as many."""
-    labels, names = subject.labels, subject.splits.label_names[:MOST_LABELS]
-    if labels is None:
-        return {}
-    drawn = images["tuned"] if "tuned" in images else images["learned"]
-    found = {name: drawn[labels == number][:A_LABEL] for number, name in enumerate(names)}
-    return {name: samples for name, samples in found.items() if len(samples) == A_LABEL}
 
 
 def nearest_training_images(splits: Splits, indices: Tensor) -> Tensor:
@@ -373,13 +266,6 @@ def projected(points: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 @torch.inference_mode()
-def embedded(subject: Subject, levels: list[Tensor]) -> Tensor:
-    """The first latents as the decoder reads them, flattened: POINTS D, on the CPU."""
-    first = [level[:POINTS].to(subject.run.fabric.device) for level in levels]
-    return subject.autoencoder.bottleneck.embed(first).flatten(1).cpu()
-
-
-@torch.inference_mode()
 def interpolations(subject: Subject) -> Tensor:
     """Straight lines in z between the posteriors' means of pairs of held-out images, of which there are two or more."""
     autoencoder, pairs = subject.autoencoder, min(3, len(subject.chosen) // 2)
@@ -388,34 +274,6 @@ def interpolations(subject: Subject) -> Tensor:
     share = torch.linspace(0, 1, SHOWN, device=z.device)[None, :, None, None, None]
     between = torch.lerp(z[:pairs, None], z[pairs:, None], share).flatten(0, 1)
     return autoencoder.render([between]).cpu()
-
-
-@torch.inference_mode()
-def reconstruct(subject: Subject, exchanged: float = 0.0) -> Tensor:
-    """What the decoder makes of a sample z ~ q(z|x), as generation decodes samples; uint8 N C H W.
-
-    exchanged: share of the positions whose latent is that of another image at the same position, so drawn from its marginal.
-    """
-    fabric, autoencoder = subject.run.fabric, subject.autoencoder
-
-    def reconstructed(batch: Tensor) -> Tensor:
-        posteriors = fabric.to_device(subject.latents.posteriors(batch))
-        torch.manual_seed(int(batch[0]))
-        noise = pixel_noise(subject.judging.pixels, 0, fabric.to_device(batch), autoencoder.image_shape)
-        levels = [exchange(level, exchanged) for level in autoencoder.sample(posteriors)]
-        return autoencoder.render(levels, noise).cpu()
-
-    return torch.cat(processes.in_batches(reconstructed, subject.chosen, BATCH, "reconstructing"))
-
-
-def exchange(level: Tensor, share: float) -> Tensor:
-    """Latents of one level, … h w, of which each position has with this probability the value of another image of the batch."""
-    if share == 0 or len(level) < 2:
-        return level
-    batch, size = len(level), (len(level), *level.shape[-2:])
-    others = (torch.arange(batch)[:, None, None] + torch.randint(1, batch, size)) % batch
-    rows = torch.where(torch.rand(size) < share, others, torch.arange(batch)[:, None, None]).to(level.device)
-    return level.gather(0, rows.view(batch, *(1,) * (level.ndim - 3), *level.shape[-2:]).expand_as(level))
 
 
 @torch.inference_mode()
@@ -435,10 +293,6 @@ def nats_of_latents(subject: Subject) -> dict[str, Tensor]:
     priors = {name: prior for name, prior in subject.priors.items() if name != "posterior"}
     batches = processes.in_batches(nats, subject.chosen, BATCH, "likelihood of latents")
     return {name: torch.cat([batch[name] for batch in batches]) for name in priors}
-
-
-def classifier(subject: Subject, seed: int) -> Classifier:
-    return trained_classifier(subject.run.fabric, subject.judging, subject.splits, subject.run.classifiers, seed)[0]
 
 
 def code_use(codes: Tensor, spec: LatentSpec) -> CodeUse:

@@ -24,14 +24,30 @@ from pipelines import files, processes
 from pipelines.console import UserError, say
 from pipelines.data.images import ImageSet, Labelled, Splits
 from pipelines.data.reading import Stored, content_of
-from pipelines.judging.quality import FEWEST, Cloud, FrechetDistance, copied, copying_p, error, likeness, nearer, resampled
+from pipelines.judging.quality import (
+    FEWEST,
+    Cloud,
+    FrechetDistance,
+    blocks,
+    copied,
+    copying_p,
+    error,
+    likeness,
+    nearer,
+    resampled,
+)
 from pipelines.runs.config import MetricsConfig
+from pipelines.training.config import FitConfig
 from pipelines.training.fabric import Fabric
 from pipelines.training.fit import evaluate, fit, in_order
 from stage1_vae.statistics import BatchNorm
+from stage2_prior.latents import Joined
 
 BATCH = 500
 SMALLEST = 4  # pixels, that can be halved twice
+FEW = 50  # images that a network of a fixed, larger size looks at together
+MOST_TRAINING = 1_000_000  # images that samples are compared with
+PIXELS_TRAINED = 2**20  # of the images of a microbatch of the classifier's training
 SAME = 1e-10  # of features' mean square: a variance from rounding alone
 FIGURES = ("fd", "kid", "precision", "recall", "density", "coverage", "nearer", "copied")
 
@@ -44,7 +60,7 @@ def convolution(channels: int, features: int) -> list[nn.Module]:
 class Classifier(nn.Module):
     """A small convolutional classifier, whose last hidden layer is what images are compared in."""
 
-    dimensions, batch, trace = 64, BATCH, 100.0
+    dimensions, pixels, trace = 64, 2**19, 100.0  # pixels: of the images that are looked at together
 
     def __init__(self, channels: int, classes: int):
         super().__init__()
@@ -67,14 +83,16 @@ class Classifier(nn.Module):
         return {"loss": F.cross_entropy(logits, labels), "accuracy": (logits.argmax(1) == labels).float().mean()}
 
 
+def at_once(model: "Classifier | Inception", images: Tensor | Stored) -> int:
+    """How many images, N C H W, a network looks at together; the memory of that does not grow with their size."""
+    return FEW if model.pixels is None else max(1, min(BATCH, model.pixels // math.prod(images.shape[2:])))
+
+
 @torch.inference_mode()
 def logits_of(fabric: Fabric, classifier: Classifier, images: Tensor) -> Tensor:
     """images uint8 N C H W; returns N classes, on the CPU."""
-
-    def logits(rows: Tensor) -> Tensor:
-        return classifier.output(classifier.features(fabric.to_device(images[rows]))).cpu()
-
-    return torch.cat(processes.in_batches(logits, torch.arange(len(images)), BATCH))
+    parts = images.split(at_once(classifier, images))
+    return torch.cat([classifier.output(classifier.features(fabric.to_device(part))).cpu() for part in parts])
 
 
 @dataclass(frozen=True)
@@ -98,46 +116,81 @@ class Features:
     """share of test images that the classifier reads right, where it is one"""
 
 
+class OfTraining(Joined):
+    """Features of training images by number, … F in float64: on disk, and scaled where they are read."""
+
+    def __init__(self, parts: list[Tensor | Joined], scale: float = 1.0):
+        super().__init__(parts)
+        self.scale = scale
+
+    def __getitem__(self, indices: Tensor | slice) -> Tensor:
+        return super().__getitem__(indices).double() * self.scale
+
+
 class FeatureSpace:
-    """The features that images are compared in, and those of the training split, N F."""
+    """The features that images are compared in, and those of the training split.
+
+    Of more than MOST_TRAINING images these are of some, evenly spaced.
+    """
 
     def __init__(self, model: nn.Module, description: dict[str, Any], train: ImageSet, fabric: Fabric, cache: Path):
         assert isinstance(model, Classifier | Inception)
-        self.model, self.fabric, self.scale = model.eval(), fabric, 1.0
+        self.model, self.fabric, self.scale, self.cache = model.eval(), fabric, 1.0, cache
+        self.compared = torch.arange(0, len(train), math.ceil(len(train) / MOST_TRAINING))
+        """the numbers of the training images that are compared with, M"""
+        self.images = len(train)
+        self.train = train if len(self.compared) == len(train) else train.subset(self.compared)
         self.description = Features(
             extractor=description["extractor"],
             dimensions=model.dimensions,
             digest=digest_of(model.state_dict()),
-            reference=Reference(len(train), hashlib.sha256(content_of(train.images)).hexdigest()[:16]),
+            reference=Reference(len(self.train), hashlib.sha256(content_of(self.train.images)).hexdigest()[:16]),
             accuracy=description.get("accuracy"),
         )
-        key = f"{self.description.digest}-{self.description.reference.digest}"
-        path = cache / f"features-{key}.safetensors"
-        made = files.cached(
-            path, key, lambda: {"features": self.features(train.images, "features of the training images").float()}
-        )
-        reference = made["features"].double()
-        spread = float(reference.var(0).sum())
-        self.varies = spread > SAME * float(reference.square().sum(1).mean())
+        self.reference = self.of_training()
+        spread, square = moments(self.reference)
+        self.varies = spread > SAME * square
         if model.trace is not None and self.varies:
-            self.scale = (model.trace / spread) ** 0.5
-        self.reference = reference * self.scale
+            self.scale = self.reference.scale = (model.trace / spread) ** 0.5
         self.distance = FrechetDistance(self.reference)
+
+    def of_training(self, mirror: bool = False) -> OfTraining:
+        """Features of the training images, M F, or of their mirror images; made once, and kept on disk."""
+        key = f"{self.description.digest}-{self.description.reference.digest}" + ("-mirrored" if mirror else "")
+        label = f"features of the {'mirror' if mirror else 'training'} images"
+        path = self.cache / f"features-{key}.safetensors"
+        made = files.cached(path, key, lambda: {"features": self.unscaled(self.train.images, label, mirror)})
+        return OfTraining([made["features"]], self.scale)
 
     @property
     def fewest(self) -> int:
         """Images that a Fréchet distance needs."""
         return self.model.dimensions + 1
 
+    def features(self, images: Tensor | Stored, label: str) -> Tensor:
+        """images uint8 N C H W; returns N F in float64, on the CPU."""
+        return self.scaled(self.unscaled(images, label))
+
+    def unscaled(self, images: Tensor | Stored, label: str, mirror: bool = False) -> Tensor:
+        """The same in float32, as the network gives them. mirror: of the mirror images, left to right."""
+        size = at_once(self.model, images)
+        rows = torch.arange(len(images))
+        return torch.cat(
+            processes.in_batches(lambda some: self.of_batch(in_order(images, some, size), mirror), rows, size, label)
+        )
+
     @torch.inference_mode()
-    def features(self, images: Tensor | Stored, label: str, mirror: bool = False) -> Tensor:
-        """images uint8 N C H W; returns N F in float64, on the CPU. mirror: of their mirror images, left to right."""
+    def of_batch(self, images: Tensor, mirror: bool = False) -> Tensor:
+        """Of uint8 images B C H W, B F as `unscaled` gives them."""
+        parts = [self.fabric.to_device(part) for part in images.split(at_once(self.model, images))]
+        return torch.cat([self.model.features(part.flip(-1) if mirror else part).float().cpu() for part in parts])
 
-        def features(rows: Tensor) -> Tensor:
-            batch = self.fabric.to_device(in_order(images, rows, self.model.batch))
-            return self.model.features(batch.flip(-1) if mirror else batch).cpu().double()
+    def numbers(self, found: Tensor) -> Tensor:
+        """The numbers of training images, from their places in `reference`. Mirror images come after, in both."""
+        return self.compared[found % len(self.compared)] + self.images * (found // len(self.compared))
 
-        return torch.cat(processes.in_batches(features, torch.arange(len(images)), self.model.batch, label)) * self.scale
+    def scaled(self, features: Tensor) -> Tensor:
+        return features.double() * self.scale
 
     def frechet_distance(self, images: Tensor, label: str) -> float | None:
         """The distance from the training images; None when there are too few images for a covariance."""
@@ -155,6 +208,18 @@ class FeatureSpace:
         if images >= self.fewest:
             return None
         return f"{images} images for {self.model.dimensions} features: a covariance needs more images than features"
+
+
+def moments(points: Joined) -> tuple[float, float]:
+    """Of points N F: the sum of the variances of all F, and the mean of the squared lengths."""
+    count, mean, around, square = 0, torch.zeros(()), torch.zeros(()), 0.0
+    for block in blocks(len(points), points[:1].shape[1]):
+        some = points[block]
+        here, new = some.mean(0), len(some)
+        # Chan et al. 1983, of two parts of a set
+        around = around + (some - here).square().sum(0) + (here - mean).square() * (count * new / (count + new))
+        mean, count, square = mean + (here - mean) * (new / (count + new)), count + new, square + float(some.square().sum())
+    return float(around.sum()) / max(1, count - 1), square / count
 
 
 def digest_of(tensors: dict[str, Tensor]) -> str:
@@ -213,6 +278,13 @@ class Judge:
         }
 
 
+def in_parts(config: FitConfig, pixels: int) -> FitConfig:
+    """The training of a classifier, in as many microbatches as images of so many pixels ask for."""
+    share = config.batch_size // processes.count()
+    fitting = [parts for parts in range(1, share + 1) if share % parts == 0 and share // parts * pixels <= PIXELS_TRAINED]
+    return replace(config, microbatches=max(config.microbatches, min(fitting, default=share)))
+
+
 def trained_classifier(
     fabric: Fabric, config: MetricsConfig, splits: Splits, cache: Path, seed: int
 ) -> tuple[Classifier, dict[str, Any]]:
@@ -228,8 +300,9 @@ def trained_classifier(
         key.update(content_of(part))
     folder = cache / key.hexdigest()[:16]
     with files.alone(folder, (folder / f"step-{config.classifier.steps:07d}").is_dir):
-        fit(fabric, model, Labelled(splits.train), Labelled(splits.validation), config.classifier, seed, folder, "classifier")
-    accuracy = evaluate(fabric, model, Labelled(splits.test), BATCH, 0)["accuracy"]
+        training = in_parts(config.classifier, math.prod(splits.image_shape[1:]))
+        fit(fabric, model, Labelled(splits.train), Labelled(splits.validation), training, seed, folder, "classifier")
+    accuracy = evaluate(fabric, model, Labelled(splits.test), at_once(model, splits.test.images), 0)["accuracy"]
     say(f"classifier: accuracy {100 * accuracy:.1f} % on {len(splits.test)} test images")
     return model.eval(), {"extractor": "classifier", "accuracy": accuracy}
 
@@ -237,7 +310,7 @@ def trained_classifier(
 class Inception(nn.Module):
     """The network of the Fréchet inception distance (Heusel et al. 2017), by torch-fidelity; its features are not scaled."""
 
-    dimensions, batch, trace = 2048, 50, None
+    dimensions, pixels, trace = 2048, None, None  # it has a size of its own
 
     def __init__(self, state: dict[str, Tensor]):
         """Raises ImportError where torch-fidelity is not installed, RuntimeError for the weights of another network."""
@@ -306,13 +379,16 @@ def choosing_space(fabric: Fabric, config: MetricsConfig, splits: Splits, cache:
     return feature_space(fabric, replace(config, extractor="classifier"), splits, cache, seed=1)
 
 
-@torch.inference_mode()
-def kept_best(fabric: Fabric, classifier: Classifier, images: Tensor, labels: Tensor, share: float) -> Tensor:
-    """Which images to keep, in order: of each label, the share, rounded up, in which the classifier is surest to read it.
+def surety_of(fabric: Fabric, classifier: Classifier, images: Tensor, labels: Tensor) -> Tensor:
+    """How sure a classifier is to read each image's label: log p, N. images uint8 N C H W, labels N."""
+    return logits_of(fabric, classifier, images).log_softmax(-1).gather(1, labels[:, None]).squeeze(1)
 
-    Rejection sampling as in VQ-VAE-2 (Razavi et al. 2019, section 3.3). images uint8 N C H W, labels N; returns indices.
+
+def kept_best(surety: Tensor, labels: Tensor, share: float) -> Tensor:
+    """Which images to keep, in order: of each label, the share, rounded up, in which a classifier is surest to read it.
+
+    Rejection sampling as in VQ-VAE-2 (Razavi et al. 2019, section 3.3). surety: of `surety_of`, N, labels N; returns indices.
     """
-    surety = logits_of(fabric, classifier, images).log_softmax(-1).gather(1, labels[:, None]).squeeze(1)
     kept = []
     for label in labels.unique():
         members = torch.nonzero(labels == label).squeeze(1)

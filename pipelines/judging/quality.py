@@ -15,6 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from stage2_prior.latents import Joined
+
 RESAMPLES = 100
 RESAMPLES_OF_WIDE = 10  # of the Fréchet distance, which takes seconds in more features than the next line says
 WIDE = 512
@@ -129,14 +131,16 @@ def likeness(real: Cloud, generated: Tensor, weights: Tensor | None = None) -> d
 class FrechetDistance:
     """The Fréchet distance between Gaussians of two sets of features (Heusel et al. 2017), by torchmetrics."""
 
-    def __init__(self, reference: Tensor):
+    def __init__(self, reference: Tensor | Joined):
         from torchmetrics.image.fid import FrechetInceptionDistance  # slow to import
 
+        features = reference[:1].shape[1]
         self.metric = FrechetInceptionDistance(
-            GivenFeatures(reference.shape[1]), reset_real_features=False, sync_on_compute=False
+            GivenFeatures(features), reset_real_features=False, sync_on_compute=False
         )  # of several processes each has all the features
         self.metric.set_dtype(torch.float64)
-        self.metric.update(reference, real=True)
+        for block in blocks(len(reference), features):
+            self.metric.update(reference[block], real=True)
 
     def __call__(self, features: Tensor) -> float:
         """features N F, with N above F: fewer have no covariance of full rank."""
@@ -161,13 +165,26 @@ class GivenFeatures(nn.Module):
         return features
 
 
-def nearest_neighbours(points: Tensor, others: Tensor) -> tuple[Tensor, Tensor]:
-    """For points N F the distance to the nearest of the others M F, and which it is; both N."""
+def nearest_neighbours(points: Tensor, others: Tensor | Joined) -> tuple[Tensor, Tensor]:
+    """For points N F the distance to the nearest of the others M F, and which it is; both N. Others on disk are read once."""
     # ‖x-y‖² = ‖x‖² + (‖y‖² - 2 x·y), of which the first does not decide which y is nearest.
-    lengths = others.square().sum(1)
-    found = [torch.addmm(lengths, points[rows], others.T, alpha=-2).min(1) for rows in chunks(len(points), len(others))]
-    squared = torch.cat([part.values for part in found]) + points.square().sum(1)
-    return squared.clamp(min=0).sqrt(), torch.cat([part.indices for part in found])
+    nearest = torch.full((len(points),), math.inf, dtype=points.dtype)
+    which = torch.zeros(len(points), dtype=torch.long)
+    for block in blocks(len(others), points.shape[1]):
+        some = others[block]
+        lengths = some.square().sum(1)
+        for rows in chunks(len(points), len(some)):
+            found = torch.addmm(lengths, points[rows], some.T, alpha=-2).min(1)
+            closer = found.values < nearest[rows]
+            nearest[rows] = torch.where(closer, found.values, nearest[rows])
+            which[rows] = torch.where(closer, found.indices + block.start, which[rows])
+    return (nearest + points.square().sum(1)).clamp(min=0).sqrt(), which
+
+
+def blocks(rows: int, features: int) -> list[slice]:
+    """Of as many features F as are held at once."""
+    size = max(1, CHUNK // features)
+    return [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
 
 
 def nearer(distances: Tensor, held_out: Tensor) -> Tensor:

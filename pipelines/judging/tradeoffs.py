@@ -11,9 +11,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from pipelines.judging.features import Classifier, FeatureSpace, kept_best
+from pipelines.judging.features import FeatureSpace, kept_best
 from pipelines.judging.quality import FEWEST, Cloud, likeness
-from pipelines.runs.run import Run
 from stage2_prior.sampling import AS_FITTED, Sampling
 
 T = TypeVar("T")
@@ -69,24 +68,22 @@ def choose_sampling(
 
     space: of another network than the one that judges the comparison, so that what is chosen does not flatter the figures.
     count: images that a row of the comparison is judged by; here ENOUGH of them are drawn, or a fifth as many if that is more.
-    drawn: as many images, uint8 N C H W, drawn in a way; other ones than those that the comparison judges.
+    drawn: the features of as many images, N F, drawn in a way; other ones than those that the comparison judges.
     As fitted, where nothing is better, or there are too few images to tell.
     """
     few = max(math.ceil(count / 5), min(count, ENOUGH))
-    some = {how: space.features(drawn(how, few), f"features of {described(how)}") for how in ways}
+    some = {how: drawn(how, few) for how in ways}
     tried = [replace(point, sampling=how) for how, point in along(some, space).items()]
     best = lowest_fd(tried)
     return (best.sampling if best and best.sampling else AS_FITTED), tried
 
 
-def rejection(
-    run: Run, space: FeatureSpace, other: Classifier, images: Tensor, features: Tensor, labels: Tensor
-) -> list[Tradeoff]:
+def rejection(space: FeatureSpace, surety: Tensor, features: Tensor, labels: Tensor) -> list[Tradeoff]:
     """Of the samples, the SHARES that a classifier other than the one that judges is surest of (Razavi et al. 2019, section 3.3).
 
-    images uint8 N C H W, their features N F, labels N: what each was drawn as. Empty where there are too few images.
+    surety: of `surety_of`, N; the images' features N F, labels N: what each was drawn as. Empty where there are too few images.
     """
-    kept = {share: kept_best(run.fabric, other, images, labels, share) for share in SHARES}
+    kept = {share: kept_best(surety, labels, share) for share in SHARES}
     number = min(len(indices) for indices in kept.values())
     some = {
         share: features[indices[torch.randperm(len(indices), generator=seeded())[:number]]] for share, indices in kept.items()

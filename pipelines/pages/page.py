@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from pipelines.files import write_file
-from pipelines.judging.compare import BATCH, SHOWN, Exhibits
+from pipelines.judging.compare import SHOWN, Exhibits
 from pipelines.judging.comparison import Comparison
+from pipelines.judging.rows import BATCH
 from pipelines.judging.together import above_best, ranking
 from pipelines.judging.tradeoffs import departures
 from pipelines.pages.likelihood import as_table

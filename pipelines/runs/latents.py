@@ -40,10 +40,23 @@ def encode(run: Run, autoencoder: Autoencoder, images: ImageSet, part: str, phas
             other.unlink()
 
     processes.on_first(clear)
-    for start, shard in zip(starts, paths):  # so that memory holds one at a time, and a killed process loses but one
-        rows = range(start, min(start + starts.step, len(images)))
-        label = f"encoding {part}" + (f", {rows.start} to {rows.stop} of {len(images)}" if len(paths) > 1 else "")
-        files.cached(shard, key, lambda: encoded(run.fabric, autoencoder, images, label, rows))  # noqa: B023
+    parts = [range(start, min(start + starts.step, len(images))) for start in starts]
+
+    def made(number: int, alone: bool = False) -> dict[str, Tensor]:
+        rows = parts[number]
+        label = f"encoding {part}" + (f", {rows.start} to {rows.stop} of {len(images)}" if len(parts) > 1 else "")
+        return encoded(run.fabric, autoencoder, images, label, rows, alone)
+
+    # Several files at a time, each made and written by a process of its own, all by as many batches; the last ones by all
+    # together. So memory holds one file, and a killed process loses but one.
+    together = (len(parts) - 1) // processes.count() * processes.count() if processes.count() > 1 else 0
+    for first in range(0, together, processes.count()):
+        own = first + processes.rank()
+        if not all(processes.gathered(files.key_of(paths[own]) == key)):
+            tensors = made(own, alone=True)
+            processes.on_each(lambda: files.replace_tensors(paths[own], tensors, {"key": key}))  # noqa: B023
+    for number in range(together, len(parts)):
+        files.cached(paths[number], key, lambda: made(number))  # noqa: B023
     shards = [read_latents(shard, specs_of(autoencoder)) for shard in paths]
     if sum(len(next(iter(shard.values()))) for shard in shards) != len(images):
         raise other_latents(path, f"they are not of {len(images)} images")
@@ -80,18 +93,21 @@ def training_latents(run: Run, specs: list[LatentSpec]) -> LatentDataset:
 
 @torch.inference_mode()
 def encoded(
-    fabric: Fabric, autoencoder: Autoencoder, images: ImageSet, label: str, rows: range | None = None
+    fabric: Fabric, autoencoder: Autoencoder, images: ImageSet, label: str, rows: range | None = None, alone: bool = False
 ) -> dict[str, Tensor]:
-    """The posteriors of images, as tensors named LEVEL.NAME, on the CPU. rows: which; all when None."""
+    """The posteriors of images, as tensors named LEVEL.NAME, on the CPU. rows: which; all when None.
+
+    alone: each process makes those of its own rows, in as many batches as the others.
+    """
 
     def posteriors(rows: Tensor) -> dict[str, Tensor]:
         torch.manual_seed(int(rows[0]))  # some data sets draw their examples
-        (batch,) = in_order(images, rows, ENCODING_BATCH)
+        (batch,) = in_order(images, rows, ENCODING_BATCH, alone)
         levels = enumerate(autoencoder.encode(fabric.to_device(batch)))
         return {f"{level}.{name}": tensor.cpu() for level, posterior in levels for name, tensor in posterior.items()}
 
     rows = range(len(images)) if rows is None else rows
-    batches = processes.in_batches(posteriors, torch.arange(rows.start, rows.stop), ENCODING_BATCH, label)
+    batches = processes.in_batches(posteriors, torch.arange(rows.start, rows.stop), ENCODING_BATCH, label, alone)
     return {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
 
 

@@ -1,5 +1,7 @@
 """Images from a run: latents drawn from a prior, and decoded."""
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -26,10 +28,13 @@ class Samples:
     def warning(self) -> str | None:
         """What to say of samples that are not numbers, where there are some."""
         wrong = int((~self.finite).sum())
-        return f"{wrong} of {len(self.finite)} samples are not numbers and are black" if wrong else None
+        return not_numbers(wrong, len(self.finite)) if wrong else None
 
 
-@torch.inference_mode()
+def not_numbers(wrong: int, count: int) -> str:
+    return f"{wrong} of {count} samples are not numbers and are black"
+
+
 def generate(
     autoencoder: Autoencoder,
     prior: Prior,
@@ -49,17 +54,33 @@ def generate(
     Image i under one seed is the same whatever the count and the batch size. A batch that does not fit into memory is
     halved. Raises UserError when one image does not fit, or when `how` makes no sense for this prior.
     """
-    limit = batch_size
+    draw = sampler(autoencoder, prior, seed=seed, device=device, how=how, contexts=contexts, pixels=pixels)
+    return joined(processes.in_batches(draw, torch.arange(count), batch_size, label))
 
+
+def sampler(
+    autoencoder: Autoencoder,
+    prior: Prior,
+    *,
+    seed: int,
+    device: torch.device,
+    how: Sampling = AS_FITTED,
+    contexts: Tensor | None = None,
+    pixels: Pixels = "mean",
+) -> Callable[[Tensor], Samples]:
+    """What draws the samples of a batch of numbers, as `generate` draws all of them."""
+    limit = math.inf
+
+    @torch.inference_mode()
     def drawn(batch: Tensor) -> Samples:
         nonlocal limit
         parts: list[Samples] = []
         while len(batch):
-            indices = batch[:limit].to(device)
-            told = None if contexts is None else contexts[batch[:limit]].to(device)
+            size = min(len(batch), limit)
+            indices = batch[:size].to(device)
+            told = None if contexts is None else contexts[batch[:size]].to(device)
             try:
-                levels = prior.sample(indices, seed, how, told)
-                values = autoencoder.values(levels, pixel_noise(pixels, seed, indices, autoencoder.image_shape))
+                parts.append(decoded(prior.sample(indices, seed, how, told), indices))
             except CannotSample as error:
                 raise UserError(str(error)) from error
             except RuntimeError as error:
@@ -70,12 +91,19 @@ def generate(
                 limit = len(indices) // 2
                 say(f"out of memory: going on with batches of {limit}")
                 continue
-            finite = values.isfinite().flatten(1).all(1)
-            parts.append(Samples(quantized(values).cpu(), [level.cpu() for level in levels], finite.cpu()))
             batch = batch[len(indices) :]
         return joined(parts)
 
-    return joined(processes.in_batches(drawn, torch.arange(count), batch_size, label))
+    def decoded(levels: list[Tensor], indices: Tensor) -> Samples:
+        parts = []
+        for rows in torch.arange(len(indices), device=device).split(autoencoder.at_once):
+            some = [level[rows] for level in levels]
+            values = autoencoder.values(some, pixel_noise(pixels, seed, indices[rows], autoencoder.image_shape))
+            finite = values.isfinite().flatten(1).all(1)
+            parts.append(Samples(quantized(values).cpu(), [level.cpu() for level in some], finite.cpu()))
+        return joined(parts)
+
+    return drawn
 
 
 def pixel_noise(pixels: Pixels, seed: int, indices: Tensor, image_shape: tuple[int, int, int]) -> Tensor | None:

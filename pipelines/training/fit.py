@@ -59,9 +59,10 @@ def prefetch(source: Any, indices: Any) -> None:
         source.prefetch(indices)
 
 
-def in_order(source: Any, rows: Tensor, batch_size: int) -> Any:
+def in_order(source: Any, rows: Tensor, batch_size: int, alone: bool = False) -> Any:
     """The examples of a batch that `processes.in_batches` gives; of those on disk, the next of this process begin to be read."""
-    start, after = int(rows[0]), int(rows[0]) + processes.count() * batch_size
+    turns = 1 if alone else processes.count()
+    start, after = int(rows[0]), int(rows[0]) + turns * batch_size
     batch = source[start : start + len(rows)]
     prefetch(source, slice(after, after + batch_size))
     return batch

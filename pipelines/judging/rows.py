@@ -1,0 +1,265 @@
+"""The rows of a comparison: held-out images, their reconstructions, and samples of every prior.
+
+Of the images of a row no more is kept than is judged and shown, so that memory does not grow with their size times their number.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from pipelines import processes
+from pipelines.data.images import Splits
+from pipelines.judging.features import (
+    Classifier,
+    FeatureSpace,
+    feature_space,
+    logits_of,
+    surety_of,
+    trained_classifier,
+)
+from pipelines.runs.config import MetricsConfig
+from pipelines.runs.latents import encode
+from pipelines.runs.parts import load_autoencoder, specs_of
+from pipelines.runs.priors import densities, open_prior
+from pipelines.runs.run import Run
+from pipelines.runs.sampling import Samples, not_numbers, pixel_noise, sampler
+from stage1_vae.autoencoder import Autoencoder
+from stage2_prior.latents import LatentDataset, LatentSpec
+from stage2_prior.prior import Prior
+from stage2_prior.sampling import AS_FITTED, Sampling
+
+T = TypeVar("T")
+
+GRID = 64  # images kept of each row, to show them
+A_LABEL, MOST_LABELS = 16, 12  # samples shown of a label, and labels
+POINTS = 1000  # draws in a scatter plot
+BATCH = 500
+SAMPLED_AT_ONCE = 256
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is compared: a frozen decoder and its priors, against held-out images, as many of which each prior draws."""
+
+    run: Run
+    splits: Splits
+    judging: MetricsConfig
+    seed: int
+    autoencoder: Autoencoder
+    specs: list[LatentSpec]
+    space: FeatureSpace
+    latents: LatentDataset
+    """of the test split"""
+    chosen: Tensor
+    """which images of the test split, N"""
+    told: Tensor | None
+    """what the learned prior is told of each of them"""
+    priors: dict[str, Prior]
+
+    @classmethod
+    def of(cls, run: Run, splits: Splits, judging: MetricsConfig, seed: int) -> "Subject":
+        autoencoder = load_autoencoder(run)
+        specs = specs_of(autoencoder)
+        space = feature_space(run.fabric, judging, splits, run.classifiers)
+        count = min(judging.images, len(splits.test))
+        chosen = torch.randperm(len(splits.test), generator=torch.Generator().manual_seed(seed))[:count]
+        latents = encode(run, autoencoder, splits.test, "test")
+        told = None if latents.contexts is None or run.told is None else latents.contexts[chosen]
+        priors = {name: open_prior(run, name, specs) for name in (*densities(run, specs), "posterior")}
+        return cls(run, splits, judging, seed, autoencoder, specs, space, latents, chosen, told, priors)
+
+    @property
+    def codes(self) -> list[Tensor]:
+        """Of the whole test split, one tensor for each level; none of continuous latents."""
+        return [posterior["codes"] for posterior in self.latents.sample() if "codes" in posterior]
+
+    @property
+    def labels(self) -> Tensor | None:
+        """Of the chosen images, where the learned prior is told labels or captions of them."""
+        labels = self.splits.test.labels
+        return None if labels is None or self.told is None or not self.run.learned else labels[self.chosen]
+
+    @cached_property
+    def shown(self) -> dict[str, Tensor]:
+        """By label, the places of the first samples drawn as it, where there are as many as are shown."""
+        if self.labels is None:
+            return {}
+        named = enumerate(self.splits.label_names[:MOST_LABELS])
+        found = {name: torch.nonzero(self.labels == number).squeeze(1)[:A_LABEL] for number, name in named}
+        return {name: places for name, places in found.items() if len(places) == A_LABEL}
+
+    @cached_property
+    def kept(self) -> Tensor:
+        """The places in a row of the images that are kept: the first GRID, and those shown by label."""
+        return torch.cat([torch.arange(min(GRID, len(self.chosen))), *self.shown.values()]).unique()
+
+
+def classifier(subject: Subject, seed: int) -> Classifier:
+    return trained_classifier(subject.run.fabric, subject.judging, subject.splits, subject.run.classifiers, seed)[0]
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What is kept of the images of a row, N, or of a batch of them."""
+
+    features: Tensor
+    """as `FeatureSpace.unscaled` gives them, N F"""
+    images: Tensor
+    """those at the places `Subject.kept`, uint8 C H W each"""
+    read: Tensor | None = None
+    """the labels that the classifier reads, N"""
+    surety: Tensor | None = None
+    """how sure the other classifier is of the labels that were asked for, N"""
+    errors: Tensor | None = None
+    """squared error a pixel from the held-out images, N"""
+
+    @classmethod
+    def joined(cls, parts: list["Seen"]) -> "Seen":
+        columns: dict[str, Any] = {name: [getattr(part, name) for part in parts] for name in vars(parts[0])}
+        whole: dict[str, Any] = {name: None if values[0] is None else torch.cat(values) for name, values in columns.items()}
+        return cls(**whole)
+
+
+class Rows:
+    """What is kept of each row, by name, with what is known of how its images were made."""
+
+    def __init__(self, subject: Subject):
+        self.subject = subject
+        self.seen: dict[str, Seen] = {}
+        self.points: dict[str, Tensor] = {}
+        """the first latents as the decoder reads them, POINTS D"""
+        self.seconds: dict[str, float] = {}
+        """for 1,000 images"""
+        self.nats: dict[str, Tensor] = {}
+        """of each prior, -log p(z) of the chosen images' latents, N"""
+        self.warnings: list[str] = []
+        self.reader: Classifier | None = None
+        """what reads labels, where they are told: the network that judges, or a classifier where that is none"""
+        self.other_reader: Classifier | None = None
+        """another classifier than any that judges"""
+        if subject.labels is not None:
+            model = subject.space.model
+            self.reader = model if isinstance(model, Classifier) else classifier(subject, seed=0)
+            self.other_reader = classifier(subject, seed=1)
+
+    def look(self, row: str, places: Tensor, images: Tensor) -> Seen:
+        """At a batch of a row: images uint8 B C H W, at these places in it."""
+        fabric, labels, read, surety = self.subject.run.fabric, self.subject.labels, None, None
+        if self.reader is not None and row in ("real", "reconstruction", "learned", "tuned"):
+            read = logits_of(fabric, self.reader, images).argmax(1)
+        if self.other_reader is not None and labels is not None and row == "learned":
+            surety = surety_of(fabric, self.other_reader, images, labels[places])
+        kept = images[torch.isin(places, self.subject.kept)]
+        return Seen(self.subject.space.of_batch(images), kept, read, surety)
+
+    @property
+    def images(self) -> dict[str, Tensor]:
+        """The first GRID of each row, uint8 C H W each."""
+        return {name: seen.images[torch.isin(self.subject.kept, torch.arange(GRID))] for name, seen in self.seen.items()}
+
+    def by_label(self, row: str) -> dict[str, Tensor]:
+        """The first A_LABEL samples of each label, where there are as many, uint8 A_LABEL C H W."""
+        images, kept = self.seen[row].images, self.subject.kept
+        return {name: images[torch.searchsorted(kept, places)] for name, places in self.subject.shown.items()}
+
+    def held_out(self) -> Seen:
+        def seen(places: Tensor) -> Seen:
+            return self.look("real", places, subject.splits.test.images[subject.chosen[places]])
+
+        subject = self.subject
+        return Seen.joined(processes.in_batches(seen, torch.arange(len(subject.chosen)), BATCH, "features of real"))
+
+    def reconstructions(self, exchanged: float = 0.0) -> Seen:
+        """What the decoder makes of a sample z ~ q(z|x), as generation decodes samples.
+
+        exchanged: share of the positions whose latent is that of another image at the same position, so drawn from its marginal.
+        """
+
+        @torch.inference_mode()
+        def seen(places: Tensor) -> Seen:
+            batch = subject.chosen[places]
+            posteriors = fabric.to_device(subject.latents.posteriors(batch))
+            torch.manual_seed(int(batch[0]))
+            noise = pixel_noise(subject.judging.pixels, 0, fabric.to_device(batch), autoencoder.image_shape)
+            levels = [exchange(level, exchanged) for level in autoencoder.sample(posteriors)]
+            images = autoencoder.render(levels, noise).cpu()
+            found = self.look("perturbed" if exchanged else "reconstruction", places, images)
+            if exchanged:
+                return found
+            pairs = zip(images.split(at_once), subject.splits.test.images[batch].split(at_once))
+            errors = [(ours.double() - real.double()).div(255).square().flatten(1).mean(1) for ours, real in pairs]
+            return Seen(found.features, found.images, found.read, errors=torch.cat(errors))
+
+        subject = self.subject
+        autoencoder, fabric, at_once = subject.autoencoder, subject.run.fabric, subject.autoencoder.at_once
+        return Seen.joined(processes.in_batches(seen, torch.arange(len(subject.chosen)), BATCH, "reconstructing"))
+
+    def add_samples(self, row: str, prior: Prior, how: Sampling = AS_FITTED) -> None:
+        """As many as there are held-out images, drawn from a prior."""
+
+        def seen(places: Tensor, samples: Samples) -> tuple[Seen, Tensor]:
+            first = [level[places < POINTS] for level in samples.levels]
+            return self.look(row, places, samples.images), embedded(subject, first)
+
+        subject = self.subject
+        batches = self.sampled(row, prior, seen, how)
+        self.seen[row] = Seen.joined([batch for batch, _ in batches])
+        self.points[row] = torch.cat([points for _, points in batches])
+
+    def sampled(
+        self,
+        row: str,
+        prior: Prior,
+        looked_at: Callable[[Tensor, Samples], T],
+        how: Sampling = AS_FITTED,
+        count: int | None = None,
+        seed: int = 0,
+    ) -> list[T]:
+        """What `looked_at` makes of each batch of `count` samples, as many as there are chosen images when None.
+
+        seed: added to the subject's own.
+        """
+
+        def drawn(places: Tensor) -> tuple[T, int, float]:
+            started = time.perf_counter()
+            samples = draw(places)
+            seconds = time.perf_counter() - started
+            return looked_at(places, samples), int((~samples.finite).sum()), seconds
+
+        subject = self.subject
+        count = len(subject.chosen) if count is None else count
+        draw = sampler(
+            subject.autoencoder,
+            prior,
+            seed=subject.seed + seed,
+            device=subject.run.fabric.device,
+            how=how,
+            contexts=subject.told,
+            pixels=subject.judging.pixels,
+        )
+        batches = processes.in_batches(drawn, torch.arange(count), SAMPLED_AT_ONCE, f"sampling {row}")
+        self.seconds[row] = 1000 * sum(seconds for *_, seconds in batches) / processes.count() / count
+        if wrong := sum(number for _, number, _ in batches):
+            self.warnings.append(f"{row}: {not_numbers(wrong, count)}")
+        return [made for made, *_ in batches]
+
+
+@torch.inference_mode()
+def embedded(subject: Subject, levels: list[Tensor]) -> Tensor:
+    """Latents as the decoder reads them, flattened: N D, on the CPU."""
+    return subject.autoencoder.bottleneck.embed([level.to(subject.run.fabric.device) for level in levels]).flatten(1).cpu()
+
+
+def exchange(level: Tensor, share: float) -> Tensor:
+    """Latents of one level, … h w, of which each position has with this probability the value of another image of the batch."""
+    if share == 0 or len(level) < 2:
+        return level
+    batch, size = len(level), (len(level), *level.shape[-2:])
+    others = (torch.arange(batch)[:, None, None] + torch.randint(1, batch, size)) % batch
+    rows = torch.where(torch.rand(size) < share, others, torch.arange(batch)[:, None, None]).to(level.device)
+    return level.gather(0, rows.view(batch, *(1,) * (level.ndim - 3), *level.shape[-2:]).expand_as(level))
