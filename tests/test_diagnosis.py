@@ -16,6 +16,7 @@ from pipelines.pages.diagnosis import another_prior, diagnosis, health_line
 from pipelines.runs.config import replaced
 from pipelines.runs.recipes import preset
 from pipelines.runs.run import Run
+from stage2_prior.conditions import Unconditional
 from stage2_prior.sampling import Sampling
 
 RUN = Run.create(Path("nowhere") / "run", preset("mnist5k"), "cpu")
@@ -60,7 +61,10 @@ def test_what_limits_is_named_with_what_to_do_next():
     assert prior.startswith("The prior limits") and "--stage1-from nowhere/run --prior.backbone transformer --run run-2" in prior
     assert "--stage2.steps 2400" in prior
     for name, kind in (("mnist-vqvae2", "--prior.top.backbone transformer"), ("mnist-givt", "--prior.backbone pixelsnail")):
-        assert kind in another_prior(replace(RUN, config=preset(name)))
+        assert kind in another_prior(replace(RUN, config=preset(name)), made())
+    untold = replace(RUN, config=replaced(RUN.config, "prior.condition", Unconditional()))
+    assert "--prior.condition class-label" in another_prior(untold, made())
+    assert "--prior.backbone transformer" in another_prior(untold, replace(made(), commonest=None))
     few = replace(made(), real=row(None), reconstruction=row(None), priors={"standard": row(None), "learned": row(None)})
     assert said(few).startswith("Nothing can be said") and few.recommended is None
 
@@ -96,6 +100,8 @@ def test_the_health_line_compares_nats_and_says_when_stage_2_fails():
         "100.0 nats an image of held-out latents under the PixelSNAIL, 200.0 under N(0, I), 140.0 under Gaussian mixture" in line
     )
     assert "Loss 90.0 in training, 101.0 held out, at step 2 of 3" in line
+    limited = said(made(learned=9.0, health=found))
+    assert "More steps do not help: the held-out loss was lowest at step 2 of 3" in limited and "Train stage 2" not in limited
 
     worse = health_of(nats, [*history, {"step": 4, "train": {"loss": 50.0}, "held_out": {"loss": 130.0}}])
     assert worse.overfits and "overfits: its held-out loss was lowest at step 2 of 4, and 29.0 nats" in said(made(health=worse))

@@ -6,6 +6,7 @@ from pipelines.judging.comparison import Comparison, Row
 from pipelines.pages.words import cell
 from pipelines.runs.run import Run
 from stage2_prior.autoregressive import AutoregressiveConfig, CascadeConfig
+from stage2_prior.conditions import Unconditional
 from stage2_prior.transformer import TransformerConfig
 
 LEAST_LEARNED = 2 / 3  # of the errors of always guessing the commonest label, those a classifier avoids; below, it is weak
@@ -40,7 +41,7 @@ def limit(run: Run, comparison: Comparison) -> str:
     if comparison.generator == "learned" and best not in ("learned", "tuned"):
         return (
             f"A rival beats the learned prior: {samples}, from the learned prior at {cell(comparison.priors['learned'], 'fd')}."
-            f" Draw with --prior {best}; or train another prior on the same decoder: {another_prior(run)}"
+            f" Draw with --prior {best}; or train another prior on the same decoder: {another_prior(run, comparison)}"
         )
     if decoder > max(prior, error(reconstruction, real)):
         finer = "a finer grid or more channels under another --run"
@@ -50,10 +51,12 @@ def limit(run: Run, comparison: Comparison) -> str:
         )
     if prior > error(row, reconstruction):
         if comparison.generator == "standard":
-            return f"The prior limits: {where}, {samples}. Train a prior on the same decoder: {another_prior(run)}"
+            return f"The prior limits: {where}, {samples}. Train a prior on the same decoder: {another_prior(run, comparison)}"
+        health, advice = comparison.health, f"Train stage 2 longer: {longer(run, 'stage2')}"
+        if health is not None and health.best_step < health.last_step:
+            advice = f"More steps do not help: the held-out loss was lowest at step {health.best_step} of {health.last_step}"
         return (
-            f"The prior limits: {where}, {samples}. Train stage 2 longer: {longer(run, 'stage2')}; or another prior on the same"
-            f" decoder: {another_prior(run)}"
+            f"The prior limits: {where}, {samples}. {advice}. Another prior on the same decoder: {another_prior(run, comparison)}"
         )
     return f"Nothing limits, as far as these figures tell: {where}, {samples}."
 
@@ -67,11 +70,13 @@ def longer(run: Run, phase: str) -> str:
     return f"python -m pipelines.train_all --run {shlex.quote(run.name)} --{phase}.steps {2 * getattr(run.config, phase).steps}"
 
 
-def another_prior(run: Run) -> str:
-    """The command that trains one on the same decoder: of another kind, or the first where there is none."""
-    prior = run.config.prior
+def another_prior(run: Run, comparison: Comparison) -> str:
+    """The command that trains one on the same decoder: with labels where there are some, of another kind, or the first at all."""
+    prior, labels = run.config.prior, comparison.commonest is not None
     if not run.learned:
         kind = "--stage2.steps 2000"
+    elif isinstance(prior, AutoregressiveConfig) and isinstance(prior.condition, Unconditional) and labels:
+        kind = "--prior.condition class-label"
     elif isinstance(prior, AutoregressiveConfig | CascadeConfig):
         part = "prior.top.backbone" if isinstance(prior, CascadeConfig) else "prior.backbone"
         kind = f"--{part} {'pixelsnail' if isinstance(prior.top.backbone, TransformerConfig) else 'transformer'}"
