@@ -17,7 +17,7 @@ from PIL import Image
 from pipelines import compare
 from pipelines.judging.comparison import from_dict, read_comparison
 from pipelines.judging.features import FIGURES
-from pipelines.judging.together import Entry
+from pipelines.judging.together import Entry, names_of
 from pipelines.pages.plots import plain, png, pyplot
 from pipelines.pages.report import train_all
 from pipelines.pages.words import between_runs, notes, verdict_in_words, verdict_of_several
@@ -118,12 +118,13 @@ def test_runs_of_the_same_images_are_compared_in_words_and_others_are_not(compar
 def test_priors_that_share_a_decoder_stand_in_one_table_sorted(compared):
     page, together = (compared / "both.html").read_text(), json.loads((compared / "both.json").read_text())
     (ranking,) = together["rankings"]
-    assert page.count("<h2>") == 2 and "<h2>mnist5k, attention: one decoder</h2>" in page
-    section = page.split("one decoder</h2>")[1].split("<h2>")[0]
+    assert page.count("<h2>") == 2 and "<h2>One decoder, 2 learned priors</h2>" in page
+    section = page.split("2 learned priors</h2>")[1].split("<h2>")[0]
+    assert "runs: PixelSNAIL of mnist5k; Transformer of attention." in section
     table = [re.findall("<td>(.*?)</td>", row) for row in re.findall("<tr.*?</tr>", section, re.DOTALL)][1:]
     titles = [cells[0] for cells in table]
     assert titles[:3] == ["real images", "reconstructions", "posterior (not a generator)"] and len({*titles}) == len(titles)
-    assert {"N(0, I)", "PixelSNAIL (mnist5k)", "Transformer (attention)"} <= {*titles}
+    assert {"N(0, I)", "PixelSNAIL", "Transformer"} <= {*titles}
     distances = [float(cells[1].split(" ")[0]) for cells in table[3:]]
     assert distances == sorted(distances)
     assert section.count("data:image/png") == 2  # one picture of all, and the curves
@@ -140,8 +141,14 @@ def test_priors_that_share_a_decoder_stand_in_one_table_sorted(compared):
         assert (row["nats_plus_minus"] > 0) == (nats[prior] > best)
     columns = {cells[0]: cells[-4:] for cells in table}
     assert columns["N(0, I)"][1] == "0" and columns["N(0, I)"][2] == ""  # nothing fitted, no time
-    assert all(float(columns[name][2]) > 0 for name in ("PixelSNAIL (mnist5k)", "Transformer (attention)"))
+    assert all(float(columns[name][2]) > 0 for name in ("PixelSNAIL", "Transformer"))
     assert int(columns["fitted Gaussian"][1].replace(",", "")) == 196 + 196 * 197 // 2
+
+
+def test_priors_of_one_kind_are_told_apart_by_their_runs(compared):
+    first = read_comparison(compared / "mnist5k/compare/metrics.json")
+    runs = {"a": first, "b": first, "c": replace(first, prior="Transformer")}
+    assert names_of(runs) == {"a": "PixelSNAIL (a)", "b": "PixelSNAIL (b)", "c": "Transformer"}
 
 
 def test_copies_are_not_named_the_best_of_several(compared):

@@ -25,8 +25,8 @@ class Entry:
     """of the row in its own run"""
     run: str | None
     """whose prior it is; None of what all share"""
-    prior: str
-    """in words, and how it is drawn from, where not as it was fitted"""
+    title: str
+    """the prior in words, the run where another has such a prior, too, and how it is drawn from, where not as it was fitted"""
     row: Row
     images: Tensor
     """uint8 N C H W"""
@@ -35,11 +35,6 @@ class Entry:
     seconds_to_train: float | None
     nats: Tensor | None
     """-log p(z) of the same draws of held-out latents under each prior, one an image; None where it has none of its own"""
-
-    @property
-    def title(self) -> str:
-        """The prior, and the run that it is of."""
-        return self.prior if self.run is None else f"{self.prior} ({self.run})"
 
     @property
     def generates(self) -> bool:
@@ -78,11 +73,21 @@ def sharing(comparisons: Mapping[str, Comparison]) -> list[list[str]]:
     return [*groups.values()]
 
 
+def names_of(comparisons: Mapping[str, Comparison]) -> dict[str, str]:
+    """Of each run's learned prior: what it is, and the run where another has such a prior, too."""
+    kinds = [comparison.prior for comparison in comparisons.values()]
+    return {
+        run: comparison.prior if kinds.count(comparison.prior) == 1 else f"{comparison.prior} ({run})"
+        for run, comparison in comparisons.items()
+    }
+
+
 def ranking(comparisons: Mapping[str, Comparison], exhibits: Mapping[str, Exhibits]) -> list[Entry]:
     """Real images and reconstructions, then every prior by its Fréchet distance; of several runs that share a decoder.
 
     What all runs have alike, such as N(0, I), stands there once.
     """
+    names = names_of(comparisons)
     common: list[Entry] = []
     priors: list[Entry] = []
     for run, comparison in comparisons.items():
@@ -91,7 +96,7 @@ def ranking(comparisons: Mapping[str, Comparison], exhibits: Mapping[str, Exhibi
             if not own and any(entry.key == key for entry in [*common, *priors]):
                 continue
             found = exhibits[run]
-            name = comparison.prior if own else comparison.title(key)
+            name = names[run] if own else comparison.title(key)
             entry = Entry(
                 key,
                 run if own else None,
@@ -126,7 +131,7 @@ def standings(entries: Sequence[Entry]) -> list[Standing]:
         nats, half = gaps.get(place, (None, None))
         found.append(
             Standing(
-                prior=entry.prior,
+                prior=entry.title,
                 run=entry.run,
                 fd=entry.row.fd,
                 fd_plus_minus=entry.row.plus_minus.get("fd"),

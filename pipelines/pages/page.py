@@ -130,7 +130,7 @@ def section_of_several(
     curves = {run: found.histories["stage2"] for run, found in exhibits.items() if "stage2" in found.histories}
     picture = lines([(entry.title, entry.row.fd, entry.images) for entry in entries])
     return Section(
-        name=f"{', '.join(comparisons)}: one decoder",
+        name=f"One decoder, {len(comparisons)} learned priors",
         verdict=verdict_of_several(entries),
         overview=overview(picture),
         diagnosis=[],

@@ -139,8 +139,10 @@ def check_finished(run: Run) -> None:
 def write_together(path: Path, reports: dict[str, Report]) -> None:
     """The page of several runs, by their names, and the same figures beside it. Runs that share a decoder share a table."""
     comparisons = {run: report.comparison for run, report in reports.items()}
-    findings, sections, rankings = between_runs(comparisons), [], []
-    for runs in sharing(comparisons):
+    groups = sharing(comparisons)
+    findings = between_runs(comparisons) if len(groups) > 1 else []  # of one group, its own verdict says it
+    sections, rankings = [], []
+    for runs in groups:
         if len(runs) == 1:
             sections.append(reports[runs[0]].section(runs[0]))
             continue

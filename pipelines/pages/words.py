@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from pipelines.judging.comparison import ROWS, Comparison, Row
 from pipelines.judging.quality import NEAREST
-from pipelines.judging.together import Entry
+from pipelines.judging.together import Entry, names_of
 from pipelines.judging.tradeoffs import described, lowest_fd
 
 SHORT = ("fd", "precision", "recall", "coverage", "copied", "nll")
@@ -234,6 +234,7 @@ def between_runs(runs: Mapping[str, Comparison]) -> list[str]:
 def about_several(comparisons: Mapping[str, Comparison]) -> list[str]:
     """Of the table of several runs that share a decoder."""
     lines = [
+        f"runs: {'; '.join(f'{name} of {run}' for run, name in names_of(comparisons).items())}.",
         "nats above the best: what a prior needs more for the latents of an image than the best one; ±: half of its 95 %"
         " interval, over the same draws of the same held-out images.",
         "s to train: of stage 2 alone. parameters: numbers trained or fitted.",
