@@ -67,8 +67,9 @@ def main(arguments: list[str] | None = None) -> None:
             seeds = asked.seeds or PUBLISHED.get(command, (0,))
             for seed in seeds:
                 reproduce(command, seed, asked.data)
-            if rivals := RIVALS.get(command):
-                rank(command, seeds[0], rivals)
+            first = PUBLISHED.get(command, (0,))[0]
+            if command in RIVALS and first in seeds:
+                rank(command, first, RIVALS[command])
     write_tables()
 
 
