@@ -1,5 +1,6 @@
 """python -m pipelines.generate RUN: draw latents from a prior by name, decode them, and write the images."""
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -75,6 +76,7 @@ class Arguments:
             raise UserError("give --caption or --captions, not both")
         if self.out.suffix not in (".png", ".npz", ""):
             raise UserError(f"--out ends in .png or .npz, or is a folder, not {self.out.name!r}")
+        check_writable(self.out)
         if self.prior not in PRIORS:
             raise UserError(f"there is no prior {self.prior!r}{nearest(self.prior, PRIORS)}")
 
@@ -86,6 +88,16 @@ def main(arguments: list[str] | None = None) -> None:
         raise UserError(str(error)) from error
     asked.check()
     write_asked(asked)
+
+
+def check_writable(out: Path) -> None:
+    """Raises UserError where images could not be written, before any is drawn."""
+    place = next(place for place in (out.absolute(), *out.absolute().parents) if place.exists())
+    folder_wanted = place != out.absolute() or not out.suffix
+    if place.is_dir() != folder_wanted:
+        raise UserError(f"--out {out} cannot be written: {place} is a {'file' if folder_wanted else 'folder'}")
+    if not os.access(place, os.W_OK):
+        raise UserError(f"--out {out} cannot be written: {place} is read only")
 
 
 def captions_in(path: Path) -> list[str]:

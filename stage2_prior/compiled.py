@@ -16,7 +16,8 @@ from torch.nn import functional as F
 
 VERSION = 3  # of steps.c
 # Of pyproject.toml, the fastest first.
-BUILDS = "compiled_steps_avx512", "compiled_steps_avx2", "compiled_steps", "compiled_steps_one_thread"
+ONE_THREAD = "compiled_steps_one_thread"  # without OpenMP
+BUILDS = "compiled_steps_avx512", "compiled_steps_avx2", "compiled_steps", ONE_THREAD
 ROWS_A_THREAD = 16  # of a batch; for fewer, another thread costs more than it saves
 BLOCK_ROWS_A_THREAD = 8  # of blocks of attention, which do more for a row
 
@@ -24,15 +25,23 @@ BLOCK_ROWS_A_THREAD = 8  # of blocks of attention, which do more for a row
 @cache
 def library() -> ctypes.CDLL | None:
     """steps.c as it was compiled at installation for this processor; None where it was not."""
-    found = [find_spec(f"stage2_prior.{build}") for build in BUILDS]
-    installed = [ctypes.CDLL(spec.origin) for spec in found if spec is not None and spec.origin is not None]
-    current = [compiled for compiled in installed if version_of(compiled) == VERSION]
-    for compiled in current:
+    found = {build: find_spec(f"stage2_prior.{build}") for build in BUILDS}
+    installed = {build: ctypes.CDLL(spec.origin) for build, spec in found.items() if spec is not None and spec.origin is not None}
+    current = {build: compiled for build, compiled in installed.items() if version_of(compiled) == VERSION}
+    for build, compiled in current.items():
         if compiled.runs_here():
+            if build == ONE_THREAD:
+                told("this was installed by a compiler without OpenMP, so sampling uses one thread: install one with it, and")
             return declared(compiled)
     if len(current) < len(installed):
-        warnings.warn("steps.c is not what was installed, so sampling is slower: pip install -e . again", stacklevel=2)
+        told("steps.c is not what was installed, so sampling is slower:")
+    elif not installed:
+        told("this was installed without a C compiler, so sampling is slower: install one, and")
     return None
+
+
+def told(what: str) -> None:
+    warnings.warn(f"{what} pip install -e . again", stacklevel=3)
 
 
 def declared(compiled: ctypes.CDLL) -> ctypes.CDLL:

@@ -139,7 +139,7 @@ def test_the_first_build_for_this_processor_is_used(last_runs, monkeypatch, recw
     """Of those that are installed. One of another version is not; it is told of where nothing else is left."""
     versions = {"of another version": compiled.VERSION + 1}
     processors = {"for another processor": False, "last": last_runs}
-    names = iter(["of another version", "for another processor", None, "last"])
+    names = iter(["of another version", "for another processor", "last", None])
     monkeypatch.setattr(compiled, "find_spec", lambda name: SimpleNamespace(origin=next(names)))
     monkeypatch.setattr(ctypes, "CDLL", lambda name: SimpleNamespace(name=name, runs_here=lambda: processors[name]))
     monkeypatch.setattr(compiled, "version_of", lambda build: versions.get(build.name, compiled.VERSION))
@@ -147,3 +147,19 @@ def test_the_first_build_for_this_processor_is_used(last_runs, monkeypatch, recw
     used = compiled.library.__wrapped__()
     assert (used is not None and used.name == "last") == last_runs
     assert len(recwarn) == (0 if last_runs else 1)
+
+
+@pytest.mark.parametrize(("installed", "says"), [("compiled_steps_one_thread", "without OpenMP"), (None, "without a C compiler")])
+def test_what_is_missing_is_said_once(installed, says, monkeypatch):
+    def spec(name: str) -> SimpleNamespace | None:
+        return SimpleNamespace(origin=name) if name == f"stage2_prior.{installed}" else None
+
+    monkeypatch.setattr(compiled, "find_spec", spec)
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: SimpleNamespace(runs_here=lambda: True))
+    monkeypatch.setattr(compiled, "version_of", lambda build: compiled.VERSION)
+    monkeypatch.setattr(compiled, "declared", lambda build: build)
+    compiled.library.cache_clear()
+    with pytest.warns(UserWarning, match=f"{says}.*pip install -e . again") as warned:
+        assert [compiled.library() is not None for _ in range(2)] == [installed is not None] * 2
+    compiled.library.cache_clear()
+    assert len(warned) == 1

@@ -1,23 +1,27 @@
-"""Every numeric setting declares its range, and what lies outside is refused in one sentence before anything is trained."""
+"""Every numeric setting declares its range. What lies outside is refused before training; so is what the disk cannot hold."""
 
 import math
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass, replace
+from types import SimpleNamespace
 from typing import Any, get_args, get_type_hints
 
 import pytest
 import torch
 
+from pipelines import generate
 from pipelines.console import UserError
+from pipelines.runs import phases
 from pipelines.runs.config import RunConfig, check_ranges, interval_of, replaced, to_dict
 from pipelines.runs.kinds import kinds_of
 from pipelines.runs.names import DATA, RECIPES, preset_name
 from pipelines.runs.recipes import preset
 from pipelines.runs.run import Run
+from pipelines.two_stage import TwoStage
 from stage1_vae.autoencoder import AutoencoderConfig
 from stage2_prior.autoregressive import AutoregressiveConfig
 from stage2_prior.conditions import ClassLabel
-from tests.parts import BACKBONES, BOTTLENECKS, HEADS, LIKELIHOODS, NETWORKS, spec_for
+from tests.parts import BACKBONES, BOTTLENECKS, HEADS, LIKELIHOODS, NETWORKS, shrunk, small_splits, spec_for
 
 HUGE = 10**30
 
@@ -106,3 +110,20 @@ def test_the_least_of_every_setting_takes_a_step_or_is_refused_with_a_reason(kin
             assert loss.isfinite(), path
         except ValueError as error:
             assert str(error), path
+
+
+def test_room_on_the_disk_is_looked_for_before_training(tmp_path, monkeypatch):
+    monkeypatch.setattr(phases, "load_data", lambda run: small_splits((1, 28, 28), 4))
+    monkeypatch.setattr(phases.shutil, "disk_usage", lambda place: SimpleNamespace(free=1000))
+    with pytest.raises(UserError, match="needs about .* GiB, .* for latents, and .* are free on the disk of .*: make room"):
+        phases.train(Run.create(tmp_path / "run", shrunk(preset("mnist5k")), "cpu"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_where_images_go_is_looked_at_before_they_are_drawn(tmp_path, monkeypatch):
+    monkeypatch.setattr(TwoStage, "open", lambda *_: pytest.fail("it is opened to draw"))
+    (tmp_path / "file").write_text("")
+    (tmp_path / "folder.png").mkdir()
+    for out, what in (("file/x.png", "file is a file"), ("file", "file is a file"), ("folder.png", "folder.png is a folder")):
+        with pytest.raises(UserError, match=f"--out .* cannot be written: .*{what}"):
+            generate.main(["mnist5k", "--out", str(tmp_path / out)])

@@ -1,5 +1,6 @@
 """The phases of a run's training, one after the other; each goes on where it was, and a finished one is skipped."""
 
+import shutil
 from dataclasses import dataclass
 
 import torch
@@ -29,6 +30,8 @@ from stage2_prior.conditions import Caption
 from stage2_prior.latents import LatentDataset, LatentSpec
 from stage2_prior.prior import Prior
 
+CHECKPOINTED = 8  # copies of the weights: in two checkpoints the average, the weights and the optimizer's two
+
 
 def train(run: Run, options: Options = DEFAULTS) -> Splits:
     """Every phase of a run that is not finished yet; returns the data. Raises UserError when another process works on the run."""
@@ -47,6 +50,7 @@ def train(run: Run, options: Options = DEFAULTS) -> Splits:
     prior = new_prior(run, specs_of(autoencoder), len(splits.label_names))
     if run.config.refine is not None:
         check_refining(run, autoencoder, prior)
+    check_room(run, autoencoder, prior, splits)
     with run.locked():  # only now: a config that cannot be built leaves nothing behind
         processes.on_first(lambda: keep_shorter(run))
         write_facts(run, splits)
@@ -65,6 +69,24 @@ def train(run: Run, options: Options = DEFAULTS) -> Splits:
         if run.config.refine is not None:
             phases.refine(autoencoder, prior)
     return splits
+
+
+def check_room(run: Run, autoencoder: Autoencoder, prior: Prior, splits: Splits) -> None:
+    """Raises UserError where the disk has no room for what a new run writes: checkpoints, and the latents of every image."""
+    if (run.folder / "stage1").exists():  # what is there already cannot be told from what is missing
+        return
+    images = sum(splits.sizes.values()) + len(splits.train) * run.config.mirror
+    latents = 8 * images * sum(spec.dimensions for spec in specs_of(autoencoder))  # mean and std, or a code of 64 bits
+    weights = 4 * sum(parameter.numel() for model in (autoencoder, prior) for parameter in model.parameters())
+    needed = latents + CHECKPOINTED * weights
+    place = next(place for place in run.folder.absolute().parents if place.exists())
+    free = shutil.disk_usage(place).free
+    if free < needed:
+        whole, of_latents, there = (f"{size / 2**30:.2g}" for size in (needed, latents, free))
+        raise UserError(
+            f"{run.folder} needs about {whole} GiB, {of_latents} of them for latents, and {there} are free on the disk of {place}"
+            ": make room, or name another place with --run"
+        )
 
 
 def warn_of_slow_precision(run: Run, device: str) -> None:
