@@ -51,6 +51,7 @@ def test_metrics(tmp_path):
 
 BAD = [
     ("metrics --images 64", "a covariance needs more images than features"),
+    ("metrics --size 30", "--size is a multiple of 32 from 32 up"),
     ("metrics --features 0", "--features is a number from 1 up"),
     ("data --images 10", "--images is a number from 1000 up"),
     ("data --size 0", "--size is a number from 1 up"),
