@@ -48,14 +48,24 @@ class ClassLabel:
         return LabelCondition(width, grid, classes, self.dropout)
 
 
+FEW = 64  # labels that each have a map of their own
+
+
 class LabelCondition(nn.Module):
+    """A map for each label, and a last one that stands for no label, rather than one vector for the whole grid.
+
+    With many labels that would be most of a model: 1,000 on a 32×32 grid of width 64 have 66 million numbers. So more than FEW
+    share FEW maps, and each label has weights of its own by which it adds them up.
+    """
+
     frequencies: Tensor
 
     def __init__(self, width: int, grid: tuple[int, int], classes: int, dropout: float):
         super().__init__()
         self.classes, self.dropout = classes, dropout
-        # A map of its own for each label, not one vector for the whole grid; the last stands for no label.
-        self.maps = nn.Parameter(0.1 * torch.randn(classes + 1, width, *grid))
+        self.maps = nn.Parameter(0.1 * torch.randn(min(classes + 1, FEW), width, *grid))
+        shared = classes + 1 > FEW
+        self.weights = nn.Parameter(torch.randn(classes + 1, FEW) / FEW**0.5) if shared else None  # maps as large as without
         self.register_buffer("frequencies", torch.full((classes,), 1 / classes))
 
     def estimate(self, contexts: Tensor) -> None:
@@ -80,7 +90,9 @@ class LabelCondition(nn.Module):
         """contexts: labels 0 … classes, B, where `classes` stands for no label. Raises CannotSample for another."""
         if not self.training and not ((contexts >= 0) & (contexts <= self.classes)).all():
             raise CannotSample(f"labels are numbers from 0 to {self.classes - 1}")
-        return Embedded(self.maps[contexts], None)
+        if self.weights is None:
+            return Embedded(self.maps[contexts], None)
+        return Embedded(torch.einsum("b k, k d h w -> b d h w", self.weights[contexts], self.maps), None)
 
 
 BYTES_AND_PADDING = 257  # tokens that any tokenizer of captions has

@@ -30,6 +30,22 @@ def test_the_label_reaches_every_position(backbone, head):
     assert all((by_label[a] != by_label[b]).all() for a in range(4) for b in range(a))
 
 
+def test_many_labels_share_maps_and_have_maps_of_their_own_all_the_same():
+    """As different from each other as those of few labels are, and far fewer numbers."""
+    torch.manual_seed(0)
+    few, many = (ClassLabel().build(16, (8, 8), classes) for classes in (10, 1000))
+    size = {condition: sum(p.numel() for p in condition.parameters()) for condition in (few, many)}
+    assert size[few] == 11 * 16 * 64 and size[many] == 64 * 16 * 64 + 1001 * 64
+    labels = torch.tensor([0, 1, 500, 999, 1000])
+    maps = many.eval()(labels).map
+    assert maps.shape == (5, 16, 8, 8) and float(maps.std()) == pytest.approx(float(few.maps.std()), rel=0.1)
+    assert torch.pdist(maps.flatten(1)).min() > 0.7 * torch.pdist(few.maps.flatten(1)).min()
+    maps.square().sum().backward()
+    assert all((p.grad != 0).any() for p in many.parameters()) and (many.weights.grad[labels] != 0).all()
+    with pytest.raises(CannotSample, match="from 0 to 999"):
+        many(torch.tensor([1001]))
+
+
 @pytest.mark.parametrize(("backbone", "head"), LEARNED)
 def test_every_token_of_a_caption_reaches_every_position(backbone, head):
     spec = spec_for(head, (3, 4))
