@@ -9,6 +9,7 @@ import signal
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 from lightning_fabric import Fabric
 from torch import Tensor, distributed, nn
@@ -36,7 +37,7 @@ from stage1_vae.networks import Convolutional
 from stage2_prior.autoregressive import AutoregressiveConfig, AutoregressivePrior
 from stage2_prior.heads import Categorical
 from stage2_prior.latents import LatentSpec
-from tests.parts import BACKBONES, random_latents, shrunk, small_splits
+from tests.parts import BACKBONES, cheaper_comparisons, random_latents, shrunk, small_splits
 
 STEPS = 50
 CONFIG = FitConfig(steps=STEPS, batch_size=8, learning_rate=3e-3, warmup_steps=5, checkpoint_steps=10, gradient_clip=10.0)
@@ -212,6 +213,7 @@ def writers_of_latents(folder: Path) -> dict[str, list[str]]:
 def main(folder: Path) -> None:
     torch.set_num_threads(1)
     torch.set_default_dtype(torch.float64)
+    cheaper_comparisons(pytest.MonkeyPatch())
     fabric = fabric_for("cpu", "float32")
     found = {
         "processes": processes.count(),
