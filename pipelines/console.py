@@ -78,10 +78,10 @@ class Signals:
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """`, did you mean 'x'?` for a misspelt name, and the names there are."""
+    """`- did you mean 'x'?` for a misspelt name, and the names there are."""
     known = list(known)
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    hint = f" - did you mean {close[0]!r}?" if close else ";"
+    hint = f" - did you mean {close[0]!r}?" if close else "."
     return f"{hint} There are: {', '.join(known)}"
 
 

@@ -53,6 +53,9 @@ def write_flushed(path: Path, content: bytes) -> None:
         raise
 
 
+ATTEMPTS = 100  # to begin a file; a file system that makes none says the same as one where another writer was faster
+
+
 @contextmanager
 def aside(path: Path, folder: bool = False) -> Iterator[Path]:
     """A new file or folder beside `path`, to be renamed to it: deleted where that does not happen.
@@ -60,14 +63,14 @@ def aside(path: Path, folder: bool = False) -> Iterator[Path]:
     It is locked as long as it is written. So what killed writers of the same path have left is known, and deleted first.
     """
     clear_partial(path.parent, re.escape(path.name))
-    while True:
+    for left in reversed(range(ATTEMPTS)):
         made = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
         try:
             made.mkdir() if folder else made.touch(exist_ok=False)
             lock = locked(made)
             break
         except (BlockingIOError, FileNotFoundError):  # another writer was faster, and took it for what a killed one had left
-            if not path.parent.is_dir():
+            if not left or not path.parent.is_dir():
                 raise
     try:
         yield made

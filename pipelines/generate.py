@@ -136,7 +136,7 @@ def write_asked(asked: Arguments) -> None:
             batch_size=asked.batch_size,
         )
         write_images(asked.out, images, asked.scale, texts_of(model, asked, count, caption))
-        say(f"{count} images from the {asked.prior} prior of {model.run.name}: {asked.out}")
+        say(f"{count} images from the {asked.prior} prior of {model.run.known_as}: {asked.out}")
         return
     picture, known = model.read(asked.complete), known_pixels(asked.keep, model.image_shape)
     images = model.complete(

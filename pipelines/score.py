@@ -51,13 +51,13 @@ def score(asked: Arguments) -> None:
     run = Run.open(asked.run, asked.device)
     scorer = Scorer.of(run)
     splits = load_data(run)
-    held_out = scorer(splits.test, "scoring held-out images")
-    usual = Usual.of(held_out)
     if asked.images:
         names, images = images_at(asked.images, splits.image_shape, background_of(run))
     else:
         images = getattr(splits, asked.split)
         names = [f"{asked.split} {number}" for number in range(len(images))]
+    held_out = scorer(splits.test, "scoring held-out images")
+    usual = Usual.of(held_out)
     scores = held_out if images is splits.test else scorer(images)
     write_scores(asked.out, run.name, scorer, images, names, scores, usual, asked.shown)
     unusual = int((usual.more_usual(scores) > 0.99).sum())

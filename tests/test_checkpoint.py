@@ -403,3 +403,12 @@ def test_of_several_runs_one_makes_what_is_cached_and_the_others_wait(tmp_path, 
     with ThreadPoolExecutor(4) as pool:
         assert list(pool.map(use, range(4))) == [1, 1, 1, 1]
     assert made == [1] and "waiting for another process" in capsys.readouterr().out
+
+
+def test_a_file_system_that_makes_no_file_ends_in_its_error(tmp_path, monkeypatch):
+    def refuses(self, exist_ok=True):
+        raise FileNotFoundError(2, "No such file or directory", str(self))
+
+    monkeypatch.setattr(Path, "touch", refuses)
+    with pytest.raises(FileNotFoundError):
+        files.write_file(tmp_path / "x.json", b"{}")

@@ -1,5 +1,6 @@
 """A run as a folder to hand on: the same model elsewhere, refused where it is not whole, and only read."""
 
+import dataclasses
 import io
 import json
 import os
@@ -112,6 +113,8 @@ def test_an_export_is_never_trained_on_nor_written_over(run, copied, small_data)
 
 def test_a_run_of_ones_own_comes_before_one_that_comes_with_the_software(run, copied, monkeypatch):
     monkeypatch.setattr(runs, "TRAINED", copied.parent)
+    local = dataclasses.replace(run, folder=runs.CHECKPOINTS / "digits")
+    assert local.known_as == "checkpoints/digits" and dataclasses.replace(local, folder=runs.CHECKPOINTS / "x").known_as == "x"
     assert Run.open("digits", "cpu").folder == copied and Run.open("digits", "cpu").name == "digits"
     with pytest.raises(UserError, match="There are: digits"):
         Run.open("shoes", "cpu")

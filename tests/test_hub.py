@@ -3,6 +3,7 @@
 import fnmatch
 import json
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -170,3 +171,9 @@ def test_without_the_library_the_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(UserError, match=r"pip install -e '.\[hub\]'"):
         TwoStage.open("hub:friend/digits", "cpu")
+
+
+def test_the_errors_of_the_library_are_known_in_a_new_process():
+    """Which has imported nothing of it but what `library` does."""
+    code = "from pipelines.runs.hub import library; print(library().errors.LocalEntryNotFoundError.__name__)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()

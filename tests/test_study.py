@@ -106,13 +106,17 @@ def test_mean_or_sample(run):
     assert found["std"]["VAE"] == pytest.approx(float(posterior["mean"].std()), rel=1e-4)
 
 
-def test_a_network_of_a_study_is_trained_anew_under_other_settings(run, monkeypatch):
+def test_a_network_of_a_study_is_trained_anew_under_other_settings(run, tmp_path, monkeypatch):
+    """And lies in the folder that is written to, which of an export is another than its own."""
     trained, digests = Trained.of(run), set()
+    monkeypatch.setattr(type(run), "work", tmp_path)
+    before = {*run.folder.rglob("*")}
     for steps in (2, 3, 3):
         monkeypatch.setattr(aggregate_posterior, "SWEEP_FIT", FitConfig(steps=steps, batch_size=16, checkpoint_steps=4))
         model = aggregate_posterior.swept_network(trained, 1, 4, 2).model
         digests.add(sum(float(parameter.detach().double().sum()) for parameter in model.parameters()))
-    assert len(digests) == 2 and len([*(run.folder / "studies").glob("fully-connected-1x4-2-*")]) == 2
+    assert len(digests) == 2 and len([*(tmp_path / "studies").glob("fully-connected-1x4-2-*")]) == 2
+    assert {*run.folder.rglob("*")} == before
 
 
 def test_aggregate_posterior(run, monkeypatch):

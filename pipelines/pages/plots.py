@@ -101,7 +101,9 @@ def lines(rows: Sequence[tuple[str, float | None, Tensor]]) -> Figure:
     """One line of images for each row: its title, its fd, and its images, uint8 N C H W, of which the first SHOWN are shown."""
     shown = [(title, fd, images[:SHOWN]) for title, fd, images in rows]
     columns = max(len(images) for _, _, images in shown)
-    figure, axes = pyplot.subplots(len(shown), 1, figsize=(2.6 + 0.55 * columns, 0.68 * len(shown)), squeeze=False)
+    beside = max(2.3, 0.078 * max(len(title) for title, _, _ in shown))  # inches, for the titles
+    width = beside + 0.57 * columns
+    figure, axes = pyplot.subplots(len(shown), 1, figsize=(width, 0.68 * len(shown)), squeeze=False)
     for axis, (title, fd, images) in zip(axes[:, 0], shown):
         grid = make_grid(images, nrow=columns, padding=1, pad_value=128)
         axis.imshow(grid.permute(1, 2, 0).numpy(), interpolation="nearest")
@@ -114,7 +116,7 @@ def lines(rows: Sequence[tuple[str, float | None, Tensor]]) -> Figure:
             fontsize=10,
         )
         axis.axis("off")
-    figure.subplots_adjust(left=0.2, right=0.995, top=0.99, bottom=0.01, hspace=0.06)
+    figure.subplots_adjust(left=beside / width, right=0.995, top=0.99, bottom=0.01, hspace=0.06)
     return figure
 
 

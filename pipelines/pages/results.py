@@ -150,7 +150,7 @@ def by_command(trainings: list[Training]) -> dict[str, list[Training]]:
 
 def summary(trainings: list[Training]) -> list[list[str]]:
     """One row a command: Fréchet distances, and the gap closed."""
-    rows = [["preset", "reconstructions", "N(0, I)", "mixture", "learned", "tuned", "gap closed", "tuned", "seeds"]]
+    rows = [["preset", "reconstructions", "N(0, I)", "mixture", "learned", "tuned", "gap closed", "gap closed, tuned", "seeds"]]
     for command, some in by_command(trainings).items():
         cells = [over_seeds(some, of_row(row, "fd"), 2) for row in KEPT]
         cells += [over_seeds(some, lambda one: one.gap_closed, 3), over_seeds(some, lambda one: one.gap_closed_tuned, 3)]

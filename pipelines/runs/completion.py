@@ -33,6 +33,8 @@ def picture_to_complete(path: Path, image_shape: tuple[int, int, int], backgroun
     Raises UserError when it cannot be read.
     """
     channels, height, width = image_shape
+    if not path.is_file():
+        raise UserError(f"there is no picture {path}")
     try:
         with opened(path) as image:
             size = image.size

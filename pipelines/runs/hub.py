@@ -23,6 +23,7 @@ def library() -> ModuleType:
     """Raises UserError where it is not installed: only the hub needs it."""
     try:
         import huggingface_hub
+        import huggingface_hub.errors  # which the first alone does not
     except ImportError as error:
         raise UserError("the hub needs the library `huggingface_hub`: pip install -e '.[hub]'") from error
     return huggingface_hub

@@ -122,7 +122,7 @@ class Run:
             try:
                 lock.acquire(timeout=0)
             except Timeout as error:
-                raise UserError(f"another process is working on {self.folder}; wait for it, or use another --run") from error
+                raise UserError(f"another process is working on {self.work}; wait until it has ended") from error
 
         processes.on_first(acquire)
         try:
@@ -136,6 +136,12 @@ class Run:
         if self.on_hub:
             return self.on_hub
         return self.folder.name if self.folder.parent in (CHECKPOINTS, TRAINED) else str(self.folder)
+
+    @property
+    def known_as(self) -> str:
+        """The name; the folder where a trained model that comes with the software has that name, too."""
+        hides = self.folder.parent == CHECKPOINTS and (TRAINED / self.name).is_dir()
+        return str(self.folder) if hides else self.name
 
     @property
     def title(self) -> str:

@@ -165,7 +165,7 @@ def swept_network(trained: Trained, layers: int, width: int, positions: int) -> 
     model.encoder, _ = FullyConnected(layers, width, positions).encoder(splits.image_shape)
     name = f"fully-connected-{layers}x{width}-{positions}"
     settings = repr((decoder, SWEEP_FIT, run.config.seed, read_facts(run).content))
-    folder = run.folder / "studies" / f"{name}-{hashlib.sha256(settings.encode()).hexdigest()[:8]}"
+    folder = run.work / "studies" / f"{name}-{hashlib.sha256(settings.encode()).hexdigest()[:8]}"
     label = f"encoder of {layers} × {width}, {positions} latent numbers"
     fit(run.fabric, model, splits.train, splits.validation, SWEEP_FIT, run.config.seed, folder, label)
     terms = evaluate(run.fabric, model, splits.test, CHUNK, 0)
