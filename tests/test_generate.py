@@ -26,6 +26,7 @@ from pipelines.runs.conditions import contexts_asked, contexts_of, label_number
 from pipelines.runs.dataset import load_data
 from pipelines.runs.latents import encode
 from pipelines.runs.parts import load_autoencoder, specs_of
+from pipelines.runs.phases import train
 from pipelines.runs.pictures import tiled
 from pipelines.runs.priors import open_prior
 from pipelines.runs.recipes import preset
@@ -51,7 +52,7 @@ def runs(tmp_path_factory):
                 config = dataclasses.replace(config, prior=dataclasses.replace(config.prior, condition=Unconditional()))
             patch.setattr(type(config.data), "load", lambda self, report=None: small_splits((1, 28, 28), 4))
             made[name] = Run.create(folder / name, config, "cpu")
-            train_all(made[name])
+            train(made[name]) if name == "mnist5k" else train_all(made[name])
         yield {name: str(run.folder) for name, run in made.items()}
 
 
@@ -170,8 +171,11 @@ def test_completion_of_a_picture(runs, name, tmp_path, capsys):
     assert "held:" in said and "effective sample size: median" in said
     with pytest.raises(UserError, match="there is no 'top-haf'.*top-half"):
         drawn(runs[name], "--complete", str(tmp_path / "in.png"), "--keep", "top-haf", tmp_path=tmp_path)
-    with pytest.raises(UserError, match="cannot be read as a picture"):
+    with pytest.raises(UserError, match="there is no picture .*nothing.png"):
         drawn(runs[name], "--complete", str(tmp_path / "nothing.png"), tmp_path=tmp_path)
+    (tmp_path / "broken.png").write_bytes(b"no picture")
+    with pytest.raises(UserError, match="cannot be read as a picture"):
+        drawn(runs[name], "--complete", str(tmp_path / "broken.png"), tmp_path=tmp_path)
 
 
 def test_a_completion_keeps_the_kept_pixels_and_says_what_helps_where_there_was_no_choice(capsys):

@@ -19,7 +19,6 @@ from pipelines.judging.comparison import from_dict, read_comparison
 from pipelines.judging.features import FIGURES
 from pipelines.judging.together import Entry, names_of
 from pipelines.pages.plots import plain, png, pyplot
-from pipelines.pages.report import train_all
 from pipelines.pages.words import between_runs, notes, verdict_in_words, verdict_of_several
 from pipelines.runs.config import replaced
 from pipelines.runs.options import Options
@@ -42,7 +41,7 @@ def compared(tmp_path_factory):
             config = shrunk(preset(name))
             patch.setattr(type(config.data), "load", lambda self, report=None: small_splits((1, 28, 28), 4))
             runs.append(Run.create(folder / name, config, "cpu"))
-            train_all(runs[-1])
+            train(runs[-1])
         other = replaced(runs[0].config, "prior.backbone", TransformerConfig(width=8, layers=2, heads=2))
         runs.append(Run.create(folder / "attention", other, "cpu"))
         train(runs[-1], Options(device="cpu", stage1_from=str(runs[0].folder)))

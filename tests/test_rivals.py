@@ -77,7 +77,7 @@ def second():
     prior.flattened.scale.fill_(1.5)
 
     def density(z: torch.Tensor) -> torch.Tensor:
-        edge = torch.linspace(-7, 7, 200, dtype=torch.float64)
+        edge = torch.linspace(-7, 7, 100, dtype=torch.float64)
         u = torch.cartesian_prod(edge, edge)
         weight = distributions.Normal(0.0, 1.0).log_prob(u).sum(1) + 2 * (edge[1] - edge[0]).log()
         mean, gamma = prior.decoder(u), prior.log_gamma.exp()
