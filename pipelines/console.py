@@ -85,6 +85,11 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return f"{hint} There are: {', '.join(known)}"
 
 
+def first_line(error: Exception) -> str:
+    """What a library says, for a sentence of ours."""
+    return (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+
+
 def check_least(asked: object, **least: int) -> None:
     """Raises UserError where a setting of a command, by its name, is below the least that makes sense."""
     for name, bound in least.items():

@@ -16,9 +16,9 @@ from annotated_types import Interval
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from pipelines.console import NotThere, Progress, UserError, nearest, say
-from pipelines.data.images import ImageSet, Splits, split, with_validation
-from pipelines.data.own import FEWEST_IMAGES, FOLDER_TEST_SHARE
+from pipelines.console import NotThere, Progress, UserError, first_line, nearest, say
+from pipelines.data.images import ImageSet, Splits, with_validation
+from pipelines.data.own import FEWEST_IMAGES, without_test
 from pipelines.files import packed, read_tensors
 
 TRAIN, TEST = ("train", "trainval", "training"), ("test", "val", "valid")
@@ -53,7 +53,7 @@ def file_of(dataset: Any, held_out: Any = None) -> bytes:
     """
     train = image_set(dataset, "reading the Dataset")
     if held_out is None:
-        train, test = split(train, max(1, round(FOLDER_TEST_SHARE * len(train))))
+        train, test = without_test(train)
     else:
         test = image_set(held_out, "reading the Dataset of held-out images")
     assert isinstance(train.images, Tensor) and isinstance(test.images, Tensor)
@@ -148,7 +148,7 @@ class TorchvisionByName:
             found = [self.made(kind, {})]
         sets = [image_set(part, f"reading {self.name}") for part in found]
         if len(sets) == 1:
-            sets = [*split(sets[0], max(1, round(FOLDER_TEST_SHARE * len(sets[0]))))]
+            sets = [*without_test(sets[0])]
         train, test = sets
         labels = [part.labels for part in sets if part.labels is not None]
         if len(labels) < 2:
@@ -189,10 +189,9 @@ class TorchvisionByName:
             say(f"downloading {self.name} to {self.root}/")
             return kind(**given, download=True)
         except (RuntimeError, OSError, ValueError, TypeError, ImportError) as error:
-            reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
             raise NotThere(
-                f"{self.name} is not in {self.root}/, and torchvision could not bring it there ({reason}). Put it there in"
-                " torchvision's layout, or name a folder that has it with --data.root"
+                f"{self.name} is not in {self.root}/, and torchvision could not bring it there ({first_line(error)}). Put it"
+                " there in torchvision's layout, or name a folder that has it with --data.root"
             ) from error
 
     def square(self, image: Any) -> Image.Image:

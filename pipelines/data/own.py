@@ -70,8 +70,7 @@ class OwnImages:
         ]
         parts = dict(zip(sets, read))
         if "all" in parts:
-            everything = parts.pop("all")
-            parts["train"], parts["test"] = split(everything, max(1, round(FOLDER_TEST_SHARE * len(everything))))
+            parts["train"], parts["test"] = without_test(parts.pop("all"))
         if "validation" in parts:
             splits = Splits(parts["train"], parts["validation"], parts["test"], label_names, listing, used=used)
         else:
@@ -93,6 +92,11 @@ class OwnImages:
                 f" as {printable(test.groups[number])} has {printable(train.groups[other])}. So figures look better than they"
                 f" are{remedy if self.split_by == 'file' else ''}"
             )
+
+
+def without_test(images: ImageSet) -> tuple[ImageSet, ImageSet]:
+    """Images that no split is known of: those to train on, and a share for the test."""
+    return split(images, max(1, round(FOLDER_TEST_SHARE * len(images))))
 
 
 def labels_of(

@@ -12,7 +12,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from pipelines.console import NotThere, UserError, nearest, say
+from pipelines.console import NotThere, UserError, first_line, nearest, say
 from pipelines.data.captions import usable_text
 from pipelines.data.images import ImageSet, Splits
 from pipelines.data.layout import SPLITS, some
@@ -111,10 +111,6 @@ def opened(path: Path) -> Any:
         return arrow.parquet.ParquetFile(path)
     except (OSError, arrow.ArrowException) as error:
         raise UserError(f"{path} cannot be read as a Parquet file ({first_line(error)}): copy it again, or remove it") from error
-
-
-def first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
 
 
 def files_of(root: Path) -> dict[str, list[Path]]:

@@ -111,6 +111,11 @@ def ranking(comparisons: Mapping[str, Comparison], exhibits: Mapping[str, Exhibi
     return common + sorted(priors, key=lambda entry: float("inf") if entry.row.fd is None else entry.row.fd)
 
 
+def candidates(entries: Sequence[Entry]) -> list[Entry]:
+    """Of a ranking, the priors that can be named the best: those with a Fréchet distance, whose samples are no copies."""
+    return [entry for entry in entries if entry.generates and entry.row.fd is not None and not entry.row.copies]
+
+
 def above_best(entries: Sequence[Entry]) -> dict[int, tuple[float, float]]:
     """By the place in the ranking, how many nats an image a prior needs more than the best one, and half of the 95 % interval.
 

@@ -14,7 +14,7 @@ from pipelines.files import write_file
 from pipelines.judging.compare import SHOWN, Exhibits
 from pipelines.judging.comparison import Comparison
 from pipelines.judging.rows import BATCH
-from pipelines.judging.together import above_best, ranking
+from pipelines.judging.together import Entry, above_best, candidates
 from pipelines.judging.tradeoffs import departures
 from pipelines.pages.likelihood import as_table
 from pipelines.pages.plots import (
@@ -115,11 +115,13 @@ def section_of(name: str, comparison: Comparison, exhibits: Exhibits, config: Ru
 
 
 def section_of_several(
-    comparisons: Mapping[str, Comparison], exhibits: Mapping[str, Exhibits], configs: Mapping[str, RunConfig]
+    entries: Sequence[Entry],
+    comparisons: Mapping[str, Comparison],
+    exhibits: Mapping[str, Exhibits],
+    configs: Mapping[str, RunConfig],
 ) -> Section:
-    """What a page says of several runs that share a decoder: every prior in one table and one picture, the nearest first."""
-    entries = ranking(comparisons, exhibits)
-    best = next((entry for entry in entries if entry.generates and not entry.row.copies), None)
+    """What a page says of several runs that share a decoder: every prior in one table and one picture, as `ranking` has them."""
+    best = next(iter(candidates(entries)), None)
     gaps, rows = above_best(entries), []
     for place, entry in enumerate(entries):
         shown = [cell(entry.row, figure) for figure in HEADINGS]

@@ -147,9 +147,10 @@ def write_together(path: Path, reports: dict[str, Report]) -> None:
             sections.append(reports[runs[0]].section(runs[0]))
             continue
         group = {run: comparisons[run] for run in runs}, {run: reports[run].exhibits for run in runs}
-        sections.append(section_of_several(*group, {run: reports[run].config for run in runs}))
+        entries = ranking(*group)
+        sections.append(section_of_several(entries, *group, {run: reports[run].config for run in runs}))
         say(sections[-1].name, *aligned(sections[-1].columns, sections[-1].rows), sections[-1].verdict)
-        rankings.append([asdict(standing) for standing in standings(ranking(*group))])
+        rankings.append([asdict(standing) for standing in standings(entries)])
     write_page(path, sections, next(iter(comparisons.values())).versions, findings)
     figures = {run: to_dict(comparison) for run, comparison in comparisons.items()}
     files.write_json(path.with_suffix(".json"), {"runs": figures, "rankings": rankings})

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from pipelines.judging.comparison import ROWS, Comparison, Row
 from pipelines.judging.quality import NEAREST
-from pipelines.judging.together import Entry, names_of
+from pipelines.judging.together import Entry, candidates, names_of
 from pipelines.judging.tradeoffs import described, lowest_fd
 
 SHORT = ("fd", "precision", "recall", "coverage", "copied", "nll")
@@ -73,9 +73,8 @@ def notes(comparison: Comparison) -> list[str]:
 
 def short_notes(comparison: Comparison) -> list[str]:
     """What the terminal says below the table; the page explains every column."""
-    told = [f"Only the learned prior is conditioned on the {comparison.told}."] if comparison.told else []
-    everything = (about_distance, about_trouble, about_codebooks, about_labels, about_gap)
-    return [line for about in everything for line in about(comparison)] + told
+    everything = (about_distance, about_trouble, about_codebooks, about_labels, about_gap, about_condition)
+    return [line for about in everything for line in about(comparison)]
 
 
 def about_distance(comparison: Comparison) -> list[str]:
@@ -85,13 +84,6 @@ def about_distance(comparison: Comparison) -> list[str]:
         f"fd: Fréchet distance to {comparison.images_of.reference} training images in {features.dimensions} features; lower is"
         f" better. {comparison.images} images a row, seed {comparison.seed}. Features: {features.extractor}"
         f" {features.digest}{read}."
-    ]
-
-
-def about_intervals(comparison: Comparison) -> list[str]:
-    return [
-        f"±: half of the interval of {comparison.intervals}. Other samples of this model would fall into it; those of another"
-        " training need not.",
     ]
 
 
@@ -106,7 +98,8 @@ def about_measures(comparison: Comparison) -> list[str]:
         " give 0.5 (Meehan et al. 2020).",
         f"copied: share of samples that lie as near to a training image as the nearest {100 * NEAREST:g} % of held-out images do."
         f" New images give {100 * NEAREST:g} %; above that, some are copies.",
-        *about_intervals(comparison),
+        f"±: half of the interval of {comparison.intervals}. Other samples of this model would fall into it; those of another"
+        " training need not.",
     ]
 
 
@@ -134,11 +127,13 @@ def about_priors(comparison: Comparison) -> list[str]:
     lines = [f"{ROWS[name]}: {row.note}." for name, row in comparison.priors.items() if row.note and name != "posterior"]
     if any(row.nll is not None for row in comparison.priors.values()):
         lines.append("nll of z: -log p(z) of held-out latents in nats an image; lower is better.")
-    if comparison.told:
-        lines.append(f"Only the learned prior is conditioned on the {comparison.told}.")
     if any(row.nll_is_bound for row in comparison.priors.values()):
         lines.append("≤: an upper bound.")
-    return lines
+    return lines + about_condition(comparison)
+
+
+def about_condition(comparison: Comparison) -> list[str]:
+    return [f"Only the learned prior is conditioned on the {comparison.told}."] if comparison.told else []
 
 
 def about_codes(comparison: Comparison) -> list[str]:
@@ -239,14 +234,14 @@ def about_several(comparisons: Mapping[str, Comparison]) -> list[str]:
         " interval, over the same draws of the same held-out images.",
         "s to train: of stage 2 alone. parameters: numbers trained or fitted.",
     ]
-    told = [f"{run} the {found.told}" for run, found in comparisons.items() if found.told]
-    return lines + ([f"Some priors are told more than z: {', '.join(told)}."] if told else [])
+    conditions = [f"{run} on the {found.told}" for run, found in comparisons.items() if found.told]
+    return lines + ([f"Some priors are conditioned: {', '.join(conditions)}."] if conditions else [])
 
 
 def verdict_of_several(entries: Sequence[Entry]) -> str:
     """entries: as `ranking` gives them."""
     every = [entry for entry in entries if entry.generates and entry.row.fd is not None]
-    priors = [entry for entry in every if not entry.row.copies]
+    priors = candidates(entries)
     if not priors:
         why = "every prior gives copies of training images" if every else "too few images for a Fréchet distance"
         return f"No prior can be named the best: {why}."

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 
-from pipelines.console import DISK, UserError
+from pipelines.console import DISK, UserError, first_line
 from pipelines.runs.exported import LIST, check
 
 PREFIX = "hub:"
@@ -104,7 +104,3 @@ def explained(repository: str, revision: str | None = None) -> Iterator[None]:
         refused = getattr(getattr(error, "response", None), "status_code", None) in (401, 403)
         remedy = "log in with hf auth login, as someone who may" if refused else "run the same command again later"
         raise UserError(f"the hub did not do it ({first_line(error)}): {remedy}") from error
-
-
-def first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
