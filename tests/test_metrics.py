@@ -388,6 +388,15 @@ def test_a_second_run_waits_for_the_classifier_that_another_is_training(tmp_path
     assert all(torch.equal(a, b) for a, b in zip(first.state_dict().values(), second.state_dict().values()))
 
 
+def test_a_line_for_each_classifier_that_is_trained_and_none_for_one_that_is_there(tmp_path, capsys):
+    splits, config = small_splits((1, 8, 8), 2, count=80), shrunk(preset("mnist5k")).metrics
+    for expected in (["classifier", "second classifier"], []):
+        for seed in (0, 1, 1):
+            features.trained_classifier(fabric_for("cpu", "float32"), config, splits, tmp_path, seed)
+        lines = capsys.readouterr().out.splitlines()
+        assert [line.partition(": accuracy")[0] for line in lines] == expected
+
+
 def test_the_gap_closed_is_the_share_of_the_way_to_the_reconstructions():
     def distances(fd: float, spread: float = 0.0, seed: int = 0) -> torch.Tensor:
         others = torch.randn(100, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)

@@ -290,7 +290,7 @@ def trained_classifier(
 ) -> tuple[Classifier, dict[str, Any]]:
     """A classifier of the data set's labels, trained or loaded from `cache`, and its description.
 
-    Of several runs on one data set, the first to need it trains it; the others wait.
+    Of several runs on one data set, the first to need it trains it; the others wait. Its accuracy is printed where it is trained.
     """
     torch.manual_seed(seed)
     model = Classifier(splits.image_shape[0], len(splits.label_names))
@@ -299,11 +299,15 @@ def trained_classifier(
         assert part is not None
         key.update(content_of(part))
     folder = cache / key.hexdigest()[:16]
-    with files.alone(folder, (folder / f"step-{config.classifier.steps:07d}").is_dir):
+    last, label = folder / f"step-{config.classifier.steps:07d}", "second classifier" if seed else "classifier"
+    with files.alone(folder, last.is_dir):
+        there = last.is_dir()
         training = in_parts(config.classifier, math.prod(splits.image_shape[1:]))
-        fit(fabric, model, Labelled(splits.train), Labelled(splits.validation), training, seed, folder, "classifier")
+        sets = Labelled(splits.train), Labelled(splits.validation)
+        fit(fabric, model, *sets, training, seed, folder, label, says_skipped=False)
     accuracy = evaluate(fabric, model, Labelled(splits.test), at_once(model, splits.test.images), 0)["accuracy"]
-    say(f"classifier: accuracy {100 * accuracy:.1f} % on {len(splits.test)} test images")
+    if not there:
+        say(f"{label}: accuracy {100 * accuracy:.1f} % on {len(splits.test)} test images")
     return model.eval(), {"extractor": "classifier", "accuracy": accuracy}
 
 

@@ -202,10 +202,11 @@ def fit(
     on_nan: OnNan = "stop",
     tracker: Tracker | None = None,
     early: Path | None = None,
+    says_skipped: bool = True,
 ) -> checkpoints.Checkpoint:
     """Train `model` in place, from its last checkpoint under `folder` if there is one; returns the best checkpoint.
 
-    early: file for the weights after an eighth of the steps.
+    early: file for the weights after an eighth of the steps. says_skipped: print a line where the training is finished already.
 
     The model ends with the best checkpoint's weights, in eval mode. A finished training is only loaded.
     Raises UserError when a loss or gradient is not a number (on_nan "stop"; "skip" leaves that step out and goes on; "rewind"
@@ -218,7 +219,7 @@ def fit(
         # What has been sharded stays so; the caller's model is not.
         trained = copy.deepcopy(model) if isinstance(fabric.strategy, ModelParallelStrategy) else model
         done = Training(fabric, trained, train, held_out, config, seed, folder, label, on_nan, tracker, early).run(done)
-    else:
+    elif says_skipped:
         say(f"{label}: finished, skipped")
     chosen = checkpoints.best(processes.on_first(lambda: checkpoints.prune(folder, done)))
     chosen.load_into(model)
