@@ -1,5 +1,6 @@
 """python -m pipelines.explore [RUN]: a page in the browser to draw from trained runs and look into them."""
 
+import errno
 import os
 import socket
 from dataclasses import dataclass
@@ -39,9 +40,10 @@ def check_port(host: str, port: int) -> None:
         with socket.create_server((host, port)):
             pass
     except OSError as error:
-        raise UserError(
-            f"{host}:{port} cannot be used ({error.strerror}); name another with --port, as in --port {port + 1}"
-        ) from error
+        if error.errno == errno.EADDRINUSE:
+            raise UserError(f"port {port} is in use: name another, such as --port {port + 1}") from error
+        why = str(error.strerror).partition(" (")[0]  # what Python adds names the address once more
+        raise UserError(f"nothing can be served at {host}, port {port}: {why}. Name another --host or --port.") from error
 
 
 def serve(asked: Arguments) -> None:
