@@ -1,4 +1,4 @@
-"""python -m pipelines.benchmark training | data | sampling | batches | metrics: speed, as ratios within one run; sameness.
+"""python -m pipelines.benchmark training | data | sampling | batches | metrics | device: speed, as ratios in one run; sameness.
 
 Medians over repeats that alternate between what is compared: the ratios hold on a noisy machine where seconds do not.
 
@@ -8,6 +8,7 @@ Medians over repeats that alternate between what is compared: the ratios hold on
                arithmetic that sampling needs; and the loop that runs the whole network for every position, beside it
     batches    how many images are the same at two batch sizes
     metrics    seconds and memory of the figures of one row of a comparison
+    device     what a GPU can do: training, sampling, the same images as a CPU's, sharded weights, torch.compile
 """
 
 import sys
@@ -47,12 +48,19 @@ def metrics() -> Any:
     return BenchmarkMetrics
 
 
+def device() -> Any:
+    from pipelines.benchmarks.device import BenchmarkDevice
+
+    return BenchmarkDevice
+
+
 BENCHMARKS: dict[str, Callable[[], Any]] = {
     "training": training,
     "data": data,
     "sampling": sampling,
     "batches": batches,
     "metrics": metrics,
+    "device": device,
 }
 """By name; each is imported when it is asked for, since all of it together takes seconds."""
 

@@ -1,11 +1,14 @@
 """The benchmarks run, and write the rows they promise. Their speeds are not tested."""
 
 import json
+import subprocess
 import sys
 
 import pytest
+import torch
 
 from pipelines import benchmark
+from pipelines.benchmarks import device
 from pipelines.console import UserError
 
 
@@ -49,7 +52,58 @@ def test_metrics(tmp_path):
     assert all(row["seconds"] > 0 and row["peak_bytes"] > 0 and row["resamples"] == 100 for row in rows)
 
 
+@pytest.fixture
+def one_process(monkeypatch):
+    """The parts of benchmark device on one preset, all in this process, which is no longer connected with itself afterwards."""
+    monkeypatch.setattr(device, "PRESETS", ("cifar10-givt",))
+    monkeypatch.setattr(device, "BACKBONES", ("transformer", "nonsense"))
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: None)
+
+    def run(command, stderr, timeout):
+        benchmark.main(command[3:])
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(subprocess, "run", run)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+def test_device(tmp_path, one_process, capsys):
+    file = tmp_path / "b.json"
+    benchmark.main(["device", "--small", "--run", "mnist5k-2d", "nowhere", "--device", "cpu", "--json", str(file)])
+    about, *rows = json.loads(file.read_text())
+    assert about["device"] == "cpu" and [*dict.fromkeys(row["part"] for row in rows)] == [*device.PARTS]
+    failed = [row for row in rows if "error" in row]
+    assert {row.get("backbone", row.get("run")) for row in failed} == {"nonsense", "nowhere"}
+    said = capsys.readouterr().out
+    assert all("Traceback" in row["traceback"] and f"failed: {row['error']}" in said for row in failed)
+    trained = [row for row in rows if "preset" in row]
+    assert all(row["images_per_s"] > 0 and row["peak_bytes"] > 0 for row in trained)
+    by_part = {(row["part"], row.get("strategy"), row["stage"]): row["losses"] for row in trained}
+    assert by_part["sharded", "FSDP", 2] == pytest.approx(by_part["sharded", "without", 2], rel=1e-4)
+    assert by_part["compiled", None, 1] == by_part["training", None, 1]
+    assert [row["same"] for row in rows if "same" in row] == [1.0]
+    assert all(row["ratio"] > 0 for row in rows if row["part"] == "sampling" and row not in failed)
+
+
+def test_a_part_of_device_that_ends_early_leaves_what_it_wrote(tmp_path, monkeypatch):
+    def run(command, stderr, timeout):
+        with open(command[command.index("--json") + 1], "w") as file:
+            json.dump([{"part": command[command.index("--part") + 1], "error": "first"}], file)
+        if "sampling" in command:
+            raise subprocess.TimeoutExpired(command, timeout)
+        stderr.write(b"what went before\nthe last line\n")
+        return subprocess.CompletedProcess(command, -9)
+
+    monkeypatch.setattr(subprocess, "run", run)
+    command = ["device", "--part", "training", "sampling", "--minutes", "3", "--device", "cpu"]
+    benchmark.main([*command, "--json", str(tmp_path / "b.json")])
+    errors = [row.get("error") for row in json.loads((tmp_path / "b.json").read_text())]
+    assert errors == [None, "first", "exit code -9: the last line", "first", "not finished after the 3 minutes of --minutes"]
+
+
 BAD = [
+    ("device --part sample", "there is no part 'sample' - did you mean 'sampling'"),
     ("metrics --images 64", "a covariance needs more images than features"),
     ("metrics --size 30", "--size is a multiple of 32 from 32 up"),
     ("metrics --features 0", "--features is a number from 1 up"),

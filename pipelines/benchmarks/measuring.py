@@ -3,7 +3,7 @@
 import os
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from pipelines.console import UserError
 Rows = list[dict[str, Any]]
 
 
-def median_seconds(parts: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
+def median_seconds(parts: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, float]:
     """The median time of each part, over repeats that alternate between the parts, after one unmeasured round."""
     if repeats < 1:
         raise UserError(f"--repeats is a number from 1 up, not {repeats}")
