@@ -18,7 +18,7 @@ class Arguments:
     out: Path
     """a new folder"""
     half: bool = False
-    """weights in half precision: half the size, and samples that differ a little"""
+    """weights in float16: half the size, and samples that differ a little; statistics and codebooks stay float32"""
     latents: bool = False
     """also the latents of the training images, which baselines are fitted to; else they are encoded again where needed"""
     license: str | None = None

@@ -23,7 +23,7 @@ class Arguments:
     license: str | None = None
     """licence of the weights, by its identifier on the hub, such as mit or cc-by-4.0"""
     half: bool = False
-    """weights in half precision: half the size, and samples that differ a little"""
+    """weights in float16: half the size, and samples that differ a little; statistics and codebooks stay float32"""
     device: Device = "auto"
     """the device to draw the samples of the card on"""
 

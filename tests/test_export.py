@@ -16,7 +16,7 @@ from PIL import Image
 from pipelines import TwoStage, train_all
 from pipelines import export as command
 from pipelines.console import UserError
-from pipelines.pages.exports import SAMPLES, first_samples
+from pipelines.pages.exports import SAMPLES, first_samples, halved
 from pipelines.runs import run as runs
 from pipelines.runs.exported import CARD, LIST, files_of
 from pipelines.runs.pictures import tiled
@@ -72,12 +72,23 @@ def test_an_export_has_what_drawing_needs_and_nothing_more(run, exported):
 
 def test_half_precision_is_half_the_size_and_nearly_the_same_model(run, exported, tmp_path):
     command.main([str(run.folder), "--out", str(tmp_path / "half"), "--half", "--device", "cpu"])
+    command.main([str(tmp_path / "half"), "--out", str(tmp_path / "again"), "--device", "cpu"])
     sizes = [sum(path.stat().st_size for path in folder.rglob("*.safetensors")) for folder in (tmp_path / "half", exported)]
     assert 0.45 < sizes[0] / sizes[1] < 0.6
-    half, whole = TwoStage.open(tmp_path / "half", "cpu"), TwoStage.open(exported, "cpu")
+    half, again, whole = (TwoStage.open(folder, "cpu") for folder in (tmp_path / "half", tmp_path / "again", exported))
     images = whole.sample(4)
+    assert torch.equal(half.sample(4), again.sample(4)) and "in half precision" in (tmp_path / "again" / CARD).read_text()
+    assert 0 < (half.sample(4).int() - images.int()).abs().max() <= 8
     (codes,), (others,) = half.encode(images), whole.encode(images)
     assert codes.dtype == torch.float32 and not torch.equal(codes, others) and torch.allclose(codes, others, atol=0.02)
+    for buffer, other in zip(half.prior().buffers(), whole.prior().buffers(), strict=True):
+        assert torch.equal(buffer, other)
+
+
+@pytest.mark.parametrize("unsafe", [70_000.0, 1e-6])
+def test_a_tensor_with_numbers_out_of_the_range_of_half_precision_stays_as_it_is(unsafe):
+    tensor = torch.tensor([1e-9, unsafe])
+    assert halved(tensor) is tensor and halved(torch.tensor([1e-9, 1.0])).dtype == torch.float16
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import safetensors.torch
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pipelines.console import UserError
 from pipelines.files import aside, flush, found_shards, read_tensors, write_flushed
@@ -19,7 +19,17 @@ from pipelines.pages.tables import markdown
 from pipelines.runs.config import to_dict
 from pipelines.runs.dataset import FACTS, read_facts
 from pipelines.runs.exported import CARD, FORMAT, LIST, files_of
-from pipelines.runs.parts import EARLY_PRIOR, Phase, early_prior, finished, last_phase, load_autoencoder, specs_of
+from pipelines.runs.parts import (
+    EARLY_PRIOR,
+    Part,
+    Phase,
+    early_prior,
+    finished,
+    last_phase,
+    load_autoencoder,
+    load_prior,
+    specs_of,
+)
 from pipelines.runs.pictures import tiled
 from pipelines.runs.priors import open_prior
 from pipelines.runs.run import Run
@@ -29,6 +39,7 @@ from pipelines.training.checkpoints import CHECKSUMS, checksum
 
 SAMPLES = "samples.png"
 SHOWN = 16  # samples on the card
+ROUNDING = 2.0**-11  # the largest relative error of float16, of numbers from 6e-5 to 65,504
 LICENSE = re.compile(r"[a-z0-9][a-z0-9.-]*")  # an identifier on the hub
 
 
@@ -42,9 +53,9 @@ def export(
 ) -> None:
     """Write an export of a finished run to a new folder; it is there whole or not at all.
 
-    half: weights in half precision; then samples differ a little. latents: also those of the training images, which the
-    baselines are fitted to. name: to open it by, the folder's when None. license: its identifier on the hub; that of the run's
-    card when None. Raises UserError where the run is not finished, or the folder is there.
+    half: weights in float16, but statistics and codebooks as they are; then samples differ a little. latents: also those of the
+    training images, which the baselines are fitted to. name: to open it by, the folder's when None. license: its identifier on
+    the hub; that of the run's card when None. Raises UserError where the run is not finished, or the folder is there.
     """
     if license is not None and not LICENSE.fullmatch(license):
         raise UserError(f"--license is an identifier such as mit or cc-by-4.0, not {license!r}")
@@ -54,14 +65,15 @@ def export(
     # Of images in files, the stamp says when those of this machine were written.
     kept[FACTS] = as_json(vars(replace(read_facts(run), stamp=None)))
     phases: set[Phase] = {last_phase(run, "autoencoder")} | ({last_phase(run, "prior")} if run.learned else set())
+    trained = parameters_of(run) if half else set()
     for phase in phases:
         best = finished(run, phase).folder
-        weights = read_tensors(best / "model.safetensors")
+        half = half or any(tensor.dtype == torch.float16 for tensor in read_tensors(best / "model.safetensors").values())
         place = f"{phase}/{best.name}"
-        model = stored(weights, half) if half else (best / "model.safetensors").read_bytes()
+        model = stored(best / "model.safetensors", trained)
         kept |= {f"{place}/model.safetensors": model, f"{place}/config.json": (best / "config.json").read_bytes()}
     if (early := early_prior(run)) is not None:
-        kept[EARLY_PRIOR] = stored(read_tensors(early), half) if half else early.read_bytes()
+        kept[EARLY_PRIOR] = stored(early, trained)
     if run.told == "caption":
         kept["tokenizer.json"] = (run.folder / "tokenizer.json").read_bytes()
     comparison = None
@@ -96,16 +108,29 @@ def as_json(value: object) -> bytes:
     return (json.dumps(value, indent=2) + "\n").encode()
 
 
-def stored(tensors: dict[str, Tensor], half: bool) -> bytes:
-    """As a safetensors file; in half precision, as far as the numbers have a place in it."""
-    return safetensors.torch.save({name: halved(tensor) if half else tensor for name, tensor in tensors.items()})
+def parameters_of(run: Run) -> set[str]:
+    """The names of all that gradients train, as files of weights have them. The rest are statistics, scales and codebooks."""
+    autoencoder = load_autoencoder(run)
+    parts: dict[Part, nn.Module] = {"autoencoder": autoencoder}
+    if run.learned:
+        parts["prior"] = load_prior(run, specs_of(autoencoder))
+    named = [(part, name) for part, module in parts.items() for name, _ in module.named_parameters()]
+    return {f"{part}.{name}" if run.config.refine else name for part, name in named}
+
+
+def stored(path: Path, trained: set[str]) -> bytes:
+    """A file of weights, those by these names in half precision."""
+    if not trained:
+        return path.read_bytes()
+    tensors = read_tensors(path)
+    return safetensors.torch.save({name: halved(tensor) if name in trained else tensor for name, tensor in tensors.items()})
 
 
 def halved(tensor: Tensor) -> Tensor:
-    if tensor.dtype != torch.float32:
-        return tensor.clone()
+    """float16, of as many bits as bfloat16 and eight times as exact; the same tensor where it has numbers out of its range."""
     small = tensor.half()
-    return small if bool(small.isfinite().all()) else tensor.clone()
+    error = (small.double() - tensor.double()).norm()
+    return small if error <= ROUNDING * tensor.double().norm() else tensor
 
 
 def first_samples(run: Run) -> Tensor:
