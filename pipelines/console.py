@@ -85,6 +85,11 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return f"{hint} There are: {', '.join(known)}"
 
 
+def counted(number: int, one: str, many: str | None = None) -> str:
+    """`1 image` or `3 images`; many: what is said of several, where it is not `one` and an s."""
+    return f"{number} {one if number == 1 else many or one + 's'}"
+
+
 def first_line(error: Exception) -> str:
     """What a library says, for a sentence of ours."""
     return (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
-from pipelines.console import UserError, first_process, nearest, run_command, say
+from pipelines.console import UserError, counted, first_process, nearest, run_command, say
 from pipelines.runs.names import PRIORS, Device, Pixels, PriorName
 from stage2_prior.sampling import AS_FITTED, CannotSample, Sampling
 
@@ -136,7 +136,7 @@ def write_asked(asked: Arguments) -> None:
             batch_size=asked.batch_size,
         )
         write_images(asked.out, images, asked.scale, texts_of(model, asked, count, caption))
-        say(f"{count} images from the {asked.prior} prior of {model.run.known_as}: {asked.out}")
+        say(f"{counted(count, 'image')} from the {asked.prior} prior of {model.run.known_as}: {asked.out}")
         return
     picture, known = model.read(asked.complete), known_pixels(asked.keep, model.image_shape)
     images = model.complete(
@@ -152,7 +152,7 @@ def write_asked(asked: Arguments) -> None:
     )
     given = with_hidden_grey(picture, known)[None]
     write_images(asked.out, torch.cat([given, images]) if asked.out.suffix == ".png" else images, asked.scale)
-    say(f"{count} completions of {asked.complete}, which keep its {asked.keep}: {asked.out}")
+    say(f"{counted(count, 'completion')} of {asked.complete}, with its {asked.keep} kept: {asked.out}")
 
 
 def texts_of(model: "TwoStage", asked: Arguments, count: int, caption: str | list[str] | None) -> list[str]:

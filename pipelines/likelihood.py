@@ -7,7 +7,7 @@ from typing import Annotated
 
 import tyro
 
-from pipelines.console import check_least, check_seed, first_process, run_command, say
+from pipelines.console import check_least, check_seed, counted, first_process, run_command, say
 from pipelines.runs.names import PRIORS, Device
 
 
@@ -58,7 +58,7 @@ def main(arguments: list[str] | None = None) -> None:
     if asked.json is not None:
         write_json(asked.json, {"run": run.title, **result})
         say(f"figures: {asked.json}")
-    say(f"{time.monotonic() - started:.0f} seconds")
+    say(counted(round(time.monotonic() - started), "second"))
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from pipelines.console import UserError, check_least, first_process, run_command, say
+from pipelines.console import UserError, check_least, counted, first_process, run_command, say
 from pipelines.runs.names import Device
 
 Split = Literal["train", "validation", "test"]
@@ -61,14 +61,14 @@ def score(asked: Arguments) -> None:
     scores = held_out if images is splits.test else scorer(images)
     write_scores(asked.out, run.name, scorer, images, names, scores, usual, asked.shown)
     unusual = int((usual.more_usual(scores) > 0.99).sum())
-    say(f"{unusual} of {len(scores)} images are more unusual than 99 % of held-out ones")
+    say(f"more unusual than 99 % of held-out images: {unusual} of {counted(len(scores), 'image')}")
     if asked.images and len(names) > 1:
         first, *others = [
             f"{auroc(usually, values):.2f} by {name}"
             for (name, usually), values in zip(usual.every(held_out).items(), usual.every(scores).values())
         ]
         say(f"AUROC against held-out images: {first}, the order here; {', '.join(others)}. 0.5 is chance.")
-    say(f"table: {asked.out}; look at {asked.out.with_suffix('.html')}; {time.monotonic() - started:.0f} seconds")
+    say(f"table: {asked.out}; look at {asked.out.with_suffix('.html')}; {counted(round(time.monotonic() - started), 'second')}")
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from pipelines.console import UserError, run_command, say
+from pipelines.console import UserError, counted, run_command, say
 
 SPEAKS = "from pipelines.console import run_command, say; run_command(lambda: [say('4×4 images'), say('done')])"
 
@@ -56,3 +56,8 @@ def test_too_little_memory_is_a_sentence(capsys, error):
     with pytest.raises(SystemExit) as ended:
         run_command(main)
     assert ended.value.code == 2 and "error: out of memory: smaller batches" in capsys.readouterr().err
+
+
+def test_of_one_there_is_no_plural():
+    assert [counted(number, "image") for number in (0, 1, 2)] == ["0 images", "1 image", "2 images"]
+    assert [counted(number, "of 5 has", "of 5 have") for number in (1, 5)] == ["1 of 5 has", "5 of 5 have"]

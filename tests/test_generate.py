@@ -296,7 +296,7 @@ def test_with_few_images_sampling_is_not_tuned(runs):
     run = Run.open(runs["mnist-vqvae"], "cpu")
     splits = load_data(run)
     comparison = compared(run, dataclasses.replace(splits, test=splits.test.subset(torch.arange(50))))
-    few = "tuned: no; 50 samples of each way to draw are too few for a Fréchet distance."
+    few = "tuned: no; 50 samples of each way to draw, too few for a Fréchet distance."
     assert few in notes(comparison) and "tuned" not in comparison.priors
 
 
@@ -366,7 +366,7 @@ def test_own_captions_are_read_and_wrong_ones_named(tmp_path):
     for part in (splits.train, splits.validation, splits.test):
         assert part.captions == [f"grey number {int(image[0, 0, 0])}" for image in part.images]
     file.write_text("\n".join(lines[:-1]))
-    with pytest.raises(UserError, match=r"1 of 12 images .* have no caption in .*captions.jsonl: 11.png"):
+    with pytest.raises(UserError, match=r"1 of 12 images .* has no caption in .*captions.jsonl: 11.png"):
         Folder(root=tmp_path, size=8).load()
     file.write_text(lines[0] + "\nnonsense\n")
     with pytest.raises(UserError, match="line 2: expected"):
@@ -395,10 +395,10 @@ def test_samples_that_are_not_numbers_are_counted_and_named(runs, tmp_path, monk
 
     monkeypatch.setattr(StandardNormal, "sample", broken)
     images = drawn(runs["mnist5k"], "--prior", "standard", tmp_path=tmp_path)
-    assert (images[2] == 0).all() and "warning: 1 of 6 samples are not numbers and are black" in capsys.readouterr().out
+    assert (images[2] == 0).all() and "warning: 1 of 6 samples is not a number and is black" in capsys.readouterr().out
     run = Run.open(runs["mnist5k"], "cpu")
     comparison = compared(run, load_data(run))
-    assert comparison.warnings == ["standard: 1 of 120 samples are not numbers and are black"]
+    assert comparison.warnings == ["standard: 1 of 120 samples is not a number and is black"]
     assert "standard: 1 of 120 samples are not numbers" in (run.folder / "compare" / "page.html").read_text()
     assert all(np.isfinite(vars(comparison.priors["standard"])[figure]) for figure in FIGURES)
 

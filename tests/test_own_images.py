@@ -95,7 +95,7 @@ def test_what_lies_beside_the_splits_is_left_out_and_said(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("kind", "message"),
     [
-        ("stray", "no labels: 1 of 25 images lie in no subfolder: .*/0.png"),
+        ("stray", "no labels: 1 of 25 images lies in no subfolder: .*/0.png"),
         ("flat test", "no labels: 12 of 36 images lie in no subfolder: .*test/0.png"),
         ("one folder in test", "no labels: .*test and .*train have no subfolder in common"),
         ("one label", "no labels: all images lie in one subfolder, circle"),
@@ -307,7 +307,7 @@ def test_dark_images_of_16_bits_are_said(tmp_path, capsys):
     (tmp_path / "a.png").write_bytes(grey_png(np.full((8, 8), 4095)).getvalue())
     (tmp_path / "b.png").write_bytes(grey_png(np.full((8, 8), 40_000)).getvalue())
     loaded(tmp_path)
-    assert "1 images are of 16 bits and darker than a quarter; of each, values are as in the file" in capsys.readouterr().out
+    assert "1 image is of 16 bits and darker than a quarter; of each, values are as in the file" in capsys.readouterr().out
 
 
 def swapped_profile() -> bytes:
@@ -406,7 +406,7 @@ def test_samples_that_lack_a_part_are_said(tmp_path, capsys):
     said = capsys.readouterr().out
     for line in (
         "left out of .*0.tar: 1 broken link, 1 .mask.png, 1 imageless sample",
-        "no labels: 1 of 20 samples have no cls: 00",
+        "no labels: 1 of 20 samples has no cls: 00",
         "no captions: 2 of 20 samples have neither txt nor json with one: 00, 01",
     ):
         assert re.search(line, said), said
@@ -453,7 +453,7 @@ def test_captions_are_checked_before_anything_is_trained(tmp_path, capsys):
         check_captions(run, splits.train)
         assert words in (run.folder / "tokenizer.json").read_text()
         said = capsys.readouterr().out
-        assert "warning: 10 of 10 captions are longer than 16 tokens and are cut; 9 then equal another" in said
+        assert "warning: captions longer than 16 tokens, which are cut: 10 of 10; equal to another once cut: 9." in said
 
 
 @pytest.mark.filterwarnings("error")

@@ -94,7 +94,7 @@ def test_a_simple_image_with_as_few_bits_as_a_complex_one_is_unusual():
 def test_bits_that_do_not_vary_and_too_few_images():
     usual = Usual.of(of([5.0] * 20, [3.0] * 20))
     assert usual.distance(of([5.0], [3.0])).isfinite().all()
-    with pytest.raises(UserError, match="3 held-out images are too few"):
+    with pytest.raises(UserError, match="held-out images: 3, too few"):
         Usual.of(around(3))
 
 

@@ -7,7 +7,7 @@ import tyro
 from torch import Tensor
 
 from pipelines.benchmarks.measuring import Rows
-from pipelines.console import UserError
+from pipelines.console import UserError, counted
 from pipelines.runs.names import Device
 
 
@@ -51,7 +51,7 @@ class BenchmarkBatches:
     def table(self, rows: Rows) -> str:
         (row,) = rows
         return (
-            f"{100 * row['same']:.1f} % of {row['images']} images are equal to 1/255 at batch {row['batches'][0]} and"
+            f"{100 * row['same']:.1f} % of {counted(row['images'], 'image')} are equal to 1/255 at batch {row['batches'][0]} and"
             f" {row['batches'][1]}; the largest difference of a pixel is {row['largest']}/255"
         )
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from pipelines.console import NotThere, UserError, say
+from pipelines.console import NotThere, UserError, counted, say
 from pipelines.data.captions import usable_text
 from pipelines.data.decoding import IMAGE_ENDINGS
 from pipelines.data.images import ImageSet, Splits
@@ -43,7 +43,7 @@ class Folder(OwnImages):
         for part in parts.values():
             if len(part.names) < FEWEST_IMAGES:
                 raise UserError(
-                    f"{part.folder} holds {len(part.names)} images; at least {FEWEST_IMAGES} are needed"
+                    f"{part.folder} holds {counted(len(part.names), 'image')}; at least {FEWEST_IMAGES} are needed"
                     f" ({', '.join(sorted(IMAGE_ENDINGS))})"
                 )
         label_names, why_none = labels_in([*parts.values()])
@@ -85,8 +85,8 @@ def read_captions(folder: Path, names: list[str], root: Path) -> list[str] | Non
     known = [captions.get(os.path.relpath(folder / name, file.parent)) for name in names]
     without = [name for name, caption in zip(names, known) if caption is None]
     if without:
-        count = f"{len(without)} of {len(names)} images"
-        raise UserError(f"{count} under {folder} have no caption in {file}: {some(without, 5)}")
+        what = f"of {len(names)} images under {folder}"
+        raise UserError(f"{counted(len(without), f'{what} has', f'{what} have')} no caption in {file}: {some(without, 5)}")
     return [caption for caption in known if caption is not None]
 
 
@@ -115,5 +115,5 @@ def images_at(paths: Sequence[str], image_shape: tuple[int, int, int], backgroun
         say(f"left out: {printable(names[number])} cannot be read ({reason})")
     kept = [number for number in range(len(names)) if number not in unreadable]
     if not kept:
-        raise UserError(f"none of {len(names)} pictures can be read")
+        raise UserError("no picture is left that can be read")
     return [printable(names[number]) for number in kept], ImageSet(images[kept])

@@ -16,7 +16,7 @@ from annotated_types import Interval
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from pipelines.console import NotThere, Progress, UserError, first_line, nearest, say
+from pipelines.console import NotThere, Progress, UserError, counted, first_line, nearest, say
 from pipelines.data.images import ImageSet, Splits, with_validation
 from pipelines.data.own import FEWEST_IMAGES, without_test
 from pipelines.files import packed, read_tensors
@@ -81,10 +81,11 @@ def image_set(dataset: Any, label: str) -> ImageSet:
                 raise UserError(f"image {index} of the Dataset is {sizes}: resize them to one size in its transform")
             progress.update(1)
     if len(images) < FEWEST_IMAGES:
-        raise UserError(f"the Dataset holds {len(images)} images; at least {FEWEST_IMAGES} are needed")
+        raise UserError(f"the Dataset holds {counted(len(images), 'image')}; at least {FEWEST_IMAGES} are needed")
     known = [number for number in labels if number is not None and number >= 0]
     if 0 < len(known) < len(labels):
-        say(f"no labels: {len(labels) - len(known)} of {len(labels)} items have no class number")
+        what = f"of {len(labels)} items"
+        say(f"no labels: {counted(len(labels) - len(known), f'{what} has', f'{what} have')} no class number")
     return ImageSet(torch.stack(images), torch.tensor(known) if len(known) == len(labels) else None)
 
 

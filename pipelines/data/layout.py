@@ -6,7 +6,7 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipelines.console import UserError
+from pipelines.console import UserError, counted
 from pipelines.data.decoding import IMAGE_ENDINGS
 from pipelines.data.reading import printable
 
@@ -172,7 +172,8 @@ def labels_in(parts: list[Part]) -> tuple[list[str], str]:
         return [], ""
     if "" in labels:
         outside = [os.path.join(part.folder, name) for part in parts for name in part.names if not label_of(name)]
-        lie = f"{len(outside)} of {sum(len(part.names) for part in parts)} images lie in no subfolder"
+        total = sum(len(part.names) for part in parts)
+        lie = counted(len(outside), f"of {total} images lies in no subfolder", f"of {total} images lie in no subfolder")
         return [], f"{lie}: {some(outside, 3)}"
     if len(labels) == 1:
         return [], f"all images lie in one subfolder, {printable(*labels)}"
@@ -191,7 +192,7 @@ def label_of(name: str) -> str:
 def listed(left_out: Counter[str]) -> str:
     """As in "300 .heic, 2 hidden or system folders"."""
     kinds = left_out.most_common()
-    told = [f"{count} {kind}{'s' if count > 1 and kind.endswith(NOUNS) else ''}" for kind, count in kinds[:LISTED]]
+    told = [counted(count, kind, None if kind.endswith(NOUNS) else kind) for kind, count in kinds[:LISTED]]
     more = sum(count for _, count in kinds[LISTED:])
     return ", ".join(told) + (f" and {more} more" if more else "")
 

@@ -14,7 +14,7 @@ from annotated_types import Interval
 from PIL import ImageColor
 from torch import Tensor
 
-from pipelines.console import UserError, say
+from pipelines.console import UserError, counted, say
 from pipelines.data.alike import SplitBy, groups_of, look_alike
 from pipelines.data.decoding import SAID
 from pipelines.data.identity import Used
@@ -87,8 +87,10 @@ class OwnImages:
         if len(alike) >= max(1, LEAST_ALIKE * len(test)):
             number, other = next(iter(alike.items()))
             remedy = ": --data.split-by folder, or name-prefix, keeps together what belongs together" * chosen
+            what = f"of {len(test)} test images under {where}"
+            have = counted(len(alike), f"{what} has near-duplicates", f"{what} have near-duplicates")
             say(
-                f"warning: {len(alike)} of {len(test)} test images under {where} have near-duplicates among the training images,"
+                f"warning: {have} among the training images,"
                 f" as {printable(test.groups[number])} has {printable(train.groups[other])}. So figures look better than they"
                 f" are{remedy if self.split_by == 'file' else ''}"
             )
@@ -110,7 +112,8 @@ def labels_of(
     without = [name for names, texts in parts for name, text in zip(names, texts) if text is None]
     total = sum(len(names) for names, _ in parts)
     if 0 < len(without) < total:
-        say(f"no labels: {len(without)} of {total} {rows} have no {label}: {some(without, 3)}")
+        have = counted(len(without), f"of {total} {rows} has no {label}", f"of {total} {rows} have no {label}")
+        say(f"no labels: {have}: {some(without, 3)}")
     known = {text for _, texts in parts for text in texts if text is not None}
     if without or len(known) < 2:
         return [None for _ in parts], []
@@ -158,7 +161,7 @@ def readable(
                 said[name] += [images.files.name(index) for index in so]
         for name, (what, then) in SAID.items():
             if said[name]:
-                say(f"{len(said[name])} images are {what}; of each, {then}: {some(said[name], 3)}")
+                say(f"{counted(len(said[name]), 'image is', 'images are')} {what}; of each, {then}: {some(said[name], 3)}")
         if report is not None and (any(known) or not fits or report.exists()):
             rows = [
                 {"part": number, "index": index, "file": images.files.name(index), "reason": found[index]}
@@ -178,7 +181,7 @@ def readable(
                 else "Mend or remove them, or train on the readable rest with --data.skip-unreadable."
             )
             raise UserError(f"{count} of {total} images under {where} cannot be read: {listed}. {remedy}")
-        say(f"warning: {count} of {total} images under {where} cannot be read and are left out: {listed}")
+        say(f"warning: left out {count} of {total} images under {where} that cannot be read: {listed}")
     kept = []
     for part, tensor, found in zip(sets, pixels, known):
         part = part if tensor is None else ImageSet(tensor, part.labels, part.captions, part.groups)

@@ -12,7 +12,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from pipelines.console import NotThere, UserError, first_line, nearest, say
+from pipelines.console import NotThere, UserError, counted, first_line, nearest, say
 from pipelines.data.captions import usable_text
 from pipelines.data.images import ImageSet, Splits
 from pipelines.data.layout import SPLITS, some
@@ -77,7 +77,8 @@ class Parquet(OwnImages):
             captions += texts_in(content, columns.caption) if columns.caption else [None] * count
         made = Rows(ParquetFiles(self.root, files, groups), labels, captions)
         if len(made.files) < FEWEST_IMAGES:
-            raise UserError(f"{self.root} holds {len(made.files)} images for a split; at least {FEWEST_IMAGES} are needed")
+            found = counted(len(made.files), "image")
+            raise UserError(f"{self.root} holds {found} for a split; at least {FEWEST_IMAGES} are needed")
         return made
 
 
@@ -91,7 +92,8 @@ class Rows:
         """None unless every row has one. Raises UserError for one that is no text."""
         without = [name for name, caption in zip(self.files.names, self.captions) if caption is None]
         if 0 < len(without) < len(self.captions):
-            say(f"no captions: {len(without)} of {len(self.captions)} rows of {root} have none: {some(without, 3)}")
+            what = f"of {len(self.captions)} rows of {root}"
+            say(f"no captions: {counted(len(without), f'{what} has', f'{what} have')} none: {some(without, 3)}")
         return None if without else [usable_text(caption) for caption in self.captions]
 
 

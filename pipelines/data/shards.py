@@ -7,7 +7,7 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipelines.console import UserError, say
+from pipelines.console import UserError, counted, say
 from pipelines.data.captions import usable_text
 from pipelines.data.images import ImageSet, Splits
 from pipelines.data.layout import listed, some
@@ -71,9 +71,10 @@ class Shards(OwnImages):
         if left_out:
             say(f"left out of {pattern}: {listed(left_out)}")
         if index.repeated:
-            say(f"{pattern} holds {index.repeated} samples whose name is that of another in the same shard: all are used")
+            repeated = counted(index.repeated, "sample")
+            say(f"{pattern} holds {repeated} whose name is that of another in the same shard: all are used")
         if len(index) < FEWEST_IMAGES:
-            raise UserError(f"{pattern} holds {len(index)} images; at least {FEWEST_IMAGES} are needed")
+            raise UserError(f"{pattern} holds {counted(len(index), 'image')}; at least {FEWEST_IMAGES} are needed")
         return paths, index
 
 
@@ -95,7 +96,9 @@ def captions_in(index: Index) -> list[str] | None:
     captions = [caption_in(*of_sample) for of_sample in zip(index.keys, index.said["txt"], index.said["json"])]
     without = [key for key, caption in zip(index.keys, captions) if caption is None]
     if 0 < len(without) < len(index):
-        say(f"no captions: {len(without)} of {len(index)} samples have neither txt nor json with one: {some(without, 3)}")
+        what = f"of {len(index)} samples"
+        have = counted(len(without), f"{what} has", f"{what} have")
+        say(f"no captions: {have} neither txt nor json with one: {some(without, 3)}")
     return None if without else [caption for caption in captions if caption is not None]
 
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pipelines import files, processes
-from pipelines.console import UserError, say
+from pipelines.console import UserError, counted, say
 from pipelines.data.images import ImageSet, Labelled, Splits
 from pipelines.data.reading import Stored, content_of
 from pipelines.judging.quality import (
@@ -207,7 +207,7 @@ class FeatureSpace:
         images = min(images, len(self.reference))
         if images >= self.fewest:
             return None
-        return f"{images} images for {self.model.dimensions} features: a covariance needs more images than features"
+        return f"{counted(images, 'image')} for {self.model.dimensions} features: a covariance needs more images than features"
 
 
 def moments(points: Joined) -> tuple[float, float]:
@@ -249,7 +249,7 @@ class Judge:
         if reason := space.withheld(len(held_out)):
             self.withheld["fd"] = reason
         if self.cloud is None:
-            why = f"{count} images, of at least {FEWEST} needed" if space.varies else space.withheld(count)
+            why = f"{counted(count, 'image')}, of at least {FEWEST} needed" if space.varies else space.withheld(count)
             self.withheld["kid, precision, recall, density, coverage"] = str(why)
 
     def under_resamples(self, features: Tensor, distances: Tensor) -> dict[str, Tensor]:
@@ -307,7 +307,7 @@ def trained_classifier(
         fit(fabric, model, *sets, training, seed, folder, label, says_skipped=False)
     accuracy = evaluate(fabric, model, Labelled(splits.test), at_once(model, splits.test.images), 0)["accuracy"]
     if not there:
-        say(f"{label}: accuracy {100 * accuracy:.1f} % on {len(splits.test)} test images")
+        say(f"{label}: accuracy {100 * accuracy:.1f} % on {counted(len(splits.test), 'test image')}")
     return model.eval(), {"extractor": "classifier", "accuracy": accuracy}
 
 

@@ -136,7 +136,7 @@ class Usual:
     def of(cls, held_out: Scores) -> "Usual":
         """Raises UserError where there are too few held-out images to tell."""
         if len(held_out) < 10:
-            raise UserError(f"{len(held_out)} held-out images are too few to say what is usual; at least 10 are needed")
+            raise UserError(f"held-out images: {len(held_out)}, too few to say what is usual; at least 10 are needed")
         mean, precision = held_out.numbers.mean(0), torch.linalg.pinv(held_out.numbers.T.cov(), hermitian=True)
         maps = [(bits.mean(0), bits.std(0).clamp(min=1e-3)) for bits in held_out.maps]
         usual = cls(mean, precision, torch.zeros(0), maps)

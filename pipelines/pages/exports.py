@@ -11,7 +11,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from pipelines.console import UserError
+from pipelines.console import UserError, counted
 from pipelines.files import aside, flush, found_shards, read_tensors, write_flushed
 from pipelines.judging.comparison import Comparison, read_comparison
 from pipelines.pages.report import report_folder
@@ -196,7 +196,7 @@ def figures(comparison: Comparison, half: bool) -> list[str]:
     return [
         markdown([["images", "Fréchet distance"], *rows]),
         "",
-        f"Fréchet distance in the features of {comparison.features.extractor}, between {comparison.images} images in each row and"
-        f" {reference} training images; lower is better."
+        f"Fréchet distance in the features of {comparison.features.extractor}, between {counted(comparison.images, 'image')}"
+        f" in each row and {reference} training images; lower is better."
         + (" Measured before the weights were rounded to half precision." if half else ""),
     ]

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from pipelines.console import counted
 from pipelines.judging.comparison import ROWS, title
 from pipelines.pages.tables import Row, Table
 
@@ -46,8 +47,8 @@ def notes_of(result: dict[str, Any]) -> list[str]:
     images, samples, priors = result["images"], result["samples"], result["priors"]
     draws = f"{samples} draws of z an image" if samples > 1 else "one z an image"
     lines = [
-        f"nats an image, of -log p(x): bounds from above, ± a standard error over {images} images of the {result['images_of']};"
-        f" {draws}, the same for every prior. -ELBO = distortion + rate; the distortion, -log p(x|z), is"
+        f"nats an image, of -log p(x): bounds from above, ± a standard error over {counted(images, 'image')} of the"
+        f" {result['images_of']}; {draws}, the same for every prior. -ELBO = distortion + rate; the distortion, -log p(x|z), is"
         f" {in_nats(result['distortion'])}. p(x|z): {result['likelihood']}, {MEASURES[result['measure']]}."
     ]
     if told := result["told"]:
@@ -58,8 +59,8 @@ def notes_of(result: dict[str, Any]) -> list[str]:
     if any("naive" in values for values in priors.values()):
         most = max(values["naive"]["effective_samples"] for values in priors.values() if "naive" in values)
         lines.append(
-            f"naive: minus the logarithm of the average of p(x|z) over {result['naive_samples']} draws from the prior. It"
-            f" effectively rests on {most:.1f} of them at best; near 1 it is one lucky draw, and no estimate."
+            f"naive: minus the logarithm of the average of p(x|z) over {counted(result['naive_samples'], 'draw')} from the prior."
+            f" It effectively rests on {most:.1f} of them at best; near 1 it is one lucky draw, and no estimate."
         )
     if {"standard", "learned"} <= priors.keys():
         standard, learned = priors["standard"]["rate"], priors["learned"]["rate"]
@@ -73,16 +74,16 @@ def notes_of(result: dict[str, Any]) -> list[str]:
         information, count = latents["mutual_information"]["nats"], latents["images"]
         lines.append(
             f"rate under N(0, I) = I(x; z) + KL(q(z) ‖ N(0, I)) = {information:.2f} +"
-            f" {priors['standard']['rate']['nats'] - information:.2f}, with q(z) of these {count} images alone: an empirical"
-            f" I(x; z) cannot exceed log {count} = {latents['log_n']:.2f}, so where it comes near that, the true one may be"
-            f" larger and the true KL smaller. Active units: {latents['active_units']} of {latents['dimensions']}."
+            f" {priors['standard']['rate']['nats'] - information:.2f}, with the q(z) of {counted(count, 'image')} alone:"
+            f" an empirical I(x; z) cannot exceed log {count} = {latents['log_n']:.2f}, so where it comes near that, the true one"
+            f" may be larger and the true KL smaller. Active units: {latents['active_units']} of {latents['dimensions']}."
         )
     return lines
 
 
 def as_table(result: dict[str, Any]) -> Table:
     rows = [Row(name, title(name, "codes" in result), cells_of(result, name)) for name in ROWS if name in result["priors"]]
-    return Table(f"Likelihood of {result['images']} held-out images", columns_of(result), rows, notes_of(result))
+    return Table(f"Likelihood of {counted(result['images'], 'held-out image')}", columns_of(result), rows, notes_of(result))
 
 
 def printed(table: Table) -> list[str]:

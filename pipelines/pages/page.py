@@ -10,6 +10,7 @@ import jinja2
 import torch
 from torch import Tensor
 
+from pipelines.console import counted
 from pipelines.files import write_file
 from pipelines.judging.compare import SHOWN, Exhibits
 from pipelines.judging.comparison import Comparison
@@ -237,7 +238,7 @@ def rates(comparison: Comparison, exhibits: Exhibits) -> list[Picture]:
     if not exhibits.rate_maps:
         return []
     count = min(comparison.images, BATCH)
-    caption = f"Nats of the rate of {count} held-out images at each position of the latent grid, on average."
+    caption = f"Nats of the rate of {counted(count, 'held-out image')} at each position of the latent grid, on average."
     return [chart_picture("Where the rate lies", caption, rate_plot(exhibits.rate_maps, comparison))]
 
 

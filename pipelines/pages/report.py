@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from pipelines import files, processes
-from pipelines.console import say
+from pipelines.console import counted, say
 from pipelines.data.images import Splits
 from pipelines.judging.compare import Exhibits, compare
 from pipelines.judging.comparison import Comparison, read_comparison, to_dict, write_comparison
@@ -51,7 +51,7 @@ def train_all(run: Run, options: Options = DEFAULTS) -> None:
     say(
         f"page to look at: {run.folder / 'compare' / 'page.html'}",
         f"more samples: python -m pipelines.generate {shlex.quote(run.name)} --prior {prior}{how} --count 64 --out samples.png",
-        f"{time.monotonic() - started:.0f} seconds",
+        counted(round(time.monotonic() - started), "second"),
     )
 
 

@@ -9,6 +9,7 @@ import matplotlib
 import torch
 from torch import Tensor
 
+from pipelines.console import counted
 from pipelines.data.images import ImageSet
 from pipelines.files import write_file
 from pipelines.judging.scores import Scorer, Scores, Usual
@@ -41,7 +42,9 @@ def write_scores(
     write_file(path, buffer.getvalue().encode())
     first = order[:shown]
     cards = cards_of(scorer, images, [names[number] for number in first.tolist()], scores, usual, first)
-    page = rendered("scores.html", run=run, cards=cards, count=len(scores), brightest=BRIGHTEST, table=path.name)
+    page = rendered(
+        "scores.html", run=run, cards=cards, images=counted(len(scores), "image"), brightest=BRIGHTEST, table=path.name
+    )
     write_file(path.with_suffix(".html"), page)
 
 

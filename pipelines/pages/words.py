@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterable, Mapping, Sequence
 
+from pipelines.console import counted
 from pipelines.judging.comparison import ROWS, Comparison, Row
 from pipelines.judging.quality import NEAREST
 from pipelines.judging.together import Entry, candidates, names_of
@@ -82,16 +83,17 @@ def about_distance(comparison: Comparison) -> list[str]:
     read = "" if features.accuracy is None else f", which is right on {100 * features.accuracy:.1f} % of test images"
     return [
         f"fd: Fréchet distance to {comparison.images_of.reference} training images in {features.dimensions} features; lower is"
-        f" better. {comparison.images} images a row, seed {comparison.seed}. Features: {features.extractor}"
+        f" better. {counted(comparison.images, 'image')} a row, seed {comparison.seed}. Features: {features.extractor}"
         f" {features.digest}{read}."
     ]
 
 
 def about_measures(comparison: Comparison) -> list[str]:
     """What the figures are, and their errors."""
+    compared = min(comparison.images, comparison.images_of.reference)
     return [
         *about_distance(comparison),
-        f"KID: kernel distance to {min(comparison.images, comparison.images_of.reference)} training images; lower is better.",
+        f"KID: kernel distance to {counted(compared, 'training image')}; lower is better.",
         "precision, density: how many samples lie among training images; higher is better.",
         "recall, coverage: how much of the training images' variety the samples reach; higher is better.",
         "nearer: how often a sample lies nearer to its nearest training image than a held-out image lies to its own. New images"
@@ -183,7 +185,7 @@ def about_sampling(comparison: Comparison) -> list[str]:
     ways, count = "; ".join(described(point.sampling) for point in tried if point.sampling), tried[0].images
     best = lowest_fd(tried)
     if best is None or best.sampling is None:
-        return [f"tuned: no; {count} samples of each way to draw are too few for a Fréchet distance."]
+        return [f"tuned: no; {counted(count, 'sample')} of each way to draw, too few for a Fréchet distance."]
     named = described(best.sampling) if "tuned" in comparison.priors else f"no; {described(best.sampling)}"
     return [
         f"tuned: {named} has the lowest fd of {len(tried)} ways to draw, on {count} samples of another seed, in the features of"

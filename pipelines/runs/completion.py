@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from pipelines import processes
-from pipelines.console import UserError, nearest, say
+from pipelines.console import UserError, counted, nearest, say
 from pipelines.data.decoding import Unreadable, opened, read_image
 from pipelines.runs.names import Pixels
 from pipelines.runs.sampling import pixel_noise
@@ -135,7 +135,7 @@ def completions(
     images, sizes = zip(*processes.in_batches(completed, torch.arange(count), size, "completing"))
     median = float(torch.cat(sizes).median())
     few = f": the completions may not fit what is kept; --particles {4 * particles} chooses among more" if median < FEW else ""
-    say(f"effective sample size: median {median:.1f} of {particles} particles{few}")
+    say(f"effective sample size: median {median:.1f} of {counted(particles, 'particle')}{few}")
     return torch.cat(images)
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from pipelines import processes
-from pipelines.console import UserError, nearest, say
+from pipelines.console import UserError, counted, nearest, say
 from pipelines.data.captions import CaptionTokenizer, captions_of
 from pipelines.data.images import ImageSet
 from pipelines.runs.dataset import read_facts
@@ -54,8 +54,9 @@ def check_captions(run: Run, images: ImageSet) -> None:
     if cut and rows is not None:
         equal = len({*captions}) - len(rows.unique(dim=0))
         say(
-            f"warning: {cut} of {len(captions)} captions are longer than {condition.length} tokens and are cut"
-            f"{f'; {equal} then equal another' if equal > 0 else ''}. --prior.condition.length {max(lengths)} takes all whole"
+            f"warning: captions longer than {condition.length} tokens, which are cut: {cut} of {len(captions)}"
+            f"{f'; equal to another once cut: {equal}' if equal > 0 else ''}."
+            f" --prior.condition.length {max(lengths)} takes all whole"
         )
 
 
@@ -79,7 +80,7 @@ def contexts_asked(
         raise UserError(f"the prior of {run.folder} takes no {wanted}; {takes(run)}")
     each = [given] * count if isinstance(given, str | int) else list(given)
     if len(each) != count:
-        raise UserError(f"{len(each)} {wanted}s for {count} images: give one, or one for each image")
+        raise UserError(f"{counted(len(each), wanted)} for {counted(count, 'image')}: give one, or one for each image")
     if isinstance(run.condition, Caption):
         tokenizer = CaptionTokenizer(run.folder / "tokenizer.json", run.condition.vocabulary)
         return tokenizer.tokens([str(one) for one in each], run.condition.length)

@@ -58,7 +58,10 @@ def train(run: Run, options: Options = DEFAULTS) -> Splits:
         if source is not None:
             share_stage1(run, source)
         warn_of_slow_precision(run, options.device)
-        say(f"{run.folder}: {len(splits.train)} training, {len(splits.validation)} validation, {len(splits.test)} test images")
+        parts = (
+            f"{len(splits.train)} images for training, {len(splits.validation)} for validation, {len(splits.test)} for the test"
+        )
+        say(f"{run.folder}: {parts}")
         phases = Phases(run, splits, options.on_nan, tracking)
         phases.train_autoencoder(autoencoder)
         latents = phases.encode(autoencoder)

@@ -9,7 +9,7 @@ from einops import rearrange
 from torch import Tensor
 
 from pipelines import processes
-from pipelines.console import UserError, say
+from pipelines.console import UserError, counted, say
 from pipelines.runs.names import Pixels
 from stage1_vae.autoencoder import Autoencoder, quantized
 from stage2_prior.prior import Prior
@@ -32,7 +32,8 @@ class Samples:
 
 
 def not_numbers(wrong: int, count: int) -> str:
-    return f"{wrong} of {count} samples are not numbers and are black"
+    what = f"of {counted(count, 'sample')}"
+    return counted(wrong, f"{what} is not a number and is black", f"{what} are not numbers and are black")
 
 
 def generate(

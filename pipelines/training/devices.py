@@ -35,7 +35,7 @@ def fabric_for(device: str, precision: Precision, sharded: bool = False) -> Fabr
     on_gpu = device in ("auto", "cuda") and torch.cuda.is_available()
     processes, here = (int(os.environ[name]) if under_torchrun() else 1 for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
     if on_gpu and here > torch.cuda.device_count():
-        raise UserError(f"{here} processes need as many CUDA devices; here are {torch.cuda.device_count()}")
+        raise UserError(f"{here} processes need as many CUDA devices, and this machine has {torch.cuda.device_count()}")
     strategy: str | Strategy = "auto"
     if processes > 1:
         strategy = ModelParallelStrategy(shard, processes, tensor_parallel_size=1) if sharded else DDPStrategy()

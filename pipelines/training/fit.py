@@ -251,7 +251,7 @@ class Training:
         check_batches(config)
         self.draw_anew(rewinds=0)
         if config.compile and config.steps < WORTH_COMPILING:
-            say(f"{label}: not compiled, since {config.steps} steps are too few to win back the minutes that compiling takes")
+            say(f"{label}: not compiled, since so few steps do not win back the minutes that compiling takes")
         elif config.compile and can_compile(fabric):
             say(f"{label}: compiling, which takes some minutes before the first step")
             # As without: gradients of what is computed in full precision are not rounded (pytorch issue 153044).
