@@ -13,6 +13,7 @@ from pipelines.judging.health import health_of
 from pipelines.judging.rows import exchange
 from pipelines.judging.tradeoffs import Tradeoff
 from pipelines.pages.diagnosis import another_prior, diagnosis, health_line
+from pipelines.pages.words import about_measures
 from pipelines.runs.config import replaced
 from pipelines.runs.recipes import preset
 from pipelines.runs.run import Run
@@ -124,6 +125,13 @@ def test_perturbed_latents_have_values_of_other_images_at_the_same_position():
             source = (found % 1000).view(50, -1, 4, 5)
             assert (source == source[:, :1]).all()  # all channels of a position from one image
     assert torch.equal(exchange(level[:1], 1.0), level[:1])
+
+
+def test_figures_of_too_few_images_are_flagged_and_what_new_images_give_is_right():
+    few = made(images=8)
+    assert "Too few held-out images, 8 of at least 50" in said(few) and "Too few" not in said(made(images=50))
+    for images, share in ((8, "12.5"), (100, "1"), (1000, "1"), (150, "1.33")):
+        assert f"New images give {share} %;" in "\n".join(about_measures(made(images=images)))
 
 
 def test_figures_that_fail_a_check_are_flagged():

@@ -209,9 +209,10 @@ def test_what_too_few_images_cannot_say_is_withheld_with_the_reason(tmp_path):
     judge, figures = judged(made, 64)
     assert figures["fd"] is None and "fd" not in figures["plus_minus"] and figures["kid"] is not None
     assert judge.withheld["fd"] == "64 images for 64 features: a covariance needs more images than features"
-    judge, figures = judged(made, 3)
-    assert [name for name in FIGURES if figures[name] is not None] == ["nearer", "copied"]
-    assert any("3 images, of at least 6 needed" in reason for reason in judge.withheld.values())
+    for count in (3, 8, 49):
+        judge, figures = judged(made, count)
+        assert [name for name in FIGURES if figures[name] is not None] == ["nearer", "copied"]
+        assert any(f"{count} images, of at least 50 needed" in reason for reason in judge.withheld.values())
 
 
 @pytest.mark.parametrize("dead", [False, True])

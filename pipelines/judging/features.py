@@ -25,7 +25,7 @@ from pipelines.console import UserError, counted, say
 from pipelines.data.images import ImageSet, Labelled, Splits
 from pipelines.data.reading import Stored, content_of
 from pipelines.judging.quality import (
-    FEWEST,
+    ENOUGH,
     Cloud,
     FrechetDistance,
     blocks,
@@ -244,12 +244,12 @@ class Judge:
         drawn = torch.randperm(len(space.reference), generator=torch.Generator().manual_seed(seed))[:count]
         self.space, self.held_out, self.reference = space, held_out, space.reference[drawn]
         self.weights = resampled(len(held_out))
-        self.cloud = Cloud.of(self.reference) if count >= FEWEST and space.varies else None
+        self.cloud = Cloud.of(self.reference) if count >= ENOUGH and space.varies else None
         self.withheld: dict[str, str] = {}
         if reason := space.withheld(len(held_out)):
             self.withheld["fd"] = reason
         if self.cloud is None:
-            why = f"{counted(count, 'image')}, of at least {FEWEST} needed" if space.varies else space.withheld(count)
+            why = f"{counted(count, 'image')}, of at least {ENOUGH} needed" if space.varies else space.withheld(count)
             self.withheld["kid, precision, recall, density, coverage"] = str(why)
 
     def under_resamples(self, features: Tensor, distances: Tensor) -> dict[str, Tensor]:

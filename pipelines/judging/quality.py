@@ -25,6 +25,7 @@ MANIFOLD_NEIGHBOUR = 3  # of precision and recall: k in Kynkäänniemi et al. 20
 DENSITY_NEIGHBOUR = 5  # of density and coverage: k in Naeem et al. 2020
 NEAREST = 0.01  # of held-out images, which a sample is a suspected copy within
 FEWEST = DENSITY_NEIGHBOUR + 1  # images among which each has that neighbour
+ENOUGH = 10 * DENSITY_NEIGHBOUR  # images of which these neighbours are but a tenth; among fewer, nearly all lie near each other
 CHUNK = 4_000_000  # distances at once, 8 bytes each
 
 
@@ -204,13 +205,23 @@ def share_below(values: Tensor, others: Tensor) -> Tensor:
     return below.double() / (2 * len(others))
 
 
+def nearest_of(images: int) -> int:
+    """How many of so many held-out images are the nearest percent: one of 100 or fewer."""
+    return math.ceil(NEAREST * images)
+
+
+def nearest_share(images: int) -> float:
+    """Which share of so many held-out images they are."""
+    return nearest_of(images) / images
+
+
 def copied(distances: Tensor, held_out: Tensor) -> Tensor:
     """Of each sample, whether it lies as near to the training set as the nearest percent of held-out images do.
 
     distances, held_out: to the nearest training image, N and M. The mean over samples is 0.01 for new images, and more where
     some samples are copies. The mean of `nearer` hides them where the other samples lie far from all images; this one does not.
     """
-    return distances <= held_out.sort().values[math.ceil(NEAREST * len(held_out)) - 1]
+    return distances <= held_out.sort().values[nearest_of(len(held_out)) - 1]
 
 
 def copying_p(distances: Tensor, held_out: Tensor) -> float:
@@ -222,7 +233,7 @@ def copying_p(distances: Tensor, held_out: Tensor) -> float:
     """
     from scipy.stats import fisher_exact  # slow to import
 
-    ordered, most = held_out.sort().values, math.ceil(NEAREST * len(held_out))
+    ordered, most = held_out.sort().values, nearest_of(len(held_out))
     ranks = {min(2**power, most) for power in range(most.bit_length() + 1)}
     found = []
     for rank in ranks:

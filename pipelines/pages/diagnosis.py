@@ -3,6 +3,7 @@
 import shlex
 
 from pipelines.judging.comparison import Comparison, Row
+from pipelines.judging.quality import ENOUGH
 from pipelines.pages.words import cell
 from pipelines.runs.run import Run
 from stage2_prior.autoregressive import AutoregressiveConfig, CascadeConfig
@@ -156,6 +157,8 @@ def weak(comparison: Comparison) -> str:
 def flags(comparison: Comparison) -> list[str]:
     """Figures that fail a check."""
     lines = []
+    if comparison.images < ENOUGH:
+        lines.append(f"Too few held-out images, {comparison.images} of at least {ENOUGH}: the figures there are may be chance.")
     standard, reconstruction = comparison.priors["standard"], comparison.reconstruction
     apart = (standard.fd or 0.0) - (reconstruction.fd or 0.0) > 3 * error(standard, reconstruction)  # both withheld, or none
     for figure, better in (("kid", -1), ("precision", 1)):

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from pipelines.console import counted
 from pipelines.judging.comparison import ROWS, Comparison, Row
-from pipelines.judging.quality import NEAREST
+from pipelines.judging.quality import nearest_share
 from pipelines.judging.together import Entry, candidates, names_of
 from pipelines.judging.tradeoffs import described, lowest_fd
 
@@ -91,6 +91,7 @@ def about_distance(comparison: Comparison) -> list[str]:
 def about_measures(comparison: Comparison) -> list[str]:
     """What the figures are, and their errors."""
     compared = min(comparison.images, comparison.images_of.reference)
+    nearest = f"{100 * nearest_share(comparison.images):.3g} %"
     return [
         *about_distance(comparison),
         f"KID: kernel distance to {counted(compared, 'training image')}; lower is better.",
@@ -98,8 +99,8 @@ def about_measures(comparison: Comparison) -> list[str]:
         "recall, coverage: how much of the training images' variety the samples reach; higher is better.",
         "nearer: how often a sample lies nearer to its nearest training image than a held-out image lies to its own. New images"
         " give 0.5 (Meehan et al. 2020).",
-        f"copied: share of samples that lie as near to a training image as the nearest {100 * NEAREST:g} % of held-out images do."
-        f" New images give {100 * NEAREST:g} %; above that, some are copies.",
+        f"copied: share of samples that lie as near to a training image as the nearest {nearest} of held-out images do."
+        f" New images give {nearest}; above that, some are copies.",
         f"±: half of the interval of {comparison.intervals}. Other samples of this model would fall into it; those of another"
         " training need not.",
     ]
@@ -255,7 +256,7 @@ def verdict_of_several(entries: Sequence[Entry]) -> str:
         f" distance of {cell(best.row, 'fd')}{ahead}. The decoder's own reconstructions lie at {cell(reconstruction.row, 'fd')}."
         + "".join(
             f" {entry.title} is left out: {100 * (entry.row.copied or 0):.1f} % of its samples lie as near to a training image as"
-            f" {100 * NEAREST:g} % of held-out images do, so some are copies."
+            " the nearest held-out images do, so some are copies."
             for entry in every
             if entry.row.copies
         )
@@ -270,7 +271,7 @@ def verdict_in_words(comparison: Comparison) -> str:
         return about_nearness(comparison)
     return (
         f"{about_nearness(comparison)} But some samples are copies of training images: {100 * copies:.1f} % lie as near to one as"
-        f" {100 * NEAREST:g} % of held-out images do."
+        " the nearest held-out images do."
     )
 
 
