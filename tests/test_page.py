@@ -8,17 +8,19 @@ import re
 import shutil
 import subprocess
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from matplotlib.colors import to_rgba
 from PIL import Image
 
 from pipelines import compare
-from pipelines.judging.comparison import from_dict, read_comparison
+from pipelines.judging.comparison import ROWS, from_dict, read_comparison
 from pipelines.judging.features import FIGURES
 from pipelines.judging.together import Entry, names_of
-from pipelines.pages.plots import plain, png, pyplot
+from pipelines.pages.plots import COLOURS, nearest_plot, plain, png, projections, pyplot
 from pipelines.pages.words import between_runs, notes, verdict_in_words, verdict_of_several
 from pipelines.runs.config import replaced
 from pipelines.runs.options import Options
@@ -63,6 +65,19 @@ def test_the_page_needs_nothing_else(compared):
         f"Diversity traded for fidelity: {way}" in text for way in ("temperature", "guidance", "autoguidance", "rejection")
     )
     assert "Samples by label" in text
+
+
+def test_a_prior_has_one_colour_in_all_plots():
+    comparison = SimpleNamespace(title=ROWS.__getitem__)
+    (axis,) = nearest_plot({name: torch.rand(9) for name in ("real", "learned", "posterior")}, comparison).axes
+    assert [line.get_color() for line in axis.lines] == [COLOURS[name] for name in ("real", "learned", "posterior")]
+    priors = ["standard", "gaussian", "mixture", "learned", "tuned"]
+    figure = projections({name: torch.rand(9, 2) for name in (*priors, "posterior")}, comparison)
+    for name, axis in zip(priors, figure.axes):
+        drawn = [tuple(points.get_facecolor()[0]) for points in axis.collections]
+        assert drawn == [to_rgba(COLOURS["posterior"]), to_rgba(COLOURS[name])]
+    assert len({COLOURS[name] for name in (*priors, "posterior", "real")}) == 7
+    pyplot.close("all")
 
 
 def test_json_csv_and_page_say_the_same(compared):

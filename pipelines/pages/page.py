@@ -195,21 +195,20 @@ def copies(comparison: Comparison, exhibits: Exhibits) -> list[Picture]:
         " are compared in: copies would be the same image twice."
     )
     both = torch.cat([exhibits.images[comparison.generator][:SHOWN], exhibits.nearest])
-    distances = {comparison.title(name): values for name, values in exhibits.distances.items()}
     share = (
         "How far images lie from the training set: the share that is nearer than a distance. Copies lie left of held-out images,"
         " as reconstructions of training images do; what resembles no image lies right of them."
     )
     return [
         images_picture("Nearest training images", caption, both),
-        chart_picture("Memorization", share, nearest_plot(distances)),
+        chart_picture("Memorization", share, nearest_plot(exhibits.distances, comparison)),
     ]
 
 
 def latents(comparison: Comparison, exhibits: Exhibits) -> list[Picture]:
     made = []
     if exhibits.projections:
-        caption = "Grey: latents of real images, q(z), on its first two principal components. Blue: draws from the prior."
+        caption = "Grey: latents of real images, q(z), on its first two principal components. In colour: draws from the prior."
         made.append(chart_picture("Where each prior puts z", caption, projections(exhibits.projections, comparison)))
     if exhibits.code_counts:
         figure = histogram(exhibits.code_counts, comparison)

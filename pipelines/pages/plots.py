@@ -20,13 +20,25 @@ from matplotlib import pyplot  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
 
 DPI = 110
+COLOURS = {
+    "real": "black",
+    "standard": "tab:red",
+    "gaussian": "tab:brown",
+    "mixture": "tab:orange",
+    "unigram": "tab:brown",
+    "order2": "tab:orange",
+    "learned": "tab:blue",
+    "tuned": "tab:cyan",
+    "posterior": "0.65",
+}
+"""Of the rows, the same in every plot; what is no row's has another colour. No run has both Gaussians and codes."""
 
 
-def nearest_plot(distances: dict[str, Tensor]) -> Figure:
+def nearest_plot(distances: dict[str, Tensor], comparison: Comparison) -> Figure:
     """The cumulative distribution of distances to the nearest training image, one curve a row."""
     figure, axis = pyplot.subplots(figsize=(5.5, 3.2), layout="constrained")
     for (name, values), style in zip(distances.items(), ("--", "-", ":")):
-        axis.ecdf(values, label=name, linestyle=style)
+        axis.ecdf(values, label=comparison.title(name), linestyle=style, color=COLOURS[name])
     axis.set(xlabel="distance to the nearest training image", ylabel="share of images", xlim=(0, None))
     axis.legend(fontsize=9)
     return figure
@@ -37,7 +49,7 @@ def histogram(levels: list[Tensor], comparison: Comparison) -> Figure:
     figure, axes = pyplot.subplots(1, len(levels), figsize=(5 * len(levels), 3), squeeze=False, layout="constrained")
     for axis, counts, use in zip(axes[0], levels, comparison.codes):
         ordered = counts.sort(descending=True).values
-        axis.fill_between(range(len(ordered)), ordered / ordered.sum(), step="mid")
+        axis.fill_between(range(len(ordered)), ordered / ordered.sum(), step="mid", color=COLOURS["posterior"])
         axis.set(xlabel="codes, most used first", ylabel="share of positions", yscale="log")
         axis.set_title(f"{use.grid[0]}×{use.grid[1]} grid: {use.used} of {use.codes} codes used", fontsize=10)
     return figure
@@ -70,8 +82,8 @@ def tradeoff_plot(points: dict[float, Tradeoff], label: str) -> Figure:
     """Precision, recall and fd against what is varied, from the most diverse samples on, the lowest fd marked."""
     values, tried = list(points), list(points.values())
     figure, axis = pyplot.subplots(figsize=(5.5, 3.6), layout="constrained")
-    axis.plot(values, [point.precision for point in tried], marker="o", label="precision")
-    axis.plot(values, [point.recall for point in tried], marker="s", label="recall")
+    axis.plot(values, [point.precision for point in tried], color="tab:purple", marker="o", label="precision")
+    axis.plot(values, [point.recall for point in tried], color="tab:olive", marker="s", label="recall")
     margin = 0.03 * (values[-1] - values[0])
     axis.set(xlabel=label, ylabel="precision, recall", xlim=(values[0] - margin, values[-1] + margin), ylim=(0, 1))
     axis.set_title(f"{tried[0].images} images a point", fontsize=10)
@@ -136,8 +148,9 @@ def training_curves(histories: dict[str, list[dict[str, Any]]]) -> Figure:
     """Held-out loss against the step, one panel a stage."""
     figure, axes = pyplot.subplots(1, len(histories), figsize=(4.2 * len(histories), 3), squeeze=False, layout="constrained")
     for axis, (stage, history) in zip(axes[0], histories.items()):
-        for part, values in (("held out", [entry["held_out"] for entry in history]), ("training", [e["train"] for e in history])):
-            axis.plot([entry["step"] for entry in history], [value["loss"] for value in values], marker=".", label=part)
+        for part, key, row in (("held out", "held_out", "real"), ("training", "train", "posterior")):
+            losses = [entry[key]["loss"] for entry in history]
+            axis.plot([entry["step"] for entry in history], losses, marker=".", label=part, color=COLOURS[row])
         axis.set(title=stage, xlabel="step", ylabel="loss, nats an image")
         axis.legend(fontsize=8)
     return figure
@@ -150,8 +163,8 @@ def projections(points: dict[str, Tensor], comparison: Comparison) -> Figure:
         1, len(others), figsize=(2.7 * len(others), 2.9), sharex=True, sharey=True, squeeze=False, layout="constrained"
     )
     for axis, name in zip(axes[0], others):
-        for which, colour in (("posterior", "0.75"), (name, "tab:blue")):
-            axis.scatter(*points[which].T, s=3, color=colour, linewidths=0)
+        for which in ("posterior", name):
+            axis.scatter(*points[which].T, s=3, color=COLOURS[which], linewidths=0)
         axis.set_title(comparison.title(name), fontsize=10)
         axis.set(xticks=[], yticks=[])
     return figure

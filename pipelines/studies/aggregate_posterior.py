@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from torch import Tensor
 
 from pipelines.judging.likelihood import mutual_information
-from pipelines.pages.plots import plain, pyplot
+from pipelines.pages.plots import COLOURS, plain, pyplot
 from pipelines.runs.dataset import read_facts
 from pipelines.runs.latents import encode, encode_training, encoded, latent_dataset
 from pipelines.runs.parts import specs_of
@@ -47,13 +47,14 @@ def aggregate_posterior(trained: Trained) -> Findings:
         flat = z.flatten(1)
     cap = math.log(len(test))
     figure, axes = pyplot.subplots(2, 3, figsize=(12.5, 7), layout="constrained")
-    shown = {PRIOR_NAMES[name]: rates[name] for name in PRIOR_NAMES if name in rates}
-    axes[0, 0].barh(list(shown), list(shown.values()))
+    shown = [name for name in PRIOR_NAMES if name in rates]
+    colours = [COLOURS.get(name, "tab:green") for name in shown]  # green: a Gaussian for each label, which is no row's
+    axes[0, 0].barh([PRIOR_NAMES[name] for name in shown], [rates[name] for name in shown], color=colours)
     axes[0, 0].invert_yaxis()
     axes[0, 0].set(xlabel="rate of held-out images, nats")
-    axes[0, 1].hist(flat.flatten(), bins=200, density=True, label="all latent numbers")
+    axes[0, 1].hist(flat.flatten(), bins=200, density=True, color=COLOURS["posterior"], label="all latent numbers")
     grid = torch.linspace(-4, 4, 200)
-    axes[0, 1].plot(grid, (-0.5 * grid.square()).exp() / math.sqrt(2 * math.pi), label="N(0, 1)")
+    axes[0, 1].plot(grid, (-0.5 * grid.square()).exp() / math.sqrt(2 * math.pi), color=COLOURS["standard"], label="N(0, 1)")
     axes[0, 1].set(xlabel="z", xlim=(-5, 5))
     axes[0, 1].legend(fontsize=8)
     encoders = f"encoder: hidden layers × units, for {SWEEP[BY_ENCODER[0]][2]} latent numbers"

@@ -5,7 +5,7 @@ import math
 import torch
 
 from pipelines.console import Progress
-from pipelines.pages.plots import pyplot
+from pipelines.pages.plots import COLOURS, pyplot
 from pipelines.studies.trained import CHUNK, Findings, Trained
 from stage1_vae.bounds import draws, importance_weighted_bound, log_likelihoods
 
@@ -45,7 +45,8 @@ def evidence(trained: Trained) -> Findings:
     figure, axes = pyplot.subplots(1, 2, figsize=(10, 4.6), layout="constrained")
     for name, values in curves.items():
         axis = axes[0 if name.startswith("naive") else 1]
-        axis.semilogx(counts, values, marker=".", linestyle="--" if "ELBO" in name else "-", label=name)
+        colour = COLOURS["standard" if name.endswith("N(0, I)") else "learned"]
+        axis.semilogx(counts, values, color=colour, marker=".", linestyle="--" if "ELBO" in name else "-", label=name)
     for axis, heading in zip(axes, ("z drawn blindly", "z proposed by the encoder")):
         axis.set(title=heading, xlabel="number of z", ylabel="estimate of log p(x), nats")
         axis.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.2))
