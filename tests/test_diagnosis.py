@@ -3,6 +3,7 @@
 import math
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ import torch
 from pipelines.judging.comparison import CodeUse, Comparison, ImagesOf, Row
 from pipelines.judging.features import Features, Reference
 from pipelines.judging.health import health_of
-from pipelines.judging.rows import exchange
+from pipelines.judging.rows import Rows, exchange
 from pipelines.judging.tradeoffs import Tradeoff
 from pipelines.pages.diagnosis import another_prior, diagnosis, health_line
 from pipelines.pages.words import about_measures
@@ -18,6 +19,7 @@ from pipelines.runs.config import replaced
 from pipelines.runs.recipes import preset
 from pipelines.runs.run import Run
 from stage2_prior.conditions import Unconditional
+from stage2_prior.latents import LatentSpec
 from stage2_prior.sampling import Sampling
 
 RUN = Run.create(Path("nowhere") / "run", preset("mnist5k"), "cpu")
@@ -125,6 +127,15 @@ def test_perturbed_latents_have_values_of_other_images_at_the_same_position():
             source = (found % 1000).view(50, -1, 4, 5)
             assert (source == source[:, :1]).all()  # all channels of a position from one image
     assert torch.equal(exchange(level[:1], 1.0), level[:1])
+
+
+def test_the_progress_of_a_comparison_says_which_row_is_made():
+    rows = object.__new__(Rows)
+    rows.subject = SimpleNamespace(priors=["standard", "learned", "posterior"], specs=[LatentSpec((7, 7), 8)])
+    assert rows.doing("real") == "comparison, row 1 of 5, real images"
+    assert rows.doing("standard") == "comparison, row 3 of 5, uniform codes"
+    assert rows.doing("tuned") == "comparison, learned, tuned"
+    assert rows.doing("temperature 0.9") == "comparison, trying temperature 0.9"
 
 
 def test_figures_of_too_few_images_are_flagged_and_what_new_images_give_is_right():

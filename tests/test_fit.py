@@ -12,7 +12,7 @@ import torch
 from lightning_fabric import Fabric
 from torch import nn
 
-from pipelines.console import Signals, Stopped, UserError, say
+from pipelines.console import Progress, Signals, Stopped, UserError, say
 from pipelines.files import read_tensors
 from pipelines.training import checkpoints
 from pipelines.training import fit as fitting
@@ -52,6 +52,12 @@ def train(folder, config=CONFIG, model=None, on_nan="stop", tracker=None):
     model = Noisy() if model is None else model
     chosen = fit(Fabric(accelerator="cpu"), model, Points(30), Points(10), config, 0, folder, "test", on_nan, tracker)
     return model, chosen
+
+
+def test_progress_counts_the_steps_that_were_asked_for(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(Progress, "SECONDS", 0.0)
+    train(tmp_path)
+    assert f"test: {CONFIG.steps}/{CONFIG.steps} steps, 100 %" in capsys.readouterr().out
 
 
 def assert_equal(whole, resumed):

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from pipelines import processes
 from pipelines.data.images import Splits
+from pipelines.judging.comparison import ROWS, title
 from pipelines.judging.features import (
     Classifier,
     FeatureSpace,
@@ -147,6 +148,13 @@ class Rows:
             self.reader = model if isinstance(model, Classifier) else classifier(subject, seed=0)
             self.other_reader = classifier(subject, seed=1)
 
+    def doing(self, row: str) -> str:
+        """What the progress line says while the images of a row are made, or those drawn in a way that is tried."""
+        known, codes = ["real", "reconstruction", *self.subject.priors], self.subject.specs[0].vocabulary is not None
+        if row in known:
+            return f"comparison, row {known.index(row) + 1} of {len(known)}, {title(row, codes)}"
+        return f"comparison, {ROWS[row] if row in ROWS else f'trying {row}'}"
+
     def look(self, row: str, places: Tensor, images: Tensor) -> Seen:
         """At a batch of a row: images uint8 B C H W, at these places in it."""
         fabric, labels, read, surety = self.subject.run.fabric, self.subject.labels, None, None
@@ -172,7 +180,7 @@ class Rows:
             return self.look("real", places, subject.splits.test.images[subject.chosen[places]])
 
         subject = self.subject
-        return Seen.joined(processes.in_batches(seen, torch.arange(len(subject.chosen)), BATCH, "features of real"))
+        return Seen.joined(processes.in_batches(seen, torch.arange(len(subject.chosen)), BATCH, self.doing("real")))
 
     def reconstructions(self, exchanged: float = 0.0) -> Seen:
         """What the decoder makes of a sample z ~ q(z|x), as generation decodes samples.
@@ -197,7 +205,8 @@ class Rows:
 
         subject = self.subject
         autoencoder, fabric, at_once = subject.autoencoder, subject.run.fabric, subject.autoencoder.at_once
-        return Seen.joined(processes.in_batches(seen, torch.arange(len(subject.chosen)), BATCH, "reconstructing"))
+        doing = "comparison, perturbed reconstructions" if exchanged else self.doing("reconstruction")
+        return Seen.joined(processes.in_batches(seen, torch.arange(len(subject.chosen)), BATCH, doing))
 
     def add_samples(self, row: str, prior: Prior, how: Sampling = AS_FITTED) -> None:
         """As many as there are held-out images, drawn from a prior."""
@@ -242,7 +251,7 @@ class Rows:
             contexts=subject.told,
             pixels=subject.judging.pixels,
         )
-        batches = processes.in_batches(drawn, torch.arange(count), SAMPLED_AT_ONCE, f"sampling {row}")
+        batches = processes.in_batches(drawn, torch.arange(count), SAMPLED_AT_ONCE, self.doing(row))
         self.seconds[row] = 1000 * sum(seconds for *_, seconds in batches) / processes.count() / count
         if wrong := sum(number for _, number, _ in batches):
             self.warnings.append(f"{row}: {not_numbers(wrong, count)}")

@@ -279,17 +279,16 @@ class Training:
         self.tracker.begin(step)
         self.model.train()
         self.save_at = time.monotonic() + SAVE_SECONDS
-        rate = config.batch_size
-        with Progress(self.label, config.steps * rate, "images", step * rate) as progress, Signals() as signals:
+        with Progress(self.label, config.steps, "steps", step) as progress, Signals() as signals:
             while step < config.steps:
                 try:
                     terms = self.step(step)
                 except NotANumber as error:
                     before, step = step, self.rewind(error)
-                    progress.update((step - before) * rate)
+                    progress.update(step - before)
                     continue
                 step += 1
-                progress.update(rate, terms)
+                progress.update(1, terms)
                 if self.early is not None and step == early_step(config):
                     self.write_early(self.early)
                 if step % CURVE_STEPS == 0:
