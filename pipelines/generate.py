@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
-from pipelines.console import UserError, counted, first_process, nearest, run_command, say
-from pipelines.runs.names import PRIORS, Device, Pixels, PriorName
+from pipelines.console import UserError, counted, first_process, run_command, say
+from pipelines.runs.names import Device, Pixels, PriorName
 from stage2_prior.sampling import AS_FITTED, CannotSample, Sampling
 
 if TYPE_CHECKING:
@@ -77,8 +77,6 @@ class Arguments:
         if self.out.suffix not in (".png", ".npz", ""):
             raise UserError(f"--out ends in .png or .npz, or is a folder, not {self.out.name!r}")
         check_writable(self.out)
-        if self.prior not in PRIORS:
-            raise UserError(f"there is no prior {self.prior!r}{nearest(self.prior, PRIORS)}")
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -14,7 +14,9 @@ from pipelines.runs.config import RunConfig, from_dict, read_config, replaced, t
 from pipelines.runs.kinds import choose_kinds, kinds_of, name_of
 from pipelines.runs.names import DATA, PRIORS, RECIPES, preset_name
 from pipelines.runs.options import Options
+from pipelines.runs.priors import open_prior
 from pipelines.runs.recipes import DATA_SETS, MADE_BY, TUNED, parts_of, preset
+from pipelines.runs.run import Run
 from pipelines.train_all import main, parse, short_help
 from stage2_prior.autoregressive import AutoregressiveConfig
 from stage2_prior.baselines import CODE_BASELINES, CONTINUOUS_BASELINES
@@ -87,6 +89,14 @@ def test_a_preset_is_data_and_a_recipe():
 
 def test_the_priors_that_are_offered_are_those_there_are():
     assert {*PRIORS} == {*CONTINUOUS_BASELINES, *CODE_BASELINES, "learned", "posterior"}
+
+
+@pytest.mark.parametrize("learned", [True, False])
+def test_a_run_offers_the_priors_that_it_has(learned):
+    config = preset("mnist5k") if learned else replaced(preset("mnist5k"), "stage2.steps", 0)
+    run, last = Run.create(Path("nowhere"), config, "cpu"), "learned, posterior" if learned else "posterior"
+    with pytest.raises(UserError, match=f"no prior 'unigram' .* There are: standard, gaussian, mixture, {last}$"):
+        open_prior(run, "unigram", [LatentSpec((4, 7, 7))])
 
 
 @pytest.mark.parametrize("name", NAMED)

@@ -27,7 +27,7 @@ def open_prior(run: Run, name: str, specs: list[LatentSpec]) -> Prior:
         return AggregatePosterior(training_latents(run, specs))
     known = baselines(specs)
     if name not in known:
-        raise UserError(f"there is no prior {name!r} for these latents{nearest(name, [*known, 'learned', 'posterior'])}")
+        raise UserError(f"there is no prior {name!r} for these latents{nearest(name, [*densities(run, specs), 'posterior'])}")
     baseline = known[name](specs)
 
     def fitted() -> dict[str, Tensor]:
