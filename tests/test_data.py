@@ -17,7 +17,7 @@ from webdataset import TarWriter
 from pipelines import files
 from pipelines.console import UserError
 from pipelines.data import reading, shard_index
-from pipelines.data.decoding import Unreadable, read_image
+from pipelines.data.decoding import Unreadable, fitted, read_image
 from pipelines.data.folder import Folder
 from pipelines.data.images import Binarized, ImageSet, Mirrored, Splits, split
 from pipelines.data.layout import images_under
@@ -95,6 +95,14 @@ def test_images_are_turned_upright_and_cropped_to_the_centre(tmp_path):
         rotated.save(tmp_path / f"{index}.png", exif=exif)
     image = Folder(tmp_path, size=20, channels=1).load().train.images[0, 0]
     assert image[2, 17] == 255 and image[17, 2] == 0
+
+
+@pytest.mark.parametrize("mode", ["L", "LA", "I;16", "1", "RGB", "P"])
+def test_what_is_done_to_a_picture_to_fit_a_model_is_told(tmp_path, mode):
+    for size, done in (((8, 8), []), ((4, 4), ["resized"]), ((8, 6), ["cropped", "resized"])):
+        Image.new(mode, size).save(tmp_path / "a.png")
+        assert fitted(tmp_path / "a.png", (3, 8, 8)) == done
+        assert fitted(tmp_path / "a.png", (1, 8, 8)) == done + ["turned grey"] * (mode in ("RGB", "P"))
 
 
 def test_unreadable_images_are_named_and_left_out_only_on_request(tmp_path, capsys):

@@ -167,7 +167,7 @@ def test_completion_of_a_picture(runs, name, tmp_path, capsys):
         out = drawn(runs[name], "--complete", str(tmp_path / "in.png"), "--keep", keep, "--particles", "3", tmp_path=tmp_path)
         assert out.shape == (6, 28, 28, 1)
     said = capsys.readouterr().out
-    assert "30×40 pixels; it is cropped and resized to the model's 28×28" in said
+    assert "cropped, resized, to fit the model's 1×28×28" in said
     assert "held:" in said and "effective sample size: median" in said
     with pytest.raises(UserError, match="there is no 'top-haf'.*top-half"):
         drawn(runs[name], "--complete", str(tmp_path / "in.png"), "--keep", "top-haf", tmp_path=tmp_path)

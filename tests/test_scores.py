@@ -121,6 +121,7 @@ def test_the_table_begins_with_the_most_unusual_and_keeps_the_names_of_files(run
     page = (tmp_path / "found.html").read_text()
     assert page.count("<figure>") == 4 and page.index("noise.png") < page.index("usual-0.png")
     printed = capsys.readouterr().out
+    assert "of 4 pictures, to fit the model's 1×28×28: 3 resized\n" in printed
     assert "broken.png cannot be read" in printed and "AUROC against held-out images: " in printed
 
 

@@ -32,6 +32,8 @@ SAID = {
     "dark": ("of 16 bits and darker than a quarter", "values are as in the file: scale them up if they have fewer bits"),
 }
 """What may be said of an image: what it is, and what is done."""
+GREY = ("1", "L", "LA", "La", "I", "F")
+"""Pillow's modes of pictures without colour; after a semicolon, in which bits."""
 
 
 def opened(file: str | Path | BinaryIO) -> Image.Image:
@@ -39,6 +41,19 @@ def opened(file: str | Path | BinaryIO) -> Image.Image:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
         return Image.open(file, formats=FORMATS)
+
+
+def fitted(path: Path, image_shape: tuple[int, int, int]) -> list[str]:
+    """What happens to a picture so that it becomes an image C H W: cropped, resized or turned grey."""
+    channels, height, width = image_shape
+    with opened(path) as image:
+        (wide, high), mode = image.size, image.mode
+    done = {
+        "cropped": wide * height != high * width,
+        "resized": (wide, high) != (width, height),
+        "turned grey": channels == 1 and mode.partition(";")[0] not in GREY,
+    }
+    return [what for what, so in done.items() if so]
 
 
 def read_image(

@@ -11,7 +11,7 @@ import torch
 
 from pipelines.console import NotThere, UserError, counted, say
 from pipelines.data.captions import usable_text
-from pipelines.data.decoding import IMAGE_ENDINGS
+from pipelines.data.decoding import IMAGE_ENDINGS, fitted
 from pipelines.data.images import ImageSet, Splits
 from pipelines.data.layout import images_under, label_of, labels_in, listed, parts_of, some
 from pipelines.data.own import FEWEST_IMAGES, OwnImages
@@ -116,4 +116,8 @@ def images_at(paths: Sequence[str], image_shape: tuple[int, int, int], backgroun
     kept = [number for number in range(len(names)) if number not in unreadable]
     if not kept:
         raise UserError("no picture is left that can be read")
+    done = Counter(what for number in kept for what in fitted(Path(names[number]), image_shape))
+    if done:
+        counts = ", ".join(f"{count} {what}" for what, count in done.items())
+        say(f"of {counted(len(kept), 'picture')}, to fit the model's {channels}×{size}×{size}: {counts}")
     return [printable(names[number]) for number in kept], ImageSet(images[kept])

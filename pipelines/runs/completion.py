@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pipelines import processes
 from pipelines.console import UserError, counted, nearest, say
-from pipelines.data.decoding import Unreadable, opened, read_image
+from pipelines.data.decoding import Unreadable, fitted, read_image
 from pipelines.runs.names import Pixels
 from pipelines.runs.sampling import pixel_noise
 from stage1_vae.autoencoder import Autoencoder
@@ -36,13 +36,12 @@ def picture_to_complete(path: Path, image_shape: tuple[int, int, int], backgroun
     if not path.is_file():
         raise UserError(f"there is no picture {path}")
     try:
-        with opened(path) as image:
-            size = image.size
+        done = fitted(path, image_shape)
         pixels, is_so = read_image(str(path), max(height, width), channels, background=background)
     except (OSError, ValueError, Image.DecompressionBombError) as error:
         raise UserError(f"{path} cannot be read as a picture ({error})") from error
-    if size != (width, height):
-        say(f"{path} is {size[0]}×{size[1]} pixels; it is cropped and resized to the model's {width}×{height}")
+    if done:
+        say(f"{path}: {', '.join(done)}, to fit the model's {channels}×{height}×{width}")
     if "transparent" in is_so:
         say(f"{path} is transparent in parts; {background} shows there")
     return torch.tensor(pixels)[:, :height, :width]
