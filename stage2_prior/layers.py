@@ -66,7 +66,8 @@ def shift_right(x: Tensor) -> Tensor:
 
 def shift_raster(x: Tensor) -> Tensor:
     """Every position becomes the one before it in raster order; the first becomes zero."""
-    return F.pad(x.flatten(2), (1, -1)).view(x.shape)
+    before = F.pad(x.movedim(1, -1).flatten(1, 2), (0, 0, 1, -1))  # channels stay last in memory, as convolutions are fastest
+    return before.unflatten(1, x.shape[2:]).movedim(-1, 1)
 
 
 class ChannelNorm(nn.Module):

@@ -657,3 +657,23 @@ def test_attention_in_bfloat16_makes_no_square_of_its_positions(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "softmax", lambda *_: pytest.fail("a softmax over all pairs of positions"))
     found = attend(q, k, v)
     assert found.dtype == torch.bfloat16 and torch.allclose(found.float(), expected, atol=0.02)
+
+
+@pytest.mark.parametrize(("head", "layer"), (("categorical", "logits"), ("mixture", "raw")))
+def test_mixed_precision_rounds_logits_of_codes_in_training_and_nothing_else_of_a_density(head, layer, monkeypatch):
+    prior = random_prior(spec_for(head, (2, 2)), "pixelcnn", head).float()
+    levels, _ = random_latents(3, prior.spec)[torch.arange(3)]
+    dtypes, found = [], getattr(prior.head, layer)
+
+    def seen(features: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        made = found(features)
+        dtypes.append(made.dtype if isinstance(made, torch.Tensor) else made[0].dtype)
+        return made
+
+    monkeypatch.setattr(prior.head, layer, seen)
+    for training, mixed in ((True, True), (True, False), (False, True)):
+        with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
+            density = prior.train(training).log_prob(levels)
+        assert density.dtype == torch.float32
+    rounded = torch.bfloat16 if head == "categorical" else torch.float32
+    assert dtypes == [rounded, torch.float32, torch.float32]
