@@ -17,7 +17,7 @@ from pipelines.runs.phases import train
 from pipelines.runs.pictures import write_images
 from pipelines.runs.recipes import preset
 from pipelines.runs.run import Run
-from pipelines.training.devices import devices
+from pipelines.training.devices import devices, resolved
 from stage2_prior.baselines import CONTINUOUS_BASELINES
 from stage2_prior.sampling import inverse_normal_cdf
 from tests.mps import DEVICE, Device, Refused
@@ -65,6 +65,14 @@ def test_float32_is_float32_also_in_convolutions_on_cuda(monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
     devices("cpu")
     assert not torch.backends.cudnn.allow_tf32
+
+
+def test_auto_precision_on_a_mac_does_not_depend_on_its_cpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": True})
+    found = {device: resolved("auto", device) for device in ("auto", "mps", "cpu")}
+    assert found == {"auto": "float32", "mps": "float32", "cpu": "bfloat16"} and resolved("bfloat16", "mps") == "bfloat16"
 
 
 def test_windows_opens_no_folder(tmp_path, monkeypatch):
