@@ -2,7 +2,7 @@
 
 Medians over repeats that alternate between what is compared: the ratios hold on a noisy machine where seconds do not.
 
-    training   how near the training loop comes to a bare loop over one fixed batch; what a checkpoint costs
+    training   how near training, encoding and scoring come to a bare loop over one fixed batch; what a checkpoint costs
     data       training from a folder of many small files against training from memory; how soon the first batch comes
     sampling   how near drawing a grid comes to one teacher-forced forward pass over the same batch, which does all the
                arithmetic that sampling needs; and the loop that runs the whole network for every position, beside it

@@ -10,12 +10,15 @@ import torch
 from pipelines import benchmark
 from pipelines.benchmarks import device
 from pipelines.console import UserError
+from pipelines.judging import scores
 
 
-def test_training(tmp_path):
+def test_training(tmp_path, monkeypatch):
+    monkeypatch.setattr(scores, "BATCH", 20)
     benchmark.main(["training", "--repeats", "1", "--json", str(tmp_path / "b.json"), "--device", "cpu"])
     rows = json.loads((tmp_path / "b.json").read_text())
-    assert [row["part"] for row in rows] == ["stage 1", "encoding", "stage 2"]
+    assert [row["part"] for row in rows] == ["stage 1", "encoding", "stage 2", "scoring"]
+    assert 0 < rows[3]["ratio_without_decoder"] < rows[3]["ratio"]
     assert all(row["images_per_s"] > 0 and row["bare_images_per_s"] > 0 and row["ratio"] > 0 for row in rows)
     for row in (rows[0], rows[2]):
         assert row["checkpoint_bytes"] > 10**6 and row["checkpoint_s"] > 0

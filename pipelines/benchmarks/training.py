@@ -1,4 +1,4 @@
-"""How near the training loop comes to a bare loop over one fixed batch; what a checkpoint costs."""
+"""How near training, encoding and scoring come to a bare loop over one fixed batch; what a checkpoint costs."""
 
 import tempfile
 from dataclasses import dataclass, replace
@@ -13,6 +13,8 @@ from pipelines.runs.names import Device
 from pipelines.training.config import FitConfig
 
 if TYPE_CHECKING:  # slow to import, and --help needs none of it
+    from pipelines.data.images import ImageSet
+    from pipelines.judging.scores import Scorer
     from pipelines.runs.run import Run
     from pipelines.training.fit import Source
 
@@ -31,11 +33,12 @@ class BenchmarkTraining:
     """the device to run on; auto takes the fastest that is there"""
 
     def rows(self) -> Rows:
-        """One row a part, for the networks and batch sizes of the preset: stage 1, encoding, stage 2."""
+        """One row a part, for the networks and batch sizes of the preset: stage 1, encoding, stage 2, scoring."""
         with tempfile.TemporaryDirectory() as folder:
             return self.rows_in(Path(folder))
 
     def rows_in(self, folder: Path) -> Rows:
+        from pipelines.judging.scores import Scorer
         from pipelines.runs.conditions import contexts_of
         from pipelines.runs.dataset import write_facts
         from pipelines.runs.latents import encoded, latent_dataset
@@ -43,6 +46,7 @@ class BenchmarkTraining:
         from pipelines.runs.recipes import preset
         from pipelines.runs.run import Run
         from pipelines.training.devices import devices
+        from stage2_prior.autoregressive import LearnedPrior
 
         config = preset(self.preset)
         fabric = devices(self.device, config.precision)
@@ -71,7 +75,10 @@ class BenchmarkTraining:
         dataset = latent_dataset([latents], contexts_of(run, subset))
         prior = new_prior(run, specs_of(autoencoder), len(splits.label_names))
         prior.estimate(dataset)
-        return [*rows, training_row(run, "stage 2", prior, dataset, config.stage2, self.repeats)]
+        rows.append(training_row(run, "stage 2", prior, dataset, config.stage2, self.repeats))
+        if isinstance(prior, LearnedPrior) and autoencoder.bottleneck.has_density:
+            rows.append(scoring_row(Scorer(run, autoencoder, prior.eval()), subset, self.repeats))
+        return rows
 
     def table(self, rows: Rows) -> str:
         lines = [
@@ -119,6 +126,30 @@ def training_row(
     row |= {"checkpoint_s": median_seconds({"save": save}, repeats)["save"]}
     row |= {"checkpoint_bytes": sum(file.stat().st_size for file in training.kept[-1].folder.iterdir())}
     return row
+
+
+def scoring_row(scorer: "Scorer", images: "ImageSet", repeats: int) -> dict[str, Any]:
+    """Scores of a batch against one pass of encoder, prior and decoder each; and against encoder and prior alone."""
+    from pipelines.judging import scores
+
+    some = images.subset(torch.arange(min(scores.BATCH, len(images))))
+    fixed = scorer.run.fabric.to_device(some.images[:])
+
+    @torch.inference_mode()
+    def encoder_and_prior() -> list[Tensor]:
+        levels = scorer.autoencoder.sample(scorer.autoencoder.encode(fixed))
+        for level, own in enumerate(scorer.prior.levels):
+            own.log_prob(levels[: level + 1], None if own.condition is None else own.condition.nothing(len(fixed)))
+        return levels
+
+    @torch.inference_mode()
+    def bare() -> None:
+        scorer.autoencoder.outputs(encoder_and_prior())
+
+    parts = {"whole": lambda: scorer(some), "bare": bare, "without decoder": encoder_and_prior}
+    seconds = median_seconds(parts, repeats)
+    row = training_summary("scoring", len(some), seconds)
+    return row | {"ratio_without_decoder": seconds["without decoder"] / seconds["whole"]}
 
 
 def training_summary(part: str, images: int, seconds: dict[str, float]) -> dict[str, Any]:
