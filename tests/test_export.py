@@ -16,11 +16,14 @@ from PIL import Image
 from pipelines import TwoStage, train_all
 from pipelines import export as command
 from pipelines.console import UserError
+from pipelines.judging.comparison import read_comparison
+from pipelines.pages import exports
 from pipelines.pages.exports import SAMPLES, first_samples, halved
 from pipelines.runs import run as runs
 from pipelines.runs.exported import CARD, LIST, files_of
 from pipelines.runs.pictures import tiled
 from pipelines.runs.run import TRAINED, Run
+from pipelines.training.checkpoints import checksum
 
 ROOT = Path(__file__).parents[1]
 
@@ -68,6 +71,15 @@ def test_an_export_has_what_drawing_needs_and_nothing_more(run, exported):
     assert str(run.folder.parent) not in text
     card = (exported / CARD).read_text()
     assert card.startswith("---\npipeline_tag: unconditional-image-generation\n") and 'TwoStage.open("digits")' in card
+    assert "It draws grey images of 28×28 pixels, and was trained on " in card and " images (mnist5k)." in card
+
+
+@pytest.mark.parametrize("folder", sorted(TRAINED.iterdir()), ids=lambda folder: folder.name)
+def test_the_cards_of_the_trained_models_are_as_export_writes_them(folder):
+    run, metrics = Run.open(str(folder), "cpu"), folder / "compare/metrics.json"
+    written = exports.card(run, read_comparison(metrics), folder.name, False, "mit")
+    assert (folder / CARD).read_text() == written and "library_name: two-stage-latent-prior\nlicense: mit\n" in written
+    assert json.loads((folder / LIST).read_text())["files"][CARD] == checksum(folder / CARD)
 
 
 def test_half_precision_is_half_the_size_and_nearly_the_same_model(run, exported, tmp_path):

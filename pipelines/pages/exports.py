@@ -32,6 +32,7 @@ from pipelines.runs.parts import (
 )
 from pipelines.runs.pictures import tiled
 from pipelines.runs.priors import open_prior
+from pipelines.runs.recipes import DATA_SETS
 from pipelines.runs.run import Run
 from pipelines.runs.sampling import generate
 from pipelines.runs.whereabouts import without_places
@@ -153,7 +154,9 @@ def card(run: Run, comparison: Comparison | None, name: str, half: bool, license
     """README.md, as the Hugging Face hub has it: metadata, what the model is, its figures with how they were measured."""
     facts = read_facts(run)
     channels, height, width = facts.image_shape
-    data = vars(run.config.data).get("name", type(run.config.data).__name__)
+    colour = "grey" if channels == 1 else "colour"
+    kinds = (name for name, own in DATA_SETS.items() if type(own.config) is type(run.config.data))
+    data = vars(run.config.data).get("name") or next(kinds, "a torch Dataset")
     lines = [
         "---",
         "pipeline_tag: unconditional-image-generation",
@@ -166,8 +169,8 @@ def card(run: Run, comparison: Comparison | None, name: str, half: bool, license
         "",
         f"# {name.rpartition('/')[2]}",
         "",
-        f"A two-stage image generator: an autoencoder, and a prior that was fitted to its latents. It draws images of"
-        f" {channels}×{height}×{width} numbers, and was trained on {facts.images['train']} images ({data}).",
+        f"A two-stage image generator: an autoencoder, and a prior that was fitted to its latents. It draws {colour} images of"
+        f" {height}×{width} pixels, and was trained on {facts.images['train']} images ({data}).",
         "",
         f"![samples]({SAMPLES})",
         "",
@@ -181,7 +184,7 @@ def card(run: Run, comparison: Comparison | None, name: str, half: bool, license
         "",
         f"Or from the command line: `python -m pipelines.generate {name} --count 64 --out samples.png`.",
         "",
-        *([f'The prior is told the {run.told}: `sample(64, {run.told}="…")`.', ""] if run.told else []),
+        *([f'The prior is conditioned on the {run.told}: `sample(64, {run.told}="…")`.', ""] if run.told else []),
         *([f"Labels: {', '.join(facts.label_names)}.", ""] if run.told == "label" else []),
     ]
     if comparison is not None:
@@ -196,7 +199,7 @@ def figures(comparison: Comparison, half: bool) -> list[str]:
     return [
         markdown([["images", "Fréchet distance"], *rows]),
         "",
-        f"Fréchet distance in the features of {comparison.features.extractor}, between {counted(comparison.images, 'image')}"
-        f" in each row and {reference} training images; lower is better."
+        f"Fréchet distance between {counted(comparison.images, 'image')} in each row and {reference} training images; lower is"
+        f" better. Features: {comparison.features.extractor}."
         + (" Measured before the weights were rounded to half precision." if half else ""),
     ]
