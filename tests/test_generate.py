@@ -366,7 +366,7 @@ def test_own_captions_are_read_and_wrong_ones_named(tmp_path):
     for part in (splits.train, splits.validation, splits.test):
         assert part.captions == [f"grey number {int(image[0, 0, 0])}" for image in part.images]
     file.write_text("\n".join(lines[:-1]))
-    with pytest.raises(UserError, match=r"1 of 12 images .* has no caption in .*captions.jsonl: 11.png"):
+    with pytest.raises(UserError, match=r"captions.jsonl has no caption for 1 of 12 images .*: 11.png"):
         Folder(root=tmp_path, size=8).load()
     file.write_text(lines[0] + "\nnonsense\n")
     with pytest.raises(UserError, match="line 2: expected"):
@@ -399,7 +399,7 @@ def test_samples_that_are_not_numbers_are_counted_and_named(runs, tmp_path, monk
     run = Run.open(runs["mnist5k"], "cpu")
     comparison = compared(run, load_data(run))
     assert comparison.warnings == ["standard: 1 of 120 samples is not a number and is black"]
-    assert "standard: 1 of 120 samples are not numbers" in (run.folder / "compare" / "page.html").read_text()
+    assert "standard: not numbers, and so black: 1 of 120 samples" in (run.folder / "compare" / "page.html").read_text()
     assert all(np.isfinite(vars(comparison.priors["standard"])[figure]) for figure in FIGURES)
 
 

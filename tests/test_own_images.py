@@ -95,8 +95,8 @@ def test_what_lies_beside_the_splits_is_left_out_and_said(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("kind", "message"),
     [
-        ("stray", "no labels: 1 of 25 images lies in no subfolder: .*/0.png"),
-        ("flat test", "no labels: 12 of 36 images lie in no subfolder: .*test/0.png"),
+        ("stray", "no labels: in no subfolder: 1 of 25 images: .*/0.png"),
+        ("flat test", "no labels: in no subfolder: 12 of 36 images: .*test/0.png"),
         ("one folder in test", "no labels: .*test and .*train have no subfolder in common"),
         ("one label", "no labels: all images lie in one subfolder, circle"),
     ],
@@ -129,10 +129,10 @@ def test_near_duplicates_are_told_and_kept_on_one_side(tmp_path, capsys, by):
     scenes(tmp_path / "PLACES")
     before = loaded(tmp_path)
     said = capsys.readouterr().out
-    assert re.search(r"of 9 test images under .* have near-duplicates among the training images, as \S*place\d", said)
+    assert re.search(r"with a near-duplicate among the training images: \d of 9, as \S*place\d", said)
     assert "--data.split-by folder, or name-prefix" in said
     splits = loaded(tmp_path, split_by=by)
-    assert "near-duplicates" not in capsys.readouterr().out
+    assert "near-duplicate" not in capsys.readouterr().out
     parts = [{*part.groups} for part in (splits.train, splits.validation, splits.test)]
     assert not (parts[0] & parts[1] or parts[0] & parts[2] or parts[1] & parts[2]) and sum(map(len, parts)) == 30
     assert all(count % 3 == 0 for count in splits.sizes.values()) and splits.listing == before.listing
@@ -149,7 +149,7 @@ def test_images_without_structure_and_other_images_are_no_near_duplicates(tmp_pa
     noise = torch.randint(0, 256, (200, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     assert not look_alike(noise[:50], noise[50:]) and look_alike(noise[:50], noise) == {index: index for index in range(50)}
     loaded(tmp_path / "flat")
-    assert "near-duplicates" not in capsys.readouterr().out
+    assert "near-duplicate" not in capsys.readouterr().out
 
 
 def test_by_file_images_are_split_as_ever_and_few_groups_are_refused(tmp_path):
@@ -406,8 +406,8 @@ def test_samples_that_lack_a_part_are_said(tmp_path, capsys):
     said = capsys.readouterr().out
     for line in (
         "left out of .*0.tar: 1 broken link, 1 .mask.png, 1 imageless sample",
-        "no labels: 1 of 20 samples has no cls: 00",
-        "no captions: 2 of 20 samples have neither txt nor json with one: 00, 01",
+        "no labels: no cls in 1 of 20 samples: 00",
+        "no captions: neither txt nor json with one in 2 of 20 samples: 00, 01",
     ):
         assert re.search(line, said), said
 

@@ -99,7 +99,7 @@ def test_what_is_missing_is_said(tmp_path, capsys):
     splits = Parquet(root=tmp_path, size=4, skip_unreadable=True).load()
     assert sum(map(len, parts(splits))) == 27 and splits.label_names == [] and splits.train.captions is None
     said = capsys.readouterr().out
-    assert "no labels: 1 of 30 rows has no label: x.parquet/0" in said and "no captions: 1 of 30 rows" in said
+    assert "no labels: no label in 1 of 30 rows: x.parquet/0" in said and "no captions: none in 1 of 30 rows" in said
 
 
 def hostile(path: Path) -> None:

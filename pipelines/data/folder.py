@@ -85,8 +85,7 @@ def read_captions(folder: Path, names: list[str], root: Path) -> list[str] | Non
     known = [captions.get(os.path.relpath(folder / name, file.parent)) for name in names]
     without = [name for name, caption in zip(names, known) if caption is None]
     if without:
-        what = f"of {len(names)} images under {folder}"
-        raise UserError(f"{counted(len(without), f'{what} has', f'{what} have')} no caption in {file}: {some(without, 5)}")
+        raise UserError(f"{file} has no caption for {len(without)} of {len(names)} images under {folder}: {some(without, 5)}")
     return [caption for caption in known if caption is not None]
 
 

@@ -84,8 +84,7 @@ def image_set(dataset: Any, label: str) -> ImageSet:
         raise UserError(f"the Dataset holds {counted(len(images), 'image')}; at least {FEWEST_IMAGES} are needed")
     known = [number for number in labels if number is not None and number >= 0]
     if 0 < len(known) < len(labels):
-        what = f"of {len(labels)} items"
-        say(f"no labels: {counted(len(labels) - len(known), f'{what} has', f'{what} have')} no class number")
+        say(f"no labels: no class number in {len(labels) - len(known)} of {len(labels)} items")
     return ImageSet(torch.stack(images), torch.tensor(known) if len(known) == len(labels) else None)
 
 

@@ -172,9 +172,7 @@ def labels_in(parts: list[Part]) -> tuple[list[str], str]:
         return [], ""
     if "" in labels:
         outside = [os.path.join(part.folder, name) for part in parts for name in part.names if not label_of(name)]
-        total = sum(len(part.names) for part in parts)
-        lie = counted(len(outside), f"of {total} images lies in no subfolder", f"of {total} images lie in no subfolder")
-        return [], f"{lie}: {some(outside, 3)}"
+        return [], f"in no subfolder: {len(outside)} of {sum(len(part.names) for part in parts)} images: {some(outside, 3)}"
     if len(labels) == 1:
         return [], f"all images lie in one subfolder, {printable(*labels)}"
     for part, own in zip(parts, found):

@@ -87,12 +87,10 @@ class OwnImages:
         if len(alike) >= max(1, LEAST_ALIKE * len(test)):
             number, other = next(iter(alike.items()))
             remedy = ": --data.split-by folder, or name-prefix, keeps together what belongs together" * chosen
-            what = f"of {len(test)} test images under {where}"
-            have = counted(len(alike), f"{what} has near-duplicates", f"{what} have near-duplicates")
             say(
-                f"warning: {have} among the training images,"
-                f" as {printable(test.groups[number])} has {printable(train.groups[other])}. So figures look better than they"
-                f" are{remedy if self.split_by == 'file' else ''}"
+                f"warning: test images under {where} with a near-duplicate among the training images: {len(alike)} of"
+                f" {len(test)}, as {printable(test.groups[number])} and {printable(train.groups[other])}. So figures look better"
+                f" than they are{remedy if self.split_by == 'file' else ''}"
             )
 
 
@@ -112,8 +110,7 @@ def labels_of(
     without = [name for names, texts in parts for name, text in zip(names, texts) if text is None]
     total = sum(len(names) for names, _ in parts)
     if 0 < len(without) < total:
-        have = counted(len(without), f"of {total} {rows} has no {label}", f"of {total} {rows} have no {label}")
-        say(f"no labels: {have}: {some(without, 3)}")
+        say(f"no labels: no {label} in {len(without)} of {total} {rows}: {some(without, 3)}")
     known = {text for _, texts in parts for text in texts if text is not None}
     if without or len(known) < 2:
         return [None for _ in parts], []

@@ -92,8 +92,7 @@ class Rows:
         """None unless every row has one. Raises UserError for one that is no text."""
         without = [name for name, caption in zip(self.files.names, self.captions) if caption is None]
         if 0 < len(without) < len(self.captions):
-            what = f"of {len(self.captions)} rows of {root}"
-            say(f"no captions: {counted(len(without), f'{what} has', f'{what} have')} none: {some(without, 3)}")
+            say(f"no captions: none in {len(without)} of {len(self.captions)} rows of {root}: {some(without, 3)}")
         return None if without else [usable_text(caption) for caption in self.captions]
 
 

@@ -96,9 +96,7 @@ def captions_in(index: Index) -> list[str] | None:
     captions = [caption_in(*of_sample) for of_sample in zip(index.keys, index.said["txt"], index.said["json"])]
     without = [key for key, caption in zip(index.keys, captions) if caption is None]
     if 0 < len(without) < len(index):
-        what = f"of {len(index)} samples"
-        have = counted(len(without), f"{what} has", f"{what} have")
-        say(f"no captions: {have} neither txt nor json with one: {some(without, 3)}")
+        say(f"no captions: neither txt nor json with one in {len(without)} of {len(index)} samples: {some(without, 3)}")
     return None if without else [caption for caption in captions if caption is not None]
 
 

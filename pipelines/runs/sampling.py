@@ -9,7 +9,7 @@ from einops import rearrange
 from torch import Tensor
 
 from pipelines import processes
-from pipelines.console import UserError, counted, say
+from pipelines.console import UserError, say
 from pipelines.runs.names import Pixels
 from stage1_vae.autoencoder import Autoencoder, quantized
 from stage2_prior.prior import Prior
@@ -32,8 +32,7 @@ class Samples:
 
 
 def not_numbers(wrong: int, count: int) -> str:
-    what = f"of {counted(count, 'sample')}"
-    return counted(wrong, f"{what} is not a number and is black", f"{what} are not numbers and are black")
+    return f"not numbers, and so black: {wrong} of {count} samples"
 
 
 def generate(
