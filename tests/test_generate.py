@@ -395,10 +395,10 @@ def test_samples_that_are_not_numbers_are_counted_and_named(runs, tmp_path, monk
 
     monkeypatch.setattr(StandardNormal, "sample", broken)
     images = drawn(runs["mnist5k"], "--prior", "standard", tmp_path=tmp_path)
-    assert (images[2] == 0).all() and "warning: 1 of 6 samples is not a number and is black" in capsys.readouterr().out
+    assert (images[2] == 0).all() and "warning: not numbers, and so black: 1 of 6 samples" in capsys.readouterr().out
     run = Run.open(runs["mnist5k"], "cpu")
     comparison = compared(run, load_data(run))
-    assert comparison.warnings == ["standard: 1 of 120 samples is not a number and is black"]
+    assert comparison.warnings == ["standard: not numbers, and so black: 1 of 120 samples"]
     assert "standard: not numbers, and so black: 1 of 120 samples" in (run.folder / "compare" / "page.html").read_text()
     assert all(np.isfinite(vars(comparison.priors["standard"])[figure]) for figure in FIGURES)
 
