@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -260,12 +261,36 @@ def test_what_cannot_be_read_is_found_once(tmp_path, monkeypatch, capsys):
     first, reads = config.load(report), []
     monkeypatch.setattr(reading, "read_image", lambda *given, **named: reads.append(given) or read_image(*given, **named))
     assert torch.equal(config.load(report).train.images.rows, first.train.images.rows) and not reads
-    report.write_text("{")
-    config.load(report)
-    assert len(reads) == 20 and "damaged" in capsys.readouterr().out
+    (row,) = json.loads(report.read_text())["unreadable"]
+    assert row.keys() == {"file", "reason"} and row["file"] == str(folder / "7.png")
+    written = json.loads(report.read_text())
+    for damaged in ("{", json.dumps({**written, "unreadable": [{**row, "file": "other.png"}]})):
+        report.write_text(damaged)
+        reads.clear()
+        config.load(report)
+        assert len(reads) == 20 and "damaged" in capsys.readouterr().out
     fill(folder / "more", 1)
     config.load(report)
     assert len(reads) == 41
+
+
+@pytest.mark.parametrize("others", ["", "ant"])
+def test_a_label_without_a_readable_image_is_left_out_as_where_its_files_are_removed(tmp_path, capsys, others):
+    for name in filter(None, ("cat", "dog", others)):
+        fill(tmp_path / name, 12)
+    for file in (tmp_path / "cat").iterdir():
+        file.write_bytes(b"no picture")
+    config = Folder(tmp_path, size=8, skip_unreadable=True)
+    loaded = config.load()
+    said = capsys.readouterr().out
+    assert f"no image with the label cat can be read; {2 if others else 0} of {3 if others else 2} labels are left" in said
+    shutil.rmtree(tmp_path / "cat")
+    removed = config.load()
+    assert loaded.label_names == removed.label_names == (["ant", "dog"] if others else [])
+    assert loaded.listing == removed.listing
+    for part in ("train", "validation", "test"):
+        ours, theirs = getattr(loaded, part), getattr(removed, part)
+        assert torch.equal(ours.images[:], theirs.images[:]) and (not others or torch.equal(ours.labels, theirs.labels))
 
 
 def test_a_run_that_was_refused_goes_on_with_permission(tmp_path):

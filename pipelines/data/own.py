@@ -62,6 +62,7 @@ class OwnImages:
             assert isinstance(images.images, Stored)
             images.groups = groups_of(images.images.files.names, self.split_by)
         read, unreadable = readable([*sets.values()], where, self.skip_unreadable, self.in_memory, report)
+        label_names = readable_labels([*sets.values()], read, label_names)
         listing = listing_of([*sets.values()], unreadable, label_names)
         used = [
             Used(images.images.files, [row for row in range(len(images)) if row not in out])
@@ -148,7 +149,7 @@ def readable(
         return sets, [{} for _ in sets]
     listing = " ".join(images.digest() for images in stored)
     pixels: list[Tensor | None] = [None] * len(sets)
-    known = None if fits or report is None else known_unreadable(report, listing)
+    known = None if fits or report is None else known_unreadable(report, listing, stored)
     if known is None:
         known = [{} for _ in sets]
         said: dict[str, list[str]] = {name: [] for name in SAID}
@@ -161,8 +162,8 @@ def readable(
                 say(f"{counted(len(said[name]), 'image is', 'images are')} {what}; of each, {then}: {some(said[name], 3)}")
         if report is not None and (any(known) or not fits or report.exists()):
             rows = [
-                {"part": number, "index": index, "file": images.files.name(index), "reason": found[index]}
-                for number, (images, found) in enumerate(zip(stored, known))
+                {"file": images.files.name(index), "reason": found[index]}
+                for images, found in zip(stored, known)
                 for index in sorted(found)
             ]
             write_json(report, {"listing": listing, "unreadable": rows, **said})
@@ -187,19 +188,40 @@ def readable(
     return kept, known
 
 
-def known_unreadable(report: Path, listing: str) -> list[dict[int, str]] | None:
+def known_unreadable(report: Path, listing: str, stored: list[Stored]) -> list[dict[int, str]] | None:
     """For each part, the unreadable images by number, from a report on the very same files; None when there is none."""
     try:
         found = json.loads(report.read_text())
         if found["listing"] != listing:
             return None
-        known: list[dict[int, str]] = [{} for _ in listing.split()]
-        for row in found["unreadable"]:
-            known[row["part"]][row["index"]] = row["reason"]
+        reasons = {row["file"]: row["reason"] for row in found["unreadable"]}
+        named = [[(index, images.files.name(index)) for index in range(len(images))] for images in stored]
+        known = [{index: reasons[name] for index, name in part if name in reasons} for part in named]
+        if sum(map(len, known)) != len(found["unreadable"]):
+            raise ValueError("it names other files")
     except FileNotFoundError:
         return None
-    except (ValueError, KeyError, TypeError, IndexError):
+    except (ValueError, KeyError, TypeError):
         say(f"warning: {report} is damaged; all images are read again")
         return None
     say(f"all images were read before; delete {report} to have them read again")
     return known
+
+
+def readable_labels(sets: list[ImageSet], read: list[ImageSet], label_names: list[str]) -> list[str]:
+    """The labels of which images can be read, by number, and the images of all sets numbered by them: as where the unreadable
+    images are removed. None where fewer than two are left.
+
+    read: the sets without unreadable images.
+    """
+    used = [number for number in range(len(label_names)) if any((part.labels == number).any() for part in read)]
+    if len(used) == len(label_names):
+        return label_names
+    gone = sorted({*label_names} - {label_names[number] for number in used})
+    left = len(used) if len(used) > 1 else 0
+    say(f"warning: no image with the label {some(gone)} can be read; {left} of {len(label_names)} labels are left")
+    place = torch.zeros(len(label_names), dtype=torch.int64)
+    place[used] = torch.arange(len(used))
+    for part in {id(part): part for part in (*sets, *read)}.values():  # a set of which all can be read is the same in both
+        part.labels = place[part.labels] if left else None
+    return [label_names[number] for number in used] if left else []
