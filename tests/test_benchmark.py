@@ -36,6 +36,7 @@ def test_data(tmp_path):
     benchmark.main(["data", *shards, "--json", str(tmp_path / "s.json")])
     (row,) = json.loads((tmp_path / "s.json").read_text())
     assert (row["source"], row["size"], row["training_images"]) == ("shards", 16, 855) and list(made.iterdir()) == []
+    assert row["index_making_cpu_s"] > row["index_reading_cpu_s"] > 0 and 50 < row["bytes_a_sample"] < 10_000
 
 
 def test_sampling(tmp_path):

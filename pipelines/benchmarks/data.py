@@ -6,6 +6,8 @@ import os
 import statistics
 import tempfile
 import time
+import tracemalloc
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -21,6 +23,7 @@ from pipelines.console import Progress, UserError, check_least, say
 from pipelines.data.folder import Folder
 from pipelines.data.images import ImageSet, Splits
 from pipelines.data.sets import EmbeddedDigits
+from pipelines.data.shard_index import index_of
 from pipelines.data.shards import NEEDS_WEBDATASET, Shards
 from pipelines.runs.names import Device
 
@@ -128,6 +131,8 @@ class BenchmarkData:
             "reading_images_per_core_s": read / (time.process_time() - reading_cpu),
             "resident_bytes": memory,
         }
+        if self.source == "shards":
+            row |= index_costs(config_of["shards"], sorted(folder.glob("*.tar")))
         if not self.steps:
             return row
         some = splits.train.subset(torch.arange(min(20_000, len(splits.train))))
@@ -177,6 +182,12 @@ class BenchmarkData:
             f" {row['reading_images_per_core_s']:.0f} for each second of a core",
             f"memory over the epoch   {', '.join(memory)} MiB",
         ]
+        if "bytes_a_sample" in row:
+            making, reading = (1e6 * row[f"index_{what}_cpu_s"] for what in ("making", "reading"))
+            lines.append(
+                f"index of the shards     {making:.1f} µs of a core a sample to make, {reading:.2f} µs to read again;"
+                f" {row['bytes_a_sample']:.0f} bytes of memory a sample"
+            )
         if self.steps:
             lines += [
                 f"training from disk      {row['from_disk_images_per_s']:.0f} images/s",
@@ -234,6 +245,26 @@ def make_files(folder: Path, count: int, size: int, shards: bool) -> None:
                 for index, which in rows:
                     (folder / str(labels[which]) / str(first) / f"{index}.{ending}").write_bytes(contents[which])
             progress.update(len(rows))
+
+
+def index_costs(config: Folder | Shards, shards: list[Path]) -> dict[str, float]:
+    """Of a sample: processor seconds to make the index of the shards, and to read what was kept of it; bytes of memory that the
+    data set takes, which has read no image."""
+    from webdataset.tariterators import base_plus_ext
+
+    costs: dict[str, float] = {}
+    for shard in shards:
+        Path(f"{shard}.index").unlink(missing_ok=True)
+    for what in ("making", "reading"):
+        started = time.process_time()
+        samples = len(index_of([*map(str, shards)], base_plus_ext, Counter(), shards[0].parent))
+        costs[f"index_{what}_cpu_s"] = (time.process_time() - started) / samples
+    tracemalloc.start()
+    splits = config.load()
+    costs["bytes_a_sample"] = tracemalloc.get_traced_memory()[0] / samples
+    tracemalloc.stop()
+    del splits
+    return costs
 
 
 def noise_pictures(count: int, size: int) -> Tensor:
