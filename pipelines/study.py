@@ -12,24 +12,24 @@ x an image, z a latent, L draws of z; all likelihoods in nats.
 """
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from pipelines.console import run_command, say
+from pipelines.console import UserError, nearest, run_command, say
 from pipelines.runs.names import DEFAULT_PRESET, Device
 
 if TYPE_CHECKING:  # slow to import, and --help needs none of it
     from pipelines.studies.trained import Findings, Trained
 
-Study = Literal["samples-per-image", "mean-or-sample", "evidence", "aggregate-posterior", "unusual-images"]
+STUDIES = ("samples-per-image", "mean-or-sample", "evidence", "aggregate-posterior", "unusual-images")
 
 
 @dataclass(frozen=True)
 class Arguments:
     """Answer a question about VAEs by running one."""
 
-    study: tyro.conf.Positional[Study]
+    study: tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="{" + ",".join(STUDIES) + "}")]]
     """which question"""
     run: str = DEFAULT_PRESET
     """a run's name under checkpoints/, its path, or a trained model that comes with the software, as mnist5k does"""
@@ -37,7 +37,7 @@ class Arguments:
     """the device to run on; auto takes the fastest that is there"""
 
 
-def answered(study: Study, trained: "Trained") -> "Findings":
+def answered(study: str, trained: "Trained") -> "Findings":
     from pipelines.studies.aggregate_posterior import aggregate_posterior
     from pipelines.studies.evidence import evidence
     from pipelines.studies.mean_or_sample import mean_or_sample
@@ -56,6 +56,8 @@ def answered(study: Study, trained: "Trained") -> "Findings":
 
 def main(arguments: list[str] | None = None) -> None:
     asked = tyro.cli(Arguments, prog="python -m pipelines.study", args=arguments)
+    if asked.study not in STUDIES:
+        raise UserError(f"there is no study {asked.study!r}{nearest(asked.study, STUDIES)}")
     from pipelines.files import write_file, write_json
     from pipelines.pages.plots import png
     from pipelines.runs.run import Run
@@ -69,7 +71,7 @@ def main(arguments: list[str] | None = None) -> None:
         write_json(folder / f"{asked.study}.json", {"findings": found.sentences, **found.numbers})
     for sentence in found.sentences:
         say("", sentence)
-    say("", f"plot and numbers: {folder / asked.study}.png, .json")
+    say("", f"plot: {folder / asked.study}.png; numbers: {folder / asked.study}.json")
 
 
 if __name__ == "__main__":

@@ -158,6 +158,11 @@ def test_a_gaussian_for_each_label_is_their_mixture():
     assert torch.allclose(prior.log_prob([z]), torch.stack(parts).logsumexp(0) - math.log(2), rtol=1e-5)
 
 
+def test_a_wrong_name_is_answered_in_a_sentence():
+    with pytest.raises(UserError, match="no study 'evidenc' - did you mean 'evidence'. There are: samples-per-image, "):
+        study.main(["evidenc"])
+
+
 def test_a_run_of_codes_is_refused(tmp_path):
     made = Run.create(tmp_path / "codes", shrunk(preset("mnist-vqvae")), "cpu")
     write_facts(made, small_splits((1, 28, 28), 4))

@@ -43,8 +43,8 @@ class Folder(OwnImages):
         for part in parts.values():
             if len(part.names) < FEWEST_IMAGES:
                 raise UserError(
-                    f"{part.folder} holds {counted(len(part.names), 'image')}; at least {FEWEST_IMAGES} are needed"
-                    f" ({', '.join(sorted(IMAGE_ENDINGS))})"
+                    f"{part.folder} holds {counted(len(part.names), 'image')}; at least {FEWEST_IMAGES} are needed."
+                    f" Their names end in {', '.join(sorted(IMAGE_ENDINGS))}"
                 )
         label_names, why_none = labels_in([*parts.values()])
         if why_none:
