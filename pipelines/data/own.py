@@ -214,7 +214,8 @@ def readable_labels(sets: list[ImageSet], read: list[ImageSet], label_names: lis
 
     read: the sets without unreadable images.
     """
-    used = [number for number in range(len(label_names)) if any((part.labels == number).any() for part in read)]
+    labels = [part.labels for part in read if part.labels is not None]
+    used = [number for number in range(len(label_names)) if any(bool((own == number).any()) for own in labels)]
     if len(used) == len(label_names):
         return label_names
     gone = sorted({*label_names} - {label_names[number] for number in used})
