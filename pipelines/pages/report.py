@@ -155,5 +155,4 @@ def write_together(path: Path, reports: dict[str, Report]) -> None:
     figures = {run: to_dict(comparison) for run, comparison in comparisons.items()}
     files.write_json(path.with_suffix(".json"), {"runs": figures, "rankings": rankings})
     write_csv(path.with_suffix(".csv"), comparisons)
-    say(*findings)
-    say(f"all runs on one page: {path}")
+    say(*findings, f"all runs on one page: {path}")
