@@ -23,6 +23,7 @@ from stage2_prior.prior import Prior
 from stage2_prior.sampling import AS_FITTED, Sampling, normals
 
 LATENT_STREAM = 1  # of the noise of u, in samples; that of z given u has stream 0
+MAXIMUM_LOG_STD = 10.0  # of q(u|z)
 AT_ONCE = 4096  # rows of the networks in `bound`
 
 
@@ -77,6 +78,8 @@ class SecondVAE(Prior):
         with torch.autocast(values.device.type, enabled=False):  # a density is never rounded
             mean, log_std = self.encoder(values).chunk(2, -1)
             log_std = floored(log_std)
+            # As stage 1's: one spike makes no infinite loss, and the gradient that leads back passes through.
+            log_std = log_std.detach().clamp(max=MAXIMUM_LOG_STD) + (log_std - log_std.detach())
             u, zero = mean + log_std.exp() * noise, torch.zeros((), device=values.device)
             prior, posterior = gaussian_log_prob(u, zero, zero), gaussian_log_prob(u, mean, log_std)
             likelihood = gaussian_log_prob(values, self.decoder(u), floored(self.log_gamma))

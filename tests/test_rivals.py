@@ -28,6 +28,17 @@ def test_every_parameter_receives_a_gradient(name):
     assert [name for name, p in prior.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0] == []
 
 
+def test_a_spike_of_the_second_vae_makes_no_infinite_loss_and_leads_back():
+    prior = RIVALS["second-vae"].build([SPEC])
+    prior.estimate(random_latents(20, SPEC))
+    with torch.no_grad():
+        prior.encoder.last.bias[2:] = 100  # log σ of q(u|z)
+    loss = prior(*random_latents(20, SPEC)[torch.arange(20)])["loss"]
+    loss.backward()
+    assert loss.isfinite() and prior.encoder.last.bias.grad.isfinite().all()
+    assert (prior.encoder.last.bias.grad[2:] > 0).all()
+
+
 @pytest.mark.parametrize("name", RIVALS)
 def test_a_rival_learns_what_no_single_gaussian_can(name):
     """Two clusters: after a few small steps the loss lies below that of the best Gaussian, and samples lie in the clusters."""

@@ -215,7 +215,7 @@ def readable_labels(sets: list[ImageSet], read: list[ImageSet], label_names: lis
     read: the sets without unreadable images.
     """
     labels = [part.labels for part in read if part.labels is not None]
-    used = [number for number in range(len(label_names)) if any(bool((own == number).any()) for own in labels)]
+    used = torch.cat(labels).unique().tolist() if labels else []
     if len(used) == len(label_names):
         return label_names
     gone = sorted({*label_names} - {label_names[number] for number in used})
@@ -224,5 +224,5 @@ def readable_labels(sets: list[ImageSet], read: list[ImageSet], label_names: lis
     place = torch.zeros(len(label_names), dtype=torch.int64)
     place[used] = torch.arange(len(used))
     for part in {id(part): part for part in (*sets, *read)}.values():  # a set of which all can be read is the same in both
-        part.labels = place[part.labels] if left else None
+        part.labels = place[part.labels] if left and part.labels is not None else None
     return [label_names[number] for number in used] if left else []
