@@ -104,5 +104,6 @@ def in_a_process(command: list[str]) -> tuple[float, int]:
         process.returncode = os.waitstatus_to_exitcode(status)
         if process.returncode:
             said.seek(0)
-            raise UserError(f"the command {shlex.join(command)} failed: {said.read().decode(errors='replace')[-2000:]}")
+            ended = f"failed with exit code {process.returncode}"
+            raise UserError(f"the command {shlex.join(command)} {ended}: {said.read().decode(errors='replace')[-2000:]}")
     return used.ru_utime + used.ru_stime, used.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
