@@ -17,16 +17,18 @@ from matplotlib.colors import to_rgba
 from PIL import Image
 
 from pipelines import compare
+from pipelines.judging.compare import with_labels_read
 from pipelines.judging.comparison import ROWS, from_dict, read_comparison
 from pipelines.judging.features import FIGURES
 from pipelines.judging.together import Entry, names_of
+from pipelines.pages.page import labels_read
 from pipelines.pages.plots import COLOURS, nearest_plot, plain, png, projections, pyplot
 from pipelines.pages.words import between_runs, notes, verdict_in_words, verdict_of_several
 from pipelines.runs.config import replaced
 from pipelines.runs.options import Options
 from pipelines.runs.phases import train
 from pipelines.runs.recipes import preset
-from pipelines.runs.run import Run
+from pipelines.runs.run import TRAINED, Run
 from stage2_prior.transformer import TransformerConfig
 from tests.parts import shrunk, small_splits
 
@@ -202,3 +204,15 @@ def test_a_name_in_a_plot_is_no_formula():
     axis.scatter([0], [0], label=plain("$\\frac$ \x1b"))
     axis.legend()
     assert png(figure).startswith(b"\x89PNG")
+
+
+def test_labels_are_read_one_by_one():
+    comparison = read_comparison(TRAINED / "mnist5k/compare/metrics.json")
+    subject = SimpleNamespace(labels=torch.tensor([0, 0, 1, 2]), splits=SimpleNamespace(label_names=["a", "b", "c", "none"]))
+    rows = SimpleNamespace(seen={"real": SimpleNamespace(read=torch.tensor([0, 1, 1, 0]))})
+    real = with_labels_read(subject, rows, comparison.rows)["real"]
+    assert real.labels_read == {"a": 0.5, "b": 1.0, "c": 0.0} and real.label_read == 0.5
+    assert labels_read(comparison) is None
+    table = labels_read(replace(comparison, real=real, commonest=0.4))
+    assert [(row.title, row.cells) for row in table.rows] == [("a", ["50.0"]), ("b", ["100.0"]), ("c", ["0.0"])]
+    assert "right for 40.0 %" in table.notes[0]

@@ -165,10 +165,12 @@ def with_labels_read(subject: Subject, rows: Rows, figures: dict[str, Row]) -> d
     labels = subject.labels
     if labels is None:
         return figures
-    read = {}
+    read, of_label = {}, {name: labels == number for number, name in enumerate(subject.splits.label_names)}
     for name, seen in rows.seen.items():
         if seen.read is not None:
-            read[name] = replace(figures[name], label_read=float((seen.read == labels).float().mean()))
+            right = (seen.read == labels).float()
+            by_label = {label: float(right[own].mean()) for label, own in of_label.items() if own.any()}
+            read[name] = replace(figures[name], label_read=float(right.mean()), labels_read=by_label)
     return figures | read
 
 

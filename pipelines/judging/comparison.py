@@ -74,6 +74,8 @@ class Row:
     """of a prior: numbers that were trained or fitted"""
     label_read: float | None = None
     """share of images off which the classifier reads the label that was asked for"""
+    labels_read: dict[str, float] = field(default_factory=dict)
+    """the same of the images of each label; none in files of an earlier version"""
     sampling: Sampling | None = None
     """how the row was drawn, where not as the prior was fitted"""
     note: str | None = None

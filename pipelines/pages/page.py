@@ -80,6 +80,8 @@ class Section:
     pictures: list[Picture]
     config: str
     tables: list[Table]
+    labels: Table | None = None
+    """how often each label is read, where labels are read"""
 
 
 def data_uri(content: bytes) -> str:
@@ -112,7 +114,22 @@ def section_of(name: str, comparison: Comparison, exhibits: Exhibits, config: Ru
         pictures=pictures_of(comparison, exhibits),
         config=json.dumps(to_dict(config), indent=2),
         tables=[as_table(comparison.likelihood)] if comparison.likelihood else [],
+        labels=labels_read(comparison),
     )
+
+
+def labels_read(comparison: Comparison) -> Table | None:
+    """How often the classifier reads each label, in percent: off real images this is its accuracy."""
+    read = {name: row.labels_read for name, row in comparison.rows.items() if row.labels_read}
+    if not read:
+        return None
+    rows = [
+        Row("label", label, [f"{100 * shares[label]:.1f}" for shares in read.values()]) for label in next(iter(read.values()))
+    ]
+    note = "Of the images of each label, the percentage off which the classifier reads it."
+    if comparison.commonest is not None:
+        note += f" Always guessing the commonest label would be right for {100 * comparison.commonest:.1f} % of test images."
+    return Table("Labels read, one by one", [comparison.title(name) for name in read], rows, [note])
 
 
 def section_of_several(
