@@ -56,7 +56,7 @@ def score(asked: Arguments) -> None:
     else:
         images = getattr(splits, asked.split)
         names = [f"{asked.split} {number}" for number in range(len(images))]
-    held_out = scorer(splits.test, "scoring held-out images")
+    held_out = scorer.held_out(splits.test)
     usual = Usual.of(held_out)
     scores = held_out if images is splits.test else scorer(images)
     write_scores(asked.out, run.name, scorer, images, names, scores, usual, asked.shown)

@@ -67,6 +67,16 @@ def test_scores_are_the_same_when_images_are_scored_again(run):
     assert torch.equal(scorer(SPLITS.test).bits, scorer(SPLITS.test).bits)
 
 
+def test_held_out_images_are_scored_once(run, monkeypatch):
+    first = Scorer.of(run).held_out(SPLITS.test)
+    fresh = Scorer.of(run)(SPLITS.test)
+    monkeypatch.setattr(Scorer, "of_batch", lambda *_: pytest.fail("scored again"))
+    again = Scorer.of(run).held_out(SPLITS.test)
+    for scores in (again, fresh):
+        assert torch.equal(scores.numbers, first.numbers)
+        assert all(torch.equal(mine, theirs) for mine, theirs in zip(scores.maps, first.maps, strict=True))
+
+
 def test_codes_have_maps_of_every_level(tmp_path):
     run = trained_run(tmp_path, "mnist5k-vqvae2")
     found = Scorer.of(run)(SPLITS.test.subset(torch.arange(3)))

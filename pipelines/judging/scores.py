@@ -14,20 +14,23 @@ Deep Generative Models Using Typicality"), which sees when bits are few only bec
 "Input complexity and out-of-distribution detection with likelihood-based generative models").
 """
 
+import io
 import math
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 import torch
+from einops import rearrange
+from PIL import Image
 from torch import Tensor
-from torchvision.io import encode_png
 
-from pipelines import processes
+from pipelines import files, processes
 from pipelines.console import UserError
 from pipelines.data.images import ImageSet
 from pipelines.data.reading import READERS
 from pipelines.judging.quality import share_below
-from pipelines.runs.parts import load_autoencoder, load_prior, specs_of
+from pipelines.runs.dataset import read_facts
+from pipelines.runs.parts import load_autoencoder, load_prior, specs_of, weights_of
 from pipelines.runs.run import Run
 from pipelines.training.fit import in_order, seed_of
 from stage1_vae.autoencoder import Autoencoder
@@ -103,6 +106,20 @@ class Scorer:
             [torch.cat(maps) for maps in zip(*(part.maps for part in parts))],
         )
 
+    def held_out(self, images: ImageSet) -> Scores:
+        """Of the test split, from disk when they were made by these very weights of these images."""
+        key = " ".join([*weights_of(self.run).values(), str(len(images)), read_facts(self.run).content or ""])
+
+        def made() -> dict[str, Tensor]:
+            scores = self(images, "scoring held-out images")
+            return {name: values for name, values in vars(scores).items() if name != "maps"} | {
+                f"map.{level}": bits for level, bits in enumerate(scores.maps)
+            }
+
+        found = files.cached(self.run.work / "scores" / "held-out.safetensors", key, made)
+        maps = [found.pop(f"map.{level}") for level in range(len(self.prior.levels))]
+        return Scores(**found, maps=maps)
+
     def of_batch(self, images: Tensor) -> Scores:
         """images uint8 B C H W, on the model's device; the scores are on the CPU."""
         with ThreadPoolExecutor(READERS, "png") as pool:  # beside the networks
@@ -129,7 +146,9 @@ class Scorer:
 
 def png_bits(image: Tensor) -> float:
     """Of an image, uint8 C H W. The highest compression saves a hundredth of them, and takes up to three times as long."""
-    return 8.0 * len(encode_png(image, compression_level=6))
+    file, pixels = io.BytesIO(), rearrange(image, "c h w -> h w c").numpy()
+    Image.fromarray(pixels.squeeze(2) if pixels.shape[2] == 1 else pixels).save(file, "PNG")
+    return 8.0 * file.tell()
 
 
 @dataclass(frozen=True)
