@@ -92,7 +92,12 @@ TUNED: dict[str, dict[str, Any]] = {
     "mnist-vqvae2": {"autoencoder.bottleneck.coarser_rate": 0.25},
     "fashion-mnist": {"stage1.steps": 8000},
     "fashion-vqvae": {"stage1.steps": 6000},
-    "fashion-vqvae2": {"stage2.steps": 4000, "prior.top.head": WIDE, "prior.bottom.head": WIDE, "prior.bottom.backbone": PixelSNAILConfig()},
+    "fashion-vqvae2": {
+        "stage2.steps": 4000,
+        "prior.top.head": WIDE,
+        "prior.bottom.head": WIDE,
+        "prior.bottom.backbone": PixelSNAILConfig(),
+    },
     "fashion-dalle": {"stage1.steps": 6000, "stage2.steps": 8000},
     "cifar10-vqvae2": {"stage1.steps": 3000, "stage2.steps": 5000, "prior.top.head": WIDE, "prior.bottom.head": WIDE},
 }
@@ -119,7 +124,7 @@ def vqvae(data: DataSet) -> RunConfig:
     bottleneck = bottlenecks.VectorQuantized(codes=data.codes, rate_weight=6.0)
     prior = AutoregressiveConfig(PixelSNAILConfig(width=96, dropout=0.1), WIDE, ClassLabel())
     if data.few:
-        prior = AutoregressiveConfig(PixelCNNConfig(dropout=data.dropout), Categorical(), ClassLabel())
+        prior = AutoregressiveConfig(PixelSNAILConfig(dropout=data.dropout), Categorical(), ClassLabel(), input_noise=0.3)
     return compiled(data, replace(vae(data), autoencoder=AutoencoderConfig(data.network, bottleneck), prior=prior))
 
 
