@@ -25,6 +25,8 @@ PUBLISHED = {
     "mnist5k --prior.condition none": (0, 1),
     "fashion-mnist": (0,),
     "mnist": (0,),
+    "mnist5k-vqvae": (0,),
+    "fashion-vqvae2": (0,),
 }
 """What README and docs report: by what stands after train_all, the seeds."""
 RIVALS = {
