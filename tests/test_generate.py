@@ -192,7 +192,7 @@ def test_a_completion_keeps_the_kept_pixels_and_says_what_helps_where_there_was_
     assert torch.equal(drawn[:, :, :14], image[None, :, :14].expand(2, -1, -1, -1))
     assert not torch.equal(drawn[:, :, 14:], image[None, :, 14:].expand(2, -1, -1, -1))
     said = capsys.readouterr().out
-    assert "which depend on kept pixels alone" in said and "median 1.0 of 1 particles: " in said and "--particles 4" in said
+    assert "which depend on kept pixels alone" in said and "median 1.0 of 1 particle: " in said and "--particles 4" in said
 
 
 @pytest.mark.parametrize("bottleneck", [bottlenecks.Gaussian(channels=3), bottlenecks.FiniteScalar((8, 8, 8))], ids=str)
