@@ -92,7 +92,7 @@ TUNED: dict[str, dict[str, Any]] = {
     "mnist-vqvae2": {"autoencoder.bottleneck.coarser_rate": 0.25},
     "fashion-mnist": {"stage1.steps": 8000},
     "fashion-vqvae": {"stage1.steps": 6000},
-    "fashion-vqvae2": {"stage2.steps": 4000},
+    "fashion-vqvae2": {"stage2.steps": 4000, "prior.top.head": WIDE, "prior.bottom.head": WIDE, "prior.bottom.backbone": PixelSNAILConfig()},
     "fashion-dalle": {"stage1.steps": 6000, "stage2.steps": 8000},
     "cifar10-vqvae2": {"stage1.steps": 3000, "stage2.steps": 5000, "prior.top.head": WIDE, "prior.bottom.head": WIDE},
 }
