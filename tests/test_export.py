@@ -77,7 +77,7 @@ def test_an_export_has_what_drawing_needs_and_nothing_more(run, exported):
 @pytest.mark.parametrize("folder", sorted(TRAINED.iterdir()), ids=lambda folder: folder.name)
 def test_the_cards_of_the_trained_models_are_as_export_writes_them(folder):
     run, metrics = Run.open(str(folder), "cpu"), folder / "compare/metrics.json"
-    written = exports.card(run, read_comparison(metrics), folder.name, False, "mit")
+    written = exports.card(run, read_comparison(metrics), folder.name, True, "mit")
     assert (folder / CARD).read_text() == written and "library_name: two-stage-latent-prior\nlicense: mit\n" in written
     assert json.loads((folder / LIST).read_text())["files"][CARD] == checksum(folder / CARD)
 
