@@ -15,11 +15,13 @@ from PIL import Image
 
 from pipelines import TwoStage, train_all
 from pipelines import export as command
-from pipelines.console import UserError
+from pipelines.console import NotThere, UserError
+from pipelines.data.sets import TorchvisionSet
 from pipelines.judging.comparison import read_comparison
 from pipelines.pages import exports
 from pipelines.pages.exports import SAMPLES, first_samples, halved
 from pipelines.runs import run as runs
+from pipelines.runs.dataset import load_data
 from pipelines.runs.exported import CARD, LIST, files_of
 from pipelines.runs.pictures import tiled
 from pipelines.runs.run import TRAINED, Run
@@ -80,6 +82,17 @@ def test_the_cards_of_the_trained_models_are_as_export_writes_them(folder):
     written = exports.card(run, read_comparison(metrics), folder.name, True, "mit")
     assert (folder / CARD).read_text() == written and "library_name: two-stage-latent-prior\nlicense: mit\n" in written
     assert json.loads((folder / LIST).read_text())["files"][CARD] == checksum(folder / CARD)
+
+
+def test_where_the_images_of_an_export_are_looked_for_is_said(monkeypatch):
+    """No option of a command names another place, and it cannot be trained on to put one down."""
+
+    def nowhere(*_, **__):
+        raise NotThere("not in data/.")
+
+    monkeypatch.setattr(TorchvisionSet, "part", nowhere)
+    with pytest.raises(UserError, match="are not in data/, where those of an export are looked for: .* a link"):
+        load_data(Run.open(str(TRAINED / "mnist"), "cpu"))
 
 
 def test_half_precision_is_half_the_size_and_nearly_the_same_model(run, exported, tmp_path):
