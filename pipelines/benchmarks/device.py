@@ -139,7 +139,7 @@ def trainings(asked: BenchmarkDevice, batches: tuple[int, ...], compiled: bool) 
 
 
 def trained(
-    asked: BenchmarkDevice, fabric: "Fabric", name: str, stage: int, batch: int, compiled: bool = False, sharded: bool = False
+    asked: BenchmarkDevice, fabric: "Fabric", name: str, stage: int, batch: int, compiled: bool = False
 ) -> dict[str, Any]:
     """Steps of `fit` on images of noise: speed does not depend on them. Stage 2 has the latents of an untrained encoder."""
     from pipelines.data.images import ImageSet
@@ -235,15 +235,11 @@ def same_as_cpu(asked: BenchmarkDevice, name: str) -> dict[str, Any]:
 
 def sharded(asked: BenchmarkDevice) -> Iterator[Measured]:
     """FSDP of a transformer over one process, beside the same steps without."""
-    for name, make in (("without", unsharded_fabric), ("FSDP", sharded_fabric)):
-        known = {"preset": "cifar10-givt", "stage": 2, "batch": asked.batches[-1], "strategy": name}
-        yield known, lambda m=make: trained(asked, m(asked.device), "cifar10-givt", 2, asked.batches[-1])  # type: ignore[misc]
-
-
-def unsharded_fabric(device: str) -> "Fabric":
     from pipelines.training.devices import devices
 
-    return devices(device)
+    for name, make in (("without", devices), ("FSDP", sharded_fabric)):
+        known = {"preset": "cifar10-givt", "stage": 2, "batch": asked.batches[-1], "strategy": name}
+        yield known, lambda m=make: trained(asked, m(asked.device), "cifar10-givt", 2, asked.batches[-1])  # type: ignore[misc]
 
 
 def sharded_fabric(device: str) -> "Fabric":

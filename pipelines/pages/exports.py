@@ -11,7 +11,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from pipelines.console import UserError, counted
+from pipelines.console import UserError
 from pipelines.files import aside, flush, found_shards, read_tensors, write_flushed
 from pipelines.judging.comparison import Comparison, read_comparison
 from pipelines.pages.report import report_folder
@@ -170,7 +170,7 @@ def card(run: Run, comparison: Comparison | None, name: str, half: bool, license
         f"# {name.rpartition('/')[2]}",
         "",
         f"A two-stage image generator: an autoencoder, and a prior that was fitted to its latents. It draws {colour} images of"
-        f" {height}×{width} pixels, and was trained on {facts.images['train']} images ({data}).",
+        f" {height}×{width} pixels, and was trained on {facts.images['train']:,} images ({data}).",
         "",
         f"![samples]({SAMPLES})",
         "",
@@ -185,7 +185,7 @@ def card(run: Run, comparison: Comparison | None, name: str, half: bool, license
         f"Or from the command line: `python -m pipelines.generate {name} --count 64 --out samples.png`.",
         "",
         *([f'The prior is conditioned on the {run.told}: `sample(64, {run.told}="…")`.', ""] if run.told else []),
-        *([f"Labels: {', '.join(facts.label_names)}.", ""] if run.told == "label" else []),
+        *(["Labels:", "", *(f"- {name}" for name in facts.label_names), ""] if run.told == "label" else []),
     ]
     if comparison is not None:
         lines += figures(comparison, half)
@@ -199,7 +199,7 @@ def figures(comparison: Comparison, half: bool) -> list[str]:
     return [
         markdown([["images", "Fréchet distance"], *rows]),
         "",
-        f"Fréchet distance between {counted(comparison.images, 'image')} in each row and {reference} training images; lower is"
+        f"Fréchet distance between {comparison.images:,} images in each row and {reference:,} training images; lower is"
         f" better. Features: {comparison.features.extractor}."
         + (" Measured before the weights were rounded to half precision." if half else ""),
     ]
