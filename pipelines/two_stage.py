@@ -389,11 +389,11 @@ def marginal(prior: Prior) -> LogPrior:
     what the prior makes of none."""
 
     def log_prob(levels: list[Tensor], _: Tensor | None) -> Tensor:
-        condition = prior.levels[0].condition if isinstance(prior, LearnedPrior) else None
-        if condition is None:
+        if not isinstance(prior, LearnedPrior):
             return prior.log_prob(levels)
+        condition = prior.levels[0].condition
         if not isinstance(condition, LabelCondition):
-            return prior.log_prob(levels, condition.nothing(len(levels[0])))
+            return prior.log_prob(levels, prior.levels[0].nothing(len(levels[0])))
         labels = condition.frequencies.nonzero().flatten()
         each = [condition.frequencies[y].log() + prior.log_prob(levels, y.expand(len(levels[0]))) for y in labels]
         return torch.stack(each).logsumexp(0)

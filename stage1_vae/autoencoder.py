@@ -63,6 +63,11 @@ class Autoencoder(nn.Module):
         """Shape and vocabulary of each level of latents, coarse to fine: all that stage 2 needs to know."""
 
     @property
+    def vectors(self) -> Tensor | None:
+        """What each code of the coarsest level stands for, K D; None where latents are continuous."""
+        return self.bottleneck.vectors
+
+    @property
     def at_once(self) -> int:
         """How many images are encoded or decoded together, outside of training."""
         return max(1, PIXELS_AT_ONCE // math.prod(self.image_shape[1:]))

@@ -42,6 +42,9 @@ class Bottleneck(Protocol):
 
     def latents(self, grid: tuple[int, int]) -> Levels: ...
 
+    @property
+    def vectors(self) -> Tensor | None: ...
+
 
 def full_precision(x: Tensor) -> Tensor:
     """float32 at least: under mixed precision a density is never computed from rounded numbers."""
@@ -52,6 +55,7 @@ class Continuous(nn.Module):
     """What bottlenecks of one level of numbers share."""
 
     latent_channels: int
+    vectors = None
 
     def embed(self, levels: list[Tensor]) -> Tensor:
         (latent,) = levels
@@ -73,6 +77,11 @@ class Codes(nn.Module):
     def embed(self, levels: list[Tensor]) -> Tensor:
         (codes,) = levels
         return self.codebook[codes].movedim(-1, 1)
+
+    @property
+    def vectors(self) -> Tensor:
+        """What each code stands for, K D."""
+        return self.embed([torch.arange(self.vocabulary, device=next(self.parameters()).device)[:, None, None]]).flatten(1)
 
 
 @dataclass(frozen=True)

@@ -77,6 +77,11 @@ class HierarchicalBottleneck(nn.Module):
             )
         return self.coarser.latents((grid[0] // 2, grid[1] // 2)) + self.finest.latents(grid)
 
+    @property
+    def vectors(self) -> Tensor:
+        """Of the coarsest level."""
+        return self.coarser.vectors
+
     def forward(self, features: Tensor, progress: float) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         coarse, coarse_penalty, coarse_terms = self.coarser(self.down(features), progress)
         context = self.up(coarse.squeeze(0))

@@ -9,6 +9,7 @@ With several levels, coarse to fine, each has its own such prior that is told th
     log p(z_1, …, z_n) = Σ_l log p(z_l | z_1, …, z_(l-1))
 """
 
+import math
 from dataclasses import dataclass, field
 from typing import Annotated
 
@@ -16,7 +17,7 @@ import torch
 from annotated_types import Interval
 from torch import Tensor, nn
 
-from stage2_prior.conditions import CoarserLevel, ConditionConfig, Embedded, Unconditional
+from stage2_prior.conditions import ClusterCondition, CoarserLevel, ConditionConfig, Embedded, Unconditional
 from stage2_prior.heads import CategoricalHead, GaussianMixture, HeadConfig
 from stage2_prior.latents import LatentDataset, LatentSpec
 from stage2_prior.pixelcnn import PixelCNNConfig
@@ -66,7 +67,7 @@ class AutoregressivePrior(Prior):
         self.head = config.head.build(self.spec, self.backbone.width)
         self.input_noise = config.input_noise
         self._weaker: list[AutoregressivePrior] = []
-        self.condition = config.condition.build(self.backbone.width, self.spec.grid, classes)
+        self.condition = config.condition.build(self.backbone.width, specs, classes)
         self.coarser = nn.ModuleList(CoarserLevel(spec, self.spec.grid, self.backbone.width) for spec in coarser)
         # Latents of pictures are not stationary; a learned map tells the backbone where on the grid it is.
         self.position = nn.Parameter(0.02 * torch.randn(1, self.backbone.width, *self.spec.grid))
@@ -91,6 +92,20 @@ class AutoregressivePrior(Prior):
         return [self]
 
     @property
+    def bounded(self) -> bool:
+        """Whether `log_prob` is a bound: that of a mixture over clusters, from the one that the latent lies in."""
+        return isinstance(self.condition, ClusterCondition)
+
+    @property
+    def takes_contexts(self) -> bool:
+        """Whether the prior is told something from outside, a label or a caption; clusters it finds by itself."""
+        return self.condition is not None and not isinstance(self.condition, ClusterCondition)
+
+    def nothing(self, batch: int) -> Tensor | None:
+        """The contexts of images of which nothing is known, B …; None where the prior takes none."""
+        return self.condition.nothing(batch) if self.takes_contexts else None
+
+    @property
     def weaker(self) -> "AutoregressivePrior | None":
         """What autoguidance leads away from."""
         return self._weaker[0] if self._weaker else None
@@ -101,7 +116,9 @@ class AutoregressivePrior(Prior):
 
     def estimate(self, dataset: LatentDataset) -> None:
         self.head.estimate(dataset.sample()[self.level])
-        if self.condition is not None:
+        if isinstance(self.condition, ClusterCondition):
+            self.condition.find(dataset)
+        elif self.condition is not None:
             if dataset.contexts is None:
                 raise ValueError("a conditional prior needs a data set with contexts")
             self.condition.estimate(dataset.contexts)
@@ -129,10 +146,17 @@ class AutoregressivePrior(Prior):
         """log p(z_i | z_<i, coarser levels, context) in nats of raw latents, B h w.
 
         noise: the largest on what stands for z_<i.
+        contexts: those of a prior with clusters, when None, are where the latents lie. What a cluster costs is then added to the
+        coarsest level, in equal parts.
         """
         *coarser, latent = levels
+        of_cluster: Tensor | float = 0.0
+        if contexts is None and isinstance(self.condition, ClusterCondition):
+            contexts = self.condition.of(levels[0])
+            if not coarser:
+                of_cluster = self.condition.log_prob(contexts)[:, None, None] / math.prod(self.spec.grid)
         values = self.head.values(latent)
-        if self.training and self.condition is not None and contexts is not None:
+        if self.training and self.takes_contexts and contexts is not None:
             contexts = self.condition.some_forgotten(contexts)
         told = self.told(coarser, contexts)
         fed = values if noise == 0 else self.head.perturbed(values, noise * torch.rand(len(values), 1, 1, device=values.device))
@@ -141,7 +165,7 @@ class AutoregressivePrior(Prior):
         # a third of a step otherwise; their softmax is in full precision all the same.
         rounded = self.training and self.spec.vocabulary is not None and torch.is_autocast_enabled(features.device.type)
         with torch.autocast(features.device.type, enabled=rounded):
-            return self.head(features.movedim(1, -1).to(self.position.dtype), values)
+            return self.head(features.movedim(1, -1).to(self.position.dtype), values) + of_cluster
 
     def log_prob(self, levels: list[Tensor], contexts: Tensor | None = None) -> Tensor:
         """Nats per image in raw latents, B."""
@@ -166,7 +190,7 @@ class AutoregressivePrior(Prior):
         Raises CannotSample where they do not fit, or `how` asks for what these latents do not have.
         """
         batch = len(indices)
-        how.check(codes=self.spec.vocabulary is not None, contexts=self.condition is not None, weaker=self.weaker is not None)
+        how.check(codes=self.spec.vocabulary is not None, contexts=self.takes_contexts, weaker=self.weaker is not None)
         if self.condition is None and contexts is not None:
             raise CannotSample("this prior takes no context")
         if not batch:  # the compiled steps divide the rows of a batch among threads
@@ -213,6 +237,10 @@ class Cascade(Prior):
         super().__init__()
         priors = [AutoregressivePrior(specs[: level + 1], config, classes) for level, config in enumerate(configs)]
         self.levels: list[AutoregressivePrior] = nn.ModuleList(priors)  # type: ignore[assignment]
+
+    @property
+    def bounded(self) -> bool:
+        return self.levels[0].bounded
 
     def estimate(self, dataset: LatentDataset) -> None:
         for prior in self.levels:

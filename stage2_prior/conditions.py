@@ -1,4 +1,4 @@
-"""What a prior can be told: nothing, a class label, a caption, the coarser levels of the same latent.
+"""What a prior can be told: nothing, a class label, the cluster of the latent, a caption, the coarser levels of the same latent.
 
 B batch, D width, K codes, T prefix length, h×w latent grid.
 
@@ -7,6 +7,7 @@ before the first position); backbones know nothing else. In training it forgets 
 also learns the density without one, which guidance needs (Ho and Salimans 2022, "Classifier-free diffusion guidance").
 """
 
+import warnings
 from dataclasses import dataclass
 from typing import Annotated, NamedTuple
 
@@ -15,7 +16,8 @@ from annotated_types import Interval
 from einops import rearrange
 from torch import Tensor, nn
 
-from stage2_prior.latents import LatentSpec
+from stage2_prior.latents import LatentDataset, LatentSpec
+from stage2_prior.prior import Sized
 from stage2_prior.sampling import CONTEXT_STREAM, CannotSample, choose, first_uniforms
 
 
@@ -30,7 +32,7 @@ class Embedded(NamedTuple):
 class Unconditional:
     """Nothing."""
 
-    def build(self, width: int, grid: tuple[int, int], classes: int) -> None:
+    def build(self, width: int, specs: list[LatentSpec], classes: int) -> None:
         return None
 
 
@@ -41,11 +43,11 @@ class ClassLabel:
     dropout: Annotated[float, Interval(ge=0, lt=1)] = 0.1
     """share of labels forgotten in training; 0.1 to 0.2 in the paper"""
 
-    def build(self, width: int, grid: tuple[int, int], classes: int) -> "LabelCondition":
-        """Raises ValueError when the data set has no labels."""
+    def build(self, width: int, specs: list[LatentSpec], classes: int) -> "LabelCondition":
+        """specs: of all levels down to the one that is modelled. Raises ValueError when the data set has no labels."""
         if classes < 1:
             raise ValueError("a prior conditioned on class labels needs images with labels")
-        return LabelCondition(width, grid, classes, self.dropout)
+        return LabelCondition(width, specs[-1].grid, classes, self.dropout)
 
 
 FEW = 64  # labels that each have a map of their own
@@ -95,6 +97,106 @@ class LabelCondition(nn.Module):
         return Embedded(torch.einsum("b k, k d h w -> b d h w", self.weights[contexts], self.maps), None)
 
 
+@dataclass(frozen=True)
+class Cluster:
+    """The cluster that the latent lies in, for images without labels.
+
+    Without a label, a prior finds out only position by position what it draws, and where it is undecided it draws what is neither
+    one thing nor another. A cluster says it from the start, as a label does (Liu et al. 2020, "Diverse image generation via
+    self-conditioned GANs"; Bao et al. 2022, "Why are conditional generative models better than unconditional ones?").
+    """
+
+    clusters: Annotated[int, Interval(ge=1, le=10_000)] = 30
+    """the most clusters; fewer where there are not FEWEST_MEMBERS images for each"""
+
+    def build(self, width: int, specs: list[LatentSpec], classes: int) -> "ClusterCondition":
+        return ClusterCondition(width, specs, self.clusters)
+
+
+FEWEST_MEMBERS = 20  # images for each cluster
+CLUSTERED_POINTS, CLUSTERED_BYTES = 20_000, 2**28  # of latents, that clusters are found in
+
+
+class ClusterCondition(Sized):
+    """Clusters of the coarsest level, which k-means finds in the posteriors' means, or in the vectors that codes stand for.
+
+    Nothing is told from outside. The cluster k(z) follows from the latent, and samples draw theirs as often as it occurs:
+
+        p(z) = Σ_k p(k) p(z|k) ≥ p(k(z)) p(z|k(z))
+
+    The last is what training maximizes, and all that `log_prob` of the prior costs: a bound, in one pass.
+    """
+
+    centres: Tensor
+    vectors: Tensor
+
+    def __init__(self, width: int, specs: list[LatentSpec], clusters: int):
+        super().__init__()
+        self.labels = LabelCondition(width, specs[-1].grid, clusters, dropout=0.0)
+        self.positions = specs[0].dimensions
+        self.register_buffer("centres", torch.zeros(clusters, self.positions))
+        self.register_buffer("vectors", torch.zeros(specs[0].vocabulary or 0, 1))  # of each code; none for continuous latents
+
+    def fits(self, found: dict[str, Tensor]) -> bool:
+        centres, vectors = found["centres"], found["vectors"]
+        if centres.ndim != 2 or vectors.ndim != 2 or len(vectors) != len(self.vectors):
+            return False
+        return tuple(centres.shape) == (len(self.centres), self.positions * vectors.shape[1])
+
+    @property
+    def frequencies(self) -> Tensor:
+        """p(k)."""
+        return self.labels.frequencies
+
+    def points(self, latents: Tensor) -> Tensor:
+        """Latents of the coarsest level, B C h w or B h w codes, as what distances are taken between: B D."""
+        return (self.vectors[latents] if len(self.vectors) else latents.to(self.centres)).flatten(1)
+
+    def find(self, dataset: LatentDataset) -> None:
+        """The clusters of a data set, and how often each occurs. Raises ValueError for codes of which no vectors are known."""
+        from sklearn.cluster import KMeans
+        from sklearn.exceptions import ConvergenceWarning
+        from threadpoolctl import threadpool_limits
+
+        if len(self.vectors):
+            if dataset.vectors is None:
+                raise ValueError("clusters of codes need the vectors that the codes stand for")
+            self.vectors = dataset.vectors.to(self.centres)
+        posterior = dataset.sample()[0]
+        latents = posterior["codes"] if "codes" in posterior else posterior["mean"]
+        size = self.points(latents[:1].to(self.centres.device)).shape[1]
+        most = max(1, min(CLUSTERED_POINTS, CLUSTERED_BYTES // (4 * size)))
+        some = torch.randperm(len(latents), generator=torch.Generator().manual_seed(0))[:most]
+        points = self.points(latents[some].to(self.centres.device)).float().cpu()
+        clusters = max(1, min(len(self.centres), len(points) // FEWEST_MEMBERS))
+        # One thread, since the order in which several add up differs from run to run; fewer distinct points than clusters are no
+        # fault, the others stay empty.
+        with threadpool_limits(1), warnings.catch_warnings():
+            warnings.simplefilter("ignore", ConvergenceWarning)
+            found = KMeans(clusters, random_state=0).fit(points.numpy())
+        self.centres = self.centres.new_zeros(len(self.centres), size)
+        self.centres[:clusters] = torch.from_numpy(found.cluster_centers_).to(self.centres)
+        self.labels.estimate(torch.from_numpy(found.labels_).long())
+
+    def of(self, latents: Tensor) -> Tensor:
+        """The cluster of each latent of the coarsest level, B."""
+        with torch.autocast(latents.device.type, enabled=False):
+            distance = self.centres.square().sum(1) - 2 * self.points(latents) @ self.centres.T
+        return distance.masked_fill(self.frequencies == 0, torch.inf).argmin(1)
+
+    def log_prob(self, clusters: Tensor) -> Tensor:
+        """log p(k), B nats."""
+        return self.frequencies[clusters].log()
+
+    def draw(self, indices: Tensor, seed: int) -> Tensor:
+        """A cluster for each sample number, as often as in the training set; B."""
+        return self.labels.draw(indices, seed)
+
+    def forward(self, contexts: Tensor) -> Embedded:
+        """contexts: clusters, B."""
+        return self.labels(contexts)
+
+
 BYTES_AND_PADDING = 257  # tokens that any tokenizer of captions has
 
 
@@ -109,7 +211,7 @@ class Caption:
     dropout: Annotated[float, Interval(ge=0, lt=1)] = 0.1
     """share of captions forgotten in training"""
 
-    def build(self, width: int, grid: tuple[int, int], classes: int) -> "CaptionCondition":
+    def build(self, width: int, specs: list[LatentSpec], classes: int) -> "CaptionCondition":
         return CaptionCondition(width, self)
 
 
@@ -164,4 +266,4 @@ class CoarserLevel(nn.Module):
         return rearrange(self.unfold(x), "b (d r c) h w -> b d (h r) (w c)", r=self.rows, c=self.columns)
 
 
-ConditionConfig = Unconditional | ClassLabel | Caption
+ConditionConfig = Unconditional | ClassLabel | Cluster | Caption

@@ -85,13 +85,19 @@ class LatentDataset:
     q(z) = 1/n Σ q(z|x_i) itself rather than n points of it.
     """
 
-    def __init__(self, levels: Sequence[Mapping[str, Tensor | Joined]], contexts: Tensor | None = None):
-        """levels: posteriors of N images, coarse to fine; contexts: N …, what is known of each image, such as its label."""
+    def __init__(
+        self,
+        levels: Sequence[Mapping[str, Tensor | Joined]],
+        contexts: Tensor | None = None,
+        vectors: Tensor | None = None,
+    ):
+        """levels: posteriors of N images, coarse to fine; contexts: N …, what is known of each image, such as its label;
+        vectors: the codebook of the coarsest level, K D."""
         lengths = {len(tensor) for level in levels for tensor in level.values()}
         lengths |= set() if contexts is None else {len(contexts)}
         if len(lengths) != 1 or 0 in lengths:
             raise ValueError(f"the levels of a latent data set need one common, positive length, not {sorted(lengths)}")
-        self.levels, self.contexts = levels, contexts
+        self.levels, self.contexts, self.vectors = levels, contexts, vectors
         (self.length,) = lengths
 
     def __len__(self) -> int:
@@ -104,7 +110,7 @@ class LatentDataset:
             for own, level in zip(self.levels, other.levels, strict=True)
         ]
         contexts = [part.contexts for part in (self, other) if part.contexts is not None]
-        return LatentDataset(both, torch.cat(contexts) if contexts else None)
+        return LatentDataset(both, torch.cat(contexts) if contexts else None, self.vectors)
 
     def posteriors(self, indices: Tensor | slice) -> list[Posterior]:
         return [{name: tensor[indices] for name, tensor in level.items()} for level in self.levels]

@@ -33,7 +33,7 @@ def test_the_label_reaches_every_position(backbone, head):
 def test_many_labels_share_maps_and_have_maps_of_their_own_all_the_same():
     """As different from each other as those of few labels are, and far fewer numbers."""
     torch.manual_seed(0)
-    few, many = (ClassLabel().build(16, (8, 8), classes) for classes in (10, 1000))
+    few, many = (ClassLabel().build(16, [LatentSpec((2, 8, 8))], classes) for classes in (10, 1000))
     size = {condition: sum(p.numel() for p in condition.parameters()) for condition in (few, many)}
     assert size[few] == 11 * 16 * 64 and size[many] == 64 * 16 * 64 + 1001 * 64
     labels = torch.tensor([0, 1, 500, 999, 1000])

@@ -72,7 +72,7 @@ class BenchmarkTraining:
 
         rows.append(training_summary("encoding", len(subset), median_seconds({"whole": whole, "bare": bare}, self.repeats)))
 
-        dataset = latent_dataset([latents], contexts_of(run, subset))
+        dataset = latent_dataset([latents], contexts_of(run, subset), autoencoder.vectors)
         prior = new_prior(run, specs_of(autoencoder), len(splits.label_names))
         prior.estimate(dataset)
         rows.append(training_row(run, "stage 2", prior, dataset, config.stage2, self.repeats))
@@ -139,7 +139,7 @@ def scoring_row(scorer: "Scorer", images: "ImageSet", repeats: int) -> dict[str,
     def encoder_and_prior() -> list[Tensor]:
         levels = scorer.autoencoder.sample(scorer.autoencoder.encode(fixed))
         for level, own in enumerate(scorer.prior.levels):
-            own.log_prob(levels[: level + 1], None if own.condition is None else own.condition.nothing(len(fixed)))
+            own.log_prob(levels[: level + 1], own.nothing(len(fixed)))
         return levels
 
     @torch.inference_mode()

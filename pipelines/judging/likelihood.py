@@ -41,7 +41,6 @@ from pipelines.training.fit import seed_of
 from stage1_vae.autoencoder import Autoencoder
 from stage1_vae.bounds import draws, effective_samples, grouped, importance_weighted_bound, log_likelihoods
 from stage2_prior.autoregressive import LearnedPrior
-from stage2_prior.conditions import Unconditional
 from stage2_prior.heads import gaussian_log_prob
 from stage2_prior.latents import LatentDataset
 from stage2_prior.prior import AggregatePosterior, Prior
@@ -212,7 +211,7 @@ class Measurement:
 
     def drawn_from_priors(self) -> dict[str, list[Tensor]]:
         """Latents for the naive estimate, from every prior that is told nothing."""
-        conditional = not isinstance(self.run.condition, Unconditional)
+        conditional = self.run.told is not None
         names = [name for name in self.priors if self.naive and not (name == "learned" and conditional)]
         drawn = {}
         device = self.run.fabric.device

@@ -133,8 +133,7 @@ class Scorer:
         levels = self.autoencoder.sample(posteriors)
         maps = []
         for index, (own, posterior) in enumerate(zip(self.prior.levels, posteriors, strict=True)):
-            nothing = None if own.condition is None else own.condition.nothing(len(images))
-            nats = -own.log_prob_by_position(levels[: index + 1], nothing)
+            nats = -own.log_prob_by_position(levels[: index + 1], own.nothing(len(images)))
             if "mean" in posterior:
                 nats = nats + gaussian_log_prob(levels[index], posterior["mean"], posterior["std"].log()).sum(1)
             maps.append((nats / BIT).cpu())

@@ -7,7 +7,7 @@ from pipelines.judging.quality import ENOUGH
 from pipelines.pages.words import cell
 from pipelines.runs.run import Run
 from stage2_prior.autoregressive import AutoregressiveConfig, CascadeConfig
-from stage2_prior.conditions import Unconditional
+from stage2_prior.conditions import Cluster, Unconditional
 from stage2_prior.transformer import TransformerConfig
 
 LEAST_LEARNED = 2 / 3  # of the errors of always guessing the commonest label, those a classifier avoids; below, it is weak
@@ -76,8 +76,10 @@ def another_prior(run: Run, comparison: Comparison) -> str:
     prior, labels = run.config.prior, comparison.commonest is not None
     if not run.learned:
         kind = "--stage2.steps 2000"
-    elif isinstance(prior, AutoregressiveConfig) and isinstance(prior.condition, Unconditional) and labels:
+    elif isinstance(prior, AutoregressiveConfig) and isinstance(prior.condition, Unconditional | Cluster) and labels:
         kind = "--prior.condition class-label"
+    elif isinstance(prior, AutoregressiveConfig) and isinstance(prior.condition, Unconditional):
+        kind = "--prior.condition cluster"
     elif isinstance(prior, AutoregressiveConfig | CascadeConfig):
         part = "prior.top.backbone" if isinstance(prior, CascadeConfig) else "prior.backbone"
         kind = f"--{part} {'pixelsnail' if isinstance(prior.top.backbone, TransformerConfig) else 'transformer'}"

@@ -11,15 +11,17 @@ from pipelines.data.captions import CaptionTokenizer, captions_of
 from pipelines.data.images import ImageSet
 from pipelines.runs.dataset import read_facts
 from pipelines.runs.run import Run
-from stage2_prior.conditions import Caption
+from stage2_prior.conditions import Caption, Cluster
 
 
 def contexts_of(run: Run, images: ImageSet, part: str = "train") -> Tensor | None:
-    """What a conditional prior is told of each image of a split: its label, or its caption's tokens.
+    """What a conditional prior is told of each image of a split: its label, or its caption's tokens. Clusters it finds by itself.
 
     Raises UserError when the tokenizer, which is fitted to the training split alone, is missing and this is another one.
     """
     condition = run.condition
+    if isinstance(condition, Cluster):
+        return None
     if not isinstance(condition, Caption):
         return images.labels
     path = run.folder / "tokenizer.json"

@@ -60,7 +60,8 @@ def encode(run: Run, autoencoder: Autoencoder, images: ImageSet, part: str, phas
     shards = [read_latents(shard, specs_of(autoencoder)) for shard in paths]
     if sum(len(next(iter(shard.values()))) for shard in shards) != len(images):
         raise other_latents(path, f"they are not of {len(images)} images")
-    return latent_dataset(shards, contexts_of(run, images, part))
+    vectors = None if autoencoder.vectors is None else autoencoder.vectors.detach().cpu()
+    return latent_dataset(shards, contexts_of(run, images, part), vectors)
 
 
 def encode_training(run: Run, autoencoder: Autoencoder, images: ImageSet, phase: Phase | None = None) -> LatentDataset:
@@ -136,10 +137,12 @@ def other_latents(path: Path, why: str) -> UserError:
     return UserError(f"{path} is not of the latents of this run: {why}; delete {path.parent} to have it made again")
 
 
-def latent_dataset(shards: list[dict[str, Tensor]], contexts: Tensor | None = None) -> LatentDataset:
+def latent_dataset(
+    shards: list[dict[str, Tensor]], contexts: Tensor | None = None, vectors: Tensor | None = None
+) -> LatentDataset:
     """Of posteriors as `encoded` names them, in one or several parts."""
     levels: dict[int, dict[str, Tensor | Joined]] = {}
     for key in shards[0]:
         level, name = key.split(".")
         levels.setdefault(int(level), {})[name] = shards[0][key] if len(shards) == 1 else Joined([s[key] for s in shards])
-    return LatentDataset([levels[level] for level in sorted(levels)], contexts)
+    return LatentDataset([levels[level] for level in sorted(levels)], contexts, vectors)

@@ -18,7 +18,7 @@ from pipelines.training.checkpoints import checksum
 from pipelines.training.config import check_batches
 from pipelines.training.devices import devices, resolved
 from pipelines.training.fabric import Fabric
-from stage2_prior.conditions import ClassLabel, ConditionConfig, Unconditional
+from stage2_prior.conditions import ClassLabel, Cluster, ConditionConfig, Unconditional
 
 CHECKPOINTS = Path("checkpoints")
 TRAINED = Path(__file__).parents[1] / "trained"
@@ -179,7 +179,7 @@ class Run:
     @property
     def told(self) -> Literal["label", "caption"] | None:
         """What the learned prior is told of an image."""
-        if isinstance(self.condition, Unconditional):
+        if isinstance(self.condition, Unconditional | Cluster):
             return None
         return "label" if isinstance(self.condition, ClassLabel) else "caption"
 

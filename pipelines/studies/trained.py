@@ -37,8 +37,7 @@ class ToldNothing(Prior):
         self.prior = prior
 
     def nothing(self, batch: int) -> Tensor | None:
-        condition = self.prior.levels[0].condition if isinstance(self.prior, LearnedPrior) else None
-        return None if condition is None else condition.nothing(batch)
+        return self.prior.levels[0].nothing(batch) if isinstance(self.prior, LearnedPrior) else None
 
     def log_prob(self, levels: list[Tensor], contexts: Tensor | None = None) -> Tensor:
         return self.prior.log_prob(levels, self.nothing(len(levels[0])))
