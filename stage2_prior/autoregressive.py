@@ -17,7 +17,15 @@ import torch
 from annotated_types import Interval
 from torch import Tensor, nn
 
-from stage2_prior.conditions import ClusterCondition, CoarserLevel, ConditionConfig, Embedded, Unconditional
+from stage2_prior.conditions import (
+    CaptionCondition,
+    ClusterCondition,
+    CoarserLevel,
+    ConditionConfig,
+    Embedded,
+    LabelCondition,
+    Unconditional,
+)
 from stage2_prior.heads import CategoricalHead, GaussianMixture, HeadConfig
 from stage2_prior.latents import LatentDataset, LatentSpec
 from stage2_prior.pixelcnn import PixelCNNConfig
@@ -68,6 +76,7 @@ class AutoregressivePrior(Prior):
         self.input_noise = config.input_noise
         self._weaker: list[AutoregressivePrior] = []
         self.condition = config.condition.build(self.backbone.width, specs, classes)
+        self.bounded = isinstance(self.condition, ClusterCondition)  # of a mixture, log_prob has the latent's own part
         self.coarser = nn.ModuleList(CoarserLevel(spec, self.spec.grid, self.backbone.width) for spec in coarser)
         # Latents of pictures are not stationary; a learned map tells the backbone where on the grid it is.
         self.position = nn.Parameter(0.02 * torch.randn(1, self.backbone.width, *self.spec.grid))
@@ -92,18 +101,13 @@ class AutoregressivePrior(Prior):
         return [self]
 
     @property
-    def bounded(self) -> bool:
-        """Whether `log_prob` is a bound: that of a mixture over clusters, from the one that the latent lies in."""
-        return isinstance(self.condition, ClusterCondition)
-
-    @property
-    def takes_contexts(self) -> bool:
-        """Whether the prior is told something from outside, a label or a caption; clusters it finds by itself."""
-        return self.condition is not None and not isinstance(self.condition, ClusterCondition)
+    def from_outside(self) -> LabelCondition | CaptionCondition | None:
+        """What the contexts that the prior is given go to, labels or captions; clusters it finds by itself."""
+        return None if isinstance(self.condition, ClusterCondition) else self.condition
 
     def nothing(self, batch: int) -> Tensor | None:
         """The contexts of images of which nothing is known, B …; None where the prior takes none."""
-        return self.condition.nothing(batch) if self.takes_contexts else None
+        return None if self.from_outside is None else self.from_outside.nothing(batch)
 
     @property
     def weaker(self) -> "AutoregressivePrior | None":
@@ -156,8 +160,8 @@ class AutoregressivePrior(Prior):
             if not coarser:
                 of_cluster = self.condition.log_prob(contexts)[:, None, None] / math.prod(self.spec.grid)
         values = self.head.values(latent)
-        if self.training and self.takes_contexts and contexts is not None:
-            contexts = self.condition.some_forgotten(contexts)
+        if self.training and self.from_outside is not None and contexts is not None:
+            contexts = self.from_outside.some_forgotten(contexts)
         told = self.told(coarser, contexts)
         fed = values if noise == 0 else self.head.perturbed(values, noise * torch.rand(len(values), 1, 1, device=values.device))
         features = self.backbone(self.head.embed(fed).movedim(-1, 1), told.map, told.prefix)
@@ -190,7 +194,7 @@ class AutoregressivePrior(Prior):
         Raises CannotSample where they do not fit, or `how` asks for what these latents do not have.
         """
         batch = len(indices)
-        how.check(codes=self.spec.vocabulary is not None, contexts=self.takes_contexts, weaker=self.weaker is not None)
+        how.check(codes=self.spec.vocabulary is not None, contexts=self.from_outside is not None, weaker=self.weaker is not None)
         if self.condition is None and contexts is not None:
             raise CannotSample("this prior takes no context")
         if not batch:  # the compiled steps divide the rows of a batch among threads
@@ -203,8 +207,7 @@ class AutoregressivePrior(Prior):
             contexts = self.draw_contexts(indices, seed) if contexts is None else contexts.to(device)
         weaker: Conditioned | None = None
         if how.guidance:
-            assert self.condition is not None
-            weaker = self.conditioned(coarser, self.condition.nothing(batch))
+            weaker = self.conditioned(coarser, self.nothing(batch))
         elif how.autoguidance:
             assert self.weaker is not None
             weaker = self.weaker.conditioned(coarser, contexts)
@@ -237,10 +240,7 @@ class Cascade(Prior):
         super().__init__()
         priors = [AutoregressivePrior(specs[: level + 1], config, classes) for level, config in enumerate(configs)]
         self.levels: list[AutoregressivePrior] = nn.ModuleList(priors)  # type: ignore[assignment]
-
-    @property
-    def bounded(self) -> bool:
-        return self.levels[0].bounded
+        self.bounded = priors[0].bounded
 
     def estimate(self, dataset: LatentDataset) -> None:
         for prior in self.levels:

@@ -18,7 +18,7 @@ from stage2_prior.kinds import PriorConfig, RivalConfig
 
 RIVALS = {"flow": "normalizing flow", "second-vae": "second VAE", "vamp": "mixture of learned posteriors"}
 """Kinds of learned priors that are not autoregressive, in words."""
-BOTTLENECK, PRIOR = "autoencoder.bottleneck", "prior"
+BOTTLENECK, PRIOR, CONDITION = "autoencoder.bottleneck", "prior", "prior.condition"
 
 
 def kinds_of(config: Any, path: str = "") -> dict[str, dict[str, type]]:
@@ -63,12 +63,15 @@ def choose_kinds(config: RunConfig, arguments: list[str]) -> tuple[RunConfig, li
     left, chosen = list(arguments), set()
     while (found := first_choice(config, left)) is not None:
         path, kind, start, stop = found
-        part = config
-        for name in path.split("."):
-            part = vars(part)[name]
-        if type(part) is not kind:
-            config = replaced(config, path, kind())
-        chosen.add(path)
+        # All levels of a prior are told the same.
+        both = path == CONDITION and isinstance(config.prior, CascadeConfig)
+        for own in ("prior.top.condition", "prior.bottom.condition") if both else (path,):
+            part = config
+            for name in own.split("."):
+                part = vars(part)[name]
+            if type(part) is not kind:
+                config = replaced(config, own, kind())
+            chosen.add(own)
         del left[start:stop]
     if BOTTLENECK in chosen:
         config = replace(config, prior=fitting_prior(config, chosen))
@@ -77,8 +80,10 @@ def choose_kinds(config: RunConfig, arguments: list[str]) -> tuple[RunConfig, li
 
 def first_choice(config: RunConfig, arguments: list[str]) -> tuple[str, type, int, int] | None:
     """Of the arguments that choose a kind, the one of the outermost part: its path, the kind, and where it stands."""
-    found = []
-    for path, kinds in kinds_of(config).items():
+    found, paths = [], kinds_of(config)
+    if isinstance(config.prior, CascadeConfig):
+        paths[CONDITION] = paths["prior.top.condition"]
+    for path, kinds in paths.items():
         for index, argument in enumerate(arguments):
             option, equals, value = argument.partition("=")
             if option.replace("-", "_") != f"__{path}":

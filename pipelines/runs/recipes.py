@@ -18,7 +18,7 @@ from stage1_vae.autoencoder import AutoencoderConfig
 from stage1_vae.hierarchy import Hierarchical
 from stage1_vae.networks import Convolutional, ConvolutionalFlat, FullyConnected
 from stage2_prior.autoregressive import AutoregressiveConfig, CascadeConfig
-from stage2_prior.conditions import Caption, ClassLabel, ConditionConfig, Unconditional
+from stage2_prior.conditions import Caption, ClassLabel, Cluster, ConditionConfig
 from stage2_prior.heads import Categorical, GaussianMixture
 from stage2_prior.pixelcnn import PixelCNNConfig
 from stage2_prior.pixelsnail import PixelSNAILConfig
@@ -37,7 +37,7 @@ class DataSet:
     few: bool = False
     """a few thousand images: priors need dropout, codebooks are smaller, and compiling takes longer than it saves"""
     labelled: bool = True
-    """images have labels, for priors to be told"""
+    """images have labels, for priors to be told; without, they are told clusters"""
     tuned_as: str | None = None
     """the data set whose tuned values are taken, where none were tuned for this one"""
 
@@ -47,7 +47,7 @@ class DataSet:
 
     @property
     def condition(self) -> ConditionConfig:
-        return ClassLabel() if self.labelled else Unconditional()
+        return ClassLabel() if self.labelled else Cluster()
 
     @property
     def codes(self) -> int:
@@ -122,9 +122,9 @@ def givt(data: DataSet) -> RunConfig:
 
 def vqvae(data: DataSet) -> RunConfig:
     bottleneck = bottlenecks.VectorQuantized(codes=data.codes, rate_weight=6.0)
-    prior = AutoregressiveConfig(PixelSNAILConfig(width=96, dropout=0.1), WIDE, ClassLabel())
+    prior = AutoregressiveConfig(PixelSNAILConfig(width=96, dropout=0.1), WIDE, data.condition)
     if data.few:
-        prior = AutoregressiveConfig(PixelSNAILConfig(dropout=data.dropout), Categorical(), ClassLabel(), input_noise=0.3)
+        prior = AutoregressiveConfig(PixelSNAILConfig(dropout=data.dropout), Categorical(), data.condition, input_noise=0.3)
     return compiled(data, replace(vae(data), autoencoder=AutoencoderConfig(data.network, bottleneck), prior=prior))
 
 
@@ -132,8 +132,8 @@ def vqvae2(data: DataSet) -> RunConfig:
     """Attention in the top prior, as in the paper."""
     config = vae(data)
     codebooks = Hierarchical(bottlenecks.VectorQuantized(codes=data.codes, rate_weight=6.0))
-    top = AutoregressiveConfig(PixelSNAILConfig(dropout=data.dropout), Categorical(), ClassLabel())
-    bottom = AutoregressiveConfig(PixelCNNConfig(dropout=data.dropout), Categorical(), ClassLabel())
+    top = AutoregressiveConfig(PixelSNAILConfig(dropout=data.dropout), Categorical(), data.condition)
+    bottom = AutoregressiveConfig(PixelCNNConfig(dropout=data.dropout), Categorical(), data.condition)
     config = replace(
         config,
         stage1=replace(data.stage1, steps=3 * data.stage1.steps // 4),
