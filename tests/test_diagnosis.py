@@ -67,7 +67,10 @@ def test_what_limits_is_named_with_what_to_do_next():
         assert kind in another_prior(replace(RUN, config=preset(name)), made())
     untold = replace(RUN, config=replaced(RUN.config, "prior.condition", Unconditional()))
     assert "--prior.condition class-label" in another_prior(untold, made())
-    assert "--prior.backbone transformer" in another_prior(untold, replace(made(), commonest=None))
+    without = replace(made(), commonest=None)
+    assert "--prior.condition cluster" in another_prior(untold, without)
+    for name, kind in (("folder", "--prior.backbone transformer"), ("folder-vqvae2", "--prior.top.backbone transformer")):
+        assert kind in another_prior(replace(RUN, config=preset(name)), without)
     few = replace(made(), real=row(None), reconstruction=row(None), priors={"standard": row(None), "learned": row(None)})
     assert said(few).startswith("Nothing can be said") and few.recommended is None
 

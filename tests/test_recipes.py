@@ -20,7 +20,7 @@ from pipelines.runs.run import Run
 from pipelines.train_all import main, parse, short_help
 from stage2_prior.autoregressive import AutoregressiveConfig
 from stage2_prior.baselines import CODE_BASELINES, CONTINUOUS_BASELINES
-from stage2_prior.conditions import Unconditional
+from stage2_prior.conditions import ClassLabel, Cluster, Unconditional
 from stage2_prior.latents import LatentSpec
 from tests.parts import BACKBONES, HEADS, LEARNED, shrunk, small_splits
 
@@ -253,5 +253,8 @@ def test_help_without_a_preset_fits_on_one_screen(capsys):
 
 
 def test_a_prior_can_be_told_nothing_by_name():
+    _, config, _ = parse(["folder-vqvae2", "--prior.condition", "class-label"])
+    assert config.prior.top.condition == config.prior.bottom.condition == ClassLabel()
+    assert preset("folder").prior.condition == preset("folder-vqvae2").prior.condition == Cluster()
     _, config, _ = parse(["mnist5k", "--prior.condition", "none"])
     assert config.prior.condition == Unconditional() and config.prior.head == preset("mnist5k").prior.head

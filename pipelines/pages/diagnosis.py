@@ -76,15 +76,15 @@ def another_prior(run: Run, comparison: Comparison) -> str:
     prior, labels = run.config.prior, comparison.commonest is not None
     if not run.learned:
         kind = "--stage2.steps 2000"
-    elif isinstance(prior, AutoregressiveConfig) and isinstance(prior.condition, Unconditional | Cluster) and labels:
+    elif not isinstance(prior, AutoregressiveConfig | CascadeConfig):
+        kind = "--prior autoregressive"
+    elif isinstance(prior.condition, Unconditional | Cluster) and labels:
         kind = "--prior.condition class-label"
-    elif isinstance(prior, AutoregressiveConfig) and isinstance(prior.condition, Unconditional):
+    elif isinstance(prior.condition, Unconditional):
         kind = "--prior.condition cluster"
-    elif isinstance(prior, AutoregressiveConfig | CascadeConfig):
+    else:
         part = "prior.top.backbone" if isinstance(prior, CascadeConfig) else "prior.backbone"
         kind = f"--{part} {'pixelsnail' if isinstance(prior.top.backbone, TransformerConfig) else 'transformer'}"
-    else:
-        kind = "--prior autoregressive"
     name = shlex.quote(run.folder.name + "-2")
     return f"python -m pipelines.train_all --stage1-from {shlex.quote(run.name)} {kind} --run {name}"
 
