@@ -105,15 +105,10 @@ def load_data(run: Run) -> Splits:
                 raise
             root = vars(run.config.data).get("root")
             if run.exported and root is not None:
-                raise UserError(
-                    f"the images that {run.folder} was trained on are not in {root}/, where those of an export are looked for:"
-                    " put them there, or make it a link to where they are"
-                ) from error
+                raise UserError(f"{error.what}: put the images there, or make {root} a link to where they are") from error
             option = "--data.urls PATTERN" if isinstance(run.config.data, Shards) else "--data.root PATH"
-            raise UserError(
-                f"{str(error).rstrip('.')}. Where the data of this run lie now is put down by: python -m pipelines.train_all"
-                f" --run {shlex.quote(str(run.folder))} {option}"
-            ) from error
+            command = f"python -m pipelines.train_all --run {shlex.quote(str(run.folder))} {option}"
+            raise UserError(f"{error.what}. Say where they lie now: {command}") from error
     if (run.folder / FACTS).is_file() and (run.exported or checkpoints.folders(run.folder / "stage1")):
         refuse_other_images(run, splits)
     return splits
