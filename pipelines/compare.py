@@ -14,9 +14,9 @@ class Judging:
     """What images are compared in, where it is not as the run's config says."""
 
     extractor: ExtractorName | None = None
-    """classifier or inception"""
+    """classifier, inception or dinov2"""
     weights: Path | None = None
-    """file of inception's weights, where they cannot be downloaded"""
+    """file of inception's or dinov2's weights, where they cannot be downloaded"""
     images: int | None = None
     """images in every row"""
 

@@ -37,7 +37,11 @@ class UserError(ValueError):
 
 
 class NotThere(UserError):
-    """The data are not where they were looked for."""
+    """The data are not where they were looked for. what: says so; remedy: how an option of train_all mends it."""
+
+    def __init__(self, what: str, remedy: str = ""):
+        super().__init__(what + remedy)
+        self.what = what
 
 
 class Stopped(Exception):

@@ -16,8 +16,8 @@ from pipelines.runs.names import Device
 class Arguments:
     """Draw from trained runs and look into them, in the browser."""
 
-    run: Annotated[str | None, tyro.conf.Positional] = None
-    """the run shown first: a name under checkpoints/, or a path"""
+    run: Annotated[str, tyro.conf.Positional] = "mnist5k"
+    """the run shown first: a name under checkpoints/, a path, or a trained model that comes with the software"""
     port: int = 7860
     """where the page is served"""
     host: str = "127.0.0.1"
@@ -54,13 +54,8 @@ def serve(asked: Arguments) -> None:
         if error.name != "gradio":
             raise
         raise UserError("the explorer needs gradio: pip install -e '.[explore]'") from error
-    from pipelines.runs.run import names_of_runs
-
-    if asked.run is None and not names_of_runs():
-        raise UserError("there is no run under checkpoints/; train one with python -m pipelines.train_all")
     page = Page(asked.run, asked.device)
-    if asked.run is not None:
-        page.views(asked.run)  # what is wrong with it is said here
+    page.views(asked.run)  # what is wrong with it is said here
     say(f"open http://{asked.host}:{asked.port} in a browser; Ctrl-C ends it")
     page.serve(asked.host, asked.port)
 

@@ -1,6 +1,7 @@
 """python -m pipelines.generate RUN: draw latents from a prior by name, decode them, and write the images."""
 
 import os
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -135,6 +136,8 @@ def write_asked(asked: Arguments) -> None:
         )
         write_images(asked.out, images, asked.scale, texts_of(model, asked, count, caption))
         say(f"{counted(count, 'image')} from the {asked.prior} prior of {model.run.known_as}: {asked.out}")
+        if asked.prior == "learned" and caption is None and (examples := model.captions):
+            say(f"they were drawn without a caption; with one they are better, such as --caption {shlex.quote(examples[0])}")
         return
     picture, known = model.read(asked.complete), known_pixels(asked.keep, model.image_shape)
     images = model.complete(

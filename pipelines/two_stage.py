@@ -130,6 +130,11 @@ class TwoStage:
         return read_facts(self.run).label_names
 
     @property
+    def captions(self) -> list[str]:
+        """Some captions of training images, where the prior is told captions."""
+        return read_facts(self.run).caption_examples if self.run.told == "caption" else []
+
+    @property
     def priors(self) -> list[str]:
         """The names of the priors to draw from, the learned one last."""
         return densities(self.run, self.specs)

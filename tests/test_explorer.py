@@ -11,6 +11,7 @@ from PIL import Image, ImageDraw
 from pipelines import TwoStage, explore
 from pipelines.console import UserError
 from pipelines.explorer.views import TILES, Views, hidden_part
+from pipelines.runs.run import names_of_runs
 from stage2_prior.latents import LatentSpec
 from stage2_prior.sampling import AS_FITTED, Sampling
 from tests.parts import trained_run
@@ -50,7 +51,8 @@ def test_a_prior_that_cannot_be_opened_says_why_and_the_others_are_drawn(views, 
     monkeypatch.setattr("pipelines.runs.priors.training_latents", missing)
     monkeypatch.setattr("pipelines.files.key_of", lambda path: None)
     strips = {strip.heading: strip for strip in views.draw(2, 0, AS_FITTED, None, None)}
-    assert strips["Gaussian mixture"].images is None and "no latents" in strips["Gaussian mixture"].note
+    both = strips["Gaussian mixture, fitted Gaussian"]
+    assert both.images is None and "no latents" in both.note, "once"
     assert len(strips["N(0, I)"].images) == 2
 
 
@@ -138,7 +140,7 @@ def test_the_score_says_how_many_held_out_images_are_more_usual(views, small_dat
 
 
 def test_what_a_run_lacks_is_said_in_a_sentence(views, monkeypatch, small_data):
-    with pytest.raises(UserError, match="has 196 numbers: train the preset mnist5k-2d"):
+    with pytest.raises(UserError, match="has 196 latent numbers, and a plane two numbers: choose the run mnist5k-2d"):
         _ = views.plane
     with pytest.raises(UserError, match="numbered from 0 to 119"):
         views.held_out(120)
@@ -146,7 +148,7 @@ def test_what_a_run_lacks_is_said_in_a_sentence(views, monkeypatch, small_data):
     monkeypatch.setattr(views.model, "specs", [LatentSpec((7, 7), vocabulary=5)])
     with pytest.raises(UserError, match="are codes, between which there is no line"):
         views.walk(image, image, 3)
-    with pytest.raises(UserError, match="has 49 codes"):
+    with pytest.raises(UserError, match="has 49 latent codes"):
         _ = views.plane
 
 
@@ -158,6 +160,7 @@ def test_the_command_says_what_is_wrong_in_a_sentence(run, tmp_path, monkeypatch
             explore.main(["--port", str(port)])
     with pytest.raises(UserError, match="--port is a number from 1 to 65535, not 0"):
         explore.main(["--port", "0"])
+    assert explore.Arguments().run in names_of_runs(), "without a run, one that comes with the software"
     monkeypatch.setitem(sys.modules, "gradio", None)
     monkeypatch.delitem(sys.modules, "pipelines.explorer.page", raising=False)
     with pytest.raises(UserError, match="needs gradio: pip install"):

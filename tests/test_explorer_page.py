@@ -62,7 +62,9 @@ def test_every_tab_answers_without_an_error_and_without_a_network(address):
             shown.first.click()
 
         tab("Plane")
-        playwright.expect(page.locator(".sentence:visible")).to_contain_text("train the preset mnist5k-2d")
+        playwright.expect(page.locator(".sentence:visible")).to_contain_text("choose the run mnist5k-2d")
+        tab("Walk")
+        playwright.expect(page.get_by_label("To: held-out image")).to_have_value("119")  # the last of small_data
         for name, (button, count) in PRESSED.items():
             tab(name)
             page.get_by_role("button", name=button, exact=True).click()

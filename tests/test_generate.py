@@ -18,6 +18,7 @@ from pipelines.console import UserError
 from pipelines.judging.comparison import read_comparison
 from pipelines.judging.features import FIGURES, FeatureSpace, feature_space
 from pipelines.judging.tradeoffs import described, lowest_fd, ways_to_sample
+from pipelines.pages.exports import card, first_samples
 from pipelines.pages.report import train_all
 from pipelines.pages.words import notes
 from pipelines.runs import sampling
@@ -121,6 +122,22 @@ def test_codes_and_captions_from_python(runs):
     assert not torch.equal(model.log_likelihood(images[:2], caption=texts), model.log_likelihood(images[:2]))
     alone = [model.sample(2, caption=text, guidance=3)[i] for i, text in enumerate(texts)]
     assert torch.equal(model.sample(2, caption=texts, guidance=3), torch.stack(alone))
+
+
+def test_a_caption_of_the_training_images_is_named_where_none_was_given(runs, tmp_path, capsys):
+    model = TwoStage.open(runs["fashion-dalle"], "cpu")
+    examples = model.captions
+    assert 1 < len(examples) == len({*examples}) <= 16 and examples[:2] == ["0", "a 1"]
+    drawn(runs["fashion-dalle"], tmp_path=tmp_path)
+    assert "drawn without a caption; with one they are better, such as --caption 0" in capsys.readouterr().out
+    drawn(runs["fashion-dalle"], "--caption", "a 1", tmp_path=tmp_path)
+    assert "without a caption" not in capsys.readouterr().out
+    assert TwoStage.open(runs["mnist-vqvae"], "cpu").captions == []
+    run = Run.open(runs["fashion-dalle"], "cpu")
+    assert 'sample(64, caption="0")' in card(run, None, "x", False, None)
+    shown = first_samples(run)
+    asked = (examples * 16)[: len(shown)]
+    assert torch.equal(shown, model.sample(len(shown), caption=asked))
 
 
 def test_captions_from_a_file_are_taken_in_turn(runs, tmp_path):

@@ -119,7 +119,7 @@ def test_of_data_that_were_moved_the_command_is_named_that_finds_them(tmp_path, 
     write(tmp_path / "data", kind)
     run = begun(tmp_path / "a run", kind, tmp_path / "data")
     (tmp_path / "data").rename(place)
-    with pytest.raises(UserError, match="there is no .*data.*is put down by: python -m pipelines.train_all") as told:
+    with pytest.raises(UserError, match="there is no .*data.*Say where they lie now: python -m pipelines.train_all") as told:
         load_data(Run.open(str(run.folder), "cpu"))
     command = str(told.value).partition("train_all ")[2].replace("PATTERN", f"'{place}/x.tar'").replace("PATH", f"'{place}'")
     name, config, _ = parse(shlex.split(command))

@@ -4,16 +4,21 @@ import dataclasses
 import io
 import json
 import pickle
+import re
 import shutil
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from threading import Thread
 from typing import Any
+from urllib.error import URLError
 
 import pytest
+import timm
 import torch
 from filelock import FileLock
+from PIL import Image
 from prdc import compute_prdc
 from scipy.stats import mannwhitneyu
 from torch import nn
@@ -21,12 +26,14 @@ from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorIncepti
 from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
 from torch_fidelity.metric_kid import kernel_poly, mmd2
 from torchmetrics.image.kid import poly_mmd
+from torchvision import transforms
 
 from pipelines.console import UserError
 from pipelines.data.images import ImageSet
 from pipelines.judging import compare, features, quality, rows
 from pipelines.judging.comparison import SURELY, Verdict, from_dict, read_comparison, verdict_of, write_comparison
-from pipelines.judging.features import FIGURES, Classifier, FeatureSpace, Judge, feature_space, inception, kept_best, surety_of
+from pipelines.judging.features import FIGURES, Classifier, FeatureSpace, Judge, feature_space, kept_best, surety_of
+from pipelines.judging.published import PUBLISHED, DinoV2, published, resized
 from pipelines.judging.quality import (
     Cloud,
     FrechetDistance,
@@ -276,7 +283,7 @@ def inception_file(tmp_path_factory):
 
 def test_inception_features_are_those_of_torch_fidelity(inception_file):
     network, path = inception_file
-    model, description = inception(path)
+    model, description = published("inception", path)
     assert description["extractor"] == "inception (not its standard weights, but random.pth)"
     images = torch.randint(0, 256, (2, 1, 28, 28), dtype=torch.uint8)
     (expected,) = network(images.repeat(1, 3, 1, 1))
@@ -294,36 +301,121 @@ def test_inception_features_are_not_scaled_and_too_few_images_have_no_fid(incept
     assert made.withheld(1000) == f"{len(expected)} images for 2048 features: a covariance needs more images than features"
 
 
+@pytest.fixture
+def small_dinov2(monkeypatch):
+    """Makes DINOv2 of one narrow layer; returns weights for it, named and shaped as in the published file."""
+    monkeypatch.setattr(timm, "create_model", partial(timm.create_model, embed_dim=64, depth=1, num_heads=1))
+    monkeypatch.setattr(DinoV2, "dimensions", 64)
+    torch.manual_seed(0)
+    state = timm.create_model("vit_large_patch14_dinov2", num_classes=0).state_dict()
+    return {name: torch.randn_like(tensor) for name, tensor in state.items()} | {"mask_token": torch.zeros(1, 64)}
+
+
+@pytest.mark.parametrize("shape", [(1, 28, 28), (3, 40, 24), (3, 256, 256)])
+def test_dinov2_looks_at_images_as_dgm_eval_prepares_them(small_dinov2, tmp_path, shape):
+    torch.save(small_dinov2, tmp_path / "random.pth")
+    model, description = published("dinov2", tmp_path / "random.pth")
+    assert description["extractor"] == "dinov2 (not its standard weights, but random.pth)"
+    images = torch.randint(0, 256, (2, *shape), dtype=torch.uint8)
+    pictures = [Image.fromarray(image.expand(3, -1, -1).movedim(0, -1).numpy()) for image in images]
+    dgm_eval = transforms.Compose(
+        [
+            transforms.Resize((224, 224), transforms.InterpolationMode.BICUBIC),
+            transforms.ToTensor(),
+            transforms.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]),
+        ]
+    )
+    expected = model.network(torch.stack([dgm_eval(picture) for picture in pictures]))
+    features = model.features(images)
+    assert torch.equal(features, expected) and features.shape == (2, model.dimensions)
+    assert not torch.allclose(features[0], features[1], atol=0.01)
+
+
+def test_dinov2_features_are_not_scaled(small_dinov2, tmp_path):
+    torch.save(small_dinov2, tmp_path / "random.pth")
+    splits = small_splits((1, 28, 28), 2, count=8)
+    config = MetricsConfig(extractor="dinov2", weights=tmp_path / "random.pth")
+    made = feature_space(fabric_for("cpu", "float32"), config, splits, tmp_path)
+    assert torch.equal(made.reference[:], made.model.features(splits.train.images).double())
+    assert made.withheld(1000) == f"{len(splits.train)} images for 64 features: a covariance needs more images than features"
+
+
+def test_positions_are_resized_by_the_scale_that_dinov2_was_trained_with():
+    """A bicubic filter nearly reproduces a ramp, away from the borders: it tells where each new position lies in the old grid.
+
+    By a scale of 37/16 the last one would lie 0.19 further on.
+    """
+    rows, columns = torch.meshgrid(torch.arange(37.0), torch.arange(37.0), indexing="ij")
+    ramp = torch.stack([rows, columns], dim=-1).flatten(0, 1)
+    made = resized(torch.cat([torch.tensor([[-1.0, -2.0]]), ramp])[None], 16)
+    assert made.shape == (1, 257, 2) and made[0, 0].tolist() == [-1, -2]
+    inner = (torch.arange(2, 14) + 0.5) * 37 / 16.1 - 0.5
+    expected = torch.stack(torch.meshgrid(inner, inner, indexing="ij"), dim=-1)
+    assert torch.allclose(made[0, 1:].unflatten(0, (16, 16))[2:14, 2:14], expected, rtol=0, atol=0.06)
+
+
 class Boom:
     def __reduce__(self):
         return pytest.fail, ("unpickled",)
 
 
-def test_weights_that_are_not_to_be_had(tmp_path, monkeypatch):
-    with pytest.raises(UserError, match="there is no file .* download https://.* --metrics.weights"):
-        inception(tmp_path / "no.pth")
-    for name, content in (("text", b"weights"), ("hostile", pickle.dumps({"weight": Boom()})), ("empty", b"")):
-        (tmp_path / name).write_bytes(content)
-        with pytest.raises(UserError, match=f"{name} is no file of weights; download https://"):
-            inception(tmp_path / name)
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_weights_that_are_not_to_be_had(tmp_path, monkeypatch, name):
+    address = re.escape(PUBLISHED[name].address)
+    with pytest.raises(UserError, match=f"there is no file .*; download {address} .* --metrics.weights"):
+        published(name, tmp_path / "no.pth")
+    for file, content in (("text", b"weights"), ("hostile", pickle.dumps({"weight": Boom()})), ("empty", b"")):
+        (tmp_path / file).write_bytes(content)
+        with pytest.raises(UserError, match=f"{file} is no file of weights; download {address}"):
+            published(name, tmp_path / file)
     torch.save(nn.Linear(2, 2).state_dict(), tmp_path / "other.pth")
     with pytest.raises(UserError, match="other.pth does not hold the weights of this network"):
-        inception(tmp_path / "other.pth")
+        published(name, tmp_path / "other.pth")
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
 
     def no_network(*_, **__):
-        raise features.URLError("no network")
+        raise URLError("no network")
 
     monkeypatch.setattr(torch.hub, "download_url_to_file", no_network)
-    with pytest.raises(UserError, match="could not be downloaded .no network.; download https://"):
-        inception(None)
+    with pytest.raises(UserError, match=f"{name} weights could not be downloaded .no network.; download {address}"):
+        published(name, None)
 
     def another_file(*_, **__):
         raise RuntimeError('invalid hash value (expected "6726825d", got "0")')
 
     monkeypatch.setattr(torch.hub, "download_url_to_file", another_file)
-    with pytest.raises(UserError, match="^https://.*6726825d.pth does not hold the weights of this network"):
-        inception(None)
+    with pytest.raises(UserError, match=f"^{address} does not hold the weights of this network"):
+        published(name, None)
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"norm.weight": torch.ones(32)},  # another width
+        {"pos_embed": torch.zeros(1, 1 + 37 * 36, 64)},  # no square of patches
+        {"register_tokens": torch.zeros(1, 4, 64)},  # DINOv2 with registers
+        {"pos_embed": torch.zeros(64)},
+        {"cls_token": "text"},
+    ],
+)
+def test_weights_of_another_dinov2_are_refused(small_dinov2, tmp_path, changed):
+    torch.save(small_dinov2 | changed, tmp_path / "other.pth")
+    with pytest.raises(UserError, match="other.pth does not hold the weights of this network; download"):
+        published("dinov2", tmp_path / "other.pth")
+
+
+def test_downloaded_weights_are_kept_and_their_checksum_is_asked_for(small_dinov2, tmp_path, monkeypatch):
+    asked = []
+
+    def network(address, path, checksum):
+        asked.append((address, checksum))
+        torch.save(small_dinov2, path)
+
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr(torch.hub, "download_url_to_file", network)
+    for _ in range(2):
+        published("dinov2", None)
+    assert asked == [(DinoV2.address, DinoV2.checksum)]
 
 
 class Reader(nn.Module):

@@ -304,12 +304,13 @@ def test_the_standard_prior_needs_no_training_latents(finished, tmp_path, monkey
     [
         ("tokenizers", "fashion-dalle", {}, r"\[text\]"),
         ("torch_fidelity.feature_extractor_inceptionv3", "mnist5k", {"extractor": "inception"}, r"\[inception\]"),
+        ("timm", "mnist5k", {"extractor": "dinov2"}, r"need timm: .*\[dinov2\]"),
     ],
 )
 def test_what_is_not_installed_is_said_before_anything_is_trained(tmp_path, monkeypatch, library, name, changes, says):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(sys.modules, library, None)
-    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", lambda *_, **__: {})
+    monkeypatch.setattr(torch.hub, "download_url_to_file", lambda *_, **__: pytest.fail("it is of no use"))
     config = shrunk(preset(name))
     with pytest.raises(UserError, match=says):
         train(name, dataclasses.replace(config, metrics=dataclasses.replace(config.metrics, **changes)), monkeypatch)

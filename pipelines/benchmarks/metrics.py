@@ -25,7 +25,7 @@ class BenchmarkMetrics:
     images: int = 10_000
     """generated images, and as many real ones"""
     features: int = 64
-    """numbers that the extractor gives for an image: 64 of the classifier, 2048 of inception"""
+    """numbers that the extractor gives for an image: 64 of the classifier, 2048 of inception, 1024 of dinov2"""
     training: int = 57_000
     """training images, of which the nearest is looked for; as many as MNIST's"""
     size: int | None = None

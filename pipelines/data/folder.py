@@ -34,7 +34,7 @@ class Folder(OwnImages):
         if self.root is None:
             raise UserError("this preset needs your folder of images: --data.root PATH")
         if not self.root.is_dir():
-            raise NotThere(f"there is no folder {self.root}: give your folder of images with --data.root PATH")
+            raise NotThere(f"there is no folder {self.root}", ": give your folder of images with --data.root PATH")
         self.check()
         left_out: Counter[str] = Counter()
         parts = parts_of(self.root, left_out)

@@ -190,8 +190,9 @@ class TorchvisionByName:
             return kind(**given, download=True)
         except (RuntimeError, OSError, ValueError, TypeError, ImportError) as error:
             raise NotThere(
-                f"{self.name} is not in {self.root}/, and torchvision could not bring it there ({first_line(error)}). Put it"
-                " there in torchvision's layout, or name a folder that has it with --data.root"
+                f"{self.name} is not in {self.root}/ in torchvision's layout, and torchvision could not bring it there"
+                f" ({first_line(error)})",
+                ": put it there, or name a folder that has it with --data.root",
             ) from error
 
     def square(self, image: Any) -> Image.Image:

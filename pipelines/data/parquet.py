@@ -122,7 +122,7 @@ def files_of(root: Path) -> dict[str, list[Path]]:
     paths = [root] if root.is_file() else sorted(path for path in root.rglob("*.parquet") if path.is_file())
     if not paths:
         what = "holds no file *.parquet" if root.is_dir() else "is not there"
-        raise NotThere(f"{root} {what}: give a Parquet file, or a folder of them, with --data.root PATH")
+        raise NotThere(f"{root} {what}", ": give a Parquet file, or a folder of them, with --data.root PATH")
     parts: dict[str, list[Path]] = {}
     for path in paths:
         names = reversed(path.relative_to(root).parts) if path != root else [path.name]

@@ -71,15 +71,19 @@ class TorchvisionSet:
         try:
             return kind(self.root, train=train, download=True)
         except (RuntimeError, OSError) as error:
-            files = (
-                f"cifar-10-python.tar.gz unpacked as {self.root}/cifar-10-batches-py/"
+            folder, files = (
+                ("cifar-10-batches-py/", "what cifar-10-python.tar.gz unpacks to")
                 if self.name == "CIFAR10"
-                else "train-images-idx3-ubyte, train-labels-idx1-ubyte, t10k-images-idx3-ubyte and t10k-labels-idx1-ubyte"
-                f" in {self.root}/{self.name}/raw/"
+                else (
+                    f"{self.name}/raw/",
+                    "train-images-idx3-ubyte, train-labels-idx1-ubyte, t10k-images-idx3-ubyte and t10k-labels-idx1-ubyte",
+                )
             )
             raise NotThere(
-                f"{self.name} is not in {self.root}/ and could not be downloaded ({str(error).splitlines()[0]}). Put {files},"
-                " or name a folder that has them with --data.root; with no network at all, use the preset mnist5k."
+                f"{self.name} could not be downloaded ({str(error).splitlines()[0].rstrip(':')}), and {self.root}/{folder} lacks"
+                f" {files}",
+                ": put them there, or name a folder that has them with --data.root; with no network at all, use the preset"
+                " mnist5k",
             ) from error
 
 

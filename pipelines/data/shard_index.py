@@ -161,7 +161,7 @@ def read_shard(path: str, split_name: SplitName) -> OfShard:
         entries = [*entries_of(path, left_out)]
     except (OSError, tarfile.TarError, ValueError) as error:
         if isinstance(error, FileNotFoundError):
-            raise NotThere(f"there is no shard {path}: give your shards with --data.urls PATTERN") from error
+            raise NotThere(f"there is no shard {path}", ": give your shards with --data.urls PATTERN") from error
         raise UserError(
             f"{path} cannot be read as a tar file without compression ({error}). Mend or remove it, or copy it again."
         ) from error

@@ -111,10 +111,10 @@ def legend(views: Views, plane: Plane) -> str:
 class Page:
     """The controls and what they do. device: as the commands name it."""
 
-    def __init__(self, first: str | None, device: str):
+    def __init__(self, first: str, device: str):
         self.first, self.device = first, device
         self.names = names_of_runs()
-        if first is not None and first not in self.names:
+        if first not in self.names:
             self.names.insert(0, first)
         self.opened = functools.lru_cache(maxsize=3)(self.open)
 
@@ -169,9 +169,15 @@ class Page:
         x, y = ((place + 0.5) / PLANE_PIXELS for place in event.index)
         return shown(lambda: self.views(name).under(x, y))()
 
+    def last(self, name: str) -> Any:
+        """The number of the last held-out image, where a walk from the first goes; no other where there are none."""
+        try:
+            return len(self.views(name).loading.result().test) - 1
+        except UserError:
+            return gr.update()
+
     def walk(self, name: str, start: float, upload: str | None, end: float, other: str | None, steps: int) -> list[Strip]:
         views = self.views(name)
-
         return views.walk(picture(views, start, upload), picture(views, end, other), steps)
 
     def score(self, name: str, number: float, upload: str | None) -> list[Strip]:
@@ -218,11 +224,11 @@ class Page:
         with gr.Blocks(title="Two-stage latent priors", analytics_enabled=False) as blocks:
             gr.Markdown("### One decoder, several priors")
             with gr.Row():
-                run = gr.Dropdown(self.names, value=self.first or next(iter(self.names), None), label="Run", min_width=140)
+                run = gr.Dropdown(self.names, value=self.first, label="Run", min_width=140)
                 label = gr.Dropdown([ANY], value=ANY, label="Label", visible=False, min_width=140)
                 caption = gr.Textbox(label="Caption", visible=False, min_width=140)
                 seed = gr.Number(0, label="Seed", precision=0, min_width=90)
-            with gr.Accordion("How the learned prior is drawn from", open=False), gr.Row():
+            with gr.Accordion("Sampling settings of the learned prior", open=False), gr.Row():
                 temperature = gr.Slider(0, 1.5, 1, step=0.05, label="Temperature", min_width=140)
                 guidance = gr.Slider(0, 4, 0, step=0.25, label="Guidance", min_width=140)
                 autoguidance = gr.Slider(0, 4, 0, step=0.25, label="Autoguidance", min_width=140)
@@ -246,21 +252,19 @@ class Page:
                 one_at_a_time(points.change, **show_plane)
                 one_at_a_time(plane.select, fn=self.under, inputs=run, outputs=under)
             with gr.Tab("Walk"):
-                gr.Markdown("A straight line between the latents of two images: held-out ones by number, or files.")
+                gr.Markdown("A straight line between the latents of two images: held-out ones by their numbers, or files.")
                 ends: list[gr.Component] = []
                 with gr.Row():
-                    for place, name in enumerate(("From", "To")):
+                    for name in ("From", "To"):
                         with gr.Column(min_width=140):
-                            ends.append(gr.Number(place, label=f"{name} held-out image", precision=0))
-                            ends.append(
-                                gr.Image(type="filepath", label=f"or {name.lower()} a file", sources=["upload"], height=150)
-                            )
+                            ends.append(gr.Number(0, label=f"{name}: held-out image", precision=0))
+                            ends.append(gr.Image(type="filepath", label=f"{name}: or a file", sources=["upload"], height=150))
                 steps = gr.Slider(3, 32, 12, step=1, label="Steps")
                 button = gr.Button("Walk", variant="primary")
                 one_at_a_time(button.click, fn=shown(self.walk), inputs=[run, *ends, steps], outputs=gr.HTML())
             with gr.Tab("Complete"):
-                gr.Markdown("Paint over the part of a picture that is to be drawn anew.")
-                with gr.Row():
+                gr.Markdown("Load a held-out image, or drop a file. Then paint over the part that is to be drawn anew.")
+                with gr.Row(equal_height=True):
                     number = gr.Number(0, label="Held-out image", precision=0, min_width=90)
                     load = gr.Button("Load", min_width=90)
                 editor = gr.ImageEditor(
@@ -280,7 +284,10 @@ class Page:
                 asked: dict[str, Any] = {"inputs": [run, seed, editor, few, label, caption], "outputs": completed}
                 one_at_a_time(button.click, fn=shown(self.complete), **asked)
             with gr.Tab("Nearest"):
-                gr.Markdown("Samples of the learned prior, and the training images that are nearest to them.")
+                gr.Markdown(
+                    "Samples of the learned prior, and the training images that are nearest to them. The first search may take a"
+                    " minute: it trains a classifier where the run has none yet."
+                )
                 some = gr.Slider(1, 16, 8, step=1, label="Samples")
                 button = gr.Button("Find", variant="primary")
                 one_at_a_time(button.click, fn=shown(self.nearest), inputs=[run, seed, some, *told], outputs=gr.HTML())
@@ -288,12 +295,13 @@ class Page:
                 gr.Markdown("How unusual a picture is under both stages, and where: a held-out image by its number, or a file.")
                 with gr.Row():
                     number = gr.Number(0, label="Held-out image", precision=0, min_width=140)
-                    upload = gr.Image(type="filepath", label="File", sources=["upload"], height=150, min_width=140)
+                    upload = gr.Image(type="filepath", label="Or a file", sources=["upload"], height=150, min_width=140)
                 button = gr.Button("Score", variant="primary")
                 one_at_a_time(button.click, fn=shown(self.score), inputs=[run, number, upload], outputs=gr.HTML())
             for begin in (blocks.load, run.change):
                 chosen = one_at_a_time(begin, fn=self.settings, inputs=run, outputs=told)
-                one_at_a_time(one_at_a_time(chosen.then, **draw).then, **show_plane)
+                first = one_at_a_time(one_at_a_time(chosen.then, **draw).then, **show_plane)
+                one_at_a_time(first.then, fn=self.last, inputs=run, outputs=ends[2])
         return blocks
 
 

@@ -136,6 +136,8 @@ class Views:
             except UserError as error:
                 if name == "learned":
                     raise
+                if strips and strips[-1].note == str(error):  # that there are no images to fit them to
+                    heading = f"{strips.pop().heading}, {heading}"
                 strips.append(Strip(heading, None, str(error)))
         return strips
 
@@ -228,7 +230,7 @@ def plane_of(views: Views) -> Plane:
     if spec.vocabulary is not None or spec.dimensions != 2:
         size = " + ".join(str(spec.dimensions) for spec in model.specs)
         kind = "numbers" if spec.vocabulary is None else "codes"
-        raise UserError(f"a plane has two latent numbers, and {views.run.name} has {size} {kind}: train the preset mnist5k-2d")
+        raise UserError(f"{views.run.name} has {size} latent {kind}, and a plane two numbers: choose the run mnist5k-2d")
     labels = None
     try:
         points = training_latents(views.run, model.specs).posteriors(slice(POINTS))[0]["mean"].flatten(1)

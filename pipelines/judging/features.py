@@ -3,27 +3,25 @@
 N images, F features, C colour channels, H×W pixels.
 
 Extractors by name: `classifier`, a small one of the data set's own labels, its features scaled so that the trace of the
-training images' covariance is 100 and a Fréchet distance reads like a percentage of the data's own spread; `inception`, the
-network of published figures. The reference is the training split.
+training images' covariance is 100 and a Fréchet distance reads like a percentage of the data's own spread; `inception` and
+`dinov2`, the networks of published figures (published.py). The reference is the training split.
 """
 
 import hashlib
-import io
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
-from urllib.error import URLError
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pipelines import files, processes
-from pipelines.console import UserError, counted, say
+from pipelines.console import counted, say
 from pipelines.data.images import ImageSet, Labelled, Splits
 from pipelines.data.reading import Stored, content_of
+from pipelines.judging.published import PUBLISHED, DinoV2, Inception, published
 from pipelines.judging.quality import (
     ENOUGH,
     Cloud,
@@ -83,7 +81,7 @@ class Classifier(nn.Module):
         return {"loss": F.cross_entropy(logits, labels), "accuracy": (logits.argmax(1) == labels).float().mean()}
 
 
-def at_once(model: "Classifier | Inception", images: Tensor | Stored) -> int:
+def at_once(model: Classifier | Inception | DinoV2, images: Tensor | Stored) -> int:
     """How many images, N C H W, a network looks at together; the memory of that does not grow with their size."""
     return FEW if model.pixels is None else max(1, min(BATCH, model.pixels // math.prod(images.shape[2:])))
 
@@ -134,7 +132,7 @@ class FeatureSpace:
     """
 
     def __init__(self, model: nn.Module, description: dict[str, Any], train: ImageSet, fabric: Fabric, cache: Path):
-        assert isinstance(model, Classifier | Inception)
+        assert isinstance(model, Classifier | Inception | DinoV2)
         self.model, self.fabric, self.scale, self.cache = model.eval(), fabric, 1.0, cache
         self.compared = torch.arange(0, len(train), math.ceil(len(train) / MOST_TRAINING))
         """the numbers of the training images that are compared with, M"""
@@ -311,65 +309,15 @@ def trained_classifier(
     return model.eval(), {"extractor": "classifier", "accuracy": accuracy}
 
 
-class Inception(nn.Module):
-    """The network of the Fréchet inception distance (Heusel et al. 2017), by torch-fidelity; its features are not scaled."""
-
-    dimensions, pixels, trace = 2048, None, None  # it has a size of its own
-
-    def __init__(self, state: dict[str, Tensor]):
-        """Raises ImportError where torch-fidelity is not installed, RuntimeError for the weights of another network."""
-        super().__init__()
-        from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
-
-        # The library unpickles the file that it is given: it is given one that holds nothing but these tensors.
-        again = io.BytesIO()
-        torch.save(state, again)
-        again.seek(0)
-        self.network = FeatureExtractorInceptionV3("inception-v3", ["2048"], again)
-
-    def features(self, images: Tensor) -> Tensor:
-        """images uint8 N C H W, grey or in colour, of any size; returns N F."""
-        (features,) = self.network(images.expand(-1, 3, -1, -1))
-        return features
-
-
-INCEPTION_WEIGHTS = "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth"
-
-
-def inception(weights: Path | None) -> tuple[Inception, dict[str, Any]]:
-    """The network with weights from a file, or downloaded. Raises UserError where they are not to be had."""
-    source = weights or INCEPTION_WEIGHTS
-    get_it = f"download {INCEPTION_WEIGHTS} (91 MB) on a machine with a network and name the file with --metrics.weights PATH"
-    try:
-        if weights is None:
-            state = torch.hub.load_state_dict_from_url(INCEPTION_WEIGHTS, map_location="cpu", check_hash=True, weights_only=True)
-            return Inception(state), {"extractor": "inception"}
-        content = weights.read_bytes()
-        state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)  # which runs nothing of the file
-        standard = hashlib.sha256(content).hexdigest().startswith(Path(INCEPTION_WEIGHTS).stem[-8:])
-        name = "inception" if standard else f"inception (not its standard weights, but {weights.name})"
-        return Inception(state), {"extractor": name}
-    except ImportError as error:
-        raise UserError("the inception features need torch-fidelity: pip install -e '.[inception]'") from error
-    except (FileNotFoundError, IsADirectoryError) as error:
-        raise UserError(f"there is no file {weights}; {get_it}") from error
-    except (UnpicklingError, EOFError) as error:
-        raise UserError(f"{source} is no file of weights; {get_it}") from error
-    except URLError as error:
-        raise UserError(f"the inception weights could not be downloaded ({error.reason}); {get_it}") from error
-    except (RuntimeError, TypeError, AttributeError) as error:
-        raise UserError(f"{source} does not hold the weights of this network; {get_it}") from error
-
-
 def feature_space(fabric: Fabric, config: MetricsConfig, splits: Splits, cache: Path, seed: int = 0) -> FeatureSpace:
     """The features that the config names; those of a network of random weights where there are no labels to classify.
 
-    seed: of a classifier's training, or of random weights. Raises UserError where the weights of `inception` are not to be had.
+    seed: of a classifier's training, or of random weights. Raises UserError where published weights are not to be had.
     """
     model: nn.Module
-    if config.extractor == "inception":
+    if config.extractor in PUBLISHED:
         with fabric.rank_zero_first(local=True):  # which may download them
-            model, description = inception(config.weights)
+            model, description = published(config.extractor, config.weights)
     elif splits.label_names:
         model, description = trained_classifier(fabric, config, splits, cache, seed)
     else:

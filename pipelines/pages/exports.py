@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 from dataclasses import replace
+from itertools import cycle, islice
 from pathlib import Path
 
 import safetensors.torch
@@ -16,6 +17,7 @@ from pipelines.files import aside, flush, found_shards, read_tensors, write_flus
 from pipelines.judging.comparison import Comparison, read_comparison
 from pipelines.pages.report import report_folder
 from pipelines.pages.tables import markdown
+from pipelines.runs.conditions import contexts_asked
 from pipelines.runs.config import to_dict
 from pipelines.runs.dataset import FACTS, read_facts
 from pipelines.runs.exported import CARD, FORMAT, LIST, files_of
@@ -135,10 +137,12 @@ def halved(tensor: Tensor) -> Tensor:
 
 
 def first_samples(run: Run) -> Tensor:
-    """The first samples of the prior that the run is meant to be drawn from, uint8 N C H W."""
+    """The first samples of the prior that the run is meant to be drawn from, uint8 N C H W; with captions, those of the facts."""
     autoencoder = load_autoencoder(run)
     prior = open_prior(run, "learned" if run.learned else "standard", specs_of(autoencoder))
-    return generate(autoencoder, prior, SHOWN, seed=0, device=run.fabric.device).images
+    captions = read_facts(run).caption_examples if run.learned and run.told == "caption" else []
+    contexts = contexts_asked(run, SHOWN, caption=[*islice(cycle(captions), SHOWN)]) if captions else None
+    return generate(autoencoder, prior, SHOWN, seed=0, device=run.fabric.device, contexts=contexts).images
 
 
 def license_of(path: Path) -> str | None:
@@ -157,6 +161,9 @@ def card(run: Run, comparison: Comparison | None, name: str, half: bool, license
     colour = "grey" if channels == 1 else "colour"
     kinds = (name for name, own in DATA_SETS.items() if type(own.config) is type(run.config.data))
     data = vars(run.config.data).get("name") or next(kinds, "a torch Dataset")
+    captions = facts.caption_examples if run.told == "caption" else []
+    with_captions = ", with captions of training images" if captions else ""
+    example = next(iter(captions or facts.label_names), "…")
     lines = [
         "---",
         "pipeline_tag: unconditional-image-generation",
@@ -174,7 +181,7 @@ def card(run: Run, comparison: Comparison | None, name: str, half: bool, license
         "",
         f"![samples]({SAMPLES})",
         "",
-        f"The first samples under seed 0. {'Weights are in half precision. ' if half else ''}To draw others:",
+        f"The first samples under seed 0{with_captions}. {'Weights are in half precision. ' if half else ''}To draw others:",
         "",
         "```python",
         "from pipelines import TwoStage",
@@ -184,7 +191,7 @@ def card(run: Run, comparison: Comparison | None, name: str, half: bool, license
         "",
         f"Or from the command line: `python -m pipelines.generate {name} --count 64 --out samples.png`.",
         "",
-        *([f'The prior is conditioned on the {run.told}: `sample(64, {run.told}="…")`.', ""] if run.told else []),
+        *([f'The prior is conditioned on the {run.told}: `sample(64, {run.told}="{example}")`.', ""] if run.told else []),
         *(["Labels:", "", *(f"- {name}" for name in facts.label_names), ""] if run.told == "label" else []),
     ]
     if comparison is not None:

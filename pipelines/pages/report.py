@@ -10,7 +10,7 @@ from pipelines.console import counted, say
 from pipelines.data.images import Splits
 from pipelines.judging.compare import Exhibits, compare
 from pipelines.judging.comparison import Comparison, read_comparison, to_dict, write_comparison
-from pipelines.judging.features import inception
+from pipelines.judging.published import PUBLISHED, published
 from pipelines.judging.together import ranking, sharing, standings
 from pipelines.judging.tradeoffs import departures
 from pipelines.pages.diagnosis import diagnosis
@@ -33,9 +33,9 @@ def train_all(run: Run, options: Options = DEFAULTS) -> None:
     Raises UserError when another process works on it.
     """
     started = time.monotonic()
-    if run.config.metrics.extractor == "inception":  # what is missing is said before hours of training, not after
+    if run.config.metrics.extractor in PUBLISHED:  # what is missing is said before hours of training, not after
         with run.fabric.rank_zero_first(local=True):  # which may download it
-            inception(run.config.metrics.weights)
+            published(run.config.metrics.extractor, run.config.metrics.weights)
     splits = train(run, options)
     if not options.compare:
         say(f"trained; compare its priors: python -m pipelines.compare {shlex.quote(run.name)}")
@@ -118,8 +118,8 @@ def finished_comparison(run: Run, splits: Splits) -> Comparison:
 def is_of(comparison: Comparison, run: Run, splits: Splits) -> bool:
     """Whether a comparison is of these weights, and judged as the run's config says."""
     asked = run.config.metrics
-    by_inception = comparison.features.extractor.startswith("inception")
-    as_configured = comparison.seed == 0 and by_inception == (asked.extractor == "inception")
+    extractor = next((name for name in PUBLISHED if comparison.features.extractor.startswith(name)), "classifier")
+    as_configured = comparison.seed == 0 and extractor == asked.extractor
     as_many = comparison.images == min(asked.images, len(splits.test))
     # A comparison of an earlier version says neither how it was judged nor of what weights it is.
     same = comparison.judged_by in ({}, judged_by(asked)) and comparison.weights in ({}, weights_of(run))

@@ -37,10 +37,10 @@ class MetricsConfig:
     pixels: Pixels = "mean"
     """what of p(x|z) is judged: its mean, or a draw from it, where images are black and white"""
     extractor: ExtractorName = "classifier"
-    """what images are compared in the features of: a small classifier trained on the data set's labels, or inception, the
-    network of published FIDs"""
+    """what images are compared in the features of: a small classifier trained on the data set's labels, or a network of
+    published figures: inception of FID, dinov2 of the Fréchet distances of Stein et al. 2023"""
     weights: Path | None = None
-    """file of inception's weights, where they cannot be downloaded"""
+    """file of inception's or dinov2's weights, where they cannot be downloaded"""
     classifier: FitConfig = CLASSIFIER
     """training of the classifier"""
 

@@ -1,11 +1,12 @@
 """Which images a run is trained on, and that they are the same whenever it goes on."""
 
 import shlex
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from pipelines import files
 from pipelines.console import NotThere, UserError
+from pipelines.data.captions import captions_of
 from pipelines.data.decoding import MOST_PIXELS
 from pipelines.data.given import file_of
 from pipelines.data.identity import content_of_captions, content_of_files, stamp
@@ -15,9 +16,11 @@ from pipelines.runs import whereabouts
 from pipelines.runs.config import to_dict
 from pipelines.runs.run import GIVEN, UNREADABLE, Run, refuse_another
 from pipelines.training import checkpoints
+from stage2_prior.conditions import Caption
 
 FACTS = "stage1/facts.json"
 MOST_CHANNELS = 1000
+CAPTION_EXAMPLES = 16
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,8 @@ class Facts:
     """a checksum of the images, and of labels that came with them; None in a run of an earlier version"""
     captions: str | None = None
     """a checksum of the captions"""
+    caption_examples: list[str] = field(default_factory=list)
+    """some captions of training images, for a prior that is told captions"""
     stamp: str | None = None
     """of images in files, a checksum of the sizes and times of these"""
 
@@ -52,7 +57,7 @@ class Facts:
         if content is None:
             content = content_of_files(splits.used) if splits.used else splits.content_in_memory()
         captions = content_of_captions(part.captions for part in (splits.train, splits.validation, splits.test))
-        return cls(splits.image_shape, splits.label_names, splits.sizes, splits.listing, content, captions, now)
+        return cls(splits.image_shape, splits.label_names, splits.sizes, splits.listing, content, captions, stamp=now)
 
 
 def write_facts(run: Run, splits: Splits) -> None:
@@ -62,7 +67,11 @@ def write_facts(run: Run, splits: Splits) -> None:
         refuse_another(path, run.config)
     files.write_json(path, to_dict(run.config))
     before = read_facts(run) if (run.folder / FACTS).is_file() else None
-    files.write_json(run.folder / FACTS, vars(Facts.of(splits, before)))
+    facts = Facts.of(splits, before)
+    if isinstance(run.condition, Caption):
+        captions = captions_of(splits.train, splits.label_names)
+        facts = replace(facts, caption_examples=list(dict.fromkeys(captions))[:CAPTION_EXAMPLES])
+    files.write_json(run.folder / FACTS, vars(facts))
     if run.given:
         whereabouts.remember(run.config)
 
@@ -105,15 +114,10 @@ def load_data(run: Run) -> Splits:
                 raise
             root = vars(run.config.data).get("root")
             if run.exported and root is not None:
-                raise UserError(
-                    f"the images that {run.folder} was trained on are not in {root}/, where those of an export are looked for:"
-                    " put them there, or make it a link to where they are"
-                ) from error
+                raise UserError(f"{error.what}: put the images there, or make {root} a link to where they are") from error
             option = "--data.urls PATTERN" if isinstance(run.config.data, Shards) else "--data.root PATH"
-            raise UserError(
-                f"{str(error).rstrip('.')}. Where the data of this run lie now is put down by: python -m pipelines.train_all"
-                f" --run {shlex.quote(str(run.folder))} {option}"
-            ) from error
+            command = f"python -m pipelines.train_all --run {shlex.quote(str(run.folder))} {option}"
+            raise UserError(f"{error.what}. Say where they lie now: {command}") from error
     if (run.folder / FACTS).is_file() and (run.exported or checkpoints.folders(run.folder / "stage1")):
         refuse_other_images(run, splits)
     return splits

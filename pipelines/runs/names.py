@@ -28,7 +28,7 @@ RECIPES = {
 DEFAULT_PRESET, DEFAULT_RECIPE = "mnist5k", "vae"
 SHORT = {"fashion": "fashion-mnist"}
 
-ExtractorName = Literal["classifier", "inception"]
+ExtractorName = Literal["classifier", "inception", "dinov2"]
 Pixels = Literal["mean", "sample"]
 DEVICES = ("auto", "cpu", "cuda", "mps")
 PRIORS = ("standard", "gaussian", "mixture", "unigram", "order2", "learned", "posterior")
