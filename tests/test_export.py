@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from pipelines import TwoStage, train_all
+from pipelines import TwoStage, score, train_all
 from pipelines import export as command
 from pipelines.console import NotThere, UserError
 from pipelines.data.sets import TorchvisionSet
@@ -156,6 +156,11 @@ def test_a_run_of_ones_own_comes_before_one_that_comes_with_the_software(run, co
         Run.open("shoes", "cpu")
     shutil.copytree(run.folder, "checkpoints/digits")
     assert not Run.open("digits", "cpu").exported
+    shutil.rmtree("checkpoints/digits/stage2")  # as while it is trained
+    with pytest.raises(UserError, match="digits is unfinished: stage2 has not .*, name it by its path: ") as raised:
+        score.main(["digits", "--device", "cpu"])
+    path = str(raised.value).rpartition(": ")[2]
+    assert Path(path) == copied and Run.open(path, "cpu").exported
 
 
 @pytest.mark.parametrize("name", sorted(path.parent.name for path in TRAINED.glob("*/config.json")))
