@@ -42,7 +42,7 @@ def main(arguments: list[str] | None = None) -> None:
 def score(asked: Arguments) -> None:
     # Slow to import, and --help needs none of it.
     from pipelines.data.folder import images_at
-    from pipelines.judging.scores import Scorer, Usual, auroc
+    from pipelines.judging.scores import Scorer, Usual, auroc, check_held_out
     from pipelines.pages.scores import write_scores
     from pipelines.runs.dataset import background_of, load_data
     from pipelines.runs.run import Run
@@ -51,6 +51,7 @@ def score(asked: Arguments) -> None:
     run = Run.open(asked.run, asked.device)
     scorer = Scorer.of(run)
     splits = load_data(run)
+    check_held_out(len(splits.test))
     if asked.images:
         names, images = images_at(asked.images, splits.image_shape, background_of(run))
     else:

@@ -6,20 +6,22 @@ import json
 import os
 import re
 import shutil
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from PIL import Image
 
-from pipelines import TwoStage, train_all
+from pipelines import TwoStage, score, train_all
 from pipelines import export as command
 from pipelines.console import NotThere, UserError
 from pipelines.data.sets import TorchvisionSet
 from pipelines.judging.comparison import read_comparison
 from pipelines.pages import exports
-from pipelines.pages.exports import SAMPLES, first_samples, halved
+from pipelines.pages.exports import SAMPLES, first_samples, halved, networks_of
 from pipelines.runs import run as runs
 from pipelines.runs.dataset import load_data
 from pipelines.runs.exported import CARD, LIST, files_of
@@ -95,8 +97,12 @@ def test_where_the_images_of_an_export_are_looked_for_is_said(monkeypatch):
         load_data(Run.open(str(TRAINED / "mnist"), "cpu"))
 
 
-def test_half_precision_is_half_the_size_and_nearly_the_same_model(run, exported, tmp_path):
-    command.main([str(run.folder), "--out", str(tmp_path / "half"), "--half", "--device", "cpu"])
+def test_half_precision_is_half_the_size_and_nearly_the_same_model(run, exported, tmp_path, monkeypatch):
+    read, load = [], safetensors.torch.load_file
+    with monkeypatch.context() as patch:
+        patch.setattr(safetensors.torch, "load_file", lambda path: read.append(path) or load(path))
+        command.main([str(run.folder), "--out", str(tmp_path / "half"), "--half", "--device", "cpu"])
+    assert {*Counter(read).values()} == {2}  # into the networks, and to be written
     command.main([str(tmp_path / "half"), "--out", str(tmp_path / "again"), "--device", "cpu"])
     sizes = [sum(path.stat().st_size for path in folder.rglob("*.safetensors")) for folder in (tmp_path / "half", exported)]
     assert 0.45 < sizes[0] / sizes[1] < 0.6
@@ -156,13 +162,23 @@ def test_a_run_of_ones_own_comes_before_one_that_comes_with_the_software(run, co
         Run.open("shoes", "cpu")
     shutil.copytree(run.folder, "checkpoints/digits")
     assert not Run.open("digits", "cpu").exported
+    shutil.rmtree("checkpoints/digits/stage2")  # as while it is trained
+    with pytest.raises(
+        UserError, match="digits is unfinished: stage2 has not .* with the software, name it by its path: "
+    ) as raised:
+        score.main(["digits", "--device", "cpu"])
+    path = str(raised.value).rpartition(": ")[2]
+    assert Path(path) == copied and Run.open(path, "cpu").exported
 
 
 @pytest.mark.parametrize("name", sorted(path.parent.name for path in TRAINED.glob("*/config.json")))
 def test_a_run_that_comes_with_the_software_draws_its_first_samples(name):
     """As on the picture that it was exported with, up to the rounding of another processor."""
     run = Run.open(name, "cpu")
-    with Image.open(run.folder / SAMPLES) as kept, Image.open(io.BytesIO(tiled(first_samples(run), 4))) as made:
+    with (
+        Image.open(run.folder / SAMPLES) as kept,
+        Image.open(io.BytesIO(tiled(first_samples(run, *networks_of(run)), 4))) as made,
+    ):
         difference = np.abs(np.asarray(kept).astype(int) - np.asarray(made)).max(-1)
     assert np.mean(difference > 8) < 0.05
 

@@ -18,7 +18,7 @@ from pipelines.console import UserError
 from pipelines.judging.comparison import read_comparison
 from pipelines.judging.features import FIGURES, FeatureSpace, feature_space
 from pipelines.judging.tradeoffs import described, lowest_fd, ways_to_sample
-from pipelines.pages.exports import card, first_samples
+from pipelines.pages.exports import card, first_samples, networks_of
 from pipelines.pages.report import train_all
 from pipelines.pages.words import notes
 from pipelines.runs import sampling
@@ -135,7 +135,7 @@ def test_a_caption_of_the_training_images_is_named_where_none_was_given(runs, tm
     assert TwoStage.open(runs["mnist-vqvae"], "cpu").captions == []
     run = Run.open(runs["fashion-dalle"], "cpu")
     assert 'sample(64, caption="0")' in card(run, None, "x", False, None)
-    shown = first_samples(run)
+    shown = first_samples(run, *networks_of(run))
     asked = (examples * 16)[: len(shown)]
     assert torch.equal(shown, model.sample(len(shown), caption=asked))
 

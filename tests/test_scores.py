@@ -1,6 +1,7 @@
 """Scores of images: what they are made of, and that unusual images come first."""
 
 import csv
+import dataclasses
 import io
 import math
 
@@ -10,7 +11,9 @@ from PIL import Image
 
 from pipelines import score
 from pipelines.console import UserError
+from pipelines.data import folder as folders
 from pipelines.judging.scores import Scorer, Scores, Usual, auroc
+from pipelines.runs import dataset
 from stage1_vae.bottlenecks import GaussianBottleneck
 from stage2_prior.heads import gaussian_log_prob
 from tests.parts import small_splits, trained_run
@@ -156,6 +159,16 @@ def test_what_cannot_be_scored_is_refused_in_a_sentence(run, tmp_path, small_dat
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=message):
         score.main([str(run.folder), *arguments])
+
+
+def test_too_few_held_out_images_are_said_before_any_picture_is_read(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    few = dataclasses.replace(SPLITS, test=SPLITS.test.subset(torch.arange(9)))
+    monkeypatch.setattr(dataset, "load_data", lambda run: few)
+    monkeypatch.setattr(folders, "images_at", lambda *_: pytest.fail("read in vain"))
+    monkeypatch.setattr(Scorer, "__call__", lambda *_: pytest.fail("scored in vain"))
+    with pytest.raises(UserError, match="held-out images: 9, too few to say what is usual; at least 10 are needed"):
+        score.main([str(run.folder), "pictures"])
 
 
 def test_a_run_without_a_density_is_refused(run, monkeypatch):

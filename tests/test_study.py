@@ -90,6 +90,19 @@ def test_evidence(run, monkeypatch):
             assert stats.fisher_exact(counts).pvalue > 1e-4
 
 
+@pytest.mark.parametrize(
+    ("decades", "needed"), [(-0.9, None), (0.0, None), (0.5, None), (0.6, "about 10^1 draws"), (5.2, "about 10^5 draws")]
+)
+def test_a_number_of_draws_is_said_only_where_it_is_above_one(decades, needed):
+    share = {"log_evidence": -200.0, "explain": 0.9, "best_of_naive": -190.0, "decades": decades}
+    text = " ".join(evidence.said(-199.0, share, share))
+    if needed is None:
+        assert "10^" not in text and "z from N(0, I) explain this image about as well as those that the encoder" in text
+        assert "explain nothing" not in text and "the naive way would need only a few draws." in text
+    else:
+        assert text.count(needed) == 2 and "Most z explain nothing" in text and "about as well" not in text
+
+
 def test_mean_or_sample(run):
     """Against other draws, many more; of the average of 100 draws, 1/100 of their variance is left."""
     found, trained = numbers(run, "mean-or-sample"), Trained.of(run)

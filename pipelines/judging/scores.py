@@ -39,6 +39,7 @@ from stage2_prior.heads import gaussian_log_prob
 
 BATCH = 250
 BIT = math.log(2)  # nats
+FEWEST_HELD_OUT = 10
 
 
 @dataclass(frozen=True)
@@ -150,6 +151,12 @@ def png_bits(image: Tensor) -> float:
     return 8.0 * file.tell()
 
 
+def check_held_out(images: int) -> None:
+    """Raises UserError where there are too few held-out images to tell what is usual."""
+    if images < FEWEST_HELD_OUT:
+        raise UserError(f"held-out images: {images}, too few to say what is usual; at least {FEWEST_HELD_OUT} are needed")
+
+
 @dataclass(frozen=True)
 class Usual:
     """What scores of held-out images are like."""
@@ -166,8 +173,7 @@ class Usual:
     @classmethod
     def of(cls, held_out: Scores) -> "Usual":
         """Raises UserError where there are too few held-out images to tell."""
-        if len(held_out) < 10:
-            raise UserError(f"held-out images: {len(held_out)}, too few to say what is usual; at least 10 are needed")
+        check_held_out(len(held_out))
         mean, precision = held_out.numbers.mean(0), torch.linalg.pinv(held_out.numbers.T.cov(), hermitian=True)
         maps = [(bits.mean(0), bits.std(0).clamp(min=1e-3)) for bits in held_out.maps]
         usual = cls(mean, precision, torch.zeros(0), maps)

@@ -29,7 +29,6 @@ from pipelines.runs.parts import (
     finished,
     last_phase,
     load_autoencoder,
-    load_prior,
     specs_of,
 )
 from pipelines.runs.pictures import tiled
@@ -39,6 +38,8 @@ from pipelines.runs.run import Run
 from pipelines.runs.sampling import generate
 from pipelines.runs.whereabouts import without_places
 from pipelines.training.checkpoints import CHECKSUMS, checksum
+from stage1_vae.autoencoder import Autoencoder
+from stage2_prior.prior import Prior
 
 SAMPLES = "samples.png"
 SHOWN = 16  # samples on the card
@@ -68,15 +69,16 @@ def export(
     # Of images in files, the stamp says when those of this machine were written.
     kept[FACTS] = as_json(vars(replace(read_facts(run), stamp=None)))
     phases: set[Phase] = {last_phase(run, "autoencoder")} | ({last_phase(run, "prior")} if run.learned else set())
-    trained = parameters_of(run) if half else set()
+    autoencoder, prior = networks_of(run)
+    trained = parameters_of(run, autoencoder, prior) if half else set()
     for phase in phases:
         best = finished(run, phase).folder
-        half = half or any(tensor.dtype == torch.float16 for tensor in read_tensors(best / "model.safetensors").values())
         place = f"{phase}/{best.name}"
-        model = stored(best / "model.safetensors", trained)
+        model, halves = stored(best / "model.safetensors", trained)
+        half = half or halves
         kept |= {f"{place}/model.safetensors": model, f"{place}/config.json": (best / "config.json").read_bytes()}
     if (early := early_prior(run)) is not None:
-        kept[EARLY_PRIOR] = stored(early, trained)
+        kept[EARLY_PRIOR], _ = stored(early, trained)
     if run.told == "caption":
         kept["tokenizer.json"] = (run.folder / "tokenizer.json").read_bytes()
     comparison = None
@@ -84,7 +86,7 @@ def export(
     metrics = made_here if made_here.is_file() else run.folder / "compare" / "metrics.json"  # of an export, as it came
     if metrics.is_file():
         comparison, kept["compare/metrics.json"] = read_comparison(metrics), metrics.read_bytes()
-    kept[SAMPLES] = tiled(first_samples(run), 4)
+    kept[SAMPLES] = tiled(first_samples(run, autoencoder, prior), 4)
     kept[CARD] = card(run, comparison, name or folder.name, half, license or license_of(run.folder / CARD)).encode()
     folder.parent.mkdir(parents=True, exist_ok=True)
     with aside(folder, folder=True) as made:
@@ -111,22 +113,32 @@ def as_json(value: object) -> bytes:
     return (json.dumps(value, indent=2) + "\n").encode()
 
 
-def parameters_of(run: Run) -> set[str]:
-    """The names of all that gradients train, as files of weights have them. The rest are statistics, scales and codebooks."""
+def networks_of(run: Run) -> tuple[Autoencoder, Prior]:
+    """The autoencoder, and the prior that the run is meant to be drawn from."""
     autoencoder = load_autoencoder(run)
+    return autoencoder, open_prior(run, "learned" if run.learned else "standard", specs_of(autoencoder))
+
+
+def parameters_of(run: Run, autoencoder: Autoencoder, prior: Prior) -> set[str]:
+    """The names of all that gradients train, as files of weights have them. The rest are statistics, scales and codebooks."""
     parts: dict[Part, nn.Module] = {"autoencoder": autoencoder}
     if run.learned:
-        parts["prior"] = load_prior(run, specs_of(autoencoder))
+        parts["prior"] = prior
     named = [(part, name) for part, module in parts.items() for name, _ in module.named_parameters()]
     return {f"{part}.{name}" if run.config.refine else name for part, name in named}
 
 
-def stored(path: Path, trained: set[str]) -> bytes:
-    """A file of weights, those by these names in half precision."""
-    if not trained:
-        return path.read_bytes()
+def stored(path: Path, trained: set[str]) -> tuple[bytes, bool]:
+    """A file of weights, those by these names in half precision, and whether any are."""
     tensors = read_tensors(path)
-    return safetensors.torch.save({name: halved(tensor) if name in trained else tensor for name, tensor in tensors.items()})
+    if not trained:
+        return path.read_bytes(), in_half(tensors)
+    tensors = {name: halved(tensor) if name in trained else tensor for name, tensor in tensors.items()}
+    return safetensors.torch.save(tensors), in_half(tensors)
+
+
+def in_half(tensors: dict[str, Tensor]) -> bool:
+    return any(tensor.dtype == torch.float16 for tensor in tensors.values())
 
 
 def halved(tensor: Tensor) -> Tensor:
@@ -136,10 +148,8 @@ def halved(tensor: Tensor) -> Tensor:
     return small if error <= ROUNDING * tensor.double().norm() else tensor
 
 
-def first_samples(run: Run) -> Tensor:
-    """The first samples of the prior that the run is meant to be drawn from, uint8 N C H W; with captions, those of the facts."""
-    autoencoder = load_autoencoder(run)
-    prior = open_prior(run, "learned" if run.learned else "standard", specs_of(autoencoder))
+def first_samples(run: Run, autoencoder: Autoencoder, prior: Prior) -> Tensor:
+    """Of `networks_of`, uint8 N C H W; with captions, those of the facts."""
     captions = read_facts(run).caption_examples if run.learned and run.told == "caption" else []
     contexts = contexts_asked(run, SHOWN, caption=[*islice(cycle(captions), SHOWN)]) if captions else None
     return generate(autoencoder, prior, SHOWN, seed=0, device=run.fabric.device, contexts=contexts).images

@@ -94,7 +94,7 @@ def read_facts(run: Run) -> Facts:
     """Raises UserError where stage 1 has not been trained, or its file holds something else."""
     path = run.folder / FACTS
     if not path.is_file():
-        raise UserError(f"{run.folder} is unfinished: stage 1 has not been trained. Run its train_all command again.")
+        raise run.unfinished("stage 1 has not been trained")
     return files.read_as(path, Facts)
 
 

@@ -117,7 +117,7 @@ def finished(run: Run, phase: Phase) -> checkpoints.Checkpoint:
     found = checkpoints.usable(run.folder / phase)
     if not found or (found[-1].step < config.steps and not run.exported):  # an export has the best alone
         done = f"is at step {found[-1].step} of {config.steps}" if found else "has not been trained"
-        raise UserError(f"{run.folder} is unfinished: {phase} {done}. Run its train_all command again.")
+        raise run.unfinished(f"{phase} {done}")
     return checkpoints.best(found)
 
 

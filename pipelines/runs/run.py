@@ -111,6 +111,11 @@ class Run:
         fabric = devices(device, config.precision)
         return cls(folder, replace(config, precision=resolved(config.precision, device)), fabric, given=False, on_hub=on_hub)
 
+    def unfinished(self, what: str) -> UserError:
+        """What to raise where more is asked for than was trained. what: is missing, in words."""
+        shipped = f" To use the trained model that comes with the software, name it by its path: {self.hidden}"
+        return UserError(f"{self.folder} is unfinished: {what}. Run its train_all command again.{shipped if self.hidden else ''}")
+
     @contextmanager
     def locked(self) -> Iterator[None]:
         """Keeps other processes from writing to this run. Raises UserError when one does; a killed process holds no lock."""
@@ -138,10 +143,15 @@ class Run:
         return self.folder.name if self.folder.parent in (CHECKPOINTS, TRAINED) else str(self.folder)
 
     @property
+    def hidden(self) -> Path | None:
+        """The trained model of the same name that comes with the software, where there is one: a name means this run."""
+        path = TRAINED / self.folder.name
+        return path if self.folder.parent == CHECKPOINTS and path.is_dir() else None
+
+    @property
     def known_as(self) -> str:
         """The name; the folder where a trained model that comes with the software has that name, too."""
-        hides = self.folder.parent == CHECKPOINTS and (TRAINED / self.name).is_dir()
-        return str(self.folder) if hides else self.name
+        return str(self.folder) if self.hidden else self.name
 
     @property
     def title(self) -> str:

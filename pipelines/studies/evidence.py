@@ -50,20 +50,44 @@ def evidence(trained: Trained) -> Findings:
     for axis, heading in zip(axes, ("z drawn blindly", "z proposed by the encoder")):
         axis.set(title=heading, xlabel="number of z", ylabel="estimate of log p(x), nats")
         axis.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.2))
-    standard, learned = shares["N(0, I)"], shares["the learned prior"]
     typical = float(log_likelihood.mean())
+    sentences = said(typical, shares["N(0, I)"], shares["the learned prior"])
+    return Findings(sentences, {"z": counts, "curves": curves, "posterior_log_likelihood": typical, "priors": shares}, figure)
+
+
+def said(typical: float, standard: dict[str, float], learned: dict[str, float]) -> list[str]:
+    """The findings in words. typical: log p(x|z) of z from the image's posterior, the mean in nats."""
     sentences = [
         f"A z from the image's own posterior explains it with log p(x|z) ≈ {typical:.0f} nats. Of {TOTAL} z from N(0, I),"
         f" {100 * standard['explain']:.2f} % explain it as well as the worst posterior draw does; the best of them reaches"
-        f" {standard['best_of_naive']:.0f} nats. Most z explain nothing: that is what p(x) = ∫ p(x|z) p(z) dz averages over.",
-        f"So the naive average would need about 10^{standard['decades']:.0f} draws from N(0, I) before one such z turns"
-        f" up (the"
-        f" difference of log p(x|z) and log p(x) is that many powers of ten). The encoder proposes it at once: with"
-        f" {TOTAL} draws"
-        f" from q(z|x) the importance-weighted bound gives log p(x) ≥ {standard['log_evidence']:.1f} nats.",
-        f"Under the learned prior the same image has log p(x) ≥ {learned['log_evidence']:.1f} nats,"
-        f" {learned['log_evidence'] - standard['log_evidence']:.1f} more, with the same decoder, and the naive way would"
-        f" need about"
-        f" 10^{learned['decades']:.0f} draws.",
+        f" {standard['best_of_naive']:.0f} nats."
     ]
-    return Findings(sentences, {"z": counts, "curves": curves, "posterior_log_likelihood": typical, "priors": shares}, figure)
+    if rare(standard):
+        sentences[0] += " Most z explain nothing: that is what p(x) = ∫ p(x|z) p(z) dz averages over."
+        sentences.append(
+            f"So the naive average would need {naive_draws(standard)} from N(0, I) before one such z turns up (the difference of"
+            " log p(x|z) and log p(x) is that many powers of ten). The encoder proposes it at once."
+        )
+    else:
+        sentences.append(
+            "So z from N(0, I) explain this image about as well as those that the encoder proposes: the latents of this model"
+            " say little of it, as those of a short training do."
+        )
+    gain = learned["log_evidence"] - standard["log_evidence"]
+    more = f"{abs(gain):.1f} {'more' if gain >= 0 else 'less'}"
+    return [
+        *sentences,
+        f"With {TOTAL} draws from q(z|x) the importance-weighted bound gives log p(x) ≥ {standard['log_evidence']:.1f} nats.",
+        f"Under the learned prior the same image has log p(x) ≥ {learned['log_evidence']:.1f} nats, {more},"
+        f" with the same decoder, and the naive way would need {naive_draws(learned)}.",
+    ]
+
+
+def rare(share: dict[str, float]) -> bool:
+    """Whether a z that explains the image is rare under a prior, less than one of three draws."""
+    return share["decades"] > 0.5
+
+
+def naive_draws(share: dict[str, float]) -> str:
+    """How many draws from a prior the naive average needs; below one there is no such number."""
+    return f"about 10^{share['decades']:.0f} draws" if rare(share) else "only a few draws"
