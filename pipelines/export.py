@@ -21,6 +21,8 @@ class Arguments:
     """weights in float16: half the size, and samples that differ a little; statistics and codebooks stay float32"""
     latents: bool = False
     """also the latents of the training images, which baselines are fitted to; else they are encoded again where needed"""
+    autoguidance: bool = True
+    """with an earlier state of the prior, which autoguidance needs: as large as the prior itself"""
     license: str | None = None
     """licence of the weights, by its identifier on the Hugging Face hub, such as mit or cc-by-4.0; as on the card of an export"""
     device: Device = "auto"
@@ -34,7 +36,14 @@ def main(arguments: list[str] | None = None) -> None:
     from pipelines.runs.exported import files_of
     from pipelines.runs.run import Run
 
-    export(Run.open(asked.run, asked.device), asked.out, asked.half, asked.latents, license=asked.license)
+    export(
+        Run.open(asked.run, asked.device),
+        asked.out,
+        asked.half,
+        asked.latents,
+        license=asked.license,
+        autoguidance=asked.autoguidance,
+    )
     size = sum((asked.out / name).stat().st_size for name in files_of(asked.out))
     say(f"{asked.out}: {size / 1e6:.1f} MB; to draw from it: python -m pipelines.generate {asked.out}")
 

@@ -22,11 +22,14 @@ if TYPE_CHECKING:
 
 PUBLISHED = {
     "mnist5k": (0, 1),
+    "mnist5k --prior.condition cluster": (0, 1),
     "mnist5k --prior.condition none": (0, 1),
     "fashion-mnist": (0,),
     "mnist": (0,),
     "mnist5k-vqvae": (0,),
     "fashion-vqvae2": (0,),
+    "mnist5k-dalle": (0,),
+    "folder --data.size 32 --prior.condition class-label": (0,),
 }
 """What README and docs report: by what stands after train_all, the seeds."""
 RIVALS = {
@@ -39,6 +42,7 @@ RIVALS = {
     ),
 }
 """Priors that are trained on the decoder of a command's first seed, too, by what stands after train_all --stage1-from."""
+JPEG = "cifar10-jpg"
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "docs" / "results.json"
 DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "results.md", ROOT / "docs" / "priors.md")
@@ -53,7 +57,8 @@ class Arguments:
     seeds: tuple[int, ...] | None = None
     """of each; those that README and docs report where none are given"""
     data: Path | None = None
-    """where the images lie or are downloaded to: the --data.root of each training that has one"""
+    """where the images lie or are downloaded to: the --data.root of each training that has one; for
+    `folder` that is its subfolder cifar10-jpg, CIFAR-10 as JPEG files in train/LABEL/ and test/LABEL/"""
     tables: bool = False
     """train nothing: only make the tables anew from docs/results.json"""
 
@@ -77,6 +82,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 def reproduce(command: str, seed: int, data: Path | None) -> None:
     """Train what is not trained yet, and put its figures into docs/results.json. Raises UserError where the training fails."""
+    from pipelines.data.sets import Folder
     from pipelines.pages.results import read_results, write_results
     from pipelines.runs.recipes import preset
 
@@ -84,8 +90,10 @@ def reproduce(command: str, seed: int, data: Path | None) -> None:
     if not words:
         raise UserError("an empty command names no preset")
     folder = folder_of(command, seed)
-    has_folder = hasattr(preset(words[0]).data, "root")  # mnist5k's images come with a package
-    where = ["--data.root", str(data)] if has_folder and data is not None else []
+    source = preset(words[0]).data
+    where = []
+    if data is not None and hasattr(source, "root"):  # mnist5k's images come with a package
+        where = ["--data.root", str(data / JPEG if isinstance(source, Folder) else data)]
     called("train_all", [*words, "--seed", str(seed), "--run", str(folder), *where])
     write_results(RESULTS, read_results(RESULTS).with_training(training_of(folder, command, seed)))
 

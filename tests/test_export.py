@@ -64,6 +64,16 @@ def test_an_export_is_the_same_model(run, copied, small_data, monkeypatch):
     assert (work / "compare/page.html").is_file() and (work / "baselines").is_dir()
 
 
+def test_without_autoguidance_an_export_leaves_out_the_earlier_prior(run, exported, tmp_path):
+    small = tmp_path / "digits"
+    command.main([str(run.folder), "--out", str(small), "--no-autoguidance", "--device", "cpu"])
+    assert {*files_of(exported)} - {*files_of(small)} == {"stage2/early.safetensors"}
+    model = TwoStage.open(small, "cpu")
+    assert torch.equal(model.sample(4), TwoStage.open(exported, "cpu").sample(4))
+    with pytest.raises(UserError, match="no weaker copy of this prior"):
+        model.sample(4, autoguidance=1.0)
+
+
 def test_an_export_has_what_drawing_needs_and_nothing_more(run, exported):
     names = {re.sub("step-[0-9]+", "step", name) for name in files_of(exported)}
     files = ("model.safetensors", "config.json", "checksums.json")

@@ -54,11 +54,13 @@ def export(
     latents: bool = False,
     name: str | None = None,
     license: str | None = None,
+    autoguidance: bool = True,
 ) -> None:
     """Write an export of a finished run to a new folder; it is there whole or not at all.
 
     half: weights in float16, but statistics and codebooks as they are; then samples differ a little. latents: also those of the
-    training images, which the baselines are fitted to. name: to open it by, the folder's when None. license: its identifier on
+    training images, which the baselines are fitted to. autoguidance: whether the earlier state of the prior, which it needs, goes
+    along. name: to open it by, the folder's when None. license: its identifier on
     the hub; that of the run's card when None. Raises UserError where the run is not finished, or the folder is there.
     """
     if license is not None and not LICENSE.fullmatch(license):
@@ -77,7 +79,7 @@ def export(
         model, halves = stored(best / "model.safetensors", trained)
         half = half or halves
         kept |= {f"{place}/model.safetensors": model, f"{place}/config.json": (best / "config.json").read_bytes()}
-    if (early := early_prior(run)) is not None:
+    if autoguidance and (early := early_prior(run)) is not None:
         kept[EARLY_PRIOR], _ = stored(early, trained)
     if run.told == "caption":
         kept["tokenizer.json"] = (run.folder / "tokenizer.json").read_bytes()
