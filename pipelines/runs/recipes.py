@@ -146,11 +146,12 @@ def vqvae2(data: DataSet) -> RunConfig:
 
 def dalle(data: DataSet) -> RunConfig:
     bottleneck = bottlenecks.GumbelSoftmax(codes=data.codes)
+    transformer = TransformerConfig(dropout=0.1) if data.few else TransformerConfig(width=192, layers=6, dropout=0.1)
     config = replace(
         vae(data),
         stage2=replace(data.stage2, learning_rate=1e-3),
         autoencoder=AutoencoderConfig(data.network, bottleneck),
-        prior=AutoregressiveConfig(TransformerConfig(width=192, layers=6, dropout=0.1), Categorical(), Caption()),
+        prior=AutoregressiveConfig(transformer, Categorical(), Caption()),
     )
     return compiled(data, config)
 
