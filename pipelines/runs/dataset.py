@@ -70,7 +70,9 @@ def write_facts(run: Run, splits: Splits) -> None:
     facts = Facts.of(splits, before)
     if isinstance(run.condition, Caption):
         captions = captions_of(splits.train, splits.label_names)
-        facts = replace(facts, caption_examples=list(dict.fromkeys(captions))[:CAPTION_EXAMPLES])
+        some = list(dict.fromkeys(captions))[:CAPTION_EXAMPLES]
+        telling = sorted(some, key=len)[len(some) // 2]  # neither the tersest nor the wordiest comes first
+        facts = replace(facts, caption_examples=[telling, *(caption for caption in some if caption != telling)])
     files.write_json(run.folder / FACTS, vars(facts))
     if run.given:
         whereabouts.remember(run.config)
