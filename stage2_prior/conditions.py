@@ -17,7 +17,6 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from stage2_prior.latents import LatentDataset, LatentSpec
-from stage2_prior.prior import Sized
 from stage2_prior.sampling import CONTEXT_STREAM, CannotSample, choose, first_uniforms
 
 
@@ -117,7 +116,10 @@ FEWEST_MEMBERS = 20  # images for each cluster
 CLUSTERED_POINTS, CLUSTERED_BYTES = 20_000, 2**28  # of latents, that clusters are found in
 
 
-class ClusterCondition(Sized):
+VECTOR = 16  # numbers that stand for a code; of its vector, the principal components
+
+
+class ClusterCondition(nn.Module):
     """Clusters of the coarsest level, which k-means finds in the posteriors' means, or in the vectors that codes stand for.
 
     Nothing is told from outside. The cluster k(z) follows from the latent, and samples draw theirs as often as it occurs:
@@ -133,15 +135,9 @@ class ClusterCondition(Sized):
     def __init__(self, width: int, specs: list[LatentSpec], clusters: int):
         super().__init__()
         self.labels = LabelCondition(width, specs[-1].grid, clusters, dropout=0.0)
-        self.positions = specs[0].dimensions
-        self.register_buffer("centres", torch.zeros(clusters, self.positions))
-        self.register_buffer("vectors", torch.zeros(specs[0].vocabulary or 0, 1))  # of each code; none for continuous latents
-
-    def fits(self, found: dict[str, Tensor]) -> bool:
-        centres, vectors = found["centres"], found["vectors"]
-        if centres.ndim != 2 or vectors.ndim != 2 or len(vectors) != len(self.vectors):
-            return False
-        return tuple(centres.shape) == (len(self.centres), self.positions * vectors.shape[1])
+        codes = specs[0].vocabulary or 0
+        self.register_buffer("centres", torch.zeros(clusters, specs[0].dimensions * (VECTOR if codes else 1)))
+        self.register_buffer("vectors", torch.zeros(codes, VECTOR))  # of each code; none for continuous latents
 
     @property
     def frequencies(self) -> Tensor:
@@ -158,14 +154,14 @@ class ClusterCondition(Sized):
         from sklearn.exceptions import ConvergenceWarning
         from threadpoolctl import threadpool_limits
 
+        posterior = dataset.sample()[0]
+        latents = posterior["codes"] if "codes" in posterior else posterior["mean"]
         if len(self.vectors):
             if dataset.vectors is None:
                 raise ValueError("clusters of codes need the vectors that the codes stand for")
-            self.vectors = dataset.vectors.to(self.centres)
-        posterior = dataset.sample()[0]
-        latents = posterior["codes"] if "codes" in posterior else posterior["mean"]
-        size = self.points(latents[:1].to(self.centres.device)).shape[1]
-        most = max(1, min(CLUSTERED_POINTS, CLUSTERED_BYTES // (4 * size)))
+            found = components(dataset.vectors, latents)
+            self.vectors.zero_()[:, : found.shape[1]] = found.to(self.vectors)
+        most = max(1, min(CLUSTERED_POINTS, CLUSTERED_BYTES // (4 * self.centres.shape[1])))
         some = torch.randperm(len(latents), generator=torch.Generator().manual_seed(0))[:most]
         points = self.points(latents[some].to(self.centres.device)).float().cpu()
         clusters = max(1, min(len(self.centres), len(points) // FEWEST_MEMBERS))
@@ -173,10 +169,9 @@ class ClusterCondition(Sized):
         # fault, the others stay empty.
         with threadpool_limits(1), warnings.catch_warnings():
             warnings.simplefilter("ignore", ConvergenceWarning)
-            found = KMeans(clusters, random_state=0).fit(points.numpy())
-        self.centres = self.centres.new_zeros(len(self.centres), size)
-        self.centres[:clusters] = torch.from_numpy(found.cluster_centers_).to(self.centres)
-        self.labels.estimate(torch.from_numpy(found.labels_).long())
+            fitted = KMeans(clusters, random_state=0).fit(points.numpy())
+        self.centres.zero_()[:clusters] = torch.from_numpy(fitted.cluster_centers_).to(self.centres)
+        self.labels.estimate(torch.from_numpy(fitted.labels_).long())
 
     def of(self, latents: Tensor) -> Tensor:
         """The cluster of each latent of the coarsest level, B."""
@@ -195,6 +190,14 @@ class ClusterCondition(Sized):
     def forward(self, contexts: Tensor) -> Embedded:
         """contexts: clusters, B."""
         return self.labels(contexts)
+
+
+def components(vectors: Tensor, codes: Tensor) -> Tensor:
+    """The first principal components of the codes' vectors K D, at most VECTOR, weighed by how often the codes N h w occur."""
+    weights = torch.bincount(codes.flatten(), minlength=len(vectors)).double() / codes.numel()
+    centred = vectors.double() - weights @ vectors.double()
+    axes = torch.linalg.svd(weights.sqrt()[:, None] * centred, full_matrices=False).Vh[:VECTOR]
+    return centred @ axes.T
 
 
 BYTES_AND_PADDING = 257  # tokens that any tokenizer of captions has

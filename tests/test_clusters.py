@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from stage2_prior.autoregressive import AutoregressiveConfig, CascadeConfig
-from stage2_prior.conditions import Cluster
+from stage2_prior.conditions import Cluster, components
 from stage2_prior.heads import Categorical
 from stage2_prior.latents import LatentDataset, LatentSpec
 from stage2_prior.sampling import CannotSample, Sampling
@@ -107,9 +107,15 @@ def test_clusters_are_part_of_the_weights():
     other.load_state_dict(prior.state_dict())
     levels, _ = dataset[torch.arange(5)]
     assert torch.equal(other.log_prob(levels), prior.log_prob(levels))
-    for name, wrong in (("centres", torch.zeros(2, 8)), ("centres", torch.zeros(3, 7)), ("vectors", torch.zeros(4, 2))):
-        with pytest.raises(RuntimeError, match="do not fit"):
-            other.load_state_dict({**prior.state_dict(), f"condition.{name}": wrong})
+
+
+def test_distances_between_codes_are_those_between_their_vectors():
+    """In a codebook of many dimensions of which few matter."""
+    generator = torch.Generator().manual_seed(0)
+    plane = torch.linalg.qr(torch.randn(40, 5, generator=generator)).Q
+    vectors = torch.randn(30, 5, generator=generator) @ plane.T + 3
+    codes = torch.randint(0, 30, (100, 4, 4), generator=generator)
+    torch.testing.assert_close(torch.cdist(*[components(vectors, codes)] * 2), torch.cdist(*[vectors.double()] * 2))
 
 
 def test_what_has_no_meaning_is_refused():
