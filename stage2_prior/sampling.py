@@ -135,13 +135,14 @@ class Sampling:
         """Raises CannotSample for what a prior has no meaning for: whether it draws codes, whether it is told contexts, and
         whether it has a weaker copy."""
         if not codes and (self.top_k is not None or self.top_p < 1):
-            raise CannotSample("top-k and top-p choose among codes; these latents are continuous")
+            raise CannotSample("top-k and top-p choose among codes, and these latents are continuous: set a temperature instead")
         if not contexts and self.guidance:
-            raise CannotSample("this prior takes no context, so there is nothing to guide it toward")
+            other = "autoguidance" if weaker else "a temperature"
+            raise CannotSample(f"this prior takes no context, a label or a caption, to be guided toward: set {other} instead")
         if not weaker and self.autoguidance:
-            raise CannotSample("there is no weaker copy of this prior, so there is nothing to guide it away from")
+            raise CannotSample("there is no weaker copy of this prior to be guided away from: set autoguidance to 0")
         if not codes and self.strength and self.temperature == 0:
-            raise CannotSample("guidance chooses among draws of continuous latents, which at a temperature of 0 are all the same")
+            raise CannotSample("draws of continuous latents at a temperature of 0 are all the same: guided, set it above 0")
 
 
 AS_FITTED = Sampling()

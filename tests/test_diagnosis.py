@@ -14,7 +14,7 @@ from pipelines.judging.health import health_of
 from pipelines.judging.rows import Rows, exchange
 from pipelines.judging.tradeoffs import Tradeoff
 from pipelines.pages.diagnosis import another_prior, diagnosis, health_line
-from pipelines.pages.words import about_measures
+from pipelines.pages.words import about_measures, about_sampling
 from pipelines.runs.config import replaced
 from pipelines.runs.recipes import preset
 from pipelines.runs.run import Run
@@ -49,6 +49,14 @@ def made(reconstruction: float = 0.6, learned: float = 1.2, mixture: float = 20.
         commonest=0.1,
     )
     return Comparison(**{**known, **more})
+
+
+def test_too_few_images_to_choose_a_way_to_draw_are_named():
+    says = ["tuned: no; 49 images, too few to judge a way to draw by: at least 50 are needed."]
+    assert about_sampling(made(images=49)) == about_sampling(made(images_of=ImagesOf(49))) == says
+    alone = made(images=49)
+    del alone.priors["learned"]
+    assert about_sampling(alone) == about_sampling(made(images=50)) == []
 
 
 def said(comparison: Comparison) -> str:

@@ -241,6 +241,14 @@ def test_features_that_do_not_vary_are_withheld_with_the_reason(tmp_path, dead):
     assert along({"one": features}, made) == {} and made.frechet_distance(images, "features") is None
 
 
+@pytest.mark.parametrize("count", [49, 50])
+def test_a_tradeoff_has_figures_of_as_few_images_as_the_table_has(tmp_path, count):
+    made = space(tmp_path, 100)
+    features = made.reference[:count]
+    judge = Judge(made, torch.ones(count), seed=0)
+    assert bool(along({"one": features}, made)) == (judge.cloud is not None) == (count == 50)
+
+
 @pytest.mark.parametrize("size", [1, 2, 3, 4])
 def test_the_classifier_takes_images_of_any_size(size):
     assert Classifier(3, 2).eval().features(torch.zeros(5, 3, size, size, dtype=torch.uint8)).shape == (5, 64)

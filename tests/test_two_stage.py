@@ -141,7 +141,7 @@ def test_a_picture_is_completed_from_a_tensor_as_from_a_file(run, model, tmp_pat
         (lambda model: model.sample(2, prior="standard", label="1"), "the standard prior takes neither"),
         (lambda model: model.sample(2, prior="standrad"), "did you mean 'standard'"),
         (lambda model: model.sample(2, temperature=-1), "a temperature is 0 or more"),
-        (lambda model: model.sample(2, top_k=3), "these latents are continuous"),
+        (lambda model: model.sample(2, top_k=3), "these latents are continuous: set a temperature instead"),
         (
             lambda model: model.encode(torch.zeros(2, 1, 28, 28)),
             "images are uint8, of shape .N, 1, 28, 28., not .*float32",

@@ -209,7 +209,8 @@ class Views:
         size = (picture.shape[1], picture.shape[2])
         maps = [heat(level, size) for level in usual.excess(scores)]
         bits = f"{float(scores.bits_of_z):.0f} bits of z, {float(scores.bits_of_x):.0f} of x given z"
-        verdict = f"{float(100 * usual.more_usual(scores)):.0f} % of {len(usual.distances)} held-out images are more usual"
+        percent = float(100 * usual.more_usual(scores))
+        verdict = f"{percent:.0f} % of {len(usual.distances)} held-out images are more usual than it"
         order = " From the coarse grid to the fine one." if len(maps) > 1 else ""
         again = self.model.decode(self.model.encode(picture[None]))
         return [

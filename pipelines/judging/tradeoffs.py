@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from pipelines.judging.features import FeatureSpace, kept_best
-from pipelines.judging.quality import FEWEST, Cloud, likeness
+from pipelines.judging.quality import ENOUGH, Cloud, likeness
 from stage2_prior.sampling import AS_FITTED, Sampling
 
 T = TypeVar("T")
@@ -21,7 +21,7 @@ SHARES = (1.0, 0.75, 0.5, 0.25, 0.1)  # of samples kept by rejection
 TEMPERATURES = (0.9, 0.8)
 GUIDANCE = (0.25, 0.5, 1.0, 2.0)
 AUTOGUIDANCE = (0.25, 0.5, 1.0, 1.5)
-ENOUGH = 1000  # samples that a way to draw is judged by, where a row of the comparison has as many
+DRAWN = 1000  # samples that a way to draw is judged by, where a row of the comparison has as many
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,11 +67,11 @@ def choose_sampling(
     """How the learned prior is drawn best, by the lowest Fréchet distance, and what was tried.
 
     space: of another network than the one that judges the comparison, so that what is chosen does not flatter the figures.
-    count: images that a row of the comparison is judged by; here ENOUGH of them are drawn, or a fifth as many if that is more.
+    count: images that a row of the comparison is judged by; here DRAWN of them are drawn, or a fifth as many if that is more.
     drawn: the features of as many images, N F, drawn in a way; other ones than those that the comparison judges.
     As fitted, where nothing is better, or there are too few images to tell.
     """
-    few = max(math.ceil(count / 5), min(count, ENOUGH))
+    few = max(math.ceil(count / 5), min(count, DRAWN))
     some = {how: drawn(how, few) for how in ways}
     tried = [replace(point, sampling=how) for how, point in along(some, space).items()]
     best = lowest_fd(tried)
@@ -94,10 +94,11 @@ def rejection(space: FeatureSpace, surety: Tensor, features: Tensor, labels: Ten
 def along(features: dict[T, Tensor], space: FeatureSpace) -> dict[T, Tradeoff]:
     """The figures for each value of what is varied, from as many features N F each.
 
-    None where there are too few images, or those for training have all the same features.
+    None where there are fewer than ENOUGH images, as the table withholds its figures then, or where those for training have
+    all the same features.
     """
     (number,) = {len(some) for some in features.values()}
-    if min(number, len(space.reference)) < FEWEST or not space.varies:
+    if min(number, len(space.reference)) < ENOUGH or not space.varies:
         return {}
     reference = Cloud.of(space.reference[torch.randperm(len(space.reference), generator=seeded())[:number]])
     points = {}

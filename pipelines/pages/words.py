@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from pipelines.console import counted
 from pipelines.judging.comparison import ROWS, Comparison, Row
-from pipelines.judging.quality import nearest_share
+from pipelines.judging.quality import ENOUGH, nearest_share
 from pipelines.judging.together import Entry, candidates, names_of
 from pipelines.judging.tradeoffs import described, lowest_fd
 
@@ -181,6 +181,9 @@ def described_tuned(comparison: Comparison) -> str:
 
 def about_sampling(comparison: Comparison) -> list[str]:
     tried = [point for point in comparison.sampling if point.sampling is not None]
+    judged = min(comparison.images, comparison.images_of.reference)
+    if "learned" in comparison.priors and not tried and judged < ENOUGH:
+        return [f"tuned: no; {counted(judged, 'image')}, too few to judge a way to draw by: at least {ENOUGH} are needed."]
     if not tried:
         return []
     ways, count = "; ".join(described(point.sampling) for point in tried if point.sampling), tried[0].images
