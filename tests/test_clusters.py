@@ -122,5 +122,5 @@ def test_what_has_no_meaning_is_refused():
     prior = AutoregressiveConfig(head=Categorical(), condition=Cluster(3)).build([LatentSpec((2, 2), 5)])
     with pytest.raises(ValueError, match="vectors"):
         prior.estimate(random_latents(50, LatentSpec((2, 2), 5)))
-    with pytest.raises(CannotSample, match="nothing to guide it toward"):
+    with pytest.raises(CannotSample, match="takes no context"):
         prior.sample(torch.arange(2), seed=0, how=Sampling(guidance=0.5))
