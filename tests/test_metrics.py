@@ -34,7 +34,6 @@ from pipelines.judging import compare, features, quality, rows
 from pipelines.judging.comparison import SURELY, Verdict, from_dict, read_comparison, verdict_of, write_comparison
 from pipelines.judging.features import FIGURES, Classifier, FeatureSpace, Judge, feature_space, kept_best, surety_of
 from pipelines.judging.published import PUBLISHED, DinoV2, published, resized
-from pipelines.judging.quality import (
     Cloud,
     FrechetDistance,
     copied,
@@ -45,12 +44,13 @@ from pipelines.judging.quality import (
     nearest_neighbours,
     resampled,
 )
-from pipelines.judging.tradeoffs import along
+from pipelines.judging.tradeoffs import along, choose_sampling, ways_to_sample
 from pipelines.pages.words import notes
 from pipelines.runs.config import MetricsConfig
 from pipelines.runs.dataset import load_data
 from pipelines.runs.recipes import preset
 from pipelines.training.devices import fabric_for
+from stage2_prior.sampling import AS_FITTED
 from tests.parts import compared, shrunk, small_splits
 
 
@@ -220,6 +220,11 @@ def test_what_too_few_images_cannot_say_is_withheld_with_the_reason(tmp_path):
         judge, figures = judged(made, count)
         assert [name for name in FIGURES if figures[name] is not None] == ["nearer", "copied"]
         assert any(f"{count} images, of at least 50 needed" in reason for reason in judge.withheld.values())
+
+
+def test_nothing_is_drawn_to_choose_by_where_there_are_too_few_images(tmp_path):
+    made, ways = space(tmp_path, 100), ways_to_sample(contexts=True, weaker=True)
+    assert choose_sampling(made, ways, 49, lambda how, count: pytest.fail("they are drawn")) == (AS_FITTED, [])
 
 
 @pytest.mark.parametrize("dead", [False, True])

@@ -72,6 +72,8 @@ def choose_sampling(
     As fitted, where nothing is better, or there are too few images to tell.
     """
     few = max(math.ceil(count / 5), min(count, DRAWN))
+    if not enough(few, space):
+        return AS_FITTED, []
     some = {how: drawn(how, few) for how in ways}
     tried = [replace(point, sampling=how) for how, point in along(some, space).items()]
     best = lowest_fd(tried)
@@ -98,7 +100,7 @@ def along(features: dict[T, Tensor], space: FeatureSpace) -> dict[T, Tradeoff]:
     all the same features.
     """
     (number,) = {len(some) for some in features.values()}
-    if min(number, len(space.reference)) < ENOUGH or not space.varies:
+    if not enough(number, space):
         return {}
     reference = Cloud.of(space.reference[torch.randperm(len(space.reference), generator=seeded())[:number]])
     points = {}
@@ -114,6 +116,11 @@ def along(features: dict[T, Tensor], space: FeatureSpace) -> dict[T, Tradeoff]:
             images=number,
         )
     return points
+
+
+def enough(number: int, space: FeatureSpace) -> bool:
+    """Whether as many images can be judged."""
+    return min(number, len(space.reference)) >= ENOUGH and space.varies
 
 
 def seeded() -> torch.Generator:
