@@ -34,6 +34,7 @@ from pipelines.judging import compare, features, quality, rows
 from pipelines.judging.comparison import SURELY, Verdict, from_dict, read_comparison, verdict_of, write_comparison
 from pipelines.judging.features import FIGURES, Classifier, FeatureSpace, Judge, feature_space, kept_best, surety_of
 from pipelines.judging.published import PUBLISHED, DinoV2, published, resized
+from pipelines.judging.quality import (
     Cloud,
     FrechetDistance,
     copied,
