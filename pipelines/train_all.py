@@ -43,7 +43,7 @@ python -m pipelines.train_all PRESET --help   says every setting with its meanin
 def parse(arguments: list[str]) -> "tuple[str, RunConfig, Options]":
     """The run's name, its config, and the options, from the command line."""
     from pipelines.runs.config import RunConfig
-    from pipelines.runs.kinds import choose_kinds, kinds_of
+    from pipelines.runs.kinds import choices, choose_kinds
     from pipelines.runs.options import DEFAULTS, Options
     from pipelines.runs.run import folder_of
     from pipelines.runs.whereabouts import check, options_in
@@ -59,7 +59,7 @@ def parse(arguments: list[str]) -> "tuple[str, RunConfig, Options]":
         """name of the run, a folder under checkpoints/, or a path; the preset's name when not given"""
         options: Annotated[Options, tyro.conf.arg(name="")] = DEFAULTS
 
-    kinds = "\n".join(f"  --{path.replace('_', '-')} {{{','.join(kinds)}}}" for path, kinds in kinds_of(default).items())
+    kinds = "\n".join(f"  --{path.replace('_', '-')} {{{','.join(kinds)}}}" for path, kinds in choices(default).items())
     asked = tyro.cli(
         Arguments,
         prog=f"python -m pipelines.train_all {preset or ''}".rstrip(),

@@ -106,7 +106,7 @@ class Cluster:
     """
 
     clusters: Annotated[int, Interval(ge=1, le=10_000)] = 30
-    """the most clusters; fewer where there are not FEWEST_MEMBERS images for each"""
+    """the most clusters; fewer where there are not 20 images for each"""
 
     def build(self, width: int, specs: list[LatentSpec], classes: int) -> "ClusterCondition":
         return ClusterCondition(width, specs, self.clusters)

@@ -38,6 +38,12 @@ def kinds_of(config: Any, path: str = "") -> dict[str, dict[str, type]]:
     return found
 
 
+def choices(config: RunConfig) -> dict[str, dict[str, type]]:
+    """What a command line can choose: the kinds of every part, and those of what all levels of a prior are told."""
+    found = kinds_of(config)
+    return found | {CONDITION: found["prior.top.condition"]} if isinstance(config.prior, CascadeConfig) else found
+
+
 def name_of(kind: type) -> str:
     """FiniteScalar is finite-scalar, PixelCNNConfig is pixelcnn; a prior that is told nothing has the condition none."""
     if kind is Unconditional:
@@ -80,10 +86,8 @@ def choose_kinds(config: RunConfig, arguments: list[str]) -> tuple[RunConfig, li
 
 def first_choice(config: RunConfig, arguments: list[str]) -> tuple[str, type, int, int] | None:
     """Of the arguments that choose a kind, the one of the outermost part: its path, the kind, and where it stands."""
-    found, paths = [], kinds_of(config)
-    if isinstance(config.prior, CascadeConfig):
-        paths[CONDITION] = paths["prior.top.condition"]
-    for path, kinds in paths.items():
+    found = []
+    for path, kinds in choices(config).items():
         for index, argument in enumerate(arguments):
             option, equals, value = argument.partition("=")
             if option.replace("-", "_") != f"__{path}":
