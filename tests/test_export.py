@@ -118,6 +118,7 @@ def test_half_precision_is_half_the_size_and_nearly_the_same_model(run, exported
     assert 0.45 < sizes[0] / sizes[1] < 0.6
     half, again, whole = (TwoStage.open(folder, "cpu") for folder in (tmp_path / "half", tmp_path / "again", exported))
     images = whole.sample(4)
+    assert (tmp_path / "half" / SAMPLES).read_bytes() == (tmp_path / "again" / SAMPLES).read_bytes()
     assert torch.equal(half.sample(4), again.sample(4)) and "in half precision" in (tmp_path / "again" / CARD).read_text()
     assert 0 < (half.sample(4).int() - images.int()).abs().max() <= 8
     (codes,), (others,) = half.encode(images), whole.encode(images)

@@ -88,6 +88,10 @@ def export(
     metrics = made_here if made_here.is_file() else run.folder / "compare" / "metrics.json"  # of an export, as it came
     if metrics.is_file():
         comparison, kept["compare/metrics.json"] = read_comparison(metrics), metrics.read_bytes()
+    if trained:  # samples of the weights that are handed on
+        with torch.no_grad():
+            for parameter in (*autoencoder.parameters(), *prior.parameters()):
+                parameter.copy_(halved(parameter))
     kept[SAMPLES] = tiled(first_samples(run, autoencoder, prior), 4)
     kept[CARD] = card(run, comparison, name or folder.name, half, license or license_of(run.folder / CARD)).encode()
     folder.parent.mkdir(parents=True, exist_ok=True)
