@@ -114,9 +114,7 @@ class Cluster:
 
 FEWEST_MEMBERS = 20  # images for each cluster
 CLUSTERED_POINTS, CLUSTERED_BYTES = 20_000, 2**28  # of latents, that clusters are found in
-
-
-VECTOR = 16  # numbers that stand for a code; of its vector, the principal components
+VECTOR = 16  # numbers that stand for a code: of its vector, the principal components
 
 
 class ClusterCondition(nn.Module):

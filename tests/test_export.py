@@ -107,6 +107,22 @@ def test_where_the_images_of_an_export_are_looked_for_is_said(monkeypatch):
         load_data(Run.open(str(TRAINED / "mnist"), "cpu"))
 
 
+def test_own_images_of_an_export_are_looked_for_beside_downloads(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run = Run.open("cifar10-jpeg", "cpu")
+    with pytest.raises(
+        UserError, match="^there is no folder data/cifar10-jpeg: put the images there, or make data/cifar10-jpeg a link"
+    ):
+        load_data(run)
+    for label in ("cat", "dog"):
+        folder = tmp_path / "data/cifar10-jpeg/train" / label
+        folder.mkdir(parents=True)
+        for number in range(20):
+            Image.new("RGB", (32, 32), (number, 0, 0)).save(folder / f"{number}.png")
+    with pytest.raises(UserError, match="is trained on other images: 47500"):
+        load_data(run)
+
+
 def test_half_precision_is_half_the_size_and_nearly_the_same_model(run, exported, tmp_path, monkeypatch):
     read, load = [], safetensors.torch.load_file
     with monkeypatch.context() as patch:

@@ -2,6 +2,7 @@
 
 import shlex
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from pipelines import files
@@ -11,7 +12,7 @@ from pipelines.data.decoding import MOST_PIXELS
 from pipelines.data.given import file_of
 from pipelines.data.identity import content_of_captions, content_of_files, stamp
 from pipelines.data.images import ImageSet, Mirrored, Splits
-from pipelines.data.sets import Shards
+from pipelines.data.sets import Folder, Parquet, Shards
 from pipelines.runs import whereabouts
 from pipelines.runs.config import to_dict
 from pipelines.runs.run import GIVEN, UNREADABLE, Run, refuse_another
@@ -108,16 +109,19 @@ def load_data(run: Run) -> Splits:
     """
     if not run.given:
         whereabouts.check(run.config, run.folder)
+    data = run.config.data
+    if run.exported and isinstance(data, Folder | Parquet):  # an export names no place, and no option of a command does
+        data = replace(data, root=Path("data") / run.folder.name)
     with run.fabric.rank_zero_first(local=True):  # which may download it, or read it whole
         try:
-            splits = run.config.data.load(run.work / UNREADABLE)
+            splits = data.load(run.work / UNREADABLE)
         except NotThere as error:
             if not (run.folder / "config.json").is_file():
                 raise
-            root = vars(run.config.data).get("root")
+            root = vars(data).get("root")
             if run.exported and root is not None:
                 raise UserError(f"{error.what}: put the images there, or make {root} a link to where they are") from error
-            option = "--data.urls PATTERN" if isinstance(run.config.data, Shards) else "--data.root PATH"
+            option = "--data.urls PATTERN" if isinstance(data, Shards) else "--data.root PATH"
             command = f"python -m pipelines.train_all --run {shlex.quote(str(run.folder))} {option}"
             raise UserError(f"{error.what}. Say where they lie now: {command}") from error
     if (run.folder / FACTS).is_file() and (run.exported or checkpoints.folders(run.folder / "stage1")):
