@@ -247,7 +247,7 @@ class Measurement:
 def active_units(latents: LatentDataset) -> int:
     """Latent numbers whose posterior mean varies over images by more than ACTIVE."""
     (posterior,) = latents.sample()
-    return int((posterior["mean"].var(0) > ACTIVE).sum())
+    return int((posterior["mean"].var(0, correction=0) > ACTIVE).sum())
 
 
 def mutual_information(latents: LatentDataset, chosen: Tensor, seed: int) -> Tensor:
