@@ -11,7 +11,7 @@ import torch
 
 from pipelines.console import UserError
 from pipelines.runs.config import RunConfig, from_dict, read_config, replaced, to_dict
-from pipelines.runs.kinds import choose_kinds, kinds_of, name_of
+from pipelines.runs.kinds import choose_kinds, kinds_of, name_of, name_of_prior
 from pipelines.runs.names import DATA, PRIORS, RECIPES, preset_name
 from pipelines.runs.options import Options
 from pipelines.runs.priors import open_prior
@@ -256,5 +256,8 @@ def test_a_prior_can_be_told_nothing_by_name():
     _, config, _ = parse(["folder-vqvae2", "--prior.condition", "class-label"])
     assert config.prior.top.condition == config.prior.bottom.condition == ClassLabel()
     assert preset("folder").prior.condition == preset("folder-vqvae2").prior.condition == Cluster()
+    names = {name: name_of_prior(preset(name).prior) for name in ("folder", "folder-vqvae2", "mnist5k", "mnist-vqvae2")}
+    assert names["folder"] == "PixelSNAIL with clusters" and names["folder-vqvae2"] == "PixelSNAIL + PixelCNN with clusters"
+    assert names["mnist5k"] == "PixelSNAIL" and names["mnist-vqvae2"] == "PixelSNAIL + PixelCNN"
     _, config, _ = parse(["mnist5k", "--prior.condition", "none"])
     assert config.prior.condition == Unconditional() and config.prior.head == preset("mnist5k").prior.head

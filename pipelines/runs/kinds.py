@@ -12,7 +12,7 @@ from pipelines.runs.config import RunConfig, replaced
 from stage1_vae.bottlenecks import Deterministic, Gaussian
 from stage1_vae.hierarchy import Hierarchical
 from stage2_prior.autoregressive import AutoregressiveConfig, CascadeConfig
-from stage2_prior.conditions import Unconditional
+from stage2_prior.conditions import Cluster, Unconditional
 from stage2_prior.heads import Categorical, GaussianMixture, HeadConfig
 from stage2_prior.kinds import PriorConfig, RivalConfig
 
@@ -52,12 +52,15 @@ def name_of(kind: type) -> str:
 
 
 def name_of_prior(prior: PriorConfig) -> str:
-    """What a learned prior is, for people: PixelSNAIL; of several levels all, coarse to fine, such as PixelSNAIL + PixelCNN."""
-    if isinstance(prior, CascadeConfig):
-        return " + ".join(dict.fromkeys(name_of_prior(level) for level in (prior.top, prior.bottom)))
+    """What a learned prior is, for people: PixelSNAIL with clusters; of several levels all, such as PixelSNAIL + PixelCNN.
+
+    What it is told from outside, a label or a caption, is said apart.
+    """
     if isinstance(prior, RivalConfig):
         return RIVALS[name_of(type(prior))]
-    return type(prior.backbone).__name__.removesuffix("Config")
+    levels = (prior.top, prior.bottom) if isinstance(prior, CascadeConfig) else (prior,)
+    names = dict.fromkeys(type(level.backbone).__name__.removesuffix("Config") for level in levels)
+    return " + ".join(names) + (" with clusters" if isinstance(prior.condition, Cluster) else "")
 
 
 def choose_kinds(config: RunConfig, arguments: list[str]) -> tuple[RunConfig, list[str]]:
