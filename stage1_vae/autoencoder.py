@@ -64,8 +64,9 @@ class Autoencoder(nn.Module):
 
     @property
     def vectors(self) -> Tensor | None:
-        """What each code of the coarsest level stands for, K D; None where latents are continuous."""
-        return self.bottleneck.vectors
+        """What each code of the coarsest level stands for, K D on the CPU; None where latents are continuous."""
+        vectors = self.bottleneck.vectors
+        return None if vectors is None else vectors.detach().cpu()
 
     @property
     def at_once(self) -> int:

@@ -60,8 +60,7 @@ def encode(run: Run, autoencoder: Autoencoder, images: ImageSet, part: str, phas
     shards = [read_latents(shard, specs_of(autoencoder)) for shard in paths]
     if sum(len(next(iter(shard.values()))) for shard in shards) != len(images):
         raise other_latents(path, f"they are not of {len(images)} images")
-    vectors = None if autoencoder.vectors is None else autoencoder.vectors.detach().cpu()
-    return latent_dataset(shards, contexts_of(run, images, part), vectors)
+    return latent_dataset(shards, contexts_of(run, images, part), autoencoder.vectors)
 
 
 def encode_training(run: Run, autoencoder: Autoencoder, images: ImageSet, phase: Phase | None = None) -> LatentDataset:
