@@ -208,11 +208,15 @@ def card(run: Run, comparison: Comparison | None, name: str, half: bool, license
         f"Or from the command line: `python -m pipelines.generate {name} --count 64 --out samples.png`.",
         "",
         *([f'The prior is conditioned on the {run.told}: `sample(64, {run.told}="{example}")`.', ""] if run.told else []),
-        *(["Labels:", "", *(f"- {name}" for name in facts.label_names), ""] if run.told == "label" else []),
+        *([labels_table(facts.label_names), ""] if run.told == "label" else []),
     ]
     if comparison is not None:
         lines += figures(comparison, half)
     return "\n".join(lines) + "\n"
+
+
+def labels_table(names: list[str]) -> str:
+    return markdown([["number", "label"], *([str(number), name.replace("|", r"\|")] for number, name in enumerate(names))])
 
 
 def figures(comparison: Comparison, half: bool) -> list[str]:
