@@ -24,10 +24,11 @@ PRESSED = {
 
 
 @pytest.fixture
-def address(run, small_data):
-    """Of the page, with a run whose prior is told labels."""
+def address(run, small_data, tmp_path, monkeypatch):
+    """Of the page, with a run whose prior is told labels. No other lies under checkpoints/."""
     from pipelines.explorer.page import Page
 
+    monkeypatch.chdir(tmp_path)
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     blocks = Page(str(run.folder), "cpu").serve("127.0.0.1", port, wait=False)
@@ -35,7 +36,7 @@ def address(run, small_data):
     blocks.close()
 
 
-def test_every_tab_answers_without_an_error_and_without_a_network(address):
+def test_every_tab_answers_without_an_error_and_without_a_network(address, tmp_path):
     arguments = ["--no-sandbox", "--no-first-run", *(f"--disable-{name}" for name in QUIET)]
     with playwright.sync_playwright() as driver:
         browser = driver.chromium.launch(executable_path=CHROMIUM, args=arguments)
@@ -48,6 +49,11 @@ def test_every_tab_answers_without_an_error_and_without_a_network(address):
         page.goto(address)
         pictures = page.locator(".strip img:visible")
         playwright.expect(pictures).to_have_count(4 * 16, timeout=120_000)
+        (tmp_path / "checkpoints" / "later").mkdir(parents=True)
+        (tmp_path / "checkpoints" / "later" / "config.json").touch()
+        page.get_by_label("Run").click()
+        playwright.expect(page.get_by_role("option", name="later")).to_be_visible()
+        page.keyboard.press("Escape")
         page.get_by_label("Seed").fill("1")
         before = pictures.first.get_attribute("src")
         page.get_by_role("button", name="Draw", exact=True).click()

@@ -113,10 +113,13 @@ class Page:
 
     def __init__(self, first: str, device: str):
         self.first, self.device = first, device
-        self.names = names_of_runs()
-        if first not in self.names:
-            self.names.insert(0, first)
         self.opened = functools.lru_cache(maxsize=3)(self.open)
+
+    @property
+    def names(self) -> list[str]:
+        """Of the runs there are now, the one shown first among them."""
+        names = names_of_runs()
+        return names if self.first in names else [self.first, *names]
 
     def open(self, name: str) -> Views:
         """A run, and its data on their way, so that what first needs them does not wait."""
@@ -232,6 +235,8 @@ class Page:
                 temperature = gr.Slider(0, 1.5, 1, step=0.05, label="Temperature", min_width=140)
                 guidance = gr.Slider(0, 4, 0, step=0.25, label="Guidance", min_width=140)
                 autoguidance = gr.Slider(0, 4, 0, step=0.25, label="Autoguidance", min_width=140)
+            # A run that was trained since the page was opened is listed, too.
+            run.focus(lambda: gr.update(choices=self.names), outputs=run, show_progress="hidden", api_visibility="private")
             told = [label, caption, temperature, guidance, autoguidance]
             with gr.Tab("Draw"):
                 count = gr.Slider(1, LARGEST, 16, step=1, label="Images under each prior")
