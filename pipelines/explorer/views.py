@@ -192,8 +192,9 @@ class Views:
         samples = self.model.sample(count, seed=seed, label=label, caption=caption, **vars(how))
         rows = torch.arange(min(len(data.train), NEIGHBOURS))
         some = "" if len(rows) == len(data.train) else f" Looked for among the first {len(rows)} training images."
-        pixels = data.train.images[rows].flatten(1).float() / 255
-        by_pixels = nearest_neighbours(samples.flatten(1).float() / 255, pixels)
+        pixels, drawn = data.train.images[rows].flatten(1).float() / 255, samples.flatten(1).float() / 255
+        _, places = nearest_neighbours(drawn, pixels)
+        by_pixels = (drawn - pixels[places]).norm(dim=1), places  # what the search gives is rounded: a copy is not quite at 0
         distances, places = nearest_neighbours(self.space.features(samples, "features of the samples"), self.space.reference)
         by_features = distances, self.space.numbers(places)
         strips = [Strip("samples of the learned prior", samples)]
