@@ -4,7 +4,7 @@ N images, C colour channels, H×W pixels, c latent channels, h×w latent grid. T
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -304,12 +304,13 @@ class TwoStage:
         particles: int = 64,
         pixels: Pixels = "mean",
         batch_size: int = 256,
+        tell: Callable[[str], None] = say,
     ) -> Tensor:
         """Pictures whose hidden part is drawn anew, under the learned prior; uint8 N C H W.
 
         picture: uint8 C H W, or a file. keep: what is kept of it: boolean H W, or top-half, bottom-half, left-half, right-half,
         or the file of a mask picture, white where it is kept. particles: drawn for each completion, to choose one by the density
-        of the latents and pixels that are kept.
+        of the latents and pixels that are kept. tell: takes what is to be said of them, last the effective sample size.
         """
         shape, network = self.image_shape, self.prior("learned")
         if not isinstance(network, LearnedPrior):
@@ -331,6 +332,7 @@ class TwoStage:
             particles=particles,
             contexts=self.contexts(count, "learned", label, caption),
             pixels=pixels,
+            tell=tell,
         )
         return made.clone()
 

@@ -76,7 +76,7 @@ def test_a_walk_goes_from_one_reconstruction_to_the_other(views, small_data):
     assert torch.equal(between.images[[0, -1]], ends)
 
 
-def test_what_is_painted_over_is_drawn_anew_and_the_rest_is_kept(views, small_data, tmp_path):
+def test_what_is_painted_over_is_drawn_anew_and_the_rest_is_kept(views, small_data, tmp_path, capsys):
     picture = views.held_out(1)
     large = Image.fromarray(picture[0].numpy()).resize((280, 280), Image.Resampling.NEAREST)
     large.convert("RGBA").save(tmp_path / "background.png")
@@ -89,13 +89,22 @@ def test_what_is_painted_over_is_drawn_anew_and_the_rest_is_kept(views, small_da
     given, made = views.complete(picture, hidden, 2, 0, "1", "what a prior that is told labels does not hear")
     assert (given.images[0, :, 14:] == 128).all()
     assert torch.equal(made.images[:, :, :14], picture[None, :, :14].expand(2, -1, -1, -1))
+    capsys.readouterr()
+    views.model.complete(picture, "top-half", 2, label="1", seed=0, particles=16)
+    assert made.note.startswith("effective sample size: median ") and made.note == capsys.readouterr().out.splitlines()[-1]
     with pytest.raises(UserError, match="nothing is painted over"):
         views.complete(picture, torch.zeros_like(hidden), 2, 0, None, None)
 
 
 def test_a_caption_is_what_a_completion_is_told(views, small_data, monkeypatch):
     heard = []
-    monkeypatch.setattr(views.model, "complete", lambda *_, **told: heard.append(told) or torch.zeros(1, 1, 28, 28))
+
+    def complete(*_, tell, **told):
+        heard.append(told)
+        tell("of how many particles")
+        return torch.zeros(1, 1, 28, 28)
+
+    monkeypatch.setattr(views.model, "complete", complete)
     monkeypatch.setattr(type(views.run), "told", "caption")
     views.complete(views.held_out(1), torch.ones(28, 28, dtype=torch.bool), 1, 0, "1", "a boot")
     assert heard[0]["caption"] == "a boot" and heard[0]["label"] is None

@@ -182,9 +182,12 @@ class Views:
             raise UserError("nothing is painted over: paint the part that is to be drawn anew")
         label = label if self.run.told == "label" else None
         caption = caption if self.run.told == "caption" else None
-        made = self.model.complete(picture, ~hidden, count, label=label, caption=caption, seed=seed, particles=16)
+        told: list[str] = []
+        made = self.model.complete(
+            picture, ~hidden, count, label=label, caption=caption, seed=seed, particles=16, tell=told.append
+        )
         given = torch.where(hidden, 128, picture)[None]
-        return [Strip("what is kept", given), Strip("the rest drawn anew, under the learned prior", made)]
+        return [Strip("what is kept", given), Strip("the rest drawn anew, under the learned prior", made, told[-1])]
 
     def nearest(self, count: int, seed: int, how: Sampling, label: str | None, caption: str | None) -> list[Strip]:
         """Samples of the learned prior, and below each the training image that is nearest: in pixels and in features."""

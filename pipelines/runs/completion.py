@@ -4,6 +4,7 @@ The hidden pixels are blanked before encoding. A latent is held when no filling 
 what it could only learn from hidden pixels is drawn again.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -106,16 +107,18 @@ def completions(
     particles: int,
     contexts: Tensor | None,
     pixels: Pixels,
+    tell: Callable[[str], None] = say,
 ) -> Tensor:
     """Pictures uint8 N C H W whose hidden part is drawn anew.
 
     image: uint8 C H W; known: boolean H W, which part of it is kept; particles: drawn for each completion, to choose one by the
-    density of the latents and pixels that are kept; contexts: what the prior is told of each.
+    density of the latents and pixels that are kept; contexts: what the prior is told of each; tell: takes a sentence on how
+    many latents of each level are held, and last one on the effective sample size.
     """
     given, held = held_latents(autoencoder, image, known, device)
     for mask in held:
         held_here, grid = f"{int(mask.sum())} of {mask.numel()}", f"{mask.shape[0]}×{mask.shape[1]} grid"
-        say(f"held: {held_here} latents on the {grid}, which depend on kept pixels alone; the others are drawn anew")
+        tell(f"held: {held_here} latents on the {grid}, which depend on kept pixels alone; the others are drawn anew")
     target, seen = autoencoder.likelihood.scale(image[None].to(device)), known.to(device)
 
     def of_known_pixels(levels: list[Tensor]) -> Tensor:
@@ -134,7 +137,7 @@ def completions(
     images, sizes = zip(*processes.in_batches(completed, torch.arange(count), size, "completing"))
     median = float(torch.cat(sizes).median())
     few = f": the completions may not fit what is kept; --particles {4 * particles} chooses among more" if median < FEW else ""
-    say(f"effective sample size: median {median:.1f} of {counted(particles, 'particle')}{few}")
+    tell(f"effective sample size: median {median:.1f} of {counted(particles, 'particle')}{few}")
     return torch.cat(images)
 
 
