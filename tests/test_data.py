@@ -596,15 +596,41 @@ def test_no_data_and_no_network_says_which_file_to_put_where(tmp_path, monkeypat
         TorchvisionSet(name, tmp_path).load()
 
 
-def test_torchvisions_layout_is_read(tmp_path):
-    raw = tmp_path / "MNIST" / "raw"
-    raw.mkdir(parents=True)
+def test_a_download_that_failed_is_not_tried_again_but_files_put_there_since_are_read(tmp_path, monkeypatch):
+    tried = []
+
+    def no_network(*_, **__):
+        tried.append(1)
+        raise OSError("no route to host")
+
+    monkeypatch.setattr("urllib.request.urlopen", no_network)
+    messages = []
+    for _ in range(3):
+        with pytest.raises(UserError) as raised:
+            TorchvisionSet("MNIST", tmp_path).load()
+        messages.append((str(raised.value), len(tried)))
+    assert messages[0] == messages[1] == messages[2] and tried
+    with pytest.raises(UserError):
+        TorchvisionSet("MNIST", tmp_path / "elsewhere").load()
+    assert len(tried) == 2 * messages[0][1]
+    mnist_at(tmp_path)
+    assert len(TorchvisionSet("MNIST", tmp_path).load().test) == 20
+
+
+def mnist_at(root: Path) -> None:
+    """A few images in torchvision's layout."""
+    raw = root / "MNIST" / "raw"
+    raw.mkdir(parents=True, exist_ok=True)
     for part, count in (("train", 60), ("t10k", 20)):
         images = np.arange(count * 784, dtype=np.int64).astype(np.uint8)
         header = np.array([0x803, count, 28, 28], ">i4").tobytes()
         (raw / f"{part}-images-idx3-ubyte").write_bytes(header + images.tobytes())
         labels = (np.arange(count) % 10).astype(np.uint8)
         (raw / f"{part}-labels-idx1-ubyte").write_bytes(np.array([0x801, count], ">i4").tobytes() + labels.tobytes())
+
+
+def test_torchvisions_layout_is_read(tmp_path):
+    mnist_at(tmp_path)
     splits = TorchvisionSet("MNIST", tmp_path).load()
     assert (len(splits.train), len(splits.validation), len(splits.test)) == (57, 3, 20)
     assert splits.label_names[3].startswith("3")

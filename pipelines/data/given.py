@@ -17,6 +17,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from pipelines.console import NotThere, Progress, UserError, counted, first_line, nearest, say
+from pipelines.data.downloads import downloaded
 from pipelines.data.images import ImageSet, Splits, with_validation
 from pipelines.data.own import FEWEST_IMAGES, without_test
 from pipelines.files import packed, read_tensors
@@ -186,8 +187,7 @@ class TorchvisionByName:
             except (RuntimeError, FileNotFoundError):
                 if "download" not in parameters:
                     raise
-            say(f"downloading {self.name} to {self.root}/")
-            return kind(**given, download=True)
+            return downloaded(kind, self.root, **given)
         except (RuntimeError, OSError, ValueError, TypeError, ImportError) as error:
             raise NotThere(
                 f"{self.name} is not in {self.root}/ in torchvision's layout, and torchvision could not bring it there"

@@ -14,7 +14,8 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from pipelines.console import NotThere, UserError, say
+from pipelines.console import NotThere, UserError
+from pipelines.data.downloads import downloaded
 from pipelines.data.folder import Folder
 from pipelines.data.given import Given, TorchvisionByName
 from pipelines.data.images import ImageSet, Splits, split, with_validation
@@ -67,9 +68,8 @@ class TorchvisionSet:
         except (RuntimeError, ValueError) as error:
             if "not found" not in str(error):  # but a file that was cut off as it was unpacked
                 raise UserError(f"the files of {self.name} under {self.root}/ are damaged ({error}); delete them") from error
-            say(f"downloading {self.name} to {self.root}/")
         try:
-            return kind(self.root, train=train, download=True)
+            return downloaded(kind, self.root, root=self.root, train=train)
         except (RuntimeError, OSError) as error:
             folder, files = (
                 ("cifar-10-batches-py/", "what cifar-10-python.tar.gz unpacks to")

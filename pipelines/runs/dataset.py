@@ -1,6 +1,7 @@
 """Which images a run is trained on, and that they are the same whenever it goes on."""
 
 import shlex
+import threading
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from stage2_prior.conditions import Caption
 FACTS = "stage1/facts.json"
 MOST_CHANNELS = 1000
 CAPTION_EXAMPLES = 16
+LOADING = threading.Lock()  # the explorer loads data beside what it draws, and two downloads would write the same files
 
 
 @dataclass(frozen=True)
@@ -112,7 +114,7 @@ def load_data(run: Run) -> Splits:
     data = run.config.data
     if run.exported and isinstance(data, Folder | Parquet):  # an export names no place, and no option of a command does
         data = replace(data, root=Path("data") / run.folder.name)
-    with run.fabric.rank_zero_first(local=True):  # which may download it, or read it whole
+    with LOADING, run.fabric.rank_zero_first(local=True):  # which may download it, or read it whole
         try:
             splits = data.load(run.work / UNREADABLE)
         except NotThere as error:
