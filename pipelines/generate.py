@@ -47,7 +47,7 @@ class Arguments:
     scale: int = 1
     """enlarges pictures so many times, with sharp pixels; an array stays as it is"""
     texts: bool = True
-    """in a picture of all images, the label or caption that each was drawn with stands below it"""
+    """the label or caption that each image was drawn with stands below it; in a folder of images, in its captions.jsonl"""
     pixels: Pixels = "mean"
     """the mean of p(x|z), or a draw from it"""
     how: Annotated[Sampling, tyro.conf.arg(name="")] = AS_FITTED
@@ -162,7 +162,7 @@ def texts_of(model: "TwoStage", asked: Arguments, count: int, caption: str | lis
     Nor are there any for images that were drawn with labels of their own, and of which a classifier kept some.
     """
     chosen = asked.keep_best < 1 and asked.label is None
-    if not asked.texts or asked.out.suffix != ".png" or asked.prior != "learned" or chosen:
+    if not asked.texts or asked.out.suffix == ".npz" or asked.prior != "learned" or chosen:
         return []
     return model.told(count, label=asked.label, caption=caption, seed=asked.seed)
 

@@ -15,6 +15,7 @@ from torchvision.utils import make_grid, save_image
 
 from pipelines import TwoStage, generate, likelihood
 from pipelines.console import UserError
+from pipelines.data.folder import Folder
 from pipelines.judging.comparison import read_comparison
 from pipelines.judging.features import FIGURES, FeatureSpace, feature_space
 from pipelines.judging.tradeoffs import described, lowest_fd, ways_to_sample
@@ -161,6 +162,35 @@ def test_captions_from_a_file_are_taken_in_turn(runs, tmp_path):
     (tmp_path / "captions.txt").write_text("\n")
     with pytest.raises(UserError, match="has no captions"):
         generate.main(base)
+
+
+@pytest.mark.parametrize(("name", "option"), [("fashion-dalle", "--caption"), ("mnist-vqvae", "--label")])
+def test_a_folder_of_drawn_images_says_what_each_was_drawn_with_and_can_be_trained_on(runs, name, option, tmp_path):
+    base = [runs[name], "--device", "cpu", "--out", str(tmp_path / "drawn")]
+    asked = {"--caption": ["ein Stück", "a 3"], "--label": ["2", "3"]}[option]
+    (tmp_path / "captions.txt").write_text("\n".join(asked))
+    each = ["--captions", str(tmp_path / "captions.txt")] if option == "--caption" else []
+    generate.main([*base, *each, "--count", "14"])
+    told = asked * 7 if each else TwoStage.open(runs[name], "cpu").told(14)
+    assert drawn_captions(tmp_path / "drawn") == told and len({*told}) > 1
+    generate.main([*base, option, asked[1], "--count", "3", "--seed", "1"])
+    assert drawn_captions(tmp_path / "drawn") == [asked[1]] * 3 + told[3:], "those that are drawn anew"
+    splits = Folder(root=tmp_path / "drawn", size=28, channels=1).load()
+    pixels = {np.asarray(Image.open(path).convert("L")).tobytes(): path.name for path in (tmp_path / "drawn").glob("*.png")}
+    by_name = dict(zip(sorted(pixels.values()), [asked[1]] * 3 + told[3:], strict=True))
+    for part in (splits.train, splits.test):
+        names = [pixels[image.numpy().tobytes()] for image in part.images]
+        assert part.captions == [by_name[name] for name in names]
+    generate.main([*base, "--prior", "standard", "--count", "2"])
+    assert drawn_captions(tmp_path / "drawn") == ["", "", asked[1], *told[3:]], "no caption of what is no longer there"
+    generate.main([*base[:-1], str(tmp_path / "untold"), "--no-texts", "--count", "2"])
+    assert sorted(path.name for path in (tmp_path / "untold").iterdir()) == ["00000.png", "00001.png"]
+
+
+def drawn_captions(folder: Path) -> list[str]:
+    lines = [json.loads(line) for line in (folder / "captions.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert len({line["file_name"] for line in lines}) == len(lines) == len([*folder.glob("*.png")])
+    return [line["text"] for line in sorted(lines, key=lambda line: line["file_name"])]
 
 
 def test_rejection_keeps_some_of_what_would_be_drawn(runs, tmp_path):
@@ -372,8 +402,6 @@ def test_a_tokenizer_is_fitted_to_the_training_split_alone(runs):
 
 
 def test_own_captions_are_read_and_wrong_ones_named(tmp_path):
-    from pipelines.data.folder import Folder
-
     for index in range(12):
         Image.fromarray(np.full((8, 8, 3), index, dtype=np.uint8)).save(tmp_path / f"{index}.png")
     lines = [json.dumps({"file_name": f"{index}.png", "text": f"grey number {index}"}) for index in range(12)]

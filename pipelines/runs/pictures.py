@@ -1,8 +1,10 @@
 """Images as files: one picture of all of them, or an array."""
 
 import io
+import json
+import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -97,13 +99,34 @@ def files_of(path: Path, images: Tensor, scale: int, texts: Sequence[str]) -> di
     images = enlarged(images, scale)
     if path.suffix == ".png":
         return {path: tiled(images, max(1, round(len(images) ** 0.5)), texts)}
-    return {path / f"{number:05}.png": tiled(image[None], columns=1) for number, image in enumerate(images)}
+    made = {path / f"{number:05}.png": tiled(image[None], columns=1) for number, image in enumerate(images)}
+    captions = path / "captions.jsonl"
+    if texts or captions.is_file():
+        told = dict(zip((file.name for file in made), texts or [""] * len(images), strict=True))
+        made[captions] = captioned(captions, told)
+    return made
+
+
+def captioned(file: Path, told: Mapping[str, str]) -> bytes:
+    """A captions.jsonl with the captions of images beside it, by their names; what it says of others stays."""
+    lines = file.read_bytes().splitlines() if file.is_file() else []
+    own = [json.dumps({"file_name": name, "text": text}, ensure_ascii=False).encode() for name, text in told.items()]
+    return b"\n".join([*(line for line in lines if image_named(line) not in told), *own, b""])
+
+
+def image_named(line: bytes) -> str | None:
+    """Which image a line of a captions.jsonl is about; None where it does not say."""
+    try:
+        return os.path.normpath(json.loads(line)["file_name"])
+    except (ValueError, TypeError, KeyError):
+        return None
 
 
 def write_images(path: Path, images: Tensor, scale: int = 1, texts: Sequence[str] = ()) -> None:
     """images uint8 N C H W as one picture (.png), as the array arr_0, N H W C (.npz), or each as a file in a folder.
 
-    scale: enlarges pictures with sharp pixels; an array stays as it is. texts: stand below images in one picture.
+    scale: enlarges pictures with sharp pixels; an array stays as it is. texts: stand below images in one picture; in a folder,
+    they are in its captions.jsonl.
 
     Each file is there whole or not at all. Raises UserError where one cannot be written, and says where the images lie instead:
     drawing them may have taken hours.
