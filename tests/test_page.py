@@ -161,10 +161,17 @@ def test_priors_that_share_a_decoder_stand_in_one_table_sorted(compared):
     assert int(columns["fitted Gaussian"][1].replace(",", "")) == 196 + 196 * 197 // 2
 
 
-def test_priors_of_one_kind_are_told_apart_by_their_runs(compared):
+def test_priors_of_one_kind_are_told_apart_by_what_they_are_told_or_else_by_their_runs(compared):
     first = read_comparison(compared / "mnist5k/compare/metrics.json")
     runs = {"a": first, "b": first, "c": replace(first, prior="Transformer")}
     assert names_of(runs) == {"a": "PixelSNAIL (a)", "b": "PixelSNAIL (b)", "c": "Transformer"}
+    runs |= {"none": replace(first, told=None), "captions": replace(first, told="caption")}
+    assert names_of(runs) == {
+        **{run: f"PixelSNAIL with labels ({run})" for run in ("a", "b")},
+        "c": "Transformer",
+        "none": "PixelSNAIL",
+        "captions": "PixelSNAIL with captions",
+    }
 
 
 def test_copies_are_not_named_the_best_of_several(compared):

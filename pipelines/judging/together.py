@@ -74,12 +74,15 @@ def sharing(comparisons: Mapping[str, Comparison]) -> list[list[str]]:
 
 
 def names_of(comparisons: Mapping[str, Comparison]) -> dict[str, str]:
-    """Of each run's learned prior: what it is, and the run where another has such a prior, too."""
-    kinds = [comparison.prior for comparison in comparisons.values()]
-    return {
-        run: comparison.prior if kinds.count(comparison.prior) == 1 else f"{comparison.prior} ({run})"
-        for run, comparison in comparisons.items()
+    """Of each run's learned prior: what it is; where another is of that kind, what it is told, or else the run as well."""
+    told: dict[str, set[str | None]] = {}  # by kind
+    for comparison in comparisons.values():
+        told.setdefault(comparison.prior, set()).add(comparison.told)
+    names = {
+        run: f"{found.prior} with {found.told}s" if found.told and len(told[found.prior]) > 1 else found.prior
+        for run, found in comparisons.items()
     }
+    return {run: name if [*names.values()].count(name) == 1 else f"{name} ({run})" for run, name in names.items()}
 
 
 def ranking(comparisons: Mapping[str, Comparison], exhibits: Mapping[str, Exhibits]) -> list[Entry]:
