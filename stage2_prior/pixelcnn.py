@@ -29,7 +29,7 @@ from annotated_types import Interval
 from einops import rearrange
 from torch import Tensor, nn
 
-from stage2_prior.layers import ChannelNorm, HorizontalConv, VerticalConv, gate, shift_down, shift_right
+from stage2_prior.layers import ChannelNorm, Dropout, HorizontalConv, VerticalConv, gate, shift_down, shift_right
 from stage2_prior.steps import Stacks, StepWeights
 
 
@@ -60,7 +60,7 @@ class GatedLayer(nn.Module):
         self.horizontal = HorizontalConv(width, 2 * width, kernel)
         self.vertical_to_horizontal = nn.Conv2d(2 * width, 2 * width, 1)
         self.output = nn.Conv2d(width, width, 1, bias=False)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
     def forward(self, v: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
         above = self.vertical(self.vertical_norm(v))

@@ -25,7 +25,7 @@ from annotated_types import Interval
 from einops import rearrange
 from torch import Tensor, nn
 
-from stage2_prior.layers import CausalAttention, ChannelNorm, shift_down, shift_raster
+from stage2_prior.layers import CausalAttention, ChannelNorm, Dropout, shift_down, shift_raster
 from stage2_prior.pixelcnn import GatedLayer
 from stage2_prior.steps import Blocks, BlockWeights, Stacks
 
@@ -60,7 +60,7 @@ class Block(nn.Module):
         self.layers = nn.ModuleList(layers)  # type: ignore[assignment]
         self.norm = nn.LayerNorm(config.width)
         self.attention = CausalAttention(config.width, config.heads)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
 
     def forward(self, v: Tensor, h: Tensor, prefix: Tensor | None) -> tuple[Tensor, Tensor]:
         for layer in self.layers:

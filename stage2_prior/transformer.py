@@ -24,7 +24,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from stage2_prior.layers import CausalAttention, shift_raster
+from stage2_prior.layers import CausalAttention, Dropout, shift_raster
 from stage2_prior.steps import Blocks, BlockWeights
 
 
@@ -53,7 +53,7 @@ class Block(nn.Module):
         self.mlp_norm = nn.LayerNorm(width)
         self.expand = nn.Linear(width, 4 * width, bias=False)
         self.contract = nn.Linear(4 * width, width, bias=False)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
         """B N D to B N D."""

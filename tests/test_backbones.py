@@ -2,12 +2,13 @@
 
 import copy
 import dataclasses
+import math
 
 import pytest
 import torch
 
 from stage2_prior import compiled, steps
-from stage2_prior.layers import attend, shift_raster, shift_right
+from stage2_prior.layers import Dropout, attend, shift_raster, shift_right
 from stage2_prior.pixelcnn import PixelCNNConfig
 from stage2_prior.pixelsnail import PixelSNAILConfig
 from stage2_prior.transformer import TransformerConfig
@@ -291,3 +292,29 @@ def test_refuses_a_kernel_without_a_middle():
     for name in ("pixelcnn", "pixelsnail"):
         with pytest.raises(ValueError, match="odd"):
             dataclasses.replace(BACKBONES[name], kernel=4).build()
+
+
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
+@pytest.mark.parametrize("shape", [(30_001,), (50, 9, 64), (64, 10, 7, 7)])
+def test_dropout_drops_its_share_and_keeps_the_mean(share: float, shape: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    dropout = Dropout(share).train()
+    x = torch.ones(shape)
+    if len(shape) == 4:
+        x = x.to(memory_format=torch.channels_last)
+    x.requires_grad_()
+    dropped = dropout(x)
+    kept = dropped != 0
+    assert dropped.stride() == x.stride()
+    torch.testing.assert_close(dropped[kept], torch.full_like(dropped[kept], 1 / (1 - share)), rtol=1e-3, atol=0)
+    tolerance = 5 * math.sqrt(share * (1 - share) / x.numel())  # standard deviations
+    assert abs(float(kept.double().mean()) - (1 - share)) < tolerance
+    pairs = kept.flatten()[:-1] & kept.flatten()[1:]  # neighbours in memory come of one random number
+    assert abs(float(pairs.double().mean()) - (1 - share) ** 2) < 3 * tolerance
+    assert torch.equal(torch.autograd.grad(dropped.sum(), x)[0], dropped)
+    assert not torch.equal(dropout(x), dropped)
+    assert dropout.eval()(x) is x
+
+
+def test_dropout_of_almost_all_is_finite() -> None:
+    assert Dropout(1 - 1e-9).train()(torch.ones(10_000)).isfinite().all()
