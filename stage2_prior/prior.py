@@ -228,7 +228,7 @@ class GaussianMixturePrior(Sized, Prior):
         factors = torch.linalg.cholesky(covariances) if full else covariances.sqrt()
         self.weights = torch.from_numpy(mixture.weights_).to(self.weights)
         self.means = torch.from_numpy(mixture.means_).to(self.means)
-        self.factors = factors.to(self.factors)
+        self.factors = factors.to(self.factors).contiguous()  # as files give them back, for the same rounding
 
     def fitted_numbers(self) -> int:
         dimensions = self.means.shape[1]
