@@ -65,8 +65,8 @@ COLOUR = DataSet(
 DATA_SETS = {
     "mnist5k": DataSet(
         EmbeddedDigits(),
-        stage1=FitConfig(steps=1500, learning_rate=3e-3, average_decay=0.995),
-        stage2=replace(MNIST.stage2, steps=1200, average_decay=0.995, checkpoint_steps=150),
+        stage1=FitConfig(steps=3000, batch_size=16, learning_rate=2e-3, average_decay=0.995, checkpoint_steps=1000),
+        stage2=replace(MNIST.stage2, steps=1600, batch_size=32, average_decay=0.995, checkpoint_steps=200),
         classifier=replace(CLASSIFIER, steps=400, checkpoint_steps=200, average_decay=0.99),
         few=True,
     ),
@@ -86,7 +86,7 @@ DATA_SETS = {
 WIDE = Categorical(hidden=512)
 """Logits of 512 codes that depend linearly on 64 or 96 features cannot be just any: a few hundred say more."""
 TUNED: dict[str, dict[str, Any]] = {
-    "mnist5k-plain": {"stage1.steps": 3500},
+    "mnist5k-plain": {"stage1.steps": 3500, "stage1.batch_size": 128, "stage1.learning_rate": 3e-3},
     "mnist-plain": {"stage1.steps": 26_000},
     "mnist-vqvae": {"stage1.steps": 8000, "stage2.steps": 10_000},
     "mnist-vqvae2": {"autoencoder.bottleneck.coarser_rate": 0.25},
@@ -183,7 +183,7 @@ def plane(data: DataSet) -> RunConfig:
 
 def binary(data: DataSet) -> RunConfig:
     """Raises UserError for images that are not known to be grey."""
-    steps, average = data.stage1.steps, data.stage1.average_decay
+    steps, average = 1500 if data.few else data.stage1.steps, data.stage1.average_decay  # of 128 images
     return replace(
         vae(data),
         data=binarized(data.config),
