@@ -127,7 +127,7 @@ class Gaussian:
         return GaussianBottleneck(self, features)
 
 
-LOG_STDS = -15.0, 10.0
+LOG_STDS = -15.0, 2.0
 
 
 class GaussianBottleneck(Continuous):
@@ -152,8 +152,9 @@ class GaussianBottleneck(Continuous):
     def moments(self, features: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and log standard deviation, B C h w each.
 
-        log σ stays between LOG_STDS, as in latent diffusion (Rombach et al. 2022: log σ² from -30 to 20), so that one spike makes
-        no loss infinite. Unlike there, its gradient passes the bounds, so that it comes back.
+        log σ stays between LOG_STDS, so that a spike of one image makes no loss infinite. Latent diffusion has the same lower
+        bound (Rombach et al. 2022), but 10 for the upper one. A posterior wider than the prior says nothing, and one as wide as
+        e^10 spoils the moments of q(z). The gradient passes the bounds, so that log σ comes back.
         """
         mean, log_std = full_precision(self.project(features)).chunk(2, dim=1)
         return mean, log_std.detach().clamp(*LOG_STDS) + (log_std - log_std.detach())

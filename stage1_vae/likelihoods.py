@@ -76,6 +76,9 @@ class BernoulliLikelihood(nn.Module):
         return "probability" if ((images == 0) | (images == 255)).all() else "pseudo-likelihood"
 
 
+OUTLIER = 100.0  # hard images have errors some ten times the mean
+
+
 @dataclass(frozen=True)
 class Gaussian:
     """Independent Gaussian pixels with one standard deviation."""
@@ -125,10 +128,15 @@ class GaussianLikelihood(nn.Module):
 
     @torch.no_grad()
     def update(self, outputs: Tensor, targets: Tensor) -> None:
-        """Move a learned σ² toward this batch's error: a plain average over the first hundred updates, exponential after."""
+        """Move a learned σ² toward this batch's error: a plain average over the first hundred updates, exponential after.
+
+        An image counts for at most OUTLIER times σ²: a single one with an absurd latent must not move σ, on which every loss
+        rests, for hundreds of steps.
+        """
         if not self.learned:
             return
-        error = total((outputs - targets).square().mean()) / processes()
+        errors = (outputs - targets).square().flatten(1).mean(1).clamp(max=OUTLIER * self.sigma.square())
+        error = total(errors.mean()) / processes()
         self.updates += 1
         self.mean_squared_error.lerp_(error.to(self.mean_squared_error), 1 / self.updates.clamp(max=100))
 

@@ -142,6 +142,31 @@ def test_a_learned_sigma_is_the_root_mean_squared_error_and_state():
     assert restored.sigma == likelihood.sigma
 
 
+def test_one_absurd_image_does_not_move_a_learned_sigma():
+    likelihood = likelihoods.Gaussian().build()
+    torch.manual_seed(0)
+    targets = torch.rand(16, 1, 8, 8)
+    outputs = targets + 0.05 * torch.randn_like(targets)
+    for _ in range(200):
+        likelihood.update(outputs, targets)
+    before = float(likelihood.sigma)
+    outputs[3] = 1e5
+    likelihood.update(outputs, targets)
+    assert before < float(likelihood.sigma) < 1.1 * before
+    for _ in range(1000):  # but where every image is far away, σ follows
+        likelihood.update(torch.full_like(targets, 30), targets)
+    assert float(likelihood.sigma) == pytest.approx(29.5, rel=0.01)
+
+
+def test_sigma_leaves_its_floor():
+    likelihood = likelihoods.Gaussian().build()
+    for _ in range(200):
+        likelihood.update(torch.zeros(2, 1, 4, 4), torch.zeros(2, 1, 4, 4))
+    for _ in range(1000):
+        likelihood.update(torch.ones(2, 1, 4, 4), torch.zeros(2, 1, 4, 4))
+    assert float(likelihood.sigma) == pytest.approx(1, rel=0.01)
+
+
 def test_sigma_is_floored_at_half_a_grey_level():
     likelihood = likelihoods.Gaussian().build()
     for _ in range(200):
