@@ -17,7 +17,7 @@ from pipelines.files import read_tensors
 from pipelines.training import checkpoints
 from pipelines.training import fit as fitting
 from pipelines.training.config import FitConfig
-from pipelines.training.fit import REWINDS, Average, Order, Training, fit, learning_rate, seed_of
+from pipelines.training.fit import REWINDS, Average, Order, Training, fit, learning_rate, seed_of, warn_of_divergence
 
 CONFIG = FitConfig(steps=12, batch_size=4, checkpoint_steps=4, warmup_steps=2, learning_rate=0.05)
 
@@ -133,6 +133,24 @@ def test_keeps_the_last_two_and_the_best(tmp_path, monkeypatch):
     _, chosen = train(tmp_path, dataclasses.replace(CONFIG, checkpoint_steps=2))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-0000004", "step-0000010", "step-0000012"]
     assert chosen.step == 4
+
+
+@pytest.mark.parametrize(
+    ("train", "held_out", "warns"),
+    [
+        ((9, 5, 1, 9), (9, 5, 2, 8), True),
+        ((9, 5, 3, 1), (9, 5, 6, 9), False),  # overfits
+        ((9, 5, 1, 3), (9, 5, 2, 3), False),  # noise
+        ((9, 5, 2, 1), (9, 5, 2, 1), False),
+        ((9,), (9,), False),
+    ],
+)
+def test_a_training_that_diverged_says_so(train, held_out, warns, capsys):
+    points = enumerate(zip(train, held_out), 1)
+    warn_of_divergence("stage 1", [{"step": i, "train": {"loss": a}, "held_out": {"loss": b}} for i, (a, b) in points])
+    out = capsys.readouterr().out
+    assert ("stage 1 diverged: the held-out loss was 2 at step 3 and is 8 at the end" in out) == warns
+    assert bool(out) == warns
 
 
 @pytest.mark.parametrize(("length", "batch"), [(10, 4), (10, 10), (3, 8), (7, 1)])

@@ -221,10 +221,31 @@ def fit(
         done = Training(fabric, trained, train, held_out, config, seed, folder, label, on_nan, tracker, early).run(done)
     elif says_skipped:
         say(f"{label}: finished, skipped")
+    warn_of_divergence(label, done[-1].record["history"])
     chosen = checkpoints.best(processes.on_first(lambda: checkpoints.prune(folder, done)))
     chosen.load_into(model)
     fabric.to_device(model).eval()
     return chosen
+
+
+def warn_of_divergence(label: str, history: list[dict[str, Any]]) -> None:
+    """Say so where the loss ends far above where it has been, in training and held out: half of what was gained is lost again.
+
+    Held out alone, that is overfitting, and the comparison says so.
+    """
+    first, last = history[0], history[-1]
+    best = min(history, key=lambda point: point["held_out"]["loss"])
+
+    def lost(part: str) -> bool:
+        gained, again = (point[part]["loss"] - best[part]["loss"] for point in (first, last))
+        return gained > 0 and again > gained / 2
+
+    if lost("train") and lost("held_out"):
+        say(
+            f"warning: {label} diverged: the held-out loss was {best['held_out']['loss']:.4g} at step {best['step']} and is"
+            f" {last['held_out']['loss']:.4g} at the end. The weights of step {best['step']} are used. {REMEDY}; so may larger"
+            " batches."
+        )
 
 
 class Training:
