@@ -228,9 +228,9 @@ class TwoStage:
     ) -> list[str]:
         """What the learned prior is told of each image that `sample` draws under the same arguments: the names of labels, or
         captions. Empty where it is told nothing."""
-        prior, contexts = self.prior("learned"), self.contexts(count, "learned", label, caption)
         if caption is not None:
             return [caption] * count if isinstance(caption, str) else [*caption]
+        prior, contexts = self.prior("learned"), self.contexts(count, "learned", label, caption)
         if contexts is None and isinstance(prior, LearnedPrior) and self.run.told == "label":
             contexts = prior.draw_contexts(torch.arange(count, device=self.device), seed)
         return [] if contexts is None else [self.labels[number] for number in contexts.tolist()]

@@ -15,6 +15,7 @@ from torchvision.utils import make_grid, save_image
 
 from pipelines import TwoStage, generate, likelihood
 from pipelines.console import UserError
+from pipelines.data.captions import CaptionTokenizer
 from pipelines.data.folder import Folder
 from pipelines.judging.comparison import read_comparison
 from pipelines.judging.features import FIGURES, FeatureSpace, feature_space
@@ -399,6 +400,17 @@ def test_a_tokenizer_is_fitted_to_the_training_split_alone(runs):
         assert not path.exists()
     encode(run, load_autoencoder(run), splits.train, "train")
     assert path.read_bytes() == content
+
+
+def test_words_of_no_training_caption_are_named(tmp_path, capsys):
+    path, captions = tmp_path / "tokenizer.json", ["a 3", "the Schuh", "a pair of 3s"]
+    CaptionTokenizer.train(captions, 300, path)
+    assert CaptionTokenizer(path, 300).unknown_words(["THE 3", *captions]) == []
+    assert CaptionTokenizer(path, 300).unknown_words(["the two", "zero 3", "two"]) == ["two", "zero"]
+    CaptionTokenizer.train(captions, 260, path)
+    assert CaptionTokenizer(path, 260).unknown_words(["the two"]) == [], "a full vocabulary splits words of training captions"
+    contexts_asked(Run.open("mnist5k-dalle", "cpu"), 2, caption=["the two", "the 2"])
+    assert "warning: in no training caption, so the prior cannot know what they mean: two\n" in capsys.readouterr().out
 
 
 def test_own_captions_are_read_and_wrong_ones_named(tmp_path):

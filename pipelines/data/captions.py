@@ -3,6 +3,7 @@
 A data set without captions of its own gets them from its class names, in turn by a few templates.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -61,6 +62,7 @@ class CaptionTokenizer:
             self.tokenizer = tokenizer.from_file(str(path))
             if (largest := max(self.tokenizer.get_vocab().values(), default=0)) >= vocabulary:
                 raise ValueError(f"it has a token {largest}, and the prior knows {vocabulary}")
+            self.room = largest + 1 < vocabulary
         except Exception as error:  # the library raises no more special one
             raise UserError(
                 f"{path} is no tokenizer ({error}); delete it and run train_all again, to have it made again as it was"
@@ -90,6 +92,19 @@ class CaptionTokenizer:
             ids = torch.tensor(encoding.ids[:length], dtype=torch.int64)
             row[: len(ids)] = ids
         return rows
+
+    def unknown_words(self, captions: Sequence[str]) -> list[str]:
+        """Words that no training caption has: while the vocabulary has room, each word of these is one token.
+
+        None are found where it is full.
+        """
+        found: dict[str, None] = {}
+        for caption, encoding in zip(captions, self.tokenizer.encode_batch(list(captions))):
+            for word, tokens in Counter(encoding.word_ids).items():
+                if self.room and tokens > 1:
+                    start, end = encoding.word_to_chars(word)
+                    found[caption[start:end].strip()] = None
+        return [*found]
 
     def lengths(self, captions: Sequence[str]) -> list[int]:
         """Of each caption, in tokens."""

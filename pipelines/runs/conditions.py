@@ -9,6 +9,7 @@ from pipelines import processes
 from pipelines.console import UserError, counted, nearest, say
 from pipelines.data.captions import CaptionTokenizer, captions_of
 from pipelines.data.images import ImageSet
+from pipelines.data.layout import some
 from pipelines.runs.dataset import read_facts
 from pipelines.runs.run import Run
 from stage2_prior.conditions import Caption, Cluster
@@ -85,7 +86,10 @@ def contexts_asked(
         raise UserError(f"{counted(len(each), wanted)} for {counted(count, 'image')}: give one, or one for each image")
     if isinstance(run.condition, Caption):
         tokenizer = CaptionTokenizer(run.folder / "tokenizer.json", run.condition.vocabulary)
-        return tokenizer.tokens([str(one) for one in each], run.condition.length)
+        captions = [str(one) for one in each]
+        if unknown := tokenizer.unknown_words([*dict.fromkeys(captions)]):
+            say(f"warning: in no training caption, so the prior cannot know what they mean: {some(unknown)}")
+        return tokenizer.tokens(captions, run.condition.length)
     names = read_facts(run).label_names
     return torch.tensor([label_number(one, names) for one in each])
 
