@@ -184,9 +184,9 @@ class TwoStage:
             raise UserError(f"the number of images is from 1 up, not {count}")
         if not 0 < keep_best <= 1:
             raise UserError(f"keep-best is a share above 0 and at most 1, not {keep_best}")
-        how, network = sampling(temperature, top_k, top_p, guidance, autoguidance), self.prior(prior)
-        drawn = math.ceil(count / keep_best)
-        contexts = self.contexts(drawn, prior, label, caption)
+        how, drawn = sampling(temperature, top_k, top_p, guidance, autoguidance), math.ceil(count / keep_best)
+        contexts = self.contexts(drawn, prior, label, caption)  # before a prior is fitted, which can take minutes
+        network = self.prior(prior)
         if guidance and isinstance(network, LearnedPrior) and self.run.told == "caption" and not caption:
             raise UserError("guidance goes toward a caption: say which")
         if keep_best < 1:
@@ -280,7 +280,7 @@ class TwoStage:
             raise UserError(f"the number of draws is from 1 up, not {samples}")
         if not self.autoencoder.bottleneck.has_density:
             raise UserError(f"{self.run.folder} has a deterministic encoder: there is no density q(z|x), so no bound on log p(x)")
-        network, contexts = self.prior(prior), self.contexts(len(images), prior, label, caption)
+        contexts, network = self.contexts(len(images), prior, label, caption), self.prior(prior)
         log_prior = network.log_prob if contexts is not None else marginal(network)
         samples = 1 if self.specs[0].vocabulary is not None else samples
         bounds = []

@@ -59,7 +59,7 @@ def test_sample_draws_what_the_command_draws(run, model, tmp_path):
 def test_images_are_files_of_a_folder_and_enlarged_with_sharp_pixels(run, model, tmp_path):
     command = [str(run.folder), "--count", "3", "--scale", "4", "--device", "cpu"]
     generate.main([*command, "--out", f"{tmp_path}/drawn/"])
-    assert sorted(path.name for path in (tmp_path / "drawn").iterdir()) == ["00000.png", "00001.png", "00002.png"]
+    assert sorted(path.name for path in (tmp_path / "drawn").iterdir()) == [f"0000{n}.png" for n in range(3)] + ["captions.jsonl"]
     for number, image in enumerate(model.sample(3)):
         with Image.open(tmp_path / "drawn" / f"{number:05}.png") as made:
             pixels = np.asarray(made)[..., 0]
@@ -139,6 +139,7 @@ def test_a_picture_is_completed_from_a_tensor_as_from_a_file(run, model, tmp_pat
         (lambda model: model.sample(2, label="1", caption="a 1"), "a label or a caption, not both"),
         (lambda model: model.sample(2, caption="a 1"), "takes no caption; it takes a label"),
         (lambda model: model.sample(2, prior="standard", label="1"), "the standard prior takes neither"),
+        (lambda model: model.sample(2, prior="no such prior", label="1"), "takes neither"),  # said before one is fitted
         (lambda model: model.sample(2, prior="standrad"), "did you mean 'standard'"),
         (lambda model: model.sample(2, temperature=-1), "a temperature is 0 or more"),
         (lambda model: model.sample(2, top_k=3), "these latents are continuous: set a temperature instead"),
