@@ -114,6 +114,8 @@ def check_seed(seed: int) -> None:
 
 def run_command(main: Callable[[], None]) -> None:
     """Run an entry point; a user's mistake, a full disk or a bad path is one sentence and exit code 2, a signal 128 + it."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     prepare_output()
     try:
         main()

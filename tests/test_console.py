@@ -2,6 +2,7 @@
 
 import io
 import os
+import signal
 import subprocess
 import sys
 
@@ -26,6 +27,31 @@ def test_without_an_output_the_work_is_done(tmp_path, closed):
     script = SPEAKS.replace("say('done')", f"open({str(tmp_path / 'done')!r}, 'w').close()")
     done = subprocess.run(f'"{sys.executable}" -c "{script}" {closed}', shell=True, capture_output=True, text=True)
     assert done.returncode == 0 and "Traceback" not in done.stderr and (tmp_path / "done").exists()
+
+
+def test_a_command_that_is_interrupted_while_it_is_imported_ends_without_a_traceback(tmp_path):
+    (tmp_path / "torch.py").write_text("import time\nprint('importing', flush=True)\ntime.sleep(60)\n")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "pipelines.generate", "mnist5k"],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # also where the tests run in the background
+    )
+    assert process.stdout.readline() == "importing\n"
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=30) == ("", "") and process.returncode == -signal.SIGINT
+
+
+def test_a_command_that_is_interrupted_says_that_nothing_is_lost(capsys):
+    heeded = signal.signal(signal.SIGINT, signal.SIG_DFL)  # as it is imported
+    try:
+        with pytest.raises(SystemExit) as ended:
+            run_command(lambda: signal.raise_signal(signal.SIGINT))
+    finally:
+        signal.signal(signal.SIGINT, heeded)
+    assert ended.value.code == 130 and "interrupted; nothing that was finished is lost" in capsys.readouterr().err
 
 
 def test_where_nobody_reads_the_output_a_command_ends_as_others_do():
