@@ -17,6 +17,7 @@ import torch
 from annotated_types import Interval
 from torch import Tensor, nn
 
+from stage2_prior.ancestral import Conditioned, sample_grid
 from stage2_prior.conditions import (
     CaptionCondition,
     ClusterCondition,
@@ -31,7 +32,7 @@ from stage2_prior.latents import LatentDataset, LatentSpec
 from stage2_prior.pixelcnn import PixelCNNConfig
 from stage2_prior.pixelsnail import PixelSNAILConfig
 from stage2_prior.prior import Prior
-from stage2_prior.sampling import AS_FITTED, CannotSample, Conditioned, Sampling, sample_grid
+from stage2_prior.sampling import AS_FITTED, CannotSample, Sampling
 from stage2_prior.transformer import TransformerConfig
 
 BackboneConfig = PixelCNNConfig | PixelSNAILConfig | TransformerConfig

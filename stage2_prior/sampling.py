@@ -1,26 +1,18 @@
-"""The noise of a sample, and the one cached loop that draws a grid from any backbone and head.
+"""The noise of a sample, draws by inverse CDF, and the settings of a draw: what the samplers of all priors share.
 
-B batch, P positions, C latent channels, K categories, D width, h×w latent grid.
+B batch, P positions, K categories.
 
 The noise of sample i under seed s is a function of (s, i, position) alone, by the counter-based generator Philox
 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"): exactly the same at any batch size, at any place in a
 batch, in any number of processes and on any device. The sample drawn with it is the same up to the rounding of the network.
 """
 
-from __future__ import annotations
-
 import math
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from stage2_prior.layers import Backbone
-from stage2_prior.replay import MOST_POSITIONS, Replayed, replayed
-
-NOISE_AT_ONCE = 2**22  # uniform numbers; making them takes some 30 bytes each
 WORD = 0xFFFFFFFF  # the low 32 bits of an int64
 # Streams of the noise, beside those of the latents: level l uses stream l. Choices use two.
 CONTEXT_STREAM, COMPONENT_STREAM, CHOICE_STREAM, PIXEL_STREAM = 1000, 1001, 1002, 1004
@@ -146,87 +138,3 @@ class Sampling:
 
 
 AS_FITTED = Sampling()
-
-
-class Head(Protocol):
-    """What the loop asks of a head: see Head in heads.py."""
-
-    def parameters(self) -> Iterator[nn.Parameter]: ...
-
-    def uniforms(self, how: Sampling) -> int: ...
-
-    def begin(self, uniforms: Tensor, how: Sampling) -> Any: ...
-
-    def draw(self, features: Tensor, position: int, state: Any, weaker: Any = None) -> Tensor: ...
-
-    def embed(self, values: Tensor) -> Tensor: ...
-
-
-class Conditioned(NamedTuple):
-    """A backbone and its head, and what they are told."""
-
-    backbone: Backbone
-    head: Head
-    map: Tensor | None  # B D h w or 1 D h w, of every position
-    prefix: Tensor | None  # B T D, tokens before the first position
-
-
-def sample_grid(
-    prior: Conditioned,
-    grid: tuple[int, int],
-    indices: Tensor,
-    seed: int,
-    how: Sampling = AS_FITTED,
-    *,
-    stream: int = 0,
-    weaker: Conditioned | None = None,
-) -> Tensor:
-    """Draw one level position by position, each from the cached step of the backbone; values B h w C, or codes B h w.
-
-    weaker: what guidance leads away from: the same prior told nothing, or a weaker one. None where `how` asks for no guidance.
-    """
-
-    def noise(positions: slice) -> Tensor:
-        numbers = torch.arange(positions.start, positions.stop, device=indices.device)
-        return uniforms(seed, indices, numbers, prior.head.uniforms(how), stream)
-
-    positions = grid[0] * grid[1]
-    both = [prior] if weaker is None else [prior, weaker]
-    modules = [module for one in both for module in (one.backbone, one.head)]
-    told = [known for one in both for known in (one.map, one.prefix)]
-    if indices.device.type != "cuda" or positions > MOST_POSITIONS:
-        return draw_grid(modules, grid, how, len(indices), noise, *told)
-
-    def draw(uniform: Tensor, *told: Tensor | None) -> Tensor:
-        return draw_grid(modules, grid, how, len(uniform), lambda positions: uniform[:, positions], *told)
-
-    return replayed.setdefault(prior.backbone, Replayed())((grid, how), modules, draw, [noise(slice(0, positions)), *told])
-
-
-@torch.no_grad()
-def draw_grid(
-    modules: list[Any], grid: tuple[int, int], how: Sampling, batch: int, noise: Callable[[slice], Tensor], *told: Tensor | None
-) -> Tensor:
-    """The loop of `sample_grid`. Nothing in it waits for a value, so that a GPU can replay it.
-
-    modules: backbone and head, and those of what guidance leads away from where there is any. noise: the uniform numbers of some
-        positions, B P U, of which few are asked for at once. told: the map and the prefix of each backbone.
-    """
-    backbones, heads = modules[::2], modules[1::2]
-    states = [backbone.begin(batch, grid, map, prefix) for backbone, map, prefix in zip(backbones, told[::2], told[1::2])]
-    dtype = next(heads[0].parameters()).dtype  # the backbone may be rounder; a density never is
-    previous: list[Tensor] | list[None] = [None] * len(heads)
-    drawn, positions = [], grid[0] * grid[1]
-    at_once = max(1, NOISE_AT_ONCE // max(1, batch * heads[0].uniforms(how)))
-    for first in range(0, positions, at_once):
-        some = slice(first, min(first + at_once, positions))
-        head_state = heads[0].begin(noise(some), how)
-        for position in range(some.start, some.stop):
-            features = [
-                backbone.step(before, position, state).to(dtype) for backbone, before, state in zip(backbones, previous, states)
-            ]
-            weaker = (heads[1], features[1]) if len(heads) > 1 else None
-            value = heads[0].draw(features[0], position - first, head_state, weaker)
-            drawn.append(value)
-            previous = [head.embed(value) for head in heads]
-    return torch.stack(drawn, dim=1).unflatten(1, grid)

@@ -9,8 +9,9 @@ import torch
 from scipy import stats
 from torch import distributions
 
-from stage2_prior import heads, sampling
+from stage2_prior import ancestral, heads
 from stage2_prior import prior as baselines_of
+from stage2_prior.ancestral import Conditioned, sample_grid
 from stage2_prior.autoregressive import AutoregressiveConfig
 from stage2_prior.baselines import CODE_BASELINES, CONTINUOUS_BASELINES, baselines
 from stage2_prior.heads import MINIMUM_LOG_STD, Categorical, GaussianMixture, truncated
@@ -18,7 +19,7 @@ from stage2_prior.latents import LatentDataset, LatentSpec, draw
 from stage2_prior.layers import attend
 from stage2_prior.pixelcnn import PixelCNNConfig
 from stage2_prior.prior import AggregatePosterior, GaussianMixturePrior
-from stage2_prior.sampling import AS_FITTED, CannotSample, Conditioned, Sampling, sample_grid, uniforms
+from stage2_prior.sampling import AS_FITTED, CannotSample, Sampling, uniforms
 from stage2_prior.transformer import TransformerConfig
 from tests.parts import BACKBONES, HEADS, LEARNED, RIVALS, random_latents, random_prior, randomized, spec_for
 
@@ -628,7 +629,7 @@ def test_noise_of_few_positions_is_made_at_once_with_the_same_samples(strength, 
     monkeypatch.setattr(
         type(prior.head), "begin", lambda self, noise, how: sizes.append(noise.shape[1]) or begin(self, noise, how)
     )
-    monkeypatch.setattr(sampling, "NOISE_AT_ONCE", 5 * 5 * prior.head.uniforms(how))
+    monkeypatch.setattr(ancestral, "NOISE_AT_ONCE", 5 * 5 * prior.head.uniforms(how))
     assert torch.equal(sample_grid(told, spec.grid, torch.arange(5), 3, how, weaker=weaker), whole) and sizes == [5, 5, 2]
 
 

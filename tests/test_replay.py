@@ -13,8 +13,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
 from stage2_prior import compiled
+from stage2_prior.ancestral import Conditioned, draw_grid
 from stage2_prior.replay import Replayed, replayed
-from stage2_prior.sampling import AS_FITTED, Sampling, draw_grid, uniforms
+from stage2_prior.sampling import AS_FITTED, Sampling, uniforms
 from tests.parts import LEARNED, random_prior, spec_for
 
 WAITS = ("_local_scalar_dense", "nonzero", "lift_fresh", "equal.default", "masked_select", "is_nonzero")
@@ -62,8 +63,9 @@ def setting(backbone, head, how, batch=4):
     copies = 2 if how.guidance else 1
     modules = [prior.backbone, prior.head] * copies
 
-    def draw(uniform, *told):
-        return draw_grid(modules, spec.grid, how, len(uniform), lambda positions: uniform[:, positions], *told)
+    def draw(uniform, *conditions):
+        both = [Conditioned(prior.backbone, prior.head, *pair) for pair in zip(conditions[::2], conditions[1::2])]
+        return draw_grid(both, spec.grid, how, len(uniform), lambda positions: uniform[:, positions])
 
     def inputs(seed):
         generator = torch.Generator().manual_seed(seed)
