@@ -2,9 +2,10 @@
 
 from collections.abc import Callable
 
+from stage2_prior.context_models import IndependentCodes, Order2Codes
+from stage2_prior.gaussians import GaussianMixturePrior, StandardNormal
 from stage2_prior.latents import LatentSpec
-from stage2_prior.order2 import Order2Codes
-from stage2_prior.prior import GaussianMixturePrior, IndependentCodes, Prior, StandardNormal
+from stage2_prior.prior import Prior
 
 MIXTURE_COMPONENTS = (10, 50, 100, 200)
 

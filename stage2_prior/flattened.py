@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from stage2_prior.conditions import ConditionConfig, Unconditional
-from stage2_prior.latents import LatentDataset, LatentSpec
+from stage2_prior.latents import LatentDataset, LatentSpec, moments
 from stage2_prior.prior import only
 
 
@@ -38,11 +38,9 @@ class Flattened(nn.Module):
         self.register_buffer("scale", torch.ones(self.size))
 
     def estimate(self, dataset: LatentDataset) -> None:
-        posterior = only(dataset.sample())
-        mean, std = (posterior[name].flatten(1).double() for name in ("mean", "std"))
-        self.shift.copy_(mean.mean(0))
-        # Law of total variance. A number that never changes has a scale of its own, not zero.
-        self.scale.copy_((mean.var(0, correction=0) + std.square().mean(0)).sqrt().clamp_min(1e-3))
+        mean, variance = moments(only(dataset.sample()))
+        self.shift.copy_(mean.flatten())
+        self.scale.copy_(variance.flatten().sqrt().clamp_min(1e-3))  # a number that never varies has a scale of its own, not 0
 
     def values(self, levels: list[Tensor]) -> Tensor:
         """Standardized, B D."""

@@ -19,11 +19,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from stage2_prior.compiled import CompiledDraw, compiled_draw
-from stage2_prior.latents import LatentSpec, Posterior
+from stage2_prior.latents import LatentSpec, Posterior, moments
 from stage2_prior.sampling import AS_FITTED, Sampling, choose, choose_many, inverse_normal_cdf
 
 LOG_SQRT_2PI = 0.5 * math.log(2 * math.pi)
-NUMBERS_AT_ONCE = 2**21  # of posteriors in float64, when moments are estimated
 CANDIDATES = 32  # drawn at each position to choose one from under guidance
 MINIMUM_LOG_STD = -7.0  # of standardized latents; a floor keeps a component from collapsing onto one training latent
 
@@ -107,17 +106,6 @@ class GaussianMixture:
         return GaussianMixtureHead(spec.channels, width, self.components)
 
 
-def channel_moments(posterior: Posterior) -> tuple[Tensor, Tensor]:
-    """Mean and variance of each channel of the aggregate posterior, C, in float64, of which few images are taken at once."""
-    means, stds = posterior["mean"], posterior["std"]
-    parts = torch.arange(len(means)).split(max(1, NUMBERS_AT_ONCE // means[0].numel()))
-    count = means.numel() // means.shape[1]
-    mean = torch.stack([means[rows].double().sum((0, 2, 3)) for rows in parts]).sum(0) / count
-    centre = mean[:, None, None]
-    squares = ((means[rows].double() - centre).square() + stds[rows].double().square() for rows in parts)
-    return mean, torch.stack([part.sum((0, 2, 3)) for part in squares]).sum(0) / count
-
-
 class MixtureDraws(NamedTuple):
     """What a mixture's draws take: of M candidates (one, but under guidance), and one choice among them where there is one."""
 
@@ -144,8 +132,9 @@ class GaussianMixtureHead(Head):
 
     def estimate(self, posterior: Posterior) -> None:
         """Shift and scale become the aggregate posterior's mean and standard deviation per channel."""
-        mean, variance = channel_moments(posterior)
-        self.shift.copy_(mean)
+        mean, variance = moments(posterior)
+        self.shift.copy_(mean.mean((1, 2)))
+        variance = variance.mean((1, 2)) + mean.var((1, 2), correction=0)
         self.scale.copy_(variance.sqrt().clamp(min=1e-6))  # a channel that never varies keeps a density
 
     def values(self, latent: Tensor) -> Tensor:

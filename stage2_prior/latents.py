@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 SAMPLE_BYTES = 2**30  # of posteriors that are held at once to estimate statistics
+NUMBERS_AT_ONCE = 2**21  # of posteriors that are held in float64 at once
 
 Posterior = dict[str, Tensor]
 """One level of an encoded batch: `mean` and `std`, both B C h w, or `codes`, B h w."""
@@ -55,6 +56,20 @@ def draw(posterior: Posterior, noise: Tensor | None = None) -> Tensor:
         return posterior["codes"]
     noise = torch.randn_like(posterior["mean"]) if noise is None else noise
     return torch.addcmul(posterior["mean"], posterior["std"], noise)
+
+
+def parts_of(means: Tensor) -> tuple[Tensor, ...]:
+    """The rows of N … numbers in parts that are small enough to be held in float64."""
+    return torch.arange(len(means)).split(max(1, NUMBERS_AT_ONCE // means[0].numel()))
+
+
+def moments(posterior: Posterior) -> tuple[Tensor, Tensor]:
+    """Mean and variance of every number of the aggregate posterior, C h w each, in float64."""
+    means, stds = posterior["mean"], posterior["std"]
+    mean = torch.stack([means[rows].double().sum(0) for rows in parts_of(means)]).sum(0) / len(means)
+    # Law of total variance: Var[z] = Var[E[z|x]] + E[Var[z|x]].
+    squares = ((means[rows].double() - mean).square() + stds[rows].double().square() for rows in parts_of(means))
+    return mean, torch.stack([part.sum(0) for part in squares]).sum(0) / len(means)
 
 
 class Joined:

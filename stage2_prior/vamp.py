@@ -18,9 +18,10 @@ from annotated_types import Interval
 from torch import Tensor, nn
 
 from stage2_prior.flattened import Flattened, FlattenedConfig
+from stage2_prior.gaussians import gaussian_log_probs
 from stage2_prior.heads import floored, tempered
 from stage2_prior.latents import LatentDataset, LatentSpec
-from stage2_prior.prior import Prior, gaussian_log_probs, only
+from stage2_prior.prior import Prior, only
 from stage2_prior.sampling import AS_FITTED, COMPONENT_STREAM, Sampling, choose, first_uniforms, normals
 
 

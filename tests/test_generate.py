@@ -37,8 +37,8 @@ from pipelines.runs.run import Run
 from stage1_vae import bottlenecks
 from stage1_vae.autoencoder import AutoencoderConfig
 from stage2_prior.conditions import Unconditional
+from stage2_prior.gaussians import StandardNormal
 from stage2_prior.latents import LatentSpec
-from stage2_prior.prior import StandardNormal
 from stage2_prior.sampling import AS_FITTED, Sampling
 from tests.parts import NETWORKS, compared, shrunk, small_splits
 

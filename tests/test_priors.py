@@ -9,16 +9,15 @@ import torch
 from scipy import stats
 from torch import distributions
 
-from stage2_prior import ancestral, heads
-from stage2_prior import prior as baselines_of
+from stage2_prior import ancestral, gaussians, latents
 from stage2_prior.ancestral import Conditioned, sample_grid
 from stage2_prior.autoregressive import AutoregressiveConfig
 from stage2_prior.baselines import CODE_BASELINES, CONTINUOUS_BASELINES, baselines
+from stage2_prior.gaussians import AggregatePosterior, GaussianMixturePrior
 from stage2_prior.heads import MINIMUM_LOG_STD, Categorical, GaussianMixture, truncated
 from stage2_prior.latents import LatentDataset, LatentSpec, draw
 from stage2_prior.layers import attend
 from stage2_prior.pixelcnn import PixelCNNConfig
-from stage2_prior.prior import AggregatePosterior, GaussianMixturePrior
 from stage2_prior.sampling import AS_FITTED, CannotSample, Sampling, uniforms
 from stage2_prior.transformer import TransformerConfig
 from tests.parts import BACKBONES, HEADS, LEARNED, RIVALS, random_latents, random_prior, randomized, spec_for
@@ -295,7 +294,7 @@ def test_the_fitted_gaussian_has_the_moments_of_the_aggregate_posterior():
 @pytest.mark.parametrize(("images", "least", "most"), [(30, 5, 5), (70, 2, 3), (300, 0, 1)])
 def test_the_mixture_is_fitted_to_a_bounded_number_of_draws(images, least, most, monkeypatch):
     """200 here; of as many images as there are, but for a twentieth, and of no image more draws than of another, but for one."""
-    monkeypatch.setattr("stage2_prior.prior.MIXTURE_POINTS", 200)
+    monkeypatch.setattr("stage2_prior.gaussians.MIXTURE_POINTS", 200)
     taken, held_out = [], []
 
     class Recorded(LatentDataset):
@@ -337,7 +336,7 @@ def test_the_mixture_has_the_number_of_components_that_is_best_on_images_it_was_
 @pytest.mark.parametrize("full", [True, False])
 def test_a_mixture_is_sharpened_to_a_power_of_its_density(full, monkeypatch):
     """A wide and a narrow component: shares of samples against p^(1/T) integrated on a grid; T = 0 is its mode."""
-    monkeypatch.setattr("stage2_prior.prior.LARGEST_FULL_COVARIANCE", 2 if full else 1)
+    monkeypatch.setattr("stage2_prior.gaussians.LARGEST_FULL_COVARIANCE", 2 if full else 1)
     spec = LatentSpec((1, 1, 2))
     prior = GaussianMixturePrior([spec], 2).double()
     prior.weights.copy_(torch.tensor([0.6, 0.4]))
@@ -523,7 +522,7 @@ def test_a_trained_prior_reaches_the_entropy_of_a_known_mixture():
 
 
 def test_diagonal_covariances_beyond_the_affordable(monkeypatch):
-    monkeypatch.setattr("stage2_prior.prior.LARGEST_FULL_COVARIANCE", 3)
+    monkeypatch.setattr("stage2_prior.gaussians.LARGEST_FULL_COVARIANCE", 3)
     spec = LatentSpec((1, 2, 2))
     for name in ("gaussian", "mixture"):
         prior = CONTINUOUS_BASELINES[name]([spec])
@@ -549,7 +548,7 @@ def test_the_density_of_the_aggregate_posterior_reads_each_posterior_once_and_fe
     dataset, read = random_latents(50, LatentSpec((2, 2, 2))), []
     whole = AggregatePosterior(dataset).log_prob([torch.randn(40, 2, 2, 2, generator=torch.Generator().manual_seed(0))])
     of_rows = LatentDataset.posteriors
-    monkeypatch.setattr("stage2_prior.prior.GAUSSIANS_AT_ONCE", 8)
+    monkeypatch.setattr("stage2_prior.gaussians.GAUSSIANS_AT_ONCE", 8)
     monkeypatch.setattr(LatentDataset, "posteriors", lambda self, rows: read.append(of_rows(self, rows)) or read[-1])
     parts = AggregatePosterior(dataset).log_prob([torch.randn(40, 2, 2, 2, generator=torch.Generator().manual_seed(0))])
     assert torch.allclose(parts, whole, atol=1e-5)
@@ -637,14 +636,15 @@ def test_moments_are_taken_of_few_posteriors_at_a_time_with_the_same_result(monk
     spec = LatentSpec((2, 3, 3))
     dataset, of_head, of_prior = random_latents(50, spec), [], []
     for numbers in (2**21, 7 * spec.dimensions):
-        monkeypatch.setattr(heads, "NUMBERS_AT_ONCE", numbers)
-        monkeypatch.setattr(baselines_of, "NUMBERS_AT_ONCE", numbers)
-        of_head.append(torch.cat(heads.channel_moments(dataset.levels[0])))
+        monkeypatch.setattr(latents, "NUMBERS_AT_ONCE", numbers)
+        head = GaussianMixture().build(spec, width=4).double()
+        head.estimate(dataset.levels[0])
+        of_head.append(torch.cat([head.shift, head.scale]))
         prior = GaussianMixturePrior([spec], 1)
         prior.estimate(dataset)
         of_prior.append(prior)
     mean, std = dataset.levels[0]["mean"].double(), dataset.levels[0]["std"].double()
-    by_hand = mean.mean((0, 2, 3)), mean.var((0, 2, 3), correction=0) + std.square().mean((0, 2, 3))
+    by_hand = mean.mean((0, 2, 3)), (mean.var((0, 2, 3), correction=0) + std.square().mean((0, 2, 3))).sqrt()
     assert torch.allclose(of_head[0], torch.cat(by_hand)) and torch.allclose(of_head[1], of_head[0])
     for name, tensor in of_prior[0].state_dict().items():
         assert torch.allclose(tensor, of_prior[1].state_dict()[name], atol=1e-6)
@@ -652,7 +652,7 @@ def test_moments_are_taken_of_few_posteriors_at_a_time_with_the_same_result(monk
 
 def test_the_points_that_a_mixture_is_fitted_to_are_limited_in_bytes(monkeypatch):
     spec, fitted = LatentSpec((1, 2, 2)), []
-    monkeypatch.setattr(baselines_of, "MIXTURE_BYTES", 8 * spec.dimensions * 30)
+    monkeypatch.setattr(gaussians, "MIXTURE_BYTES", 8 * spec.dimensions * 30)
     fit = GaussianMixturePrior.fit
     monkeypatch.setattr(GaussianMixturePrior, "fit", lambda self, points, of: fitted.append(len(points)) or fit(self, points, of))
     GaussianMixturePrior([spec], 2).estimate(random_latents(50, spec))

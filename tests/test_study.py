@@ -18,9 +18,9 @@ from pipelines.studies.trained import Trained
 from pipelines.training.config import FitConfig
 from stage1_vae.bottlenecks import gaussian_rate
 from stage1_vae.bounds import draws, log_likelihoods
+from stage2_prior.gaussians import GaussianMixturePrior
 from stage2_prior.heads import gaussian_log_prob
 from stage2_prior.latents import LatentDataset, LatentSpec, draw
-from stage2_prior.prior import GaussianMixturePrior
 from tests.parts import random_latents, shrunk, small_splits, trained_run
 
 pytestmark = pytest.mark.usefixtures("small_data")

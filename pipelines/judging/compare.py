@@ -24,8 +24,8 @@ from pipelines.runs.sampling import Samples
 from pipelines.training import checkpoints
 from stage1_vae.bottlenecks import perplexity
 from stage2_prior.autoregressive import LearnedPrior
+from stage2_prior.gaussians import GaussianMixturePrior
 from stage2_prior.latents import LatentSpec
-from stage2_prior.prior import GaussianMixturePrior
 from stage2_prior.sampling import AS_FITTED, Sampling
 
 SHOWN = 16  # images in a row of the picture

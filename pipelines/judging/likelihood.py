@@ -41,9 +41,10 @@ from pipelines.training.fit import seed_of
 from stage1_vae.autoencoder import Autoencoder
 from stage1_vae.bounds import draws, effective_samples, grouped, importance_weighted_bound, log_likelihoods
 from stage2_prior.autoregressive import LearnedPrior
+from stage2_prior.gaussians import AggregatePosterior
 from stage2_prior.heads import gaussian_log_prob
 from stage2_prior.latents import LatentDataset
-from stage2_prior.prior import AggregatePosterior, Prior
+from stage2_prior.prior import Prior
 
 ACTIVE = 0.01  # variance over images of a posterior's mean, from which on its latent number is in use (Burda et al. 2016)
 DRAWS_AT_ONCE = 4096  # between two looks at the clock and at signals

@@ -10,8 +10,9 @@ from pipelines.runs.parts import finished, last_phase, load_prior
 from pipelines.runs.run import Run
 from pipelines.training.fit import seed_of
 from stage2_prior.baselines import baselines
+from stage2_prior.gaussians import AggregatePosterior
 from stage2_prior.latents import LatentSpec
-from stage2_prior.prior import AggregatePosterior, Prior
+from stage2_prior.prior import Prior
 
 
 def densities(run: Run, specs: list[LatentSpec]) -> list[str]:

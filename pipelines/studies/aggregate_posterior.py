@@ -24,9 +24,10 @@ from stage1_vae.bottlenecks import Gaussian
 from stage1_vae.likelihoods import Bernoulli
 from stage1_vae.networks import FullyConnected
 from stage2_prior.baselines import CONTINUOUS_BASELINES
+from stage2_prior.gaussians import GaussianMixturePrior
 from stage2_prior.heads import gaussian_log_prob
 from stage2_prior.latents import LatentDataset, LatentSpec, draw
-from stage2_prior.prior import GaussianMixturePrior, Prior
+from stage2_prior.prior import Prior
 
 
 def aggregate_posterior(trained: Trained) -> Findings:

@@ -1,14 +1,16 @@
-"""An order-2 context model of codes: each depends on its left and its upper neighbour. The strong simple rival.
+"""Context models of codes, fitted by counting: of order 0, the unigram, and of order 2, the strong simple rival.
 
 B batch, h×w grid, K codes, n counts of the training set, c a code, l and a its neighbours to the left and above.
 
-    p₀(c)       the frequency at this position                          (the unigram)
+    p₀(c)       the frequency at this position                          (order 0)
     p₁(c|l, a) = (n(l, c) + n(a, c) + α p₀(c)) / (n(l) + n(a) + α)      (each neighbour by itself)
-    p₂(c|l, a) = (n(l, a, c) + α p₁(c|l, a)) / (n(l, a) + α)            (both together)
+    p₂(c|l, a) = (n(l, a, c) + α p₁(c|l, a)) / (n(l, a) + α)            (order 2: both together)
 
 Back-off by a Dirichlet prior of weight α (MacKay and Peto 1995), which is chosen on images that are not counted. Levels are
 independent, and there is no code outside the grid: its neighbour is a symbol of its own.
 """
+
+import math
 
 import torch
 from torch import Tensor, nn
@@ -16,11 +18,57 @@ from torch.nn import functional
 
 from stage2_prior.heads import truncated
 from stage2_prior.latents import LatentDataset, LatentSpec
-from stage2_prior.prior import IndependentCodes, Prior, Sized, choosing_images
-from stage2_prior.sampling import AS_FITTED, Sampling, choose, uniforms
+from stage2_prior.prior import Prior, Sized, choosing_images
+from stage2_prior.sampling import AS_FITTED, Sampling, choose, choose_many, uniforms
 
 WEIGHTS = (1.0, 4.0, 16.0, 64.0, 256.0)  # α, of which the best is taken
 ROWS = 64  # images whose probabilities of all codes are held at once
+
+
+class IndependentCodes(Prior):
+    """Codes that know nothing of each other: all equally likely, or as frequent at each position as in the training set."""
+
+    def __init__(self, specs: list[LatentSpec], fitted: bool):
+        super().__init__()
+        self.specs, self.fitted = specs, fitted
+        for level, spec in enumerate(specs):
+            assert spec.vocabulary is not None
+            self.register_buffer(
+                f"log_probabilities_{level}", torch.full((*spec.grid, spec.vocabulary), -math.log(spec.vocabulary))
+            )
+
+    def tables(self) -> list[Tensor]:
+        """For each level, log p of every code at every position: h w K."""
+        return [getattr(self, f"log_probabilities_{level}") for level in range(len(self.specs))]
+
+    def estimate(self, dataset: LatentDataset) -> None:
+        """Count, with one more of every code so that none is impossible."""
+        if self.fitted:
+            for table, posterior in zip(self.tables(), dataset.sample()):
+                cells = torch.arange(0, table.numel(), table.shape[-1], device=table.device).view(table.shape[:-1])
+                counts = torch.ones_like(table)
+                for codes in posterior["codes"].long().split(1000):
+                    counts += torch.bincount((cells + codes).flatten(), minlength=table.numel()).view_as(table)
+                table.copy_((counts / counts.sum(-1, keepdim=True)).log())
+
+    def fitted_numbers(self) -> int:
+        return sum(table[..., 1:].numel() for table in self.tables()) if self.fitted else 0
+
+    def log_prob(self, levels: list[Tensor], contexts: Tensor | None = None) -> Tensor:
+        total = torch.zeros(len(levels[0]), device=levels[0].device)
+        for table, codes in zip(self.tables(), levels, strict=True):
+            total = total + table.expand(len(codes), *table.shape).gather(-1, codes[..., None]).flatten(1).sum(1)
+        return total
+
+    def sample(self, indices: Tensor, seed: int, how: Sampling = AS_FITTED, contexts: Tensor | None = None) -> list[Tensor]:
+        how.check(codes=True, contexts=False)
+        levels = []
+        for level, (table, spec) in enumerate(zip(self.tables(), self.specs)):
+            logits = truncated(table.flatten(0, 1), how)
+            positions = torch.arange(len(logits), device=indices.device)
+            noise = uniforms(seed, indices, positions, 1, level)[..., 0]
+            levels.append(choose_many(logits, noise.T.contiguous()).T.reshape(-1, *spec.grid))
+        return levels
 
 
 class Order2Level(Sized):
