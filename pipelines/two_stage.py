@@ -400,7 +400,7 @@ def marginal(prior: Prior) -> LogPrior:
             return prior.log_prob(levels)
         condition = prior.levels[0].condition
         if not isinstance(condition, LabelCondition):
-            return prior.log_prob(levels, prior.levels[0].nothing(len(levels[0])))
+            return prior.log_prob(levels, prior.levels[0].null_contexts(len(levels[0])))
         labels = condition.frequencies.nonzero().flatten()
         each = [condition.frequencies[y].log() + prior.log_prob(levels, y.expand(len(levels[0]))) for y in labels]
         return torch.stack(each).logsumexp(0)

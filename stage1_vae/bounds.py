@@ -48,7 +48,7 @@ def draws(
 ) -> Draws:
     """`samples` draws of z for each image, and their densities under q(z|x), under every prior, and of the image.
 
-    images: uint8 B C H W. contexts: B …, what the priors are told of each image. at_once: latents decoded together;
+    images: uint8 B C H W. contexts: B …, what the priors are conditioned on. at_once: latents decoded together;
     as many as memory is meant to hold when None.
     Raises ValueError when q(z|x) has no density (a deterministic bottleneck): there is no bound to compute.
     """
@@ -67,12 +67,12 @@ def draws(
             if "codes" not in posterior:
                 q = distributions.Normal(posterior["mean"], posterior["std"], validate_args=False)
                 log_q = log_q + q.log_prob(level).flatten(1).sum(1)
-        told = None if contexts is None else contexts[image]
+        context = None if contexts is None else contexts[image]
         targets = autoencoder.likelihood.scale(images[image])
         parts["log_likelihood"].append(autoencoder.log_likelihood(autoencoder.outputs(levels), targets))
         parts["log_posterior"].append(log_q)
         for name, log_prior in log_priors.items():
-            parts[name].append(log_prior(levels, told))
+            parts[name].append(log_prior(levels, context))
     whole = {name: torch.cat(rows).view(samples, len(images)) for name, rows in parts.items()}
     return Draws(whole.pop("log_likelihood"), whole.pop("log_posterior"), whole)
 

@@ -4,7 +4,7 @@ B batch, C latent channels, D width, h×w latent grid.
 
     log p(z) = Σ_i log p(z_i | z_<i), positions i in raster order, each factor a head's density at the backbone's features.
 
-With several levels, coarse to fine, each has its own such prior that is told the coarser ones (VQ-VAE-2, Razavi et al. 2019):
+With several levels, coarse to fine, each has such a prior, conditioned on the coarser ones (VQ-VAE-2, Razavi et al. 2019):
 
     log p(z_1, …, z_n) = Σ_l log p(z_l | z_1, …, z_(l-1))
 """
@@ -66,7 +66,7 @@ NOISE_ENDS = 0.75  # share of the training
 
 
 class AutoregressivePrior(Prior):
-    """Models the last of the levels it is given; the coarser ones before it are conditions."""
+    """Models the last of `specs`; the coarser ones before it are conditions."""
 
     def __init__(self, specs: list[LatentSpec], config: AutoregressiveConfig, classes: int = 0):
         super().__init__()
@@ -102,13 +102,13 @@ class AutoregressivePrior(Prior):
         return [self]
 
     @property
-    def from_outside(self) -> LabelCondition | CaptionCondition | None:
-        """What the contexts that the prior is given go to, labels or captions; clusters it finds by itself."""
+    def given_condition(self) -> LabelCondition | CaptionCondition | None:
+        """The condition whose contexts are given, labels or captions; clusters the prior finds by itself."""
         return None if isinstance(self.condition, ClusterCondition) else self.condition
 
-    def nothing(self, batch: int) -> Tensor | None:
-        """The contexts of images of which nothing is known, B …; None where the prior takes none."""
-        return None if self.from_outside is None else self.from_outside.nothing(batch)
+    def null_contexts(self, batch: int) -> Tensor | None:
+        """Contexts that say nothing, B …, under which the prior is unconditional; None where it takes none."""
+        return None if self.given_condition is None else self.given_condition.null(batch)
 
     @property
     def weaker(self) -> "AutoregressivePrior | None":
@@ -128,8 +128,8 @@ class AutoregressivePrior(Prior):
                 raise ValueError("a conditional prior needs a data set with contexts")
             self.condition.estimate(dataset.contexts)
 
-    def told(self, coarser: list[Tensor], contexts: Tensor | None) -> Embedded:
-        """Everything that the backbone is told: where it is, the coarser levels, the context."""
+    def conditioning(self, coarser: list[Tensor], contexts: Tensor | None) -> Embedded:
+        """All that the backbone is conditioned on: the place on the grid, the coarser levels, the context."""
         map, prefix = self.position, None
         for embed, codes in zip(self.coarser, coarser, strict=True):
             map = map + embed(codes)
@@ -145,14 +145,14 @@ class AutoregressivePrior(Prior):
         return {"loss": -self.log_prob_by_position(levels, contexts, noise).flatten(1).sum(1).mean()}
 
     def conditioned(self, coarser: list[Tensor], contexts: Tensor | None) -> Conditioned:
-        return Conditioned(self.backbone, self.head, *self.told(coarser, contexts))
+        return Conditioned(self.backbone, self.head, *self.conditioning(coarser, contexts))
 
     def log_prob_by_position(self, levels: list[Tensor], contexts: Tensor | None = None, noise: float = 0.0) -> Tensor:
         """log p(z_i | z_<i, coarser levels, context) in nats of raw latents, B h w.
 
-        noise: the largest on what stands for z_<i.
-        contexts: those of a prior with clusters, when None, are where the latents lie. What a cluster costs is then added to the
-        coarsest level, in equal parts.
+        noise: the largest of the noise on the inputs, which stand for z_<i.
+        contexts: a prior with clusters takes those that the latents lie in when None, and adds log p(cluster) to the coarsest
+        level, in equal parts at each position.
         """
         *coarser, latent = levels
         of_cluster: Tensor | float = 0.0
@@ -161,11 +161,11 @@ class AutoregressivePrior(Prior):
             if not coarser:
                 of_cluster = self.condition.log_prob(contexts)[:, None, None] / math.prod(self.spec.grid)
         values = self.head.values(latent)
-        if self.training and self.from_outside is not None and contexts is not None:
-            contexts = self.from_outside.some_forgotten(contexts)
-        told = self.told(coarser, contexts)
+        if self.training and self.given_condition is not None and contexts is not None:
+            contexts = self.given_condition.with_dropout(contexts)
+        condition = self.conditioning(coarser, contexts)
         fed = values if noise == 0 else self.head.perturbed(values, noise * torch.rand(len(values), 1, 1, device=values.device))
-        features = self.backbone(self.head.embed(fed).movedim(-1, 1), told.map, told.prefix)
+        features = self.backbone(self.head.embed(fed).movedim(-1, 1), condition.map, condition.prefix)
         # Under mixed precision the backbone may round. A density never does, but for the logits of codes in training, which cost
         # a third of a step otherwise; their softmax is in full precision all the same.
         rounded = self.training and self.spec.vocabulary is not None and torch.is_autocast_enabled(features.device.type)
@@ -191,11 +191,13 @@ class AutoregressivePrior(Prior):
         """Latents for these sample numbers, [B C h w] or [B h w] codes.
 
         contexts: one for each sample; drawn as frequent as in the training set when None.
-        coarser: the coarser levels of each sample, for a prior that is told them.
+        coarser: the coarser levels of each sample, for a prior that is conditioned on them.
         Raises CannotSample where they do not fit, or `how` asks for what these latents do not have.
         """
         batch = len(indices)
-        how.check(codes=self.spec.vocabulary is not None, contexts=self.from_outside is not None, weaker=self.weaker is not None)
+        how.check(
+            codes=self.spec.vocabulary is not None, contexts=self.given_condition is not None, weaker=self.weaker is not None
+        )
         if self.condition is None and contexts is not None:
             raise CannotSample("this prior takes no context")
         if not batch:  # the compiled steps divide the rows of a batch among threads
@@ -208,7 +210,7 @@ class AutoregressivePrior(Prior):
             contexts = self.draw_contexts(indices, seed) if contexts is None else contexts.to(device)
         weaker: Conditioned | None = None
         if how.guidance:
-            weaker = self.conditioned(coarser, self.nothing(batch))
+            weaker = self.conditioned(coarser, self.null_contexts(batch))
         elif how.autoguidance:
             assert self.weaker is not None
             weaker = self.weaker.conditioned(coarser, contexts)
@@ -232,7 +234,10 @@ class CascadeConfig:
     def build(self, specs: list[LatentSpec], classes: int = 0) -> "Cascade":
         """Raises ValueError where the parts do not fit."""
         if len(specs) > 1 and self.top.condition != self.bottom.condition:
-            raise ValueError(f"all levels are told the same: not {self.top.condition} on top and {self.bottom.condition} below")
+            raise ValueError(
+                f"all levels need the same condition, not {self.top.condition} on top and {self.bottom.condition} below: choose"
+                " it by --prior.condition, which is that of all"
+            )
         return Cascade([self.top, *[self.bottom] * (len(specs) - 1)], specs, classes)
 
 
@@ -257,13 +262,7 @@ class Cascade(Prior):
     def draw_contexts(self, indices: Tensor, seed: int) -> Tensor | None:
         return self.levels[0].draw_contexts(indices, seed)
 
-    def sample(
-        self,
-        indices: Tensor,
-        seed: int,
-        how: Sampling = AS_FITTED,
-        contexts: Tensor | None = None,
-    ) -> list[Tensor]:
+    def sample(self, indices: Tensor, seed: int, how: Sampling = AS_FITTED, contexts: Tensor | None = None) -> list[Tensor]:
         """Coarse to fine; arguments as in AutoregressivePrior.sample."""
         contexts = self.draw_contexts(indices, seed) if contexts is None else contexts
         drawn: list[Tensor] = []

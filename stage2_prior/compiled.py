@@ -31,16 +31,16 @@ def library() -> ctypes.CDLL | None:
     for build, compiled in current.items():
         if compiled.runs_here():
             if build == ONE_THREAD:
-                told("this was installed by a compiler without OpenMP, so sampling uses one thread: install one with it, and")
+                advise("this was installed by a compiler without OpenMP, so sampling uses one thread: install one with it, and")
             return declared(compiled)
     if len(current) < len(installed):
-        told("steps.c is not what was installed, so sampling is slower:")
+        advise("steps.c is not what was installed, so sampling is slower:")
     elif not installed:
-        told("this was installed without a C compiler, so sampling is slower: install one, and")
+        advise("this was installed without a C compiler, so sampling is slower: install one, and")
     return None
 
 
-def told(what: str) -> None:
+def advise(what: str) -> None:
     warnings.warn(f"{what} pip install -e . again", stacklevel=3)
 
 

@@ -46,7 +46,7 @@ def complete(
             raise CannotSample(f"a level needs a latent and a boolean mask of {own.spec.shape} and {own.spec.grid}")
     # Particle m of sample i is sample number i·M + m under the seed, so a completion too is the same in any batch.
     numbers = (indices[:, None] * particles + torch.arange(particles, device=indices.device)).flatten()
-    told = prior.draw_contexts(numbers, seed) if contexts is None else contexts.repeat_interleave(particles, 0)
+    contexts = prior.draw_contexts(numbers, seed) if contexts is None else contexts.repeat_interleave(particles, 0)
     levels: list[Tensor] = []
     dtype = torch.float32 if indices.device.type == "mps" else torch.float64  # MPS has no wider one
     logs = torch.zeros(len(indices), particles, dtype=dtype, device=indices.device)
@@ -58,8 +58,8 @@ def complete(
         values = head.values(latent[None]).flatten(1, 2).repeat_interleave(len(numbers), 0)  # B·M P, or B·M P C
         positions = torch.arange(mask.numel(), device=indices.device)
         draws = head.begin(uniforms(seed, numbers, positions, head.uniforms(AS_FITTED), own.level), AS_FITTED)
-        known = own.told(levels, told)
-        state = backbone.begin(len(numbers), own.spec.grid, known.map, known.prefix)
+        condition = own.conditioning(levels, contexts)
+        state = backbone.begin(len(numbers), own.spec.grid, condition.map, condition.prefix)
         previous: Tensor | None = None
         for position, held_here in enumerate(mask.flatten().tolist()):
             features = backbone.step(previous, position, state).to(own.position.dtype)
@@ -73,7 +73,7 @@ def complete(
                     if (poor := size < FEWEST * particles).any():
                         ancestors = resampled(logs, poor, indices, seed, (level << 20) + position)
                         features, values, levels = features[ancestors], values[ancestors], [done[ancestors] for done in levels]
-                        told = None if told is None else told[ancestors]
+                        contexts = None if contexts is None else contexts[ancestors]
                         state.select(ancestors)
                         logs[poor] = 0.0
                 values[:, position] = head.draw(features, position, draws)

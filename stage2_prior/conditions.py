@@ -1,10 +1,11 @@
-"""What a prior can be told: nothing, a class label, the cluster of the latent, a caption, the coarser levels of the same latent.
+"""Conditions of a prior: none, a class label, the cluster of the latent, a caption, the coarser levels of the same latent.
 
 B batch, D width, K codes, T prefix length, h×w latent grid.
 
 A condition embeds its context once, into a `map` (B D h w, added at every position) and a `prefix` (B T D, tokens
-before the first position); backbones know nothing else. In training it forgets some contexts, so that the same network
-also learns the density without one, which guidance needs (Ho and Salimans 2022, "Classifier-free diffusion guidance").
+before the first position); backbones know nothing else. In training some contexts are replaced by the null context, so that
+the same network also learns the unconditional density, which guidance needs (Ho and Salimans 2022, "Classifier-free diffusion
+guidance").
 """
 
 import warnings
@@ -21,15 +22,15 @@ from stage2_prior.sampling import CONTEXT_STREAM, CannotSample, choose, first_un
 
 
 class Embedded(NamedTuple):
-    """What a backbone is told."""
+    """Contexts as a backbone takes them."""
 
-    map: Tensor | None
-    prefix: Tensor | None
+    map: Tensor | None  # B D h w, or 1 D h w for all
+    prefix: Tensor | None  # B T D
 
 
 @dataclass(frozen=True)
 class Unconditional:
-    """Nothing."""
+    """No condition."""
 
     def build(self, width: int, specs: list[LatentSpec], classes: int) -> None:
         return None
@@ -40,10 +41,10 @@ class ClassLabel:
     """The class of the image."""
 
     dropout: Annotated[float, Interval(ge=0, lt=1)] = 0.1
-    """share of labels forgotten in training; 0.1 to 0.2 in the paper"""
+    """share of labels dropped in training; 0.1 to 0.2 in the paper"""
 
     def build(self, width: int, specs: list[LatentSpec], classes: int) -> "LabelCondition":
-        """specs: of all levels down to the one that is modelled. Raises ValueError when the data set has no labels."""
+        """specs: of the levels down to the one that is modelled. Raises ValueError when the data set has no labels."""
         if classes < 1:
             raise ValueError("a prior conditioned on class labels needs images with labels")
         return LabelCondition(width, specs[-1].grid, classes, self.dropout)
@@ -53,10 +54,10 @@ FEW = 64  # labels that each have a map of their own
 
 
 class LabelCondition(nn.Module):
-    """A map for each label, and a last one that stands for no label, rather than one vector for the whole grid.
+    """A map for each label, rather than one vector for the whole grid, and a last one for the null label.
 
     With many labels that would be most of a model: 1,000 on a 32×32 grid of width 64 have 66 million numbers. So more than FEW
-    share FEW maps, and each label has weights of its own by which it adds them up.
+    labels share FEW maps: the map of a label is a weighted sum of them.
     """
 
     frequencies: Tensor
@@ -78,17 +79,17 @@ class LabelCondition(nn.Module):
         """A label for each sample number, as often as in the training set; B."""
         return choose(self.frequencies.log().expand(len(indices), -1), first_uniforms(seed, indices, CONTEXT_STREAM))
 
-    def nothing(self, batch: int) -> Tensor:
-        """The context that stands for none; B."""
+    def null(self, batch: int) -> Tensor:
+        """The null label; B."""
         return torch.full((batch,), self.classes, device=self.frequencies.device)
 
-    def some_forgotten(self, contexts: Tensor) -> Tensor:
-        """For training: each label with the probability `dropout` as none; B."""
-        forgotten = torch.rand(len(contexts), device=contexts.device) < self.dropout
-        return torch.where(forgotten, self.classes, contexts)
+    def with_dropout(self, contexts: Tensor) -> Tensor:
+        """For training: each label is replaced by the null label with the probability `dropout`; B."""
+        dropped = torch.rand(len(contexts), device=contexts.device) < self.dropout
+        return torch.where(dropped, self.classes, contexts)
 
     def forward(self, contexts: Tensor) -> Embedded:
-        """contexts: labels 0 … classes, B, where `classes` stands for no label. Raises CannotSample for another."""
+        """contexts: labels 0 … classes, B, the last of which is the null label. Raises CannotSample for another."""
         if not self.training and not ((contexts >= 0) & (contexts <= self.classes)).all():
             raise CannotSample(f"labels are numbers from 0 to {self.classes - 1}")
         if self.weights is None:
@@ -100,9 +101,9 @@ class LabelCondition(nn.Module):
 class Cluster:
     """The cluster that the latent lies in, for images without labels.
 
-    Without a label, a prior finds out only position by position what it draws, and where it is undecided it draws what is neither
-    one thing nor another. A cluster says it from the start, as a label does (Liu et al. 2020, "Diverse image generation via
-    self-conditioned GANs"; Bao et al. 2022, "Why are conditional generative models better than unconditional ones?").
+    Without a condition, a prior decides only position by position what it draws, and where it is undecided it draws what is
+    neither one thing nor another. A cluster decides it from the start, as a label does (Liu et al. 2020, "Diverse image generation
+    via self-conditioned GANs"; Bao et al. 2022, "Why are conditional generative models better than unconditional ones?").
     """
 
     clusters: Annotated[int, Interval(ge=1, le=10_000)] = 30
@@ -113,18 +114,18 @@ class Cluster:
 
 
 FEWEST_MEMBERS = 20  # images for each cluster
-CLUSTERED_POINTS, CLUSTERED_BYTES = 20_000, 2**28  # of latents, that clusters are found in
-VECTOR = 16  # numbers that stand for a code: of its vector, the principal components
+CLUSTERED_POINTS, CLUSTERED_BYTES = 20_000, 2**28  # latents that clusters are found in, at most
+VECTOR = 16  # numbers that stand for a code: principal components of its vector
 
 
 class ClusterCondition(nn.Module):
     """Clusters of the coarsest level, which k-means finds in the posteriors' means, or in the vectors that codes stand for.
 
-    Nothing is told from outside. The cluster k(z) follows from the latent, and samples draw theirs as often as it occurs:
+    No contexts are given. The cluster k(z) is a function of the latent, and samples draw one with the probability p(k):
 
         p(z) = Σ_k p(k) p(z|k) ≥ p(k(z)) p(z|k(z))
 
-    The last is what training maximizes, and all that `log_prob` of the prior costs: a bound, in one pass.
+    The right side is what training maximizes and what the prior's `log_prob` returns: a bound, in one pass of the network.
     """
 
     centres: Tensor
@@ -147,7 +148,7 @@ class ClusterCondition(nn.Module):
         return (self.vectors[latents] if len(self.vectors) else latents.to(self.centres)).flatten(1)
 
     def find(self, dataset: LatentDataset) -> None:
-        """The clusters of a data set, and how often each occurs. Raises ValueError for codes of which no vectors are known."""
+        """The clusters of a data set, and how often each occurs. Raises ValueError for codes without their vectors."""
         from sklearn.cluster import KMeans
         from sklearn.exceptions import ConvergenceWarning
         from threadpoolctl import threadpool_limits
@@ -210,7 +211,7 @@ class Caption:
     length: Annotated[int, Interval(ge=1, le=10_000)] = 16
     """tokens of a caption; longer ones are cut"""
     dropout: Annotated[float, Interval(ge=0, lt=1)] = 0.1
-    """share of captions forgotten in training"""
+    """share of captions dropped in training"""
 
     def build(self, width: int, specs: list[LatentSpec], classes: int) -> "CaptionCondition":
         return CaptionCondition(width, self)
@@ -227,17 +228,19 @@ class CaptionCondition(nn.Module):
         """Captions are conditioned on, never modelled."""
 
     def draw(self, indices: Tensor, seed: int) -> Tensor:
-        return self.nothing(len(indices))
+        """The null caption: captions have no density to draw from; B T."""
+        return self.null(len(indices))
 
-    def nothing(self, batch: int) -> Tensor:
+    def null(self, batch: int) -> Tensor:
+        """The null caption; B T."""
         return torch.zeros(batch, self.config.length, dtype=torch.int64, device=self.position.device)
 
-    def some_forgotten(self, contexts: Tensor) -> Tensor:
-        """For training: each caption with the probability `dropout` as none; B T."""
+    def with_dropout(self, contexts: Tensor) -> Tensor:
+        """For training: each caption is replaced by the null caption with the probability `dropout`; B T."""
         return contexts.masked_fill(torch.rand(len(contexts), 1, device=contexts.device) < self.config.dropout, 0)
 
     def forward(self, contexts: Tensor) -> Embedded:
-        """contexts: tokens, B T, where 0 pads and nothing but 0 stands for no caption."""
+        """contexts: tokens, B T, where 0 is padding and the null caption is all padding."""
         return Embedded(None, self.embedding(contexts) + self.position)
 
 

@@ -12,7 +12,7 @@ from stage2_prior.prior import only
 
 
 class FlattenedConfig:
-    """What the configs of these priors have in common: they are told nothing."""
+    """What the configs of these priors have in common: they are unconditional."""
 
     @property
     def condition(self) -> ConditionConfig:

@@ -4,7 +4,7 @@ B batch, D all numbers of one latent.
 
     log p(z) = log N(f(z); 0, I) + log |det ∂f/∂z|, exact;   z = f⁻¹(noise)
 
-Coupling layers, because they invert in two passes; an autoregressive flow takes D. The flow is told nothing.
+Coupling layers, because they invert in two passes; an autoregressive flow takes D. The flow is unconditional.
 """
 
 import math

@@ -103,7 +103,7 @@ class Sampling:
     at each position rather than over whole latents; 0 is none"""
     autoguidance: float = 0.0
     """strength w of autoguidance (Karras et al. 2024): the same away from a weaker copy of the prior, which is what the prior was
-    early in its training, told the same context; 0 is none"""
+    early in its training, under the same context; 0 is none"""
 
     def __post_init__(self) -> None:
         if not 0 <= self.temperature < math.inf:
@@ -124,8 +124,10 @@ class Sampling:
         return self.guidance or self.autoguidance
 
     def check(self, *, codes: bool, contexts: bool, weaker: bool = False) -> None:
-        """Raises CannotSample for what a prior has no meaning for: whether it draws codes, whether it is told contexts, and
-        whether it has a weaker copy."""
+        """Raises CannotSample for a setting that has no meaning for a prior.
+
+        codes: whether it models codes. contexts: whether it takes any. weaker: whether it has a weaker copy of itself.
+        """
         if not codes and (self.top_k is not None or self.top_p < 1):
             raise CannotSample("top-k and top-p choose among codes, and these latents are continuous: set a temperature instead")
         if not contexts and self.guidance:

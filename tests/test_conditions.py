@@ -63,7 +63,7 @@ def test_every_token_of_a_caption_reaches_every_position(backbone, head):
 def test_contexts_are_forgotten_whole_and_in_training_only(backbone, head, told):
     prior = conditional(backbone, head, spec_for(head, (2, 3)), condition=told)
     levels, _ = random_latents(400, prior.spec)[torch.arange(400)]
-    contexts, nothing = torch.tensor([[5, 6, 7]] if isinstance(told, Caption) else [1]), prior.condition.nothing(400)
+    contexts, nothing = torch.tensor([[5, 6, 7]] if isinstance(told, Caption) else [1]), prior.condition.null(400)
     contexts = contexts.expand_as(nothing)
     with torch.no_grad():
         known, unknown = prior.log_prob(levels, contexts), prior.log_prob(levels, nothing)
@@ -129,7 +129,7 @@ def test_levels_and_their_priors_fit():
     level = AutoregressiveConfig(BACKBONES["pixelcnn"], Categorical())
     with pytest.raises(ValueError, match="a prior for each"):
         level.build(SPECS)
-    with pytest.raises(ValueError, match="told the same"):
+    with pytest.raises(ValueError, match="the same condition"):
         CascadeConfig(AutoregressiveConfig(BACKBONES["pixelcnn"], Categorical(), ClassLabel()), level).build(SPECS, classes=2)
 
 

@@ -48,7 +48,7 @@ def test_bits_are_those_of_both_stages_and_a_map_adds_up_to_the_bits_of_z(run):
     # The average over many draws of z is KL(q(z|x) ‖ p(z)) and the distortion, in bits.
     many = [scorer.of_batch(batch) for _ in range(200)]
     drawn = [scorer.autoencoder.sample(posteriors) for _ in range(200)]
-    nothing = scorer.prior.condition.nothing(7)
+    nothing = scorer.prior.condition.null(7)
     with torch.inference_mode():
         rate = torch.stack(
             [

@@ -139,7 +139,7 @@ def scoring_row(scorer: "Scorer", images: "ImageSet", repeats: int) -> dict[str,
     def encoder_and_prior() -> list[Tensor]:
         levels = scorer.autoencoder.sample(scorer.autoencoder.encode(fixed))
         for level, own in enumerate(scorer.prior.levels):
-            own.log_prob(levels[: level + 1], own.nothing(len(fixed)))
+            own.log_prob(levels[: level + 1], own.null_contexts(len(fixed)))
         return levels
 
     @torch.inference_mode()

@@ -92,7 +92,7 @@ class Scorer:
 
     @torch.inference_mode()
     def __call__(self, images: ImageSet, label: str = "scoring") -> Scores:
-        """Of images as the model takes them. A prior that is told labels or captions is told nothing."""
+        """Of images as the model takes them. A conditional prior is used without its condition."""
 
         def scored(rows: Tensor) -> Scores:
             torch.manual_seed(seed_of(0, int(rows[0])))
@@ -134,7 +134,7 @@ class Scorer:
         levels = self.autoencoder.sample(posteriors)
         maps = []
         for index, (own, posterior) in enumerate(zip(self.prior.levels, posteriors, strict=True)):
-            nats = -own.log_prob_by_position(levels[: index + 1], own.nothing(len(images)))
+            nats = -own.log_prob_by_position(levels[: index + 1], own.null_contexts(len(images)))
             if "mean" in posterior:
                 nats = nats + gaussian_log_prob(levels[index], posterior["mean"], posterior["std"].log()).sum(1)
             maps.append((nats / BIT).cpu())

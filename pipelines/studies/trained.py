@@ -37,7 +37,7 @@ class ToldNothing(Prior):
         self.prior = prior
 
     def nothing(self, batch: int) -> Tensor | None:
-        return self.prior.levels[0].nothing(batch) if isinstance(self.prior, LearnedPrior) else None
+        return self.prior.levels[0].null_contexts(batch) if isinstance(self.prior, LearnedPrior) else None
 
     def log_prob(self, levels: list[Tensor], contexts: Tensor | None = None) -> Tensor:
         return self.prior.log_prob(levels, self.nothing(len(levels[0])))
