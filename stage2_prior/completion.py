@@ -34,11 +34,11 @@ def complete(
     contexts: Tensor | None = None,
     log_likelihood: Callable[[list[Tensor]], Tensor] | None = None,
 ) -> tuple[list[Tensor], Tensor]:
-    """Levels whose held positions are as given, and the effective sample size of each, B, from 1 to the number of particles.
+    """Levels, B … each, whose held positions are as given, and the effective sample size of each, B, from 1 to M.
 
-    given: one latent a level, without a batch axis; held: h w a level, True is held; indices: B sample numbers.
+    given: one latent a level, without a batch axis. held: h w a level, True is held. indices: B sample numbers. particles: M.
     contexts: one for each sample; when None, one for each particle, as frequent as in the training set.
-    log_likelihood: what else is known of the whole latent, such as log p(of the pixels that are seen | z): levels to nats, B·M.
+    log_likelihood: of the levels of every particle, log p(y|z) of what else is observed, such as pixels, in nats, B·M.
     Raises CannotSample where a latent or a mask does not fit.
     """
     for own, latent, mask in zip(prior.levels, given, held, strict=True):
@@ -51,7 +51,7 @@ def complete(
     dtype = torch.float32 if indices.device.type == "mps" else torch.float64  # MPS has no wider one
     logs = torch.zeros(len(indices), particles, dtype=dtype, device=indices.device)
     smallest = torch.full((len(indices),), float(particles), dtype=dtype, device=indices.device)
-    weighed = False  # something held since the particles were last looked at
+    weighed = False  # whether a held position has changed the weights since the last look at them
     for level, (own, latent, mask) in enumerate(zip(prior.levels, given, held, strict=True)):
         backbone: Backbone = own.backbone
         head: Head = own.head
@@ -63,19 +63,19 @@ def complete(
         previous: Tensor | None = None
         for position, held_here in enumerate(mask.flatten().tolist()):
             features = backbone.step(previous, position, state).to(own.position.dtype)
+            if weighed and not held_here:  # Before more is drawn, unlikely particles give way to copies of likely ones.
+                weighed, size = False, effective(logs)
+                smallest = torch.minimum(smallest, size)
+                if (poor := size < FEWEST * particles).any():
+                    ancestors = resampled(logs, poor, indices, seed, (level << 20) + position)
+                    features, values, levels = features[ancestors], values[ancestors], [done[ancestors] for done in levels]
+                    contexts = None if contexts is None else contexts[ancestors]
+                    state.select(ancestors)
+                    logs[poor] = 0.0
             if held_here:
                 logs += head.log_prob(features, values[:, position]).view_as(logs)
                 weighed = True
             else:
-                if weighed:  # Before more is drawn, particles that what is held makes unlikely give way to copies of others.
-                    weighed, size = False, effective(logs)
-                    smallest = torch.minimum(smallest, size)
-                    if (poor := size < FEWEST * particles).any():
-                        ancestors = resampled(logs, poor, indices, seed, (level << 20) + position)
-                        features, values, levels = features[ancestors], values[ancestors], [done[ancestors] for done in levels]
-                        contexts = None if contexts is None else contexts[ancestors]
-                        state.select(ancestors)
-                        logs[poor] = 0.0
                 values[:, position] = head.draw(features, position, draws)
             previous = head.embed(values[:, position])
         levels.append(head.latent(values.unflatten(1, own.spec.grid)))

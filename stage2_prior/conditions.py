@@ -101,9 +101,9 @@ class LabelCondition(nn.Module):
 class Cluster:
     """The cluster that the latent lies in, for images without labels.
 
-    Without a condition, a prior decides only position by position what it draws, and where it is undecided it draws what is
-    neither one thing nor another. A cluster decides it from the start, as a label does (Liu et al. 2020, "Diverse image generation
-    via self-conditioned GANs"; Bao et al. 2022, "Why are conditional generative models better than unconditional ones?").
+    Without a condition, a prior decides position by position what it draws, and where it is undecided it draws what is neither
+    one thing nor another. A cluster decides it from the start, as a label does (Liu et al. 2020, "Diverse image generation via
+    self-conditioned GANs"; Bao et al. 2022, "Why are conditional generative models better than unconditional ones?").
     """
 
     clusters: Annotated[int, Interval(ge=1, le=10_000)] = 30
