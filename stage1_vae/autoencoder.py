@@ -9,6 +9,7 @@ Images are uint8, B C H W, at every public boundary; the likelihood says in whic
 
 import math
 from dataclasses import dataclass, field
+from itertools import repeat
 
 import torch
 from einops import rearrange
@@ -64,7 +65,7 @@ class Autoencoder(nn.Module):
 
     @property
     def vectors(self) -> Tensor | None:
-        """What each code of the coarsest level stands for, K D on the CPU; None where latents are continuous."""
+        """Code vectors of the coarsest level, K D, on the CPU; None for continuous latents."""
         vectors = self.bottleneck.vectors
         return None if vectors is None else vectors.detach().cpu()
 
@@ -74,6 +75,7 @@ class Autoencoder(nn.Module):
         return max(1, PIXELS_AT_ONCE // math.prod(self.image_shape[1:]))
 
     def features(self, images: Tensor) -> Tensor:
+        """images uint8 B C H W to the encoder's features, B F h w."""
         return self.encoder(2 * likelihoods.unit_interval(images) - 1)
 
     def forward(self, images: Tensor, progress: float = 0.0) -> dict[str, Tensor]:
@@ -119,18 +121,20 @@ class Autoencoder(nn.Module):
         return self.likelihood(self.outputs(levels))
 
     def outputs(self, levels: list[Tensor]) -> Tensor:
-        """What the decoder makes of latents, for the likelihood."""
+        """The decoder's outputs, from which the likelihood makes p(x|z): B P·C H W, P parameters of each pixel's channel."""
         return full_precision(self.decoder(self.bottleneck.embed(levels)))
 
     def render(self, levels: list[Tensor], uniforms: Tensor | None = None) -> Tensor:
-        """Latents to uint8 images B C H W: the mean of p(x|z); or a draw from it, made from uniform numbers in (0, 1), B C H W.
-        What is not a number is drawn black."""
-        noise = None if uniforms is None else uniforms.split(self.at_once)
+        """Latents to uint8 images B C H W: the mean of p(x|z), or a sample of it by inverse CDF. What is not a number is black.
+
+        uniforms: of a sample, numbers in (0, 1), B C H W.
+        """
         parts = zip(*(level.split(self.at_once) for level in levels))
-        return torch.cat([quantized(self.values([*part], noise and noise[number])) for number, part in enumerate(parts)])
+        noise = repeat(None) if uniforms is None else uniforms.split(self.at_once)
+        return torch.cat([quantized(self.values([*part], some)) for part, some in zip(parts, noise)])
 
     def values(self, levels: list[Tensor], uniforms: Tensor | None = None) -> Tensor:
-        """The same before rounding: grey levels in [0, 1], and somewhat beyond."""
+        """What `render` rounds: grey levels B C H W in [0, 1], and somewhat beyond."""
         return self.decode(levels).mean if uniforms is None else self.likelihood.sample(self.outputs(levels), uniforms)
 
 

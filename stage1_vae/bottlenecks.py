@@ -6,7 +6,8 @@ B batch, F feature maps, C latent channels, K codes, h×w latent grid, L samples
         progress  share of the training that is done, from 0 to 1
         embedded  L B C h w, what the decoder reads: L samples of z an image
         penalty   B, what the bottleneck adds to the loss, in nats an image (β·KL, a commitment loss, …)
-        terms     named values to report, B each or scalar; `rate` is KL(q(z|x) ‖ N(0, I)) where there is one
+        terms     named values to report, B each or scalar; `rate` is KL(q(z|x) ‖ p(z)) where q is not a point, in nats: p(z) is
+                  N(0, I), or uniform over codes
     posterior(features)  -> what is stored, for each level: mean and std, B C h w each, or codes, B h w
     embed(levels)        -> B C h w for the decoder
     latents(grid)        -> shape and vocabulary of each level
@@ -32,7 +33,7 @@ Levels = list[tuple[tuple[int, ...], int | None]]
 
 class Bottleneck(Protocol):
     latent_channels: int  # of what the decoder reads
-    has_density: bool  # whether log p(z) of an encoded image is part of a bound on log p(x): not for a point in a continuum
+    has_density: bool  # whether log q(z|x) is finite, so that there is a bound on log p(x): not for a point in a continuum
 
     def __call__(self, features: Tensor, progress: float) -> tuple[Tensor, Tensor, dict[str, Tensor]]: ...
 
@@ -43,7 +44,7 @@ class Bottleneck(Protocol):
     def latents(self, grid: tuple[int, int]) -> Levels: ...
 
     @property
-    def vectors(self) -> Tensor | None: ...
+    def vectors(self) -> Tensor | None: ...  # code vectors of the coarsest level, K D; None for continuous latents
 
 
 def full_precision(x: Tensor) -> Tensor:
@@ -52,7 +53,7 @@ def full_precision(x: Tensor) -> Tensor:
 
 
 class Continuous(nn.Module):
-    """What bottlenecks of one level of numbers share."""
+    """What bottlenecks of one continuous level share."""
 
     latent_channels: int
     vectors = None
@@ -80,7 +81,7 @@ class Codes(nn.Module):
 
     @property
     def vectors(self) -> Tensor:
-        """What each code stands for, K D."""
+        """The code vectors, K D."""
         return self.embed([torch.arange(self.vocabulary, device=next(self.parameters()).device)[:, None, None]]).flatten(1)
 
 
@@ -212,19 +213,19 @@ class VectorQuantizedBottleneck(Codes):
         self.register_buffer("counts", torch.zeros(config.codes))  # how often each code is chosen in a batch, on average
         self.register_buffer("sums", torch.zeros(config.codes, config.channels))  # of the encoder outputs that chose it
         self.use = CodeUse(config.codes)  # unlike `counts`, not touched by revival
-        # What happens in these depends on values, so torch.compile leaves them out. Not by decorators: they import its compiler.
-        self.begin, self.update = map(torch.compiler.disable, (self.set_up, self.move))
+        # Their control flow depends on values, so torch.compile leaves them out. Not by decorators: they import its compiler.
+        self.initialize_eagerly, self.update_eagerly = map(torch.compiler.disable, (self.initialize, self.update))
 
     def forward(self, features: Tensor, progress: float) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         encoded = full_precision(self.project(features))
         vectors = rearrange(encoded.detach(), "b c h w -> (b h w) c")
         if self.training:
-            self.begin(vectors)
+            self.initialize_eagerly(vectors)
         risen = min(1.0, progress / self.config.rate_share) if self.training and self.config.rate_share else 1.0
         codes = self.choose(vectors, risen)
         quantized = rearrange(self.codebook[codes], "(b h w) c -> b c h w", b=len(encoded), h=encoded.shape[2])
         if self.training:
-            self.update(vectors, codes, revive=progress < REVIVAL_ENDS)
+            self.update_eagerly(vectors, codes, revive=progress < REVIVAL_ENDS)
         commitment = (encoded - quantized).square().flatten(1).sum(1)
         # Straight through: the decoder's gradient passes to the encoder as if there were no quantization.
         embedded = encoded + (quantized - encoded).detach()
@@ -245,14 +246,17 @@ class VectorQuantizedBottleneck(Codes):
             nearest = [torch.addmm(cost, part, self.codebook.T, alpha=-2).argmin(1) for part in parts]
         return torch.cat(nearest).view(vectors.shape[:-1])
 
-    def set_up(self, vectors: Tensor) -> None:
-        """Set the codebook up from the first batch."""
+    def initialize(self, vectors: Tensor) -> None:
+        """Take the codebook from the first batch; vectors N C."""
         if not self.counts.any():
             self.replace(torch.ones_like(self.counts, dtype=torch.bool), vectors)
 
     @torch.no_grad()
-    def move(self, vectors: Tensor, codes: Tensor, revive: bool) -> None:
-        """Move the averages and the codebook (van den Oord et al. 2017, equations 6 to 8); revive what nobody chooses."""
+    def update(self, vectors: Tensor, codes: Tensor, revive: bool) -> None:
+        """Update the averages and the codebook (van den Oord et al. 2017, equations 6 to 8); vectors N C, codes N.
+
+        revive: replace codes that are hardly used.
+        """
         counts = total(torch.bincount(codes, minlength=self.vocabulary).to(self.counts))
         sums = total(torch.zeros_like(self.sums).index_add_(0, codes, vectors))
         self.counts.lerp_(counts, 1 - self.config.decay)
@@ -265,9 +269,9 @@ class VectorQuantizedBottleneck(Codes):
 
     @torch.no_grad()
     def replace(self, which: Tensor, vectors: Tensor) -> None:
-        """Put random encoder outputs in the place of these codes, as if chosen as often as an even use would.
+        """Replace codes by random encoder outputs, as if these had had an even use; which K, boolean, vectors N C.
 
-        Every process offers as many of its own, so that all put the same in the same places.
+        Every process offers as many of its own, so that the codebook stays the same on all.
         """
         number = int(which.sum())
         offered = torch.randint(len(vectors), (-(-number // processes()),), device=vectors.device)
@@ -276,7 +280,7 @@ class VectorQuantizedBottleneck(Codes):
         self.sums[which] = self.codebook[which] * self.counts[which, None]
 
     def even_use(self, vectors: Tensor) -> float:
-        """How often each code would be chosen in a batch if all were chosen alike; vectors: a process's share of the batch."""
+        """How often each code is chosen in a batch when all are chosen alike; vectors: a process's share of the batch, N C."""
         return processes() * len(vectors) / self.vocabulary
 
     def posterior(self, features: Tensor) -> list[Posterior]:
@@ -285,12 +289,12 @@ class VectorQuantizedBottleneck(Codes):
 
 
 def perplexity(counts: Tensor) -> Tensor:
-    """e^entropy of how often each code is used: the number of codes that would be as varied, evenly used."""
+    """e^entropy of the usage of codes: the number of evenly used codes with the same entropy. counts: K."""
     return torch.special.entr(counts / counts.sum().clamp(min=1e-12)).sum().exp()
 
 
 class CodeUse(nn.Module):
-    """How often each code was chosen lately, as moving averages; what training reports of a codebook."""
+    """The moving average of code usage, of which training reports perplexity and usage."""
 
     counts: Tensor
 
@@ -299,7 +303,7 @@ class CodeUse(nn.Module):
         self.register_buffer("counts", torch.zeros(codes))
 
     def forward(self, codes: Tensor) -> dict[str, Tensor]:
-        """Takes note of a training batch's codes; returns perplexity, and usage: the share above a hundredth of an even use."""
+        """codes of a batch, of any shape; returns perplexity, and usage: the share of codes above a hundredth of an even use."""
         if self.training:
             now = total(torch.bincount(codes.flatten(), minlength=len(self.counts)).to(self.counts))
             self.counts += 0.01 * (now - self.counts)  # torch.compile does not trace lerp_ by a number
