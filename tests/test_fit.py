@@ -17,7 +17,7 @@ from pipelines.files import read_tensors
 from pipelines.training import checkpoints
 from pipelines.training import fit as fitting
 from pipelines.training.config import FitConfig
-from pipelines.training.fit import REWINDS, Average, Order, Training, fit, learning_rate, seed_of, warn_of_divergence
+from pipelines.training.fit import REWINDS, UNTRACKED, Average, Order, Training, fit, learning_rate, seed_of, warn_of_divergence
 
 CONFIG = FitConfig(steps=12, batch_size=4, checkpoint_steps=4, warmup_steps=2, learning_rate=0.05)
 
@@ -48,9 +48,10 @@ class Noisy(nn.Module):
         return {"loss": (self.layers(x + 0.1 * torch.randn_like(x)) - x).square().mean()}
 
 
-def train(folder, config=CONFIG, model=None, on_nan="stop", tracker=None):
+def train(folder, config=CONFIG, model=None, on_nan="stop", tracker=UNTRACKED):
     model = Noisy() if model is None else model
-    chosen = fit(Fabric(accelerator="cpu"), model, Points(30), Points(10), config, 0, folder, "test", on_nan, tracker)
+    where = folder, "test"
+    chosen = fit(Fabric(accelerator="cpu"), model, Points(30), Points(10), config, 0, *where, on_nan=on_nan, tracker=tracker)
     return model, chosen
 
 

@@ -134,9 +134,9 @@ def test_both_stages_see_mirror_images(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     seen = {}
 
-    def watched(fabric, model, examples, held_out, config, seed, folder, label, *rest):
+    def watched(fabric, model, examples, held_out, config, seed, folder, label, **rest):
         seen[label] = examples
-        return fit(fabric, model, examples, held_out, config, seed, folder, label, *rest)
+        return fit(fabric, model, examples, held_out, config, seed, folder, label, **rest)
 
     monkeypatch.setattr("pipelines.runs.phases.fit", watched)
     run = train(name, dataclasses.replace(shrunk(preset(name)), mirror=True), monkeypatch)

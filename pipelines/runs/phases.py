@@ -127,8 +127,8 @@ class Phases:
         run = self.run
         tracker = self.tracking.stage("stage1", self.reconstructions)
         images = examples_of(run, self.splits.train), self.splits.validation
-        folder = run.folder / "stage1"
-        fit(run.fabric, autoencoder, *images, run.config.stage1, run.config.seed, folder, "stage 1", self.on_nan, tracker)
+        where = run.folder / "stage1", "stage 1"
+        fit(run.fabric, autoencoder, *images, run.config.stage1, run.config.seed, *where, on_nan=self.on_nan, tracker=tracker)
 
     def encode(self, autoencoder: Autoencoder) -> tuple[LatentDataset, LatentDataset]:
         """The latents of the training and the validation images, as stage 1 encodes them."""
@@ -158,8 +158,8 @@ class Phases:
         # Autoguidance is for autoregressive priors; and refined, it would be away from a prior of other latents.
         guided = isinstance(prior, LearnedPrior) and run.config.refine is None
         early = run.folder / EARLY_PRIOR if guided else None
-        places = run.folder / "stage2", "stage 2", self.on_nan, tracker, early
-        fit(fabric, prior, train, validation, run.config.stage2, run.config.seed, *places)
+        what = fabric, prior, train, validation, run.config.stage2, run.config.seed, run.folder / "stage2", "stage 2"
+        fit(*what, on_nan=self.on_nan, tracker=tracker, early=early)
 
     def refine(self, autoencoder: Autoencoder, prior: Prior) -> None:
         """Train both on together, and encode the training images anew."""
@@ -172,8 +172,8 @@ class Phases:
 
         tracker = self.tracking.stage("refined", both)
         images = examples_of(run, self.splits.train), self.splits.validation
-        model, folder = BothStages(autoencoder, prior), run.folder / "refined"
-        fit(run.fabric, model, *images, run.config.refine, run.config.seed, folder, "refining both", self.on_nan, tracker)
+        model, where = BothStages(autoencoder, prior), (run.folder / "refined", "refining both")
+        fit(run.fabric, model, *images, run.config.refine, run.config.seed, *where, on_nan=self.on_nan, tracker=tracker)
         encode_training(run, autoencoder, self.splits.train)
 
     def reconstructions(self, autoencoder: Autoencoder) -> dict[str, Tensor]:

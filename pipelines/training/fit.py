@@ -18,6 +18,7 @@ import signal
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, SupportsFloat
 
@@ -79,6 +80,9 @@ class Tracker:
 
     def pictures(self, step: int, model: nn.Module) -> None:
         """What the model has to show. It is left in training mode."""
+
+
+UNTRACKED = Tracker()
 
 
 class NotANumber(UserError):
@@ -199,14 +203,16 @@ def fit(
     seed: int,
     folder: Path,
     label: str,
+    *,
     on_nan: OnNan = "stop",
-    tracker: Tracker | None = None,
+    tracker: Tracker = UNTRACKED,
     early: Path | None = None,
     says_skipped: bool = True,
 ) -> checkpoints.Checkpoint:
     """Train `model` in place, from its last checkpoint under `folder` if there is one; returns the best checkpoint.
 
-    early: file for the weights after an eighth of the steps. says_skipped: print a line where the training is finished already.
+    label: names the training in messages. early: file for the weights after an eighth of the steps, for autoguidance.
+    says_skipped: print a line where the training is finished already.
 
     The model ends with the best checkpoint's weights, in eval mode. A finished training is only loaded.
     Raises UserError when a loss or gradient is not a number (on_nan "stop"; "skip" leaves that step out and goes on; "rewind"
@@ -218,7 +224,8 @@ def fit(
         done = processes.on_first(lambda: checkpoints.resumable(done))
         # What has been sharded stays so; the caller's model is not.
         trained = copy.deepcopy(model) if isinstance(fabric.strategy, ModelParallelStrategy) else model
-        done = Training(fabric, trained, train, held_out, config, seed, folder, label, on_nan, tracker, early).run(done)
+        parts = fabric, trained, train, held_out, config, seed, folder, label
+        done = Training(*parts, on_nan=on_nan, tracker=tracker, early=early).run(done)
     elif says_skipped:
         say(f"{label}: finished, skipped")
     warn_of_divergence(label, done[-1].record["history"])
@@ -248,27 +255,24 @@ def warn_of_divergence(label: str, history: list[dict[str, Any]]) -> None:
         )
 
 
+@dataclass(eq=False)
 class Training:
     """The state of one `fit`: weights, their average, the optimizer, and the history of held-out terms."""
 
-    def __init__(
-        self,
-        fabric: Fabric,
-        model: nn.Module,
-        train: Source,
-        held_out: Source,
-        config: FitConfig,
-        seed: int,
-        folder: Path,
-        label: str,
-        on_nan: OnNan = "stop",
-        tracker: Tracker | None = None,
-        early: Path | None = None,
-    ):
-        self.early = early
-        self.on_nan, self.tracker = on_nan, tracker or Tracker()
-        self.fabric, self.model, self.train, self.held_out = fabric, model, train, held_out
-        self.config, self.seed, self.folder, self.label = config, seed, folder, label
+    fabric: Fabric
+    model: nn.Module
+    train: Source
+    held_out: Source
+    config: FitConfig
+    seed: int
+    folder: Path
+    label: str
+    on_nan: OnNan = "stop"
+    tracker: Tracker = UNTRACKED
+    early: Path | None = None
+
+    def __post_init__(self) -> None:
+        fabric, model, config, label = self.fabric, self.model, self.config, self.label
         check_batches(config)
         self.draw_anew(rewinds=0)
         if config.compile and config.steps < WORTH_COMPILING:
