@@ -80,26 +80,19 @@ def threads_for(batch: int, rows: int = ROWS_A_THREAD) -> int:
     return min(torch.get_num_threads(), -(-batch // rows))
 
 
-def compiled_steps(
-    weights: Sequence[Tensor], row_features: Tensor, rows: Tensor, seen: Tensor, features: Tensor, inputs: Tensor
-) -> "CompiledSteps | None":
-    """See CompiledSteps."""
-    compiled = library_for(features, features.shape[-1])
-    return None if compiled is None else CompiledSteps(weights, row_features, rows, seen, features, inputs, compiled)
-
-
 class CompiledSteps:
     """`step_row` and `step` of Stacks in steps.py, on the same tensors. weights: StepWeights."""
 
     def __init__(
         self,
+        compiled: ctypes.CDLL,
         weights: Sequence[Tensor],
+        *,
         row_features: Tensor,
         rows: Tensor,
         seen: Tensor,
         features: Tensor,
         inputs: Tensor,
-        compiled: ctypes.CDLL,
     ):
         self.gated_row, self.gated_steps = compiled.gated_row, compiled.gated_steps
         (layers, m, padded, batch, width), columns = rows.shape, len(row_features)
@@ -126,19 +119,13 @@ class CompiledSteps:
         )
 
 
-def compiled_blocks(weights: Sequence[Tensor], heads: int, keys: Tensor, values: Tensor) -> "CompiledBlocks | None":
-    """See CompiledBlocks."""
-    compiled = library_for(keys, keys.shape[2])
-    return None if compiled is None else CompiledBlocks(weights, heads, keys, values, compiled)
-
-
 class CompiledBlocks:
     """`step` of Blocks in steps.py, on the same tensors; the keys of a head lie in them in an order of its own.
 
     weights: BlockWeights, of which the last is `contract`.
     """
 
-    def __init__(self, weights: Sequence[Tensor], heads: int, keys: Tensor, values: Tensor, compiled: ctypes.CDLL):
+    def __init__(self, compiled: ctypes.CDLL, weights: Sequence[Tensor], heads: int, keys: Tensor, values: Tensor):
         self.attention_steps = compiled.attention_steps
         (_, images_heads, d, room), (_, inner, width) = keys.shape, weights[-1].shape
         batch = images_heads * d // width
@@ -157,13 +144,13 @@ class CompiledBlocks:
 def compiled_draw(hidden: nn.Linear, output: nn.Linear, count: int, batch: int) -> "CompiledDraw | None":
     """For a head of two linear layers with a SiLU between, the first `count` of whose outputs are logits."""
     compiled = library_for(hidden.weight, hidden.out_features)
-    return None if compiled is None else CompiledDraw(hidden, output, count, batch, compiled)
+    return None if compiled is None else CompiledDraw(compiled, hidden, output, count, batch)
 
 
 class CompiledDraw:
     """Draws a code, or from a mixture of diagonal Gaussians, with a head's weights as they are now."""
 
-    def __init__(self, hidden: nn.Linear, output: nn.Linear, count: int, batch: int, compiled: ctypes.CDLL):
+    def __init__(self, compiled: ctypes.CDLL, hidden: nn.Linear, output: nn.Linear, count: int, batch: int):
         padding = -output.out_features % lanes(compiled)
         inner, columns = hidden.out_features, output.out_features + padding
         # Rows are a layer's inputs; the outputs are padded to whole tiles.
@@ -177,7 +164,7 @@ class CompiledDraw:
     def code(self, features: Tensor, uniform: Tensor) -> Tensor:
         """features B D, uniform B; returns B."""
         codes = uniform.new_empty(len(uniform), dtype=torch.int64)
-        self.call(0, features, uniform, None, 0.0, None, codes)
+        self.call(features, uniform, codes=codes)
         return codes
 
     def of_mixture(self, features: Tensor, uniform: Tensor, normals: Tensor, least_std: float) -> Tensor:
@@ -186,19 +173,21 @@ class CompiledDraw:
         least_std: what is added to every standard deviation.
         """
         values = normals.new_empty(len(normals), normals.shape[-1])
-        self.call(values.shape[1], features, uniform, normals, least_std, values, None)
+        self.call(features, uniform, normals=normals, least_std=least_std, values=values)
         return values
 
     def call(
         self,
-        channels: int,
         features: Tensor,
         uniform: Tensor,
-        normals: Tensor | None,
-        least_std: float,
-        values: Tensor | None,
-        codes: Tensor | None,
+        *,
+        normals: Tensor | None = None,
+        least_std: float = 0.0,
+        values: Tensor | None = None,
+        codes: Tensor | None = None,
     ) -> None:
+        """steps.c writes what it draws to `values`, B C, or `codes`, B."""
+        channels = 0 if values is None else values.shape[1]
         if features.stride(1) != 1:
             features = features.contiguous()
         assert uniform.is_contiguous() and (normals is None or normals.is_contiguous())

@@ -14,7 +14,7 @@ from einops import rearrange
 from torch import Tensor
 from torch.nn import functional as F
 
-from stage2_prior.compiled import compiled_blocks, compiled_steps
+from stage2_prior.compiled import CompiledBlocks, CompiledSteps, library_for
 
 WHOLE = 16  # room for keys and values comes in so many positions: whole vectors of steps.c
 
@@ -62,8 +62,18 @@ class Stacks:
         # Views, made once: of each column, and of the columns that its kernel reaches.
         self.columns, self.places = list(self.row), list(self.inputs[:, :, m - 1 :].unbind(2))
         self.reached = self.inputs.flatten(2).unfold(2, m * d, d).unbind(2)
-        self.compiled = compiled_steps(self.weights, self.row_features, self.rows, self.seen, self.features, self.inputs)
-        if self.compiled is None:
+        self.compiled: CompiledSteps | None = None
+        if (library := library_for(self.features, d)) is not None:
+            self.compiled = CompiledSteps(
+                library,
+                self.weights,
+                row_features=self.row_features,
+                rows=self.rows,
+                seen=self.seen,
+                features=self.features,
+                inputs=self.inputs,
+            )
+        else:
             self.above, self.gated = new(width * batch, 2 * d), new(batch, d)
             # The kernel's rows in the order of the ring, for each place of this row in it.
             self.vertical = [self.weights.vertical.roll(place + 1, 1).flatten(1, 2) for place in range(m)]
@@ -138,7 +148,8 @@ class Blocks:
         d, room, new = width // heads, positions + -positions % WHOLE, self.weights.norm.new_zeros
         self.keys, self.values = new(layers, batch * heads, d, room), new(layers, batch * heads, room, d)
         self.layers = list(zip(*self.weights, self.keys, self.values))
-        self.compiled = compiled_blocks(self.weights, heads, self.keys, self.values)
+        library = library_for(self.keys, d)
+        self.compiled = None if library is None else CompiledBlocks(library, self.weights, heads, self.keys, self.values)
 
     def step(self, x: Tensor, position: int, first: int = 0, last: int | None = None) -> Tensor:
         """Blocks first … last-1 at one position, B D, in place: takes its keys and values in, and reads those so far."""
