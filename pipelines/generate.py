@@ -157,7 +157,7 @@ def write_asked(asked: Arguments) -> None:
 
 
 def texts_of(model: "TwoStage", asked: Arguments, count: int, caption: str | list[str] | None) -> list[str]:
-    """The label or caption that each image was drawn with; none where they are not wanted, or the images were told nothing.
+    """The label or caption that each image was drawn with; none where they are not wanted, or the images were drawn without.
 
     Nor are there any for images that were drawn with labels of their own, and of which a classifier kept some.
     """

@@ -86,7 +86,7 @@ class TwoStage:
         dataset: trained on in place of the config's data: a torch Dataset of images, or of pairs of an image and a class number.
         An image is one of Pillow, or a tensor C H W or H W with 1 or 3 channels, of uint8 or of numbers from 0 to 1; all have
         one size. held_out: likewise, the test images; a tenth of the dataset when None. Both are copied to the run's folder, so
-        every command knows them. A preset whose prior is told labels needs them.
+        every command knows them. A preset whose prior is conditioned on labels needs them.
 
         Raises UserError where the run has begun with another config.
 
@@ -116,8 +116,8 @@ class TwoStage:
         channels, height, width = self.image_shape
         latents = " and ".join("×".join(map(str, spec.shape)) for spec in self.specs)
         kind = "latents" if self.specs[0].vocabulary is None else "codes"
-        told = f", told the {self.run.told}" if self.run.learned and self.run.told else ""
-        return f"TwoStage({self.run.name}: images {channels}×{height}×{width}, {kind} {latents}{told})"
+        given = f", conditioned on the {self.run.conditioned_on}" if self.run.learned and self.run.conditioned_on else ""
+        return f"TwoStage({self.run.name}: images {channels}×{height}×{width}, {kind} {latents}{given})"
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -131,8 +131,8 @@ class TwoStage:
 
     @property
     def captions(self) -> list[str]:
-        """Some captions of training images, where the prior is told captions."""
-        return read_facts(self.run).caption_examples if self.run.told == "caption" else []
+        """Some captions of training images, where the prior is conditioned on captions."""
+        return read_facts(self.run).caption_examples if self.run.conditioned_on == "caption" else []
 
     @property
     def priors(self) -> list[str]:
@@ -173,7 +173,7 @@ class TwoStage:
         prior: learned; or standard, which is N(0, I) or uniform codes; or another of `priors`; or posterior, which is no
             generator: it reconstructs training images
         label: a label's name or number, for all images or one for each; drawn as often as in training when None
-        caption: likewise, for a prior that is told captions; none when None
+        caption: likewise, for a prior conditioned on captions; none when None
         temperature, top_k, top_p, guidance, autoguidance: how draws depart from the density as fitted: see `Sampling`
         pixels: the mean of p(x|z), or a sample from it
         keep_best: of what is drawn, keep the share off which a classifier reads the label most surely
@@ -187,11 +187,11 @@ class TwoStage:
         how, drawn = sampling(temperature, top_k, top_p, guidance, autoguidance), math.ceil(count / keep_best)
         contexts = self.contexts(drawn, prior, label, caption)  # before a prior is fitted, which can take minutes
         network = self.prior(prior)
-        if guidance and isinstance(network, LearnedPrior) and self.run.told == "caption" and not caption:
+        if guidance and isinstance(network, LearnedPrior) and self.run.conditioned_on == "caption" and not caption:
             raise UserError("guidance goes toward a caption: say which")
         if keep_best < 1:
             if not isinstance(network, LearnedPrior) or not isinstance(self.run.condition, ClassLabel):
-                raise UserError("keep-best needs a learned prior that is told labels, to know what the classifier should read")
+                raise UserError("keep-best needs a learned prior conditioned on labels, to know what the classifier should read")
             if contexts is None:
                 contexts = network.draw_contexts(torch.arange(drawn, device=self.device), seed)
         samples = generate(
@@ -226,12 +226,12 @@ class TwoStage:
         caption: str | Sequence[str] | None = None,
         seed: int = 0,
     ) -> list[str]:
-        """What the learned prior is told of each image that `sample` draws under the same arguments: the names of labels, or
-        captions. Empty where it is told nothing."""
+        """What each image that `sample` draws under the same arguments is conditioned on: names of labels, or captions. Empty
+        for an unconditional prior."""
         if caption is not None:
             return [caption] * count if isinstance(caption, str) else [*caption]
         prior, contexts = self.prior("learned"), self.contexts(count, "learned", label, caption)
-        if contexts is None and isinstance(prior, LearnedPrior) and self.run.told == "label":
+        if contexts is None and isinstance(prior, LearnedPrior) and self.run.conditioned_on == "label":
             contexts = prior.draw_contexts(torch.arange(count, device=self.device), seed)
         return [] if contexts is None else [self.labels[number] for number in contexts.tolist()]
 
@@ -339,7 +339,7 @@ class TwoStage:
     def score(self, images: Tensor) -> "Scores":
         """How unusual each image is under both stages, in bits, and where; see `Scores`. Compare with those of usual images.
 
-        images: uint8 N C H W. A prior that is told labels or captions is told nothing. Raises UserError where the prior is not
+        images: uint8 N C H W. A conditional prior is used without its condition. Raises UserError where the prior is not
         autoregressive, or the encoder has no density.
         """
         from pipelines.judging.scores import Scorer  # slow to import, and drawing needs none of it
@@ -370,7 +370,7 @@ class TwoStage:
         label: str | int | Sequence[str | int] | None,
         caption: str | Sequence[str] | None,
     ) -> Tensor | None:
-        """What the learned prior is told of each of `count` images; None where neither label nor caption is given."""
+        """The contexts of `count` images; None where neither label nor caption is given."""
         if prior != "learned" and (label is not None or caption is not None):
             raise UserError(f"the {prior} prior takes neither label nor caption; the learned prior may")
         return contexts_asked(self.run, count, label, caption)

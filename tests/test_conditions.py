@@ -1,4 +1,4 @@
-"""What a prior is told: labels, coarser levels, guidance."""
+"""Conditions: labels, coarser levels, guidance."""
 
 import pytest
 import torch

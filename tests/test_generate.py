@@ -45,7 +45,7 @@ from tests.parts import NETWORKS, compared, shrunk, small_splits
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """A run of labels, one of several levels, one of captions and one that is told nothing, shrunk, on images of four classes."""
+    """A run of labels, one of several levels, one of captions and an unconditional one, shrunk, on images of four classes."""
     folder = tmp_path_factory.mktemp("runs")
     made = {}
     with pytest.MonkeyPatch.context() as patch:
@@ -199,7 +199,7 @@ def test_rejection_keeps_some_of_what_would_be_drawn(runs, tmp_path):
     pool = {image.tobytes() for image in np.load(tmp_path / "all.npz")["arr_0"].astype(int)}
     kept = drawn(runs["mnist-vqvae"], "--label", "1", "--keep-best", "0.5", tmp_path=tmp_path)
     assert len(kept) == 6 and all(image.tobytes() in pool for image in kept)
-    with pytest.raises(UserError, match="needs a learned prior that is told labels"):
+    with pytest.raises(UserError, match="needs a learned prior conditioned on labels"):
         drawn(runs["mnist5k"], "--keep-best", "0.5", tmp_path=tmp_path)
     with pytest.raises(UserError, match="keep-best is a share"):
         drawn(runs["mnist-vqvae"], "--keep-best", "0", tmp_path=tmp_path)

@@ -64,7 +64,7 @@ def test_a_learned_sigma_moves_as_in_stage_1():
             dataclasses.replace(PRIOR, head=Categorical()),
             "only a Gaussian bottleneck",
         ),
-        (CONFIG, dataclasses.replace(PRIOR, condition=ClassLabel()), "told nothing but z"),
+        (CONFIG, dataclasses.replace(PRIOR, condition=ClassLabel()), "unconditional priors"),
     ],
 )
 def test_what_cannot_be_refined_is_refused(config, prior, message):

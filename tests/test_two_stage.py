@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[1]
 
 @pytest.fixture(scope="module")
 def model(run) -> TwoStage:
-    """The prior is told labels."""
+    """The prior is conditioned on labels."""
     return TwoStage.open(run.folder, "cpu")
 
 
@@ -174,7 +174,7 @@ def test_train_goes_on_with_a_run_and_compare_gives_its_comparison(run, small_da
 
 
 def test_what_a_model_is_can_be_read(model):
-    assert repr(model).endswith("images 1×28×28, latents 4×7×7, told the label)")
+    assert repr(model).endswith("images 1×28×28, latents 4×7×7, conditioned on the label)")
     assert model.labels == ["0", "1", "2", "3"] and model.priors == [*baselines(model.specs), "learned"]
     assert model.prior("learned") is model.prior()
     assert vars(Sampling()).keys() <= TwoStage.sample.__kwdefaults__.keys()

@@ -138,7 +138,7 @@ class Page:
             views = self.views(name)
         except UserError:  # which drawing says
             return [gr.update(visible=False)] * 2 + [gr.update()] * 3
-        told, how = views.run.told, views.tuned()
+        told, how = views.run.conditioned_on, views.tuned()
         return [
             gr.update(choices=[ANY, *views.model.labels], value=ANY, visible=told == "label"),
             gr.update(visible=told == "caption"),

@@ -91,7 +91,7 @@ class Views:
     @property
     def guided(self) -> bool:
         """Whether guidance has a meaning: the learned prior is told something."""
-        return self.run.learned and self.run.told is not None
+        return self.run.learned and self.run.conditioned_on is not None
 
     @property
     def autoguided(self) -> bool:
@@ -180,8 +180,8 @@ class Views:
         prior is told."""
         if not hidden.any():
             raise UserError("nothing is painted over: paint the part that is to be drawn anew")
-        label = label if self.run.told == "label" else None
-        caption = caption if self.run.told == "caption" else None
+        label = label if self.run.conditioned_on == "label" else None
+        caption = caption if self.run.conditioned_on == "caption" else None
         told: list[str] = []
         made = self.model.complete(
             picture, ~hidden, count, label=label, caption=caption, seed=seed, particles=16, tell=told.append

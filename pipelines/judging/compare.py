@@ -121,7 +121,7 @@ def tuned_sampling(subject: Subject, rows: Rows) -> tuple[Sampling, list[Tradeof
     run = subject.run
     space = choosing_space(run.fabric, subject.judging, subject.splits, run.classifiers)
     weaker = isinstance(learned, LearnedPrior) and learned.levels[0].weaker is not None
-    ways = ways_to_sample(contexts=subject.told is not None, weaker=weaker)
+    ways = ways_to_sample(contexts=subject.contexts is not None, weaker=weaker)
     return choose_sampling(space, ways, len(subject.chosen), drawn)
 
 
@@ -161,7 +161,7 @@ def with_nats(subject: Subject, nats: dict[str, Tensor], figures: dict[str, Row]
 
 
 def with_labels_read(subject: Subject, rows: Rows, figures: dict[str, Row]) -> dict[str, Row]:
-    """The figures, with how often the classifier reads the label asked for, where the learned prior is told one."""
+    """The figures, with how often the classifier reads the label asked for, where the learned prior is conditioned on one."""
     labels = subject.labels
     if labels is None:
         return figures
@@ -210,7 +210,7 @@ def comparison_of(subject: Subject, rows: Rows, judged: Judged, tried: list[Trad
         gap_closed_tuned=verdict.tuned,
         gap_closed_tuned_plus_minus=verdict.tuned_plus_minus,
         prior=name_of_prior(run.config.prior) if run.learned else "learned prior",
-        told=run.told if run.learned else None,
+        told=run.conditioned_on if run.learned else None,
         images=len(subject.chosen),
         images_of=ImagesOf(len(subject.space.reference)),
         seed=subject.seed,

@@ -134,7 +134,7 @@ class Comparison:
     prior: str = "learned prior"
     """what the learned prior is, such as PixelSNAIL"""
     told: Literal["label", "caption"] | None
-    """what the learned prior is told of an image"""
+    """what the learned prior is conditioned on"""
     images: int
     """in every row"""
     images_of: ImagesOf

@@ -6,8 +6,8 @@
     importance-weighted  a tighter bound, from the average of K weights (Burda et al. 2016)
     naive                -log 1/K Σ p(x|z) with z ~ p(z)
 
-All as bounds on, or estimates of, -log p(x): lower is better, and zero is not the least for a density. What a prior is told of
-an image (a label, a caption) is told here too: then it is -log p(x|label).
+All are bounds on, or estimates of, -log p(x): lower is better, and of a density they may be negative. Under a conditional prior
+they are of -log p(x|context), such as a label.
 
 N images, L draws of z an image, C latent channels, h×w latent grid. Errors are standard errors over images.
 """
@@ -99,7 +99,7 @@ def likelihood(
         "likelihood": autoencoder.likelihood.name,
         "measure": measure,
         "dimensions": dimensions if measure == "probability" else None,
-        "told": run.told if "learned" in fitted else None,
+        "told": run.conditioned_on if "learned" in fitted else None,
         "distortion": estimate(-columns["log_likelihood"]),
         "priors": {name: entry(columns, name, dimensions if measure == "probability" else None) for name in fitted},
     }
@@ -211,8 +211,8 @@ class Measurement:
         return {name: values[:count] for name, values in columns.items()}
 
     def drawn_from_priors(self) -> dict[str, list[Tensor]]:
-        """Latents for the naive estimate, from every prior that is told nothing."""
-        conditional = self.run.told is not None
+        """Latents for the naive estimate, from every unconditional prior."""
+        conditional = self.run.conditioned_on is not None
         names = [name for name in self.priors if self.naive and not (name == "learned" and conditional)]
         drawn = {}
         device = self.run.fabric.device

@@ -58,8 +58,8 @@ class Subject:
     """of the test split"""
     chosen: Tensor
     """which images of the test split, N"""
-    told: Tensor | None
-    """what the learned prior is told of each of them"""
+    contexts: Tensor | None
+    """of each of them, for the learned prior"""
     priors: dict[str, Prior]
 
     @classmethod
@@ -70,9 +70,9 @@ class Subject:
         count = min(judging.images, len(splits.test))
         chosen = torch.randperm(len(splits.test), generator=torch.Generator().manual_seed(seed))[:count]
         latents = encode(run, autoencoder, splits.test, "test")
-        told = None if latents.contexts is None or run.told is None else latents.contexts[chosen]
+        contexts = None if latents.contexts is None or run.conditioned_on is None else latents.contexts[chosen]
         priors = {name: open_prior(run, name, specs) for name in (*densities(run, specs), "posterior")}
-        return cls(run, splits, judging, seed, autoencoder, specs, space, latents, chosen, told, priors)
+        return cls(run, splits, judging, seed, autoencoder, specs, space, latents, chosen, contexts, priors)
 
     @property
     def codes(self) -> list[Tensor]:
@@ -81,9 +81,9 @@ class Subject:
 
     @property
     def labels(self) -> Tensor | None:
-        """Of the chosen images, where the learned prior is told labels or captions of them."""
+        """Of the chosen images, where the learned prior is conditioned on labels or captions."""
         labels = self.splits.test.labels
-        return None if labels is None or self.told is None or not self.run.learned else labels[self.chosen]
+        return None if labels is None or self.contexts is None or not self.run.learned else labels[self.chosen]
 
     @cached_property
     def shown(self) -> dict[str, Tensor]:
@@ -248,7 +248,7 @@ class Rows:
             seed=subject.seed + seed,
             device=subject.run.fabric.device,
             how=how,
-            contexts=subject.told,
+            contexts=subject.contexts,
             pixels=subject.judging.pixels,
         )
         batches = processes.in_batches(drawn, torch.arange(count), SAMPLED_AT_ONCE, self.doing(row))

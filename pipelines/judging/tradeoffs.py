@@ -44,7 +44,7 @@ class Tradeoff:
 def ways_to_sample(contexts: bool, weaker: bool) -> list[Sampling]:
     """The ways to draw from a learned prior that are tried, as it was fitted first.
 
-    contexts: whether it is told any; weaker: whether it has a weaker copy.
+    contexts: whether it takes any; weaker: whether it has a weaker copy.
     """
     ways = [AS_FITTED, *(Sampling(temperature) for temperature in TEMPERATURES)]
     ways += [Sampling(guidance=strength) for strength in GUIDANCE if contexts]

@@ -81,7 +81,7 @@ def export(
         kept |= {f"{place}/model.safetensors": model, f"{place}/config.json": (best / "config.json").read_bytes()}
     if autoguidance and (early := early_prior(run)) is not None:
         kept[EARLY_PRIOR], _ = stored(early, trained)
-    if run.told == "caption":
+    if run.conditioned_on == "caption":
         kept["tokenizer.json"] = (run.folder / "tokenizer.json").read_bytes()
     comparison = None
     made_here = report_folder(run, run.config.metrics) / "metrics.json"
@@ -156,7 +156,7 @@ def halved(tensor: Tensor) -> Tensor:
 
 def first_samples(run: Run, autoencoder: Autoencoder, prior: Prior) -> Tensor:
     """Of `networks_of`, uint8 N C H W; with captions, those of the facts."""
-    captions = read_facts(run).caption_examples if run.learned and run.told == "caption" else []
+    captions = read_facts(run).caption_examples if run.learned and run.conditioned_on == "caption" else []
     contexts = contexts_asked(run, SHOWN, caption=[*islice(cycle(captions), SHOWN)]) if captions else None
     return generate(autoencoder, prior, SHOWN, seed=0, device=run.fabric.device, contexts=contexts).images
 
@@ -177,7 +177,8 @@ def card(run: Run, comparison: Comparison | None, name: str, half: bool, license
     colour = "grey" if channels == 1 else "colour"
     kinds = (name for name, own in DATA_SETS.items() if type(own.config) is type(run.config.data))
     data = vars(run.config.data).get("name") or next(kinds, "a torch Dataset")
-    captions = facts.caption_examples if run.told == "caption" else []
+    context = run.conditioned_on
+    captions = facts.caption_examples if context == "caption" else []
     with_captions = ", with captions of training images" if captions else ""
     example = next(iter(captions or facts.label_names), "…")
     lines = [
@@ -207,8 +208,8 @@ def card(run: Run, comparison: Comparison | None, name: str, half: bool, license
         "",
         f"Or from the command line: `python -m pipelines.generate {name} --count 64 --out samples.png`.",
         "",
-        *([f'The prior is conditioned on the {run.told}: `sample(64, {run.told}="{example}")`.', ""] if run.told else []),
-        *([labels_table(facts.label_names), ""] if run.told == "label" else []),
+        *([f'The prior is conditioned on the {context}: `sample(64, {context}="{example}")`.', ""] if context else []),
+        *([labels_table(facts.label_names), ""] if context == "label" else []),
     ]
     if comparison is not None:
         lines += figures(comparison, half)

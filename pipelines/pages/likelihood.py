@@ -51,10 +51,10 @@ def notes_of(result: dict[str, Any]) -> list[str]:
         f" {result['images_of']}; {draws}, the same for every prior. -ELBO = distortion + rate; the distortion, -log p(x|z), is"
         f" {in_nats(result['distortion'])}. p(x|z): {result['likelihood']}, {MEASURES[result['measure']]}."
     ]
-    if told := result["told"]:
+    if context := result["told"]:
         lines.append(
-            f"The learned prior is told an image's {told}, which the others are not: what it bounds is -log p(x | {told}), and"
-            f" part of the difference is what the {told} says."
+            f"The learned prior is conditioned on an image's {context}, and the others are not: what it bounds is"
+            f" -log p(x | {context}), and part of the difference is what the {context} says."
         )
     if any("naive" in values for values in priors.values()):
         most = max(values["naive"]["effective_samples"] for values in priors.values() if "naive" in values)

@@ -48,7 +48,7 @@ from pipelines.runs.pictures import tiled
 GRID_COLUMNS = 16
 WAYS = {
     "temperature": "Below 1 it sharpens every conditional of the prior.",
-    "guidance": "Classifier-free guidance: toward the context, away from the same prior told nothing.",
+    "guidance": "Classifier-free guidance: toward the context, away from the same prior without it.",
     "autoguidance": "Autoguidance: away from the same prior after an eighth of its training.",
 }
 """to draw from the learned prior, and what each does"""

@@ -112,7 +112,7 @@ def completions(
     """Pictures uint8 N C H W whose hidden part is drawn anew.
 
     image: uint8 C H W; known: boolean H W, which part of it is kept; particles: drawn for each completion, to choose one by the
-    density of the latents and pixels that are kept; contexts: what the prior is told of each; tell: takes a sentence on how
+    density of the latents and pixels that are kept; contexts: of the prior, one for each picture; tell: takes a sentence on how
     many latents of each level are held, and last one on the effective sample size.
     """
     given, held = held_latents(autoencoder, image, known, device)
@@ -127,8 +127,8 @@ def completions(
         return (likelihood.base_dist.log_prob(target) * seen).flatten(1).sum(1)
 
     def completed(indices: Tensor) -> tuple[Tensor, Tensor]:
-        told = None if contexts is None else contexts[indices].to(device)
-        levels, size = complete(prior, given, held, indices.to(device), seed, particles, told, of_known_pixels)
+        context = None if contexts is None else contexts[indices].to(device)
+        levels, size = complete(prior, given, held, indices.to(device), seed, particles, context, of_known_pixels)
         noise = pixel_noise(pixels, seed, indices.to(device), autoencoder.image_shape)
         drawn = autoencoder.render(levels, noise).cpu()
         return torch.where(known, image, drawn), size.cpu()  # a decoder would blur what is kept

@@ -1,4 +1,4 @@
-"""What a run's learned prior is told of an image: its label, or its caption as tokens."""
+"""The contexts of a run's learned prior: the label of each image, or its caption as tokens."""
 
 from collections.abc import Sequence
 
@@ -16,7 +16,7 @@ from stage2_prior.conditions import Caption, Cluster
 
 
 def contexts_of(run: Run, images: ImageSet, part: str = "train") -> Tensor | None:
-    """What a conditional prior is told of each image of a split: its label, or its caption's tokens. Clusters it finds by itself.
+    """The context of each image of a split: its label, N, or its caption's tokens, N T. None for clusters, found by the prior.
 
     Raises UserError when the tokenizer, which is fitted to the training split alone, is missing and this is another one.
     """
@@ -69,7 +69,7 @@ def contexts_asked(
     label: str | int | Sequence[str | int] | None = None,
     caption: str | Sequence[str] | None = None,
 ) -> Tensor | None:
-    """What the prior is to be told of each of `count` images: labels, N, or tokens, N T; None where neither is given.
+    """The contexts of `count` images that are asked for: labels, N, or tokens, N T; None where neither is given.
 
     label: by name or number, for all images or one for each; caption: likewise. Raises UserError for an unknown label, or what
     the prior does not take.
@@ -79,7 +79,7 @@ def contexts_asked(
     wanted, given = ("label", label) if label is not None else ("caption", caption)
     if given is None:
         return None
-    if run.told != wanted:
+    if run.conditioned_on != wanted:
         raise UserError(f"the prior of {run.folder} takes no {wanted}; {takes(run)}")
     each = [given] * count if isinstance(given, str | int) else list(given)
     if len(each) != count:
@@ -111,6 +111,6 @@ def label_number(name: str | int, names: list[str]) -> int:
 
 
 def takes(run: Run) -> str:
-    """What the prior is told, in words."""
+    """What the prior is conditioned on, in words."""
     option = {None: "was trained without labels and captions", "label": "takes a label", "caption": "takes a caption"}
-    return f"it {option[run.told]}"
+    return f"it {option[run.conditioned_on]}"

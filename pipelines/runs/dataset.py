@@ -42,7 +42,7 @@ class Facts:
     captions: str | None = None
     """a checksum of the captions"""
     caption_examples: list[str] = field(default_factory=list)
-    """some captions of training images, for a prior that is told captions"""
+    """some captions of training images, for a prior conditioned on captions"""
     stamp: str | None = None
     """of images in files, a checksum of the sizes and times of these"""
 
@@ -143,7 +143,7 @@ def refuse_other_images(run: Run, splits: Splits) -> None:
         what = f"other images: as many ({sizes[0]}), but under other names or labels. {others}"
     elif before.content is not None and before.content != now.content:
         what = f"other images: as many ({sizes[0]}), but what is in them has changed. "
-    elif run.told == "caption" and before.captions is not None and before.captions != now.captions:
+    elif run.conditioned_on == "caption" and before.captions is not None and before.captions != now.captions:
         what = "other captions of these images. "
     else:
         return

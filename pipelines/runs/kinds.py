@@ -39,13 +39,13 @@ def kinds_of(config: Any, path: str = "") -> dict[str, dict[str, type]]:
 
 
 def choices(config: RunConfig) -> dict[str, dict[str, type]]:
-    """What a command line can choose: the kinds of every part, and those of what all levels of a prior are told."""
+    """What a command line can choose: the kinds of every part, and those of the condition, which all levels share."""
     found = kinds_of(config)
     return found | {CONDITION: found["prior.top.condition"]} if isinstance(config.prior, CascadeConfig) else found
 
 
 def name_of(kind: type) -> str:
-    """FiniteScalar is finite-scalar, PixelCNNConfig is pixelcnn; a prior that is told nothing has the condition none."""
+    """FiniteScalar is finite-scalar, PixelCNNConfig is pixelcnn; an unconditional prior has the condition none."""
     if kind is Unconditional:
         return "none"
     return re.sub(r"(?<=[a-z])(?=[A-Z][a-z])", "-", kind.__name__.removesuffix("Config")).lower()
@@ -54,7 +54,7 @@ def name_of(kind: type) -> str:
 def name_of_prior(prior: PriorConfig) -> str:
     """What a learned prior is, for people: PixelSNAIL with clusters; of several levels all, such as PixelSNAIL + PixelCNN.
 
-    What it is told from outside, a label or a caption, is said apart.
+    A condition that is given, a label or a caption, is not part of the name.
     """
     if isinstance(prior, RivalConfig):
         return RIVALS[name_of(type(prior))]
@@ -72,7 +72,7 @@ def choose_kinds(config: RunConfig, arguments: list[str]) -> tuple[RunConfig, li
     left, chosen = list(arguments), set()
     while (found := first_choice(config, left)) is not None:
         path, kind, start, stop = found
-        # All levels of a prior are told the same.
+        # All levels of a prior have the same condition.
         both = path == CONDITION and isinstance(config.prior, CascadeConfig)
         for own in ("prior.top.condition", "prior.bottom.condition") if both else (path,):
             part = config

@@ -17,9 +17,9 @@ DATA = {
 RECIPES = {
     "vae": "a VAE and a PixelSNAIL, a gated PixelCNN with attention; meant where no recipe is named",
     "givt": "GIVT: the same VAE and a transformer with a mixture of Gaussians",
-    "vqvae": "VQ-VAE: one grid of codes, and a prior that is told the label",
-    "vqvae2": "VQ-VAE-2: codes on two grids, and a prior that is told the label",
-    "dalle": "a small DALL-E: a discrete VAE, and a transformer that is told a caption",
+    "vqvae": "VQ-VAE: one grid of codes, and a prior conditioned on the label",
+    "vqvae2": "VQ-VAE-2: codes on two grids, and priors conditioned on the label",
+    "dalle": "a small DALL-E: a discrete VAE, and a transformer conditioned on a caption",
     "plain": "the opponent of vae: the same networks and time, all for samples from N(0, I)",
     "2d": "the classic plane: fully connected, two latent numbers",
     "binary": "pixels drawn black or white, for the likelihoods that papers quote; a third phase refines both stages",

@@ -37,7 +37,7 @@ class DataSet:
     few: bool = False
     """a few thousand images: priors need dropout, codebooks are smaller, and compiling takes longer than it saves"""
     labelled: bool = True
-    """images have labels, for priors to be told; without, they are told clusters"""
+    """images have labels, which priors are conditioned on; without, it is clusters"""
     tuned_as: str | None = None
     """the data set whose tuned values are taken, where none were tuned for this one"""
 

@@ -183,12 +183,12 @@ class Run:
 
     @property
     def condition(self) -> ConditionConfig:
-        """What the learned prior is told, as its config says."""
+        """The condition of the learned prior, as its config says."""
         return self.config.prior.condition
 
     @property
-    def told(self) -> Literal["label", "caption"] | None:
-        """What the learned prior is told of an image."""
+    def conditioned_on(self) -> Literal["label", "caption"] | None:
+        """What is given of an image to the learned prior; clusters it finds by itself."""
         if isinstance(self.condition, Unconditional | Cluster):
             return None
         return "label" if isinstance(self.condition, ClassLabel) else "caption"

@@ -50,7 +50,7 @@ def generate(
 ) -> Samples:
     """`count` images: z from the prior, then the mean of p(x|z) or a draw from it.
 
-    contexts: what the learned prior is told, such as labels, one for each image; drawn as in the training set when None.
+    contexts: of the learned prior, such as labels, one for each image; drawn as in the training set when None.
     Image i under one seed is the same whatever the count and the batch size. A batch that does not fit into memory is
     halved. Raises UserError when one image does not fit, or when `how` makes no sense for this prior.
     """
@@ -78,9 +78,9 @@ def sampler(
         while len(batch):
             size = min(len(batch), limit)
             indices = batch[:size].to(device)
-            told = None if contexts is None else contexts[batch[:size]].to(device)
+            given = None if contexts is None else contexts[batch[:size]].to(device)
             try:
-                parts.append(decoded(prior.sample(indices, seed, how, told), indices))
+                parts.append(decoded(prior.sample(indices, seed, how, given), indices))
             except CannotSample as error:
                 raise UserError(str(error)) from error
             except RuntimeError as error:

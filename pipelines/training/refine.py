@@ -14,16 +14,14 @@ from stage2_prior.autoregressive import LearnedPrior
 
 
 class BothStages(nn.Module):
-    """Both stages as one model. Raises ValueError where no gradient reaches the encoder, or the prior is told more than z."""
+    """Both stages as one model. Raises ValueError where no gradient reaches the encoder, or the prior is conditional."""
 
     def __init__(self, autoencoder: Autoencoder, prior: LearnedPrior):
         super().__init__()
         if any(vocabulary is not None for _, vocabulary in autoencoder.latents) or not autoencoder.bottleneck.has_density:
             raise ValueError("only a Gaussian bottleneck can be refined under its prior: its samples pass a gradient on")
         if any(level.condition is not None for level in prior.levels):
-            raise ValueError(
-                "refining is for priors that are told nothing but z: use --prior.condition none, or --refine.steps 0"
-            )
+            raise ValueError("refining is for unconditional priors: use --prior.condition none, or --refine.steps 0")
         self.autoencoder, self.prior = autoencoder, prior
 
     def forward(self, images: Tensor, progress: float = 0.0) -> dict[str, Tensor]:
