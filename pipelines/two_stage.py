@@ -116,7 +116,7 @@ class TwoStage:
         channels, height, width = self.image_shape
         latents = " and ".join("×".join(map(str, spec.shape)) for spec in self.specs)
         kind = "latents" if self.specs[0].vocabulary is None else "codes"
-        given = f", conditioned on the {self.run.conditioned_on}" if self.run.learned and self.run.conditioned_on else ""
+        given = f", conditioned on the {self.run.conditioned_on}" if self.run.conditioned_on else ""
         return f"TwoStage({self.run.name}: images {channels}×{height}×{width}, {kind} {latents}{given})"
 
     @property

@@ -105,7 +105,7 @@ def test_a_caption_is_what_a_completion_is_told(views, small_data, monkeypatch):
         return torch.zeros(1, 1, 28, 28)
 
     monkeypatch.setattr(views.model, "complete", complete)
-    monkeypatch.setattr(type(views.run), "told", "caption")
+    monkeypatch.setattr(type(views.run), "conditioned_on", "caption")
     views.complete(views.held_out(1), torch.ones(28, 28, dtype=torch.bool), 1, 0, "1", "a boot")
     assert heard[0]["caption"] == "a boot" and heard[0]["label"] is None
 

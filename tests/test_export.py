@@ -23,11 +23,13 @@ from pipelines.judging.comparison import read_comparison
 from pipelines.pages import exports
 from pipelines.pages.exports import SAMPLES, first_samples, halved, networks_of
 from pipelines.runs import run as runs
-from pipelines.runs.dataset import load_data
+from pipelines.runs.dataset import load_data, write_facts
 from pipelines.runs.exported import CARD, LIST, files_of
 from pipelines.runs.pictures import tiled
+from pipelines.runs.recipes import preset
 from pipelines.runs.run import TRAINED, Run
 from pipelines.training.checkpoints import checksum
+from stage2_prior.conditions import ClassLabel
 
 ROOT = Path(__file__).parents[1]
 
@@ -212,3 +214,12 @@ def test_a_run_that_comes_with_the_software_draws_its_first_samples(name):
 
 def test_runs_that_come_with_the_software_are_small():
     assert sum(path.stat().st_size for path in TRAINED.rglob("*") if path.is_file()) <= 30e6
+
+
+def test_without_a_second_stage_nothing_says_that_a_prior_takes_labels(tmp_path, monkeypatch):
+    """The recipe `plain` keeps the condition of the prior that it does not train."""
+    monkeypatch.chdir(tmp_path)
+    run = Run.create(tmp_path / "plain", preset("mnist5k-plain"), "cpu")
+    assert isinstance(run.condition, ClassLabel) and run.conditioned_on is None
+    write_facts(run, load_data(run))
+    assert "is conditioned on" not in exports.card(run, None, "plain", False, None)

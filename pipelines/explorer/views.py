@@ -90,8 +90,8 @@ class Views:
 
     @property
     def guided(self) -> bool:
-        """Whether guidance has a meaning: the learned prior is told something."""
-        return self.run.learned and self.run.conditioned_on is not None
+        """Whether guidance has a meaning: the learned prior takes a label or a caption."""
+        return self.run.conditioned_on is not None
 
     @property
     def autoguided(self) -> bool:

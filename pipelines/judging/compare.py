@@ -210,7 +210,7 @@ def comparison_of(subject: Subject, rows: Rows, judged: Judged, tried: list[Trad
         gap_closed_tuned=verdict.tuned,
         gap_closed_tuned_plus_minus=verdict.tuned_plus_minus,
         prior=name_of_prior(run.config.prior) if run.learned else "learned prior",
-        told=run.conditioned_on if run.learned else None,
+        told=run.conditioned_on,
         images=len(subject.chosen),
         images_of=ImagesOf(len(subject.space.reference)),
         seed=subject.seed,

@@ -83,7 +83,7 @@ class Subject:
     def labels(self) -> Tensor | None:
         """Of the chosen images, where the learned prior is conditioned on labels or captions."""
         labels = self.splits.test.labels
-        return None if labels is None or self.contexts is None or not self.run.learned else labels[self.chosen]
+        return None if labels is None or self.contexts is None else labels[self.chosen]
 
     @cached_property
     def shown(self) -> dict[str, Tensor]:

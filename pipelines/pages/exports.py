@@ -156,7 +156,7 @@ def halved(tensor: Tensor) -> Tensor:
 
 def first_samples(run: Run, autoencoder: Autoencoder, prior: Prior) -> Tensor:
     """Of `networks_of`, uint8 N C H W; with captions, those of the facts."""
-    captions = read_facts(run).caption_examples if run.learned and run.conditioned_on == "caption" else []
+    captions = read_facts(run).caption_examples if run.conditioned_on == "caption" else []
     contexts = contexts_asked(run, SHOWN, caption=[*islice(cycle(captions), SHOWN)]) if captions else None
     return generate(autoencoder, prior, SHOWN, seed=0, device=run.fabric.device, contexts=contexts).images
 

@@ -188,8 +188,8 @@ class Run:
 
     @property
     def conditioned_on(self) -> Literal["label", "caption"] | None:
-        """What is given of an image to the learned prior; clusters it finds by itself."""
-        if isinstance(self.condition, Unconditional | Cluster):
+        """What the learned prior is given of an image; clusters it finds by itself. None without a learned prior."""
+        if not self.learned or isinstance(self.condition, Unconditional | Cluster):
             return None
         return "label" if isinstance(self.condition, ClassLabel) else "caption"
 
