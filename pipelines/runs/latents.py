@@ -47,15 +47,15 @@ def encode(run: Run, autoencoder: Autoencoder, images: ImageSet, part: str, phas
         label = f"encoding {part}" + (f", {rows.start} to {rows.stop} of {len(images)}" if len(parts) > 1 else "")
         return encoded(run.fabric, autoencoder, images, label, rows, alone)
 
-    # Several files at a time, each made and written by a process of its own, all by as many batches; the last ones by all
-    # together. So memory holds one file, and a killed process loses but one.
-    together = (len(parts) - 1) // processes.count() * processes.count() if processes.count() > 1 else 0
-    for first in range(0, together, processes.count()):
+    # Of several processes each makes and writes files by itself, in as many batches as the others; the last files, which may be
+    # smaller or fewer than processes, are made by all together. So memory holds one file, and a killed process loses one.
+    alone = (len(parts) - 1) // processes.count() * processes.count() if processes.count() > 1 else 0
+    for first in range(0, alone, processes.count()):
         own = first + processes.rank()
         if not all(processes.gathered(files.key_of(paths[own]) == key)):
             tensors = made(own, alone=True)
             processes.on_each(lambda: files.replace_tensors(paths[own], tensors, {"key": key}))  # noqa: B023
-    for number in range(together, len(parts)):
+    for number in range(alone, len(parts)):
         files.cached(paths[number], key, lambda: made(number))  # noqa: B023
     shards = [read_latents(shard, specs_of(autoencoder)) for shard in paths]
     if sum(len(next(iter(shard.values()))) for shard in shards) != len(images):
