@@ -123,8 +123,8 @@ class PixelCNN(nn.Module):
         """Position `position` of `forward`, B D."""
         column = state.enter(previous, position)
         if column == 0:
-            state.features.copy_(state.here[0])
+            state.features.copy_(state.row_map[0])
         else:
             # The horizontal stack sees the input to the left in this row.
-            torch.add(state.columns[column - 1], state.here[column], out=state.features)
+            torch.add(state.row_inputs[column - 1], state.row_map[column], out=state.features)
         return self.norm.norm(state.step(column))

@@ -132,7 +132,7 @@ class PixelSNAIL(nn.Module):
         """Position `position` of `forward`, B D."""
         stacks = state.stacks
         column = stacks.enter(previous, position)
-        torch.add(stacks.columns[column - 1], stacks.here[column], out=stacks.features)
+        torch.add(stacks.row_inputs[column - 1], stacks.row_map[column], out=stacks.features)
         layer = 0
         for number, block in enumerate(self.blocks):
             features = stacks.step(column, layer, layer := layer + len(block.layers))

@@ -1,5 +1,7 @@
-"""Layers position by position: of gated layers, the vertical stack a row at a time and the horizontal stack a position at a time;
-of blocks of attention, a position against the keys and values of those before.
+"""The cached steps of sampling: layers position by position, with all that they keep between positions.
+
+Gated layers run the vertical stack a row at a time and the horizontal stack a position at a time. Blocks of attention read the
+keys and values of the positions so far.
 
 B batch, D width, L layers, h×w grid, k kernel size, m = (k+1)/2 the kernel's causal half, d features of an attention head.
 
@@ -16,14 +18,14 @@ from torch.nn import functional as F
 
 from stage2_prior.compiled import CompiledBlocks, CompiledSteps, library_for
 
-WHOLE = 16  # room for keys and values comes in so many positions: whole vectors of steps.c
+WHOLE = 16  # room for keys and values is a multiple of so many positions: whole vectors of steps.c
 
 
 class StepWeights(NamedTuple):
-    """The weights of a gated layer as matrices, of all layers with an axis before.
+    """The weights of a gated layer as matrices; those of all layers are stacked along a first axis.
 
-    The gate is tanh(a)·σ(b) = 2st - t with s = σ(2a) and t = σ(b): here the 2 is folded into the weights that make a, and the
-    sign into the output weights.
+    The gate is tanh(a)·σ(b) = 2st - t with s = σ(2a) and t = σ(b). The 2 of σ(2a) is folded into the weights that make a, and the
+    output weights are negated, to be multiplied by t - 2st.
     """
 
     vertical_norm: Tensor  # scale and shift: 2 D
@@ -37,9 +39,9 @@ class StepWeights(NamedTuple):
 
 
 class Stacks:
-    """A sequence of L gated layers, position by position: everything that they keep between steps.
+    """The two stacks of L gated layers, position by position.
 
-    weights: of each layer. map: B D h w or 1 D h w, or with axes of 1.
+    weights: of each layer. map: B D h w or 1 D h w, or with h and w of 1.
     """
 
     def __init__(self, weights: list[StepWeights], batch: int, grid: tuple[int, int], map: Tensor | None):
@@ -47,21 +49,22 @@ class Stacks:
         self.weights = StepWeights(*(torch.stack(kind).contiguous() for kind in zip(*weights)))
         (layers, m, _, _), d, width = self.weights.vertical.shape, self.weights.output.shape[-1], grid[1]
         new, self.kernel = self.weights.output.new_zeros, 2 * m - 1
-        self.row = new(width, batch, d)  # the inputs of this row, filled from left to right
-        map = new(1, d, *grid) if map is None else map.to(self.row.dtype).expand(-1, -1, *grid)
-        self.map = list(rearrange(map, "b d h w -> h w b d").contiguous())  # for each row, w B D or w 1 D
-        self.here: list[Tensor] = []  # the map at the columns of this row: B D or 1 D each
-        # Normalized inputs of the vertical stack's layers in this row and the m-1 above, a ring, with zeros left and right of the
-        # grid; what the vertical stack gives this row; normalized inputs of the horizontal stack's layers in this row, with
-        # zeros left of the grid.
+        map = new(1, d, *grid) if map is None else map.to(self.weights.output.dtype).expand(-1, -1, *grid)
+        self.map = list(rearrange(map, "b d h w -> h w b d").contiguous())  # of each row, w B D or w 1 D
+        # Of this row of the grid, column by column: the inputs, as far as they are known, and the map.
+        self.row = new(width, batch, d)
+        self.row_inputs, self.row_map = list(self.row), [*self.map[0]]  # B D each
+        # Normalized inputs of the vertical convolutions, in this row and the m-1 above: a ring, with zeros left and right.
         self.rows = new(layers, m, width + self.kernel - 1, batch, d)
+        # What the vertical stack gives to the horizontal one in this row.
         self.seen = new(layers, width, batch, 2 * d)
+        # Normalized inputs of the horizontal convolutions in this row, with zeros left of the grid. Views of them, made once: of
+        # each column, L B D, and of the columns that its kernel reaches, L B m·D.
         self.inputs = new(layers, batch, m - 1 + width, d)
+        self.places = list(self.inputs[:, :, m - 1 :].unbind(2))
+        self.reached = self.inputs.flatten(2).unfold(2, m * d, d).unbind(2)
         # Features that go through all layers in place: the vertical stack's of a row, the horizontal stack's at a position.
         self.row_features, self.features = new(width, batch, d), new(batch, d)
-        # Views, made once: of each column, and of the columns that its kernel reaches.
-        self.columns, self.places = list(self.row), list(self.inputs[:, :, m - 1 :].unbind(2))
-        self.reached = self.inputs.flatten(2).unfold(2, m * d, d).unbind(2)
         self.compiled: CompiledSteps | None = None
         if (library := library_for(self.features, d)) is not None:
             self.compiled = CompiledSteps(
@@ -79,16 +82,16 @@ class Stacks:
             self.vertical = [self.weights.vertical.roll(place + 1, 1).flatten(1, 2) for place in range(m)]
 
     def enter(self, previous: Tensor | None, position: int) -> int:
-        """Takes the input at position - 1 in; at the start of a row, runs the vertical stack for it. Returns the column."""
-        r, c = divmod(position, len(self.columns))
+        """Take in the input at position - 1; at the start of a row, run the vertical stack for it. Returns the column."""
+        row, column = divmod(position, len(self.row_inputs))
         if previous is not None:
-            self.columns[c - 1].copy_(previous)
-        if c == 0:
+            self.row_inputs[column - 1].copy_(previous)
+        if column == 0:
             # self.row holds the row above: zeros before the first.
-            torch.add(self.row, self.map[r], out=self.row_features)
-            (self.step_row if self.compiled is None else self.compiled.row)(r % self.rows.shape[1])
-            self.here = list(self.map[r])
-        return c
+            torch.add(self.row, self.map[row], out=self.row_features)
+            (self.step_row if self.compiled is None else self.compiled.row)(row % self.rows.shape[1])
+            self.row_map = list(self.map[row])
+        return column
 
     def step_row(self, place: int) -> None:
         """The vertical stack for a row, at its place in the ring: self.row_features, w B D, in place."""
@@ -125,10 +128,10 @@ class Stacks:
 
 
 class BlockWeights(NamedTuple):
-    """The weights of a block of attention as matrices, of all blocks with an axis before.
+    """The weights of a block of attention as matrices; those of all blocks are stacked along a first axis.
 
-    x + output(attention(norm(x))) is followed by two layers with a GELU between, x + contract(GELU(expand(norm(x)))), of E
-    features between; E is 0 where nothing follows. Queries are scaled by their weights.
+    x + output(attention(norm(x))) is followed by x + contract(GELU(expand(norm(x)))) with E features between; E is 0 where
+    nothing follows. The queries' scale is folded into their weights.
     """
 
     norm: Tensor  # scale and shift: 2 D
@@ -140,7 +143,7 @@ class BlockWeights(NamedTuple):
 
 
 class Blocks:
-    """A sequence of L blocks of attention, position by position: the keys and values of N positions that they keep."""
+    """L blocks of attention, position by position: the keys and values of up to N positions."""
 
     def __init__(self, weights: list[BlockWeights], heads: int, batch: int, positions: int):
         self.weights, self.heads = BlockWeights(*(torch.stack(kind).contiguous() for kind in zip(*weights))), heads
@@ -152,7 +155,7 @@ class Blocks:
         self.compiled = None if library is None else CompiledBlocks(library, self.weights, heads, self.keys, self.values)
 
     def step(self, x: Tensor, position: int, first: int = 0, last: int | None = None) -> Tensor:
-        """Blocks first … last-1 at one position, B D, in place: takes its keys and values in, and reads those so far."""
+        """Blocks first … last-1 at one position, x B D, in place: keep its keys and values, and attend to all so far."""
         last = len(self.layers) if last is None else last
         if self.compiled is not None:
             self.compiled.step(x, position, first, last)
