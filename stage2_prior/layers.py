@@ -32,7 +32,7 @@ class Backbone(Protocol):
     width: int
     """D"""
     reach: int | None
-    """how far a position sees, as PixelCNN states it; None where it sees every earlier position"""
+    """how far a position sees: see PixelCNN.reach; None where it sees every earlier position"""
 
     def __call__(self, inputs: Tensor, map: Tensor | None = None, prefix: Tensor | None = None) -> Tensor: ...
 

@@ -1,10 +1,14 @@
 """Gated PixelCNN (van den Oord et al. 2016b, "Conditional Image Generation with PixelCNN Decoders", section 2).
 
-B batch, D width, h×w grid, k kernel size, m = (k+1)/2 the kernel's causal half, p = (k-1)/2 its margin.
+B batch, D width, T prefix length, h×w grid, k kernel size, m = (k+1)/2 the kernel's causal half.
 
-Two stacks of gated convolutions run side by side. The *vertical* stack at row r has seen every column of the rows
-above r; the *horizontal* stack at (r, c) has seen the columns left of c in row r, and is fed the vertical stack at
-(r, c). Together they see everything before (r, c) in raster order, with no blind spot.
+Two stacks of gated convolutions run side by side. The *vertical* stack at (r, c) sees the rows above r; the *horizontal* stack
+sees the columns left of c in row r, and is fed the vertical stack at (r, c). Together they see what comes before (r, c) in
+raster order. A single stack of masked convolutions would have a blind spot, above and to the right, however deep it is.
+
+                  v v v v v
+                  v v v v v           v  what the vertical stack sees at ·
+                  h h · . .           h  what the horizontal stack sees besides
 
                            ┌───────────── residual ────────────┐
                  vertical  v ──▶ norm ──▶ crop k×k conv ──┬──▶ gate ──+──▶ v'
@@ -51,6 +55,8 @@ class PixelCNNConfig:
 
 
 class GatedLayer(nn.Module):
+    """One layer of both stacks, as in the paper's figure 2. Raises ValueError for an even kernel."""
+
     def __init__(self, width: int, kernel: int, dropout: float):
         super().__init__()
         if kernel % 2 == 0 or kernel < 3:
@@ -63,12 +69,13 @@ class GatedLayer(nn.Module):
         self.dropout = Dropout(dropout)
 
     def forward(self, v: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+        """Features of the vertical and of the horizontal stack, B D h w each, to the same after the layer."""
         above = self.vertical(self.vertical_norm(v))
         before = self.horizontal(self.horizontal_norm(h)) + self.vertical_to_horizontal(above)
         return v + self.dropout(gate(above)), h + self.output(self.dropout(gate(before)))
 
     def step_weights(self) -> StepWeights:
-        """What the steps of steps.py take of this layer."""
+        """The weights as matrices, for the cached steps of steps.py."""
         vertical, across, horizontal = self.vertical.conv, self.vertical_to_horizontal, self.horizontal.conv
         ones = self.output.weight.new_ones(self.output.in_channels)
         twice = torch.cat([2 * ones, ones])
@@ -102,7 +109,7 @@ class PixelCNN(nn.Module):
         self.layers = nn.ModuleList(layers)  # type: ignore[assignment]
         self.norm = ChannelNorm(config.width)
         self.reach: int | None = len(self.layers) * (config.kernel // 2)
-        """What a position sees: reach+1 positions to its left, and reach+1 rows above, reach columns to either side."""
+        """A position sees reach+1 positions to its left; and of reach+1 rows above, reach columns to either side."""
 
     def forward(self, inputs: Tensor, map: Tensor | None = None, prefix: Tensor | None = None) -> Tensor:
         """inputs and the result B D h w, map B D h w or 1 D h w, prefix B T D; see Backbone."""

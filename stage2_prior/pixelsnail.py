@@ -52,6 +52,8 @@ class PixelSNAILConfig:
 
 
 class Block(nn.Module):
+    """Gated layers, then attention over the horizontal stack: the figure above."""
+
     layers: list[GatedLayer]
 
     def __init__(self, config: PixelSNAILConfig):
@@ -63,6 +65,7 @@ class Block(nn.Module):
         self.dropout = Dropout(config.dropout)
 
     def forward(self, v: Tensor, h: Tensor, prefix: Tensor | None) -> tuple[Tensor, Tensor]:
+        """v and h, B D h w each, to the same; prefix B T D."""
         for layer in self.layers:
             v, h = layer(v, h)
         height, width = h.shape[2:]
@@ -73,7 +76,7 @@ class Block(nn.Module):
         return v, h + rearrange(attended, "b (h w) d -> b d h w", h=height)
 
     def step_weights(self) -> BlockWeights:
-        """What the steps of steps.py take of the attention."""
+        """The weights of the attention as matrices, for the cached steps of steps.py."""
         norm, width = torch.stack([self.norm.weight, self.norm.bias]), self.norm.weight.numel()
         nothing = norm.new_zeros(width, 0)
         return BlockWeights(norm, *self.attention.step_weights(), norm, nothing, nothing.T)

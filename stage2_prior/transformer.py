@@ -46,6 +46,8 @@ class TransformerConfig:
 
 
 class Block(nn.Module):
+    """Attention and a multilayer perceptron, each on normalized features and added to the residual stream."""
+
     def __init__(self, width: int, heads: int, dropout: float):
         super().__init__()
         self.attention_norm = nn.LayerNorm(width)
@@ -61,7 +63,7 @@ class Block(nn.Module):
         return x + self.dropout(self.contract(F.gelu(self.expand(self.mlp_norm(x)))))
 
     def step_weights(self) -> BlockWeights:
-        """What the steps of steps.py take of this block."""
+        """The weights as matrices, for the cached steps of steps.py."""
         norm, inner_norm = (torch.stack([norm.weight, norm.bias]) for norm in (self.attention_norm, self.mlp_norm))
         return BlockWeights(norm, *self.attention.step_weights(), inner_norm, self.expand.weight.T, self.contract.weight.T)
 
