@@ -13,10 +13,7 @@ from stage2_prior.latents import LatentDataset, LatentSpec, Posterior, draw, mom
 from stage2_prior.prior import Prior, Sized, choosing_images, only
 from stage2_prior.sampling import AS_FITTED, COMPONENT_STREAM, CannotSample, Sampling, choose, first_uniforms, normals
 
-# What the mixture is fitted to: at most five draws an image, and 20,000 in all. With one draw of each of 3,800 images of mnist5k
-# it costs 197 nats an image on held-out latents, and N(0, I) 171; with five draws, 140. On mnist, one draw of each of 20,000
-# images is better than five of each of 4,000: 246.4 nats against 251.6.
-MIXTURE_DRAWS, MIXTURE_POINTS = 5, 20_000
+MIXTURE_DRAWS, MIXTURE_POINTS = 5, 20_000  # draws of z that the mixture is fitted to, an image and in all: see docs/trials.md
 MIXTURE_BYTES = 2**28  # of these points in float64; fitting takes a multiple of it
 LARGEST_FULL_COVARIANCE = 1024  # dimensions; beyond it the Gaussian and the mixture are diagonal
 GAUSSIANS_AT_ONCE, BYTES_AT_ONCE = 2048, 2**25  # of the aggregate posterior's density

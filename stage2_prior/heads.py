@@ -1,9 +1,9 @@
-"""Heads: all that a prior knows of the latent at one position. Its density, how it is drawn, and how it is fed back.
+"""Heads: the density of the latent at one position, given the backbone's features; its draws, and how they are fed back.
 
 B batch, D width, C latent channels, K codes or mixture components, h×w latent grid.
 
 A head works on *values*, the latents position by position: B h w C, standardized, for continuous latents, B h w for codes.
-It is the only place that samples, by inverse CDF from a fixed number of uniforms, so it needs no random state of its own.
+It is the only place that samples, by inverse CDF from a fixed number of uniforms a position, so it keeps no random state.
 """
 
 import math
@@ -43,11 +43,11 @@ class Head(nn.Module, ABC):
 
     @abstractmethod
     def embed(self, values: Tensor) -> Tensor:
-        """What the backbone is fed at the next position, … D."""
+        """The backbone's input at the next position, … D."""
 
     @abstractmethod
     def perturbed(self, values: Tensor, noise: Tensor) -> Tensor:
-        """Values B h w … with noise, B 1 1: see AutoregressiveConfig.input_noise."""
+        """Values B h w … with noise of a strength for each image, B 1 1: see AutoregressiveConfig.input_noise."""
 
     @abstractmethod
     def log_prob(self, features: Tensor, values: Tensor) -> Tensor:
@@ -59,11 +59,11 @@ class Head(nn.Module, ABC):
 
     @abstractmethod
     def begin(self, uniforms: Tensor, how: Sampling) -> Any:
-        """What `draw` takes of P positions, made of uniforms, B P U, for all of them at once."""
+        """What `draw` takes for P positions, made at once from uniforms B P U."""
 
     @abstractmethod
     def draw(self, features: Tensor, position: int, state: Any, weaker: "Weaker | None" = None) -> Tensor:
-        """The values of one position, of the P that `begin` made the state for; features B D.
+        """The values at one of the P positions that `begin` made the state for, B …; features B D.
 
         weaker: under guidance, what it leads away from.
         """
@@ -84,7 +84,7 @@ def gaussian_log_prob(value: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
 
 
 def floored(raw_log_std: Tensor) -> Tensor:
-    """A log standard deviation above MINIMUM_LOG_STD that keeps its gradient: of e^raw + e^minimum."""
+    """The log standard deviation log(e^raw + e^MINIMUM_LOG_STD): a floor that lets gradients pass."""
     return torch.logaddexp(raw_log_std, raw_log_std.new_full((), MINIMUM_LOG_STD))
 
 
@@ -92,9 +92,7 @@ def floored(raw_log_std: Tensor) -> Tensor:
 class GaussianMixture:
     """A mixture of K diagonal Gaussians over all C channels of a position jointly (GIVT, Tschannen et al. 2023).
 
-    The other way, channel by channel with a mixture each, was tried on the latents of MNIST, 48,000 images each. At the
-    learning rate 3e-3, both in float32: 212.2 nats an image against 211.5 for this one. At 8e-3: 209.8 against 210.7; this
-    one reached 209.9 at 5e-3, but in bfloat16. No clear winner; this one takes one step a position to sample, not C.
+    A mixture for each channel, one after the other, was no better, and takes C steps a position to sample: see docs/trials.md.
     """
 
     components: Annotated[int, Interval(ge=1, le=1000)] = 16
@@ -107,12 +105,12 @@ class GaussianMixture:
 
 
 class MixtureDraws(NamedTuple):
-    """What a mixture's draws take: of M candidates (one, but under guidance), and one choice among them where there is one."""
+    """The noise of a mixture's draws: of M candidates, one without guidance, and under guidance of the choice among them."""
 
     how: Sampling
     uniforms: Sequence[Tensor]  # for the component, B M at each position
     normals: Sequence[Tensor]  # B M C at each position
-    choice: Sequence[Tensor]  # B 1 at each position, B 0 where there is none
+    choice: Sequence[Tensor]  # B 1 at each position, B 0 without guidance
     compiled: CompiledDraw | None
 
 
@@ -200,9 +198,9 @@ class GaussianMixtureHead(Head):
 
 
 def tempered(log_weights: Tensor, log_std: Tensor, temperature: float) -> Tensor:
-    """The component logits of a Gaussian mixture sharpened to p^(1/T); log_weights … K, log_std … K C.
+    """The component logits, … K, of a Gaussian mixture p sharpened to p^(1/T).
 
-    log_std: of the components, along any axes whose product is their volume.
+    log_weights: … K. log_std: … K C, along axes whose lengths multiply to a component's volume.
 
     For components that do not overlap, p^(1/T) is again a mixture: variances grow by T and a component of weight π and
     volume s gets the weight π^(1/T) s^(1-1/T). At T = 1 this is the mixture itself, at T = 0 its highest mode.
