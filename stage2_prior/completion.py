@@ -30,6 +30,7 @@ def complete(
     held: list[Tensor],
     indices: Tensor,
     seed: int,
+    *,
     particles: int = 16,
     contexts: Tensor | None = None,
     log_likelihood: Callable[[list[Tensor]], Tensor] | None = None,

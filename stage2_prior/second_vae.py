@@ -44,15 +44,15 @@ class SecondVaeConfig(FlattenedConfig):
 
 
 class Network(nn.Module):
-    """Hidden layers, and what goes in beside them at the last one, as in the authors' code: without it, u is not used."""
+    """Hidden layers, and the inputs again at the last one, as in the authors' code: without them, u is not used."""
 
-    def __init__(self, inputs: int, outputs: int, hidden: int, layers: int):
+    def __init__(self, inputs: int, outputs: int, config: SecondVaeConfig):
         super().__init__()
         parts: list[nn.Module] = []
-        for width in [inputs] + [hidden] * (layers - 1):
-            parts += [nn.Linear(width, hidden), nn.SiLU()]
+        for width in [inputs] + [config.hidden] * (config.layers - 1):
+            parts += [nn.Linear(width, config.hidden), nn.SiLU()]
         self.hidden = nn.Sequential(*parts)
-        self.last = nn.Linear(inputs + hidden, outputs)
+        self.last = nn.Linear(inputs + config.hidden, outputs)
 
     def forward(self, values: Tensor) -> Tensor:
         return self.last(torch.cat([values, self.hidden(values)], -1))
@@ -66,8 +66,8 @@ class SecondVAE(Prior):
         self.flattened = Flattened(specs, "second VAE")
         size = self.flattened.size
         self.samples = config.samples
-        self.encoder = Network(size, 2 * size, config.hidden, config.layers)
-        self.decoder = Network(size, size, config.hidden, config.layers)
+        self.encoder = Network(size, 2 * size, config)
+        self.decoder = Network(size, size, config)
         self.log_gamma = nn.Parameter(torch.zeros(()))
 
     def estimate(self, dataset: LatentDataset) -> None:

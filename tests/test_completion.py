@@ -38,7 +38,7 @@ def exact_and_drawn(prior, held, given, particles, count=6000, label=None):
             each = [share.log() + prior.log_prob(levels, torch.full((len(fillings),), c)) for c, share in shares.items()]
             exact = torch.stack(each).logsumexp(0).softmax(0)
     contexts = None if label is None else torch.full((count,), label)
-    drawn, sizes = complete(prior, given, held, torch.arange(count), 3, particles, contexts)
+    drawn, sizes = complete(prior, given, held, torch.arange(count), 3, particles=particles, contexts=contexts)
     assert all((level[:, mask] == latent[mask]).all() for level, latent, mask in zip(drawn, given, held))
     which = torch.zeros(count, dtype=torch.int64)
     for column, vocabulary in zip(torch.cat([level.flatten(1) for level in drawn], 1)[:, free].T, codes):
@@ -170,8 +170,8 @@ def test_a_completion_is_the_same_in_any_batch(labels):
     held = torch.zeros(3, 3, dtype=torch.bool)
     held[1, 1] = held[2, 0] = True
     given = torch.ones(3, 3, dtype=torch.int64)
-    (together,), _ = complete(prior, [given], [held], torch.arange(6), 0, 8)
-    (apart,), _ = complete(prior, [given], [held], torch.tensor([4]), 0, 8)
+    (together,), _ = complete(prior, [given], [held], torch.arange(6), 0, particles=8)
+    (apart,), _ = complete(prior, [given], [held], torch.tensor([4]), 0, particles=8)
     assert torch.equal(together[4], apart[0])
 
 
@@ -181,12 +181,12 @@ def test_several_levels_and_continuous_latents():
     cascade = randomized(CascadeConfig(config, config).build(specs, classes=2).eval())
     given = [torch.zeros(2, 2, dtype=torch.int64), torch.ones(4, 4, dtype=torch.int64)]
     held = [torch.tensor([[True, True], [False, False]]), torch.arange(16).view(4, 4) > 9]
-    levels, sizes = complete(cascade, given, held, torch.arange(5), 0, 4)
+    levels, sizes = complete(cascade, given, held, torch.arange(5), 0, particles=4)
     for level, latent, mask in zip(levels, given, held):
         assert (level[:, mask] == latent[mask]).all()
     prior = random_prior(LatentSpec((2, 3, 3)), "pixelcnn", "mixture")
     latent, mask = torch.randn(2, 3, 3, dtype=torch.float64), torch.eye(3, dtype=torch.bool)
-    (drawn,), sizes = complete(prior, [latent], [mask], torch.arange(5), 0, 4)
+    (drawn,), sizes = complete(prior, [latent], [mask], torch.arange(5), 0, particles=4)
     assert torch.allclose(drawn[:, :, mask], latent[:, mask].expand(5, -1, -1))
     assert (drawn[0] != drawn[1])[:, ~mask].all()
 
@@ -199,9 +199,8 @@ def test_what_else_is_known_weighs_the_particles():
     def second_is_two(levels):
         return torch.where(levels[0][:, 0, 1] == 2, 0.0, -1e9)
 
-    (drawn,), sizes = complete(
-        prior, [torch.zeros(1, 2, dtype=torch.int64)], [held], torch.arange(3000), 0, 64, None, second_is_two
-    )
+    given = [torch.zeros(1, 2, dtype=torch.int64)]
+    (drawn,), sizes = complete(prior, given, [held], torch.arange(3000), 0, particles=64, log_likelihood=second_is_two)
     assert (drawn[:, 0, 1] == 2).all() and (sizes < 64).all()
     with torch.no_grad():
         exact = prior.log_prob([torch.tensor([[[0, 2]], [[1, 2]], [[2, 2]]])]).softmax(0)

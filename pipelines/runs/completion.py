@@ -127,8 +127,16 @@ def completions(
         return (likelihood.base_dist.log_prob(target) * seen).flatten(1).sum(1)
 
     def completed(indices: Tensor) -> tuple[Tensor, Tensor]:
-        context = None if contexts is None else contexts[indices].to(device)
-        levels, size = complete(prior, given, held, indices.to(device), seed, particles, context, of_known_pixels)
+        levels, size = complete(
+            prior,
+            given,
+            held,
+            indices.to(device),
+            seed,
+            particles=particles,
+            contexts=None if contexts is None else contexts[indices].to(device),
+            log_likelihood=of_known_pixels,
+        )
         noise = pixel_noise(pixels, seed, indices.to(device), autoencoder.image_shape)
         drawn = autoencoder.render(levels, noise).cpu()
         return torch.where(known, image, drawn), size.cpu()  # a decoder would blur what is kept

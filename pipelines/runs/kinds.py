@@ -5,7 +5,7 @@ The union types of the configs are the registry; a kind is named by its class, i
 
 import re
 from dataclasses import fields, is_dataclass, replace
-from typing import Any, get_args, get_type_hints
+from typing import Any, NamedTuple, get_args, get_type_hints
 
 from pipelines.console import UserError, nearest
 from pipelines.runs.config import RunConfig, replaced
@@ -71,24 +71,32 @@ def choose_kinds(config: RunConfig, arguments: list[str]) -> tuple[RunConfig, li
     """
     left, chosen = list(arguments), set()
     while (found := first_choice(config, left)) is not None:
-        path, kind, start, stop = found
         # All levels of a prior have the same condition.
-        both = path == CONDITION and isinstance(config.prior, CascadeConfig)
-        for own in ("prior.top.condition", "prior.bottom.condition") if both else (path,):
+        both = found.path == CONDITION and isinstance(config.prior, CascadeConfig)
+        for path in ("prior.top.condition", "prior.bottom.condition") if both else (found.path,):
             part = config
-            for name in own.split("."):
+            for name in path.split("."):
                 part = vars(part)[name]
-            if type(part) is not kind:
-                config = replaced(config, own, kind())
-            chosen.add(own)
-        del left[start:stop]
+            if type(part) is not found.kind:
+                config = replaced(config, path, found.kind())
+            chosen.add(path)
+        del left[found.start : found.stop]
     if BOTTLENECK in chosen:
         config = replace(config, prior=fitting_prior(config, chosen))
     return config, left
 
 
-def first_choice(config: RunConfig, arguments: list[str]) -> tuple[str, type, int, int] | None:
-    """Of the arguments that choose a kind, the one of the outermost part: its path, the kind, and where it stands."""
+class Choice(NamedTuple):
+    """A kind that a command line names for a part of a config."""
+
+    path: str  # of the part, dotted
+    kind: type
+    start: int  # the arguments that say so are those from start to stop-1
+    stop: int
+
+
+def first_choice(config: RunConfig, arguments: list[str]) -> Choice | None:
+    """Of the arguments that choose a kind, the one of the outermost part. Raises UserError for a kind that there is not."""
     found = []
     for path, kinds in choices(config).items():
         for index, argument in enumerate(arguments):
@@ -101,8 +109,8 @@ def first_choice(config: RunConfig, arguments: list[str]) -> tuple[str, type, in
                 raise UserError(f"{option} needs a kind: {', '.join(kinds)}")
             if value not in kinds:
                 raise UserError(f"{option} has no kind {value!r}{nearest(value, kinds)}")
-            found.append((path.count("."), path, kinds[value], index, index + (1 if equals else 2)))
-    return min(found, key=lambda choice: choice[:2])[1:] if found else None
+            found.append(Choice(path, kinds[value], index, index + (1 if equals else 2)))
+    return min(found, key=lambda choice: (choice.path.count("."), choice.path), default=None)
 
 
 def fitting_prior(config: RunConfig, chosen: set[str]) -> PriorConfig:
