@@ -23,7 +23,6 @@ from stage2_prior.conditions import (
     ClusterCondition,
     CoarserLevel,
     ConditionConfig,
-    Embedded,
     LabelCondition,
     Unconditional,
 )
@@ -86,10 +85,10 @@ class AutoregressivePrior(Prior):
 
     @torch.no_grad()
     def show_positions(self) -> None:
-        """At first, make positions large beside what is embedded: a transformer knows of no grid but by them.
+        """Initialize positions as large as embeddings, or larger: a transformer knows of the grid by them alone.
 
-        Embeddings of codes get the standard deviation of GPT-2 (Radford et al. 2018, section 4.1), which positions have already.
-        Continuous latents are embedded at a size of about 1 by any layer; there the positions grow.
+        Embeddings of codes get the standard deviation of GPT (Radford et al. 2018, section 4.1), which positions have already.
+        Embeddings of continuous latents are of a size of about 1; there the positions grow.
         """
         if isinstance(self.head, CategoricalHead):
             nn.init.normal_(self.head.embedding.weight, std=0.02)
@@ -128,24 +127,21 @@ class AutoregressivePrior(Prior):
                 raise ValueError("a conditional prior needs a data set with contexts")
             self.condition.estimate(dataset.contexts)
 
-    def conditioning(self, coarser: list[Tensor], contexts: Tensor | None) -> Embedded:
-        """All that the backbone is conditioned on: the place on the grid, the coarser levels, the context."""
+    def conditioned(self, coarser: list[Tensor], contexts: Tensor | None) -> Conditioned:
+        """Backbone and head with all that they are conditioned on: the place on the grid, the coarser levels, the context."""
         map, prefix = self.position, None
         for embed, codes in zip(self.coarser, coarser, strict=True):
             map = map + embed(codes)
         if self.condition is not None:
             if contexts is None:
-                raise CannotSample("this prior is conditional: its density needs a context for each latent")
+                raise CannotSample("this prior is conditional: give a context for each latent, such as a label")
             context = self.condition(contexts)
             map, prefix = map if context.map is None else map + context.map, context.prefix
-        return Embedded(map, prefix)
+        return Conditioned(self.backbone, self.head, map, prefix)
 
     def forward(self, levels: list[Tensor], contexts: Tensor | None = None, progress: float = 0.0) -> dict[str, Tensor]:
         noise = self.input_noise * max(0.0, 1 - progress / NOISE_ENDS) if self.training else 0.0
         return {"loss": -self.log_prob_by_position(levels, contexts, noise).flatten(1).sum(1).mean()}
-
-    def conditioned(self, coarser: list[Tensor], contexts: Tensor | None) -> Conditioned:
-        return Conditioned(self.backbone, self.head, *self.conditioning(coarser, contexts))
 
     def log_prob_by_position(self, levels: list[Tensor], contexts: Tensor | None = None, noise: float = 0.0) -> Tensor:
         """log p(z_i | z_<i, coarser levels, context) in nats of raw latents, B h w.
@@ -163,7 +159,7 @@ class AutoregressivePrior(Prior):
         values = self.head.values(latent)
         if self.training and self.given_condition is not None and contexts is not None:
             contexts = self.given_condition.with_dropout(contexts)
-        condition = self.conditioning(coarser, contexts)
+        condition = self.conditioned(coarser, contexts)
         fed = values if noise == 0 else self.head.perturbed(values, noise * torch.rand(len(values), 1, 1, device=values.device))
         features = self.backbone(self.head.embed(fed).movedim(-1, 1), condition.map, condition.prefix)
         # Under mixed precision the backbone may round. A density never does, but for the logits of codes in training, which cost

@@ -59,7 +59,7 @@ def complete(
         values = head.values(latent[None]).flatten(1, 2).repeat_interleave(len(numbers), 0)  # B·M P, or B·M P C
         positions = torch.arange(mask.numel(), device=indices.device)
         draws = head.begin(uniforms(seed, numbers, positions, head.uniforms(AS_FITTED), own.level), AS_FITTED)
-        condition = own.conditioning(levels, contexts)
+        condition = own.conditioned(levels, contexts)
         state = backbone.begin(len(numbers), own.spec.grid, condition.map, condition.prefix)
         previous: Tensor | None = None
         for position, held_here in enumerate(mask.flatten().tolist()):
