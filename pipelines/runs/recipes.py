@@ -66,7 +66,7 @@ DATA_SETS = {
     "mnist5k": DataSet(
         EmbeddedDigits(),
         stage1=FitConfig(steps=3000, batch_size=16, learning_rate=2e-3, average_decay=0.995, checkpoint_steps=1000),
-        stage2=replace(MNIST.stage2, steps=1600, batch_size=32, average_decay=0.995, checkpoint_steps=200),
+        stage2=replace(MNIST.stage2, steps=2000, batch_size=32, average_decay=0.995, checkpoint_steps=200),
         classifier=replace(CLASSIFIER, steps=400, checkpoint_steps=200, average_decay=0.99),
         few=True,
     ),
