@@ -244,10 +244,13 @@ class CaptionCondition(nn.Module):
         return Embedded(None, self.embedding(contexts) + self.position)
 
 
+COARSER_BLOCKS = 4
+
+
 class CoarserLevel(nn.Module):
     """A coarser level of codes to a map of a finer grid, through a small residual network (VQ-VAE-2, Razavi et al. 2019)."""
 
-    def __init__(self, coarse: LatentSpec, grid: tuple[int, int], width: int, blocks: int = 4):
+    def __init__(self, coarse: LatentSpec, grid: tuple[int, int], width: int):
         """Raises ValueError where the grids do not nest."""
         super().__init__()
         if coarse.vocabulary is None:
@@ -258,7 +261,7 @@ class CoarserLevel(nn.Module):
         self.embedding = nn.Embedding(coarse.vocabulary, width)
         self.blocks = nn.ModuleList(
             nn.Sequential(nn.ReLU(), nn.Conv2d(width, width, 3, padding=1), nn.ReLU(), nn.Conv2d(width, width, 1))
-            for _ in range(blocks)
+            for _ in range(COARSER_BLOCKS)
         )
         self.unfold = nn.Conv2d(width, width * self.rows * self.columns, 1)
 

@@ -88,9 +88,9 @@ def data_uri(content: bytes) -> str:
     return "data:image/png;base64," + base64.b64encode(content).decode()
 
 
-def images_picture(heading: str, caption: str, images: Tensor, columns: int = GRID_COLUMNS) -> Picture:
+def images_picture(heading: str, caption: str, images: Tensor) -> Picture:
     """uint8 N C H W as a grid."""
-    return Picture(heading, caption, data_uri(tiled(images, columns)), pixels=True)
+    return Picture(heading, caption, data_uri(tiled(images, GRID_COLUMNS)), pixels=True)
 
 
 def chart_picture(heading: str, caption: str, figure: Figure) -> Picture:

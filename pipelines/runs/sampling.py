@@ -46,7 +46,6 @@ def generate(
     how: Sampling = AS_FITTED,
     contexts: Tensor | None = None,
     pixels: Pixels = "mean",
-    label: str = "sampling",
 ) -> Samples:
     """`count` images: z from the prior, then the mean of p(x|z) or a draw from it.
 
@@ -55,7 +54,7 @@ def generate(
     halved. Raises UserError when one image does not fit, or when `how` makes no sense for this prior.
     """
     draw = sampler(autoencoder, prior, seed=seed, device=device, how=how, contexts=contexts, pixels=pixels)
-    return joined(processes.in_batches(draw, torch.arange(count), batch_size, label))
+    return joined(processes.in_batches(draw, torch.arange(count), batch_size, "sampling"))
 
 
 def sampler(
@@ -64,9 +63,9 @@ def sampler(
     *,
     seed: int,
     device: torch.device,
-    how: Sampling = AS_FITTED,
-    contexts: Tensor | None = None,
-    pixels: Pixels = "mean",
+    how: Sampling,
+    contexts: Tensor | None,
+    pixels: Pixels,
 ) -> Callable[[Tensor], Samples]:
     """What draws the samples of a batch of numbers, as `generate` draws all of them."""
     limit = math.inf

@@ -247,20 +247,19 @@ def best(checkpoints: list[Checkpoint]) -> Checkpoint:
     return min(checkpoints, key=lambda checkpoint: (checkpoint.loss, -checkpoint.step))
 
 
-def prune(folder: Path, checkpoints: list[Checkpoint], keep_last: int = 2) -> list[Checkpoint]:
-    """Delete all but the newest and the best of these good checkpoints, and what a killed process left; returns those kept.
+def prune(folder: Path, checkpoints: list[Checkpoint]) -> list[Checkpoint]:
+    """Delete all but the two newest and the best of these good checkpoints, and what a killed process left; returns those kept.
 
-    Damaged ones are set aside.
-
-    One whose held-out loss was not measured, because a signal asked for it, is kept only while it is the very newest.
+    Damaged ones are set aside. One without a held-out loss, written because of a signal or the time, is kept only while it is
+    the very newest.
     """
-    lasting = [c for c in checkpoints if c is checkpoints[-1] or c.record["held_out"] is not None]
-    kept = [c for c in lasting if c in lasting[-keep_last:] or c is best(lasting)]
-    known = {c.folder for c in checkpoints}
+    lasting = [each for each in checkpoints if each is checkpoints[-1] or each.record["held_out"] is not None]
+    kept = [each for each in lasting if each in lasting[-2:] or each is best(lasting)]
+    known = {each.folder for each in checkpoints}
     for path in folders(folder):
         if path not in known:
             set_aside(path)
-    for path in known - {c.folder for c in kept}:
+    for path in known - {each.folder for each in kept}:
         shutil.rmtree(path, ignore_errors=True)
     clear_partial(folder, r"step-\d+")
     return kept
