@@ -392,8 +392,7 @@ def sampling(temperature: float, top_k: int | None, top_p: float, guidance: floa
 
 
 def marginal(prior: Prior) -> LogPrior:
-    """log p(z) of what is drawn where no context is given: the mixture over labels, Σ p(label) p(z|label); without a caption,
-    what the prior makes of none."""
+    """log p(z) where no context is given: of the mixture over labels, Σ p(label) p(z|label); else under the null caption."""
 
     def log_prob(levels: list[Tensor], _: Tensor | None) -> Tensor:
         if not isinstance(prior, LearnedPrior):
@@ -401,8 +400,8 @@ def marginal(prior: Prior) -> LogPrior:
         condition = prior.levels[0].condition
         if not isinstance(condition, LabelCondition):
             return prior.log_prob(levels, prior.levels[0].null_contexts(len(levels[0])))
-        labels = condition.frequencies.nonzero().flatten()
-        each = [condition.frequencies[y].log() + prior.log_prob(levels, y.expand(len(levels[0]))) for y in labels]
+        labels, log_shares = condition.frequencies.nonzero().flatten(), condition.frequencies.log()
+        each = [log_shares[label] + prior.log_prob(levels, label.expand(len(levels[0]))) for label in labels]
         return torch.stack(each).logsumexp(0)
 
     return log_prob

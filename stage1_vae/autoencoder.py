@@ -109,12 +109,13 @@ class Autoencoder(nn.Module):
     def sample(self, posteriors: list[Posterior]) -> list[Tensor]:
         """z ~ q(z|x), one latent for each level, with gradients to mean and std (reparametrized: Kingma and Welling 2014)."""
         return [
-            p["codes"] if "codes" in p else torch.addcmul(p["mean"], p["std"], torch.randn_like(p["mean"])) for p in posteriors
+            mean if "codes" in posterior else torch.addcmul(mean, posterior["std"], torch.randn_like(mean))
+            for mean, posterior in zip(self.mean(posteriors), posteriors)
         ]
 
     def mean(self, posteriors: list[Posterior]) -> list[Tensor]:
-        """The posterior's mean, one latent for each level."""
-        return [p["codes"] if "codes" in p else p["mean"] for p in posteriors]
+        """The posterior's mean, or its code, one latent for each level."""
+        return [posterior["codes"] if "codes" in posterior else posterior["mean"] for posterior in posteriors]
 
     def decode(self, levels: list[Tensor]) -> distributions.Distribution:
         """Latents, one for each level, to p(x|z) over images in the likelihood's scale."""

@@ -103,8 +103,8 @@ def label_number(name: str | int, names: list[str]) -> int:
         if not 0 <= name < len(names):
             raise UserError(f"there is no label number {name}; labels are numbers from 0 to {len(names) - 1}, or names")
         return name
-    found = [i for i, known in enumerate(names) if name.lower() in (known.lower(), *known.lower().split(" - "))]
-    found = [i for i in found if names[i] == name] or found
+    found = [number for number, known in enumerate(names) if name.lower() in (known.lower(), *known.lower().split(" - "))]
+    found = [number for number in found if names[number] == name] or found
     if not found:
         raise UserError(f"there is no label {name!r}{nearest(name, names)}")
     return found[0]

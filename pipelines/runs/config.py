@@ -146,8 +146,8 @@ def from_dict(values: dict[str, Any]) -> RunConfig:
 def differences(old: Any, new: Any, name: str = "") -> list[str]:
     """The fields in which two configs as dicts differ, by dotted name with both values."""
     if isinstance(old, dict) and isinstance(new, dict):
-        keys = [key for key in {**old, **new}]
-        return [d for key in keys for d in differences(old.get(key), new.get(key), f"{name}.{key}" if name else key)]
+        inner = [differences(old.get(key), new.get(key), f"{name}.{key}" if name else key) for key in {**old, **new}]
+        return [difference for found in inner for difference in found]
     return [] if old == new else [f"{name}: {old} in the run, {new} asked for"]
 
 

@@ -143,5 +143,5 @@ def latent_dataset(
     levels: dict[int, dict[str, Tensor | Joined]] = {}
     for key in shards[0]:
         level, name = key.split(".")
-        levels.setdefault(int(level), {})[name] = shards[0][key] if len(shards) == 1 else Joined([s[key] for s in shards])
+        levels.setdefault(int(level), {})[name] = shards[0][key] if len(shards) == 1 else Joined([shard[key] for shard in shards])
     return LatentDataset([levels[level] for level in sorted(levels)], contexts, vectors)

@@ -29,21 +29,21 @@ class Findings:
     figure: Figure
 
 
-class ToldNothing(Prior):
-    """A learned prior without a context of any image, so that it compares with priors that have none."""
+class WithoutContext(Prior):
+    """A learned prior under null contexts, so that it compares with unconditional priors."""
 
     def __init__(self, prior: Prior):
         super().__init__()
         self.prior = prior
 
-    def nothing(self, batch: int) -> Tensor | None:
+    def null_contexts(self, batch: int) -> Tensor | None:
         return self.prior.levels[0].null_contexts(batch) if isinstance(self.prior, LearnedPrior) else None
 
     def log_prob(self, levels: list[Tensor], contexts: Tensor | None = None) -> Tensor:
-        return self.prior.log_prob(levels, self.nothing(len(levels[0])))
+        return self.prior.log_prob(levels, self.null_contexts(len(levels[0])))
 
     def sample(self, indices: Tensor, seed: int, how: Sampling = AS_FITTED, contexts: Tensor | None = None) -> list[Tensor]:
-        return self.prior.sample(indices, seed, how, self.nothing(len(indices)))
+        return self.prior.sample(indices, seed, how, self.null_contexts(len(indices)))
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class Trained:
     @property
     def learned(self) -> Prior:
         """Told nothing of any image. Raises UserError where there is none."""
-        return ToldNothing(open_prior(self.run, "learned", specs_of(self.autoencoder)))
+        return WithoutContext(open_prior(self.run, "learned", specs_of(self.autoencoder)))
 
     @classmethod
     def of(cls, run: Run) -> "Trained":

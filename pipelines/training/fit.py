@@ -450,7 +450,7 @@ class Training:
             held_out = self.judged(size)
         if not math.isfinite(held_out["loss"]):
             raise UserError(f"{self.label}, step {step}: the held-out loss is not a number. {REMEDY}.")
-        self.history.append({"step": step, "train": {k: float(v) for k, v in terms.items()}, "held_out": held_out})
+        self.history.append({"step": step, "train": {name: float(value) for name, value in terms.items()}, "held_out": held_out})
         self.tracker.scalars(step, "held_out", held_out)
         if not isinstance(self.fabric.strategy, ModelParallelStrategy):  # sharded weights come together for a loss only
             with self.average.in_use():
