@@ -58,7 +58,7 @@ def compare_runs(asked: Arguments) -> None:
     runs = [Run.open(name, asked.device) for name in asked.runs]
     names = [run.title for run in runs]
     if len({*names}) < len(names):
-        raise UserError(f"runs on one page have names of their own, not {', '.join(names)}: rename a folder, or leave one out")
+        raise UserError(f"runs on one page need different names, and these are {', '.join(names)}: rename one, or leave it out")
     for run in runs:
         check_finished(run)
     reports = {}

@@ -126,7 +126,7 @@ BAD = [
     (["compare", "nothing"], "there is no run"),
     (["compare", "mnist5k", "--seed", str(2**64)], "--seed is a number below"),
     (["compare", "mnist5k", "--out", "x.json"], "the file of a page"),
-    (["compare", "mnist5k", "checkpoints/mnist5k"], "names of their own"),
+    (["compare", "mnist5k", "checkpoints/mnist5k"], "need different names, and these are mnist5k, mnist5k: rename one"),
 ]
 
 
