@@ -200,7 +200,7 @@ def say(*lines: str) -> None:
 
 
 class Progress:
-    """A bar on a terminal; elsewhere a line now and then; nothing where there is no label.
+    """A bar on a terminal; elsewhere a line soon, and then now and then; nothing where there is no label.
 
     values passed to `update` stand behind the bar; they are only read (a tensor fetched from its device) when shown.
     """
@@ -212,7 +212,7 @@ class Progress:
         self.silent = label is None or not first_process()
         self.label, self.total, self.unit, self.done, self.first = label, total, unit, done, done
         self.started = self.shown = time.monotonic()
-        self.next_line = done + max(1, (total - done) // self.LINES)
+        self.next_line = done + 1  # the first line comes after SECONDS, however long the work takes
         self.bar = None
         if sys.stderr.isatty() and not self.silent:
             self.bar = tqdm(total=total, initial=done, desc=label, unit=f" {unit}", dynamic_ncols=True)
@@ -230,7 +230,8 @@ class Progress:
             self.bar.update(count)
         elif not self.silent and self.done >= self.next_line and now - self.shown > self.SECONDS:
             self.line(values or {})
-            self.next_line = self.done + max(1, (self.total - self.first) // self.LINES)
+            tenth = max(1, (self.total - self.first) // self.LINES)
+            self.next_line = self.first + ((self.done - self.first) // tenth + 1) * tenth
             self.shown = now
 
     def line(self, values: Mapping[str, SupportsFloat]) -> None:

@@ -5,10 +5,11 @@ import os
 import signal
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
-from pipelines.console import UserError, counted, run_command, say
+from pipelines.console import Progress, UserError, counted, run_command, say
 
 SPEAKS = "from pipelines.console import run_command, say; run_command(lambda: [say('4×4 images'), say('done')])"
 
@@ -82,6 +83,18 @@ def test_too_little_memory_is_a_sentence(capsys, error):
     with pytest.raises(SystemExit) as ended:
         run_command(main)
     assert ended.value.code == 2 and "error: out of memory: smaller batches" in capsys.readouterr().err
+
+
+def test_a_long_work_says_soon_how_long_it_takes_and_then_seldom(monkeypatch, capsys):
+    now = 0.0
+    monkeypatch.setattr("pipelines.console.time", SimpleNamespace(monotonic=lambda: now))
+    with Progress("working", 1000, "images") as progress:
+        for _ in range(1000):
+            now += 1
+            progress.update(1)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "working: 6/1000 images, 0 %, 1.0 images/s, 16:34 left"
+    assert len(lines) == Progress.LINES + 1 and "1000/1000 images, 100 %" in lines[-1]
 
 
 def test_of_one_there_is_no_plural():
