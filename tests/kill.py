@@ -19,7 +19,6 @@ import tempfile
 import time
 import traceback
 from collections import Counter
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +28,6 @@ import torch
 
 from pipelines import generate, train_all
 from pipelines.console import run_command
-from pipelines.judging import features
-from pipelines.judging.quality import resampled
 from tests.parts import cheaper_comparisons
 
 FIT = "--{0}.steps 6 --{0}.batch-size 16 --{0}.checkpoint-steps 2 --{0}.warmup-steps 1"
@@ -65,7 +62,6 @@ def write_data(root: Path) -> None:
 
 
 def commands(preset: str) -> None:
-    features.resampled = partial(resampled, resamples=5)  # shrunk, too
     cheaper_comparisons(pytest.MonkeyPatch())
     train_all.main([preset, *COMMON.split(), *PRESETS[preset].split()])
     generate.main(["run", "--count", "8", "--out", "samples.npz", "--device", "cpu"])

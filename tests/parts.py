@@ -1,15 +1,18 @@
 """The parts that contract tests iterate over, and small stand-ins for data."""
 
 import dataclasses
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from pipelines.data.images import ImageSet, Splits, with_validation
-from pipelines.judging import tradeoffs
+from pipelines.judging import features, tradeoffs
 from pipelines.judging.comparison import Comparison
+from pipelines.judging.quality import resampled
 from pipelines.pages import plots
 from pipelines.pages.report import write_report
 from pipelines.runs.config import RunConfig
@@ -140,8 +143,21 @@ def shrunk_prior(prior: PriorConfig) -> PriorConfig:
     return dataclasses.replace(prior, backbone=dataclasses.replace(prior.backbone, width=8, layers=2))
 
 
+SAVE_FIGURE = Figure.savefig
+"""as it is outside of tests"""
+
+
+def save_without_axes(figure: Figure, *where, **how) -> None:
+    """Most of the time of a small plot goes into its ticks and the room that they need."""
+    figure.set_layout_engine("none")
+    for axis in figure.axes:
+        axis.set_axis_off()
+    SAVE_FIGURE(figure, *where, **how)
+
+
 def cheaper_comparisons(patch: pytest.MonkeyPatch) -> None:
-    """A comparison tries one temperature, one strength of each guidance and small mixtures, and draws small pictures.
+    """A comparison tries one temperature, one strength of each guidance and small mixtures, resamples few times, and draws small
+    plots without axes.
 
     Commands that tests start as processes of their own compare as users' do.
     """
@@ -149,7 +165,9 @@ def cheaper_comparisons(patch: pytest.MonkeyPatch) -> None:
         patch.setattr(tradeoffs, ways, (one,))
     patch.setattr(tradeoffs, "SHARES", (1.0, 0.5))
     patch.setattr(baselines, "MIXTURE_COMPONENTS", (2, 10))
+    patch.setattr(features, "resampled", partial(resampled, resamples=5))
     patch.setattr(plots, "DPI", 30)
+    patch.setattr(Figure, "savefig", save_without_axes)
 
 
 def trained_run(folder: Path, name: str, **parts) -> Run:

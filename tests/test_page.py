@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from matplotlib.colors import to_rgba
+from matplotlib.figure import Figure
 from PIL import Image
 
 from pipelines import compare
@@ -30,16 +31,17 @@ from pipelines.runs.phases import train
 from pipelines.runs.recipes import preset
 from pipelines.runs.run import TRAINED, Run
 from stage2_prior.transformer import TransformerConfig
-from tests.parts import shrunk, small_splits
+from tests.parts import SAVE_FIGURE, shrunk, small_splits
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 
 @pytest.fixture(scope="module")
 def compared(tmp_path_factory):
-    """Two runs of different kinds, another prior on the stage 1 of the first, and the page of all three."""
+    """Two runs of different kinds, another prior on the stage 1 of the first, and the page of all three, its plots with axes."""
     folder = tmp_path_factory.mktemp("page")
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Figure, "savefig", SAVE_FIGURE)
         runs = []
         for name in ("mnist5k", "mnist-vqvae"):
             config = shrunk(preset(name))
