@@ -1,5 +1,6 @@
 """The page of the explorer in a real browser: every tab once, in the width of a telephone."""
 
+import importlib.util
 import os
 import shutil
 import socket
@@ -8,7 +9,8 @@ import pytest
 
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported
 
-pytest.importorskip("gradio", reason="gradio is not installed: pip install -e '.[explore]'")
+if importlib.util.find_spec("gradio") is None:  # to import it takes every test process seconds
+    pytest.skip("gradio is not installed: pip install -e '.[explore]'", allow_module_level=True)
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 CHROMIUM = shutil.which("chromium")
 if CHROMIUM is None:
