@@ -310,11 +310,9 @@ def test_a_mask_lies_where_it_was_drawn_on_the_picture(tmp_path):
     assert torch.equal(known, picture[0] > 127) and known.sum() == 30 * 5
 
 
-def test_a_stage_1_trained_anew_is_not_mixed_with_an_older_stage_2(tmp_path, monkeypatch):
+def test_a_stage_1_trained_anew_is_not_mixed_with_an_older_stage_2(runs, tmp_path, monkeypatch):
     config = shrunk(preset("mnist-vqvae"))
-    monkeypatch.setattr(type(config.data), "load", lambda self, report=None: small_splits((1, 28, 28), 4))
-    run = Run.create(tmp_path / "run", config, "cpu")
-    train_all(run)
+    run = Run.create(shutil.copytree(runs["mnist-vqvae"], tmp_path / "run"), config, "cpu")
     shutil.rmtree(tmp_path / "run" / "stage1")
     monkeypatch.setattr(type(config.data), "load", lambda self, report=None: small_splits((1, 28, 28), 4, count=260))
     with pytest.raises(UserError, match="stage2 was trained after another stage1.*delete"):
@@ -350,8 +348,11 @@ def test_with_few_images_sampling_is_not_tuned(runs):
 
 @pytest.mark.parametrize("best", [AS_FITTED, Sampling(0.8), Sampling(guidance=2.0), Sampling(autoguidance=0.5)], ids=described)
 def test_the_comparison_finds_the_best_way_to_draw(runs, monkeypatch, best):
-    """By the fd in the features of another network; the row of it is of samples as `generate` draws them."""
-    run = Run.open(runs["fashion-vqvae2"], "cpu")
+    """By the fd in the features of another network; the row of it is of samples as `generate` draws them.
+
+    Several levels, of which samples take longest, are drawn with guidance.
+    """
+    run = Run.open(runs["fashion-vqvae2" if best.guidance else "mnist-vqvae"], "cpu")
     ways, judges = ways_to_sample(contexts=True, weaker=True), []
     distances = itertools.cycle([1.0 + (how != best) for how in ways])
 

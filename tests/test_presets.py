@@ -130,7 +130,10 @@ def test_end_to_end(name, tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize("name", ["mnist5k", "mnist5k-vqvae", "fashion-dalle"])
 def test_both_stages_see_mirror_images(name, tmp_path, monkeypatch):
-    """Stage 2 the latents of both, under the same condition; what samples are measured by is not mirrored."""
+    """Stage 2 the latents of both, under the same condition; what samples are measured by is not mirrored.
+
+    The comparison is made for one of them: it does not look at what the latents are.
+    """
     monkeypatch.chdir(tmp_path)
     seen = {}
 
@@ -139,7 +142,8 @@ def test_both_stages_see_mirror_images(name, tmp_path, monkeypatch):
         return fit(fabric, model, examples, held_out, config, seed, folder, label, **rest)
 
     monkeypatch.setattr("pipelines.runs.phases.fit", watched)
-    run = train(name, dataclasses.replace(shrunk(preset(name)), mirror=True), monkeypatch)
+    through = train_all if name == "mnist5k" else phases.train
+    run = train(name, dataclasses.replace(shrunk(preset(name)), mirror=True), monkeypatch, through=through)
     images, autoencoder = load_data(run).train, load_autoencoder(run)
     assert isinstance(seen["stage 1"], Mirrored) and seen["stage 1"].images is images.images
     latents, count = seen["stage 2"], len(images)
@@ -150,6 +154,8 @@ def test_both_stages_see_mirror_images(name, tmp_path, monkeypatch):
             assert all(torch.equal(found[name], tensor) for name, tensor in level.items())
     assert len(training_latents(run, specs_of(autoencoder))) == 2 * count
 
+    if name != "mnist5k":
+        return
     # What is copied may be copied from either.
     metrics = json.loads((run.folder / "compare" / "metrics.json").read_text())
     space = feature_space(run.fabric, run.config.metrics, load_data(run), run.classifiers)

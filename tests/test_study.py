@@ -183,11 +183,15 @@ def test_a_run_of_codes_is_refused(tmp_path):
         study.main(["evidence", "--run", str(made.folder), "--device", "cpu"])
 
 
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory) -> Run:
+    return trained_run(tmp_path_factory.mktemp("plain"), "mnist5k-plain")
+
+
 @pytest.mark.parametrize("name", ["samples-per-image", "mean-or-sample"])
-def test_without_a_learned_prior_studies_that_need_none_run(tmp_path, monkeypatch, name):
+def test_without_a_learned_prior_studies_that_need_none_run(plain, monkeypatch, name):
     monkeypatch.setattr(samples_per_image, "TOTAL", 1000)
     monkeypatch.setattr(samples_per_image, "REPEATS", 2)
-    plain = trained_run(tmp_path, "mnist5k-plain")
     numbers(plain, name)
     with pytest.raises(UserError, match="no learned prior"):
         study.main(["evidence", "--run", str(plain.folder), "--device", "cpu"])
