@@ -1,10 +1,12 @@
-"""The wheel holds every folder of the package: installed without the repository, it trains a run and writes its page."""
+"""The wheel holds every folder of the package: installed without the repository, it trains a run, writes its page and draws."""
 
 import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+
+import numpy as np
 
 from tests.test_command_line import SHRUNK
 
@@ -30,3 +32,6 @@ def test_the_wheel_trains_a_run_without_the_repository(tmp_path):
     done = subprocess.run(command, cwd=work, env=environment, capture_output=True, text=True)
     assert done.returncode == 0 and "gap closed" in done.stdout, done.stderr
     assert (work / "checkpoints/mnist5k/compare/page.html").is_file()
+    command = [sys.executable, "-m", "pipelines.generate", "mnist5k", "--count", "9", "--out", "nine.npz", "--device", "cpu"]
+    done = subprocess.run(command, cwd=work, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0 and np.load(work / "nine.npz")["arr_0"].shape == (9, 28, 28, 1), done.stderr
