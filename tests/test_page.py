@@ -216,7 +216,10 @@ def test_a_name_in_a_plot_is_no_formula():
 
 
 def test_labels_are_read_one_by_one():
-    comparison = read_comparison(TRAINED / "mnist5k/compare/metrics.json")
+    stored = read_comparison(TRAINED / "mnist5k/compare/metrics.json")
+    unread = {name: replace(row, labels_read={}) for name, row in stored.rows.items()}
+    priors = {name: row for name, row in unread.items() if name in stored.priors}
+    comparison = replace(stored, real=unread["real"], reconstruction=unread["reconstruction"], priors=priors)
     subject = SimpleNamespace(labels=torch.tensor([0, 0, 1, 2]), splits=SimpleNamespace(label_names=["a", "b", "c", "none"]))
     rows = SimpleNamespace(seen={"real": SimpleNamespace(read=torch.tensor([0, 1, 1, 0]))})
     real = with_labels_read(subject, rows, comparison.rows)["real"]
