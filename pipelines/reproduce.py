@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from pipelines.pages.results import Training
 
 PUBLISHED = {
-    "mnist5k": (0, 1),
+    "mnist5k": (0, 1, 2),
     "mnist5k --prior.condition cluster": (0, 1),
     "mnist5k --prior.condition none": (0, 1),
     "fashion-mnist": (0,),

@@ -87,6 +87,13 @@ WIDE = Categorical(hidden=512)
 """Logits of 512 codes that depend linearly on 64 or 96 features cannot be just any: a few hundred say more."""
 TUNED: dict[str, dict[str, Any]] = {
     "mnist5k-plain": {"stage1.steps": 3500, "stage1.batch_size": 128, "stage1.learning_rate": 3e-3},
+    "mnist5k-dalle": {
+        "stage1.steps": 1500,
+        "stage1.batch_size": 128,
+        "stage1.learning_rate": 3e-3,
+        "stage2.steps": 1200,
+        "stage2.batch_size": 64,
+    },
     "mnist-plain": {"stage1.steps": 26_000},
     "mnist-vqvae": {"stage1.steps": 8000, "stage2.steps": 10_000},
     "mnist-vqvae2": {"autoencoder.bottleneck.coarser_rate": 0.25},
