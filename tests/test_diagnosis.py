@@ -67,10 +67,10 @@ def test_what_limits_is_named_with_what_to_do_next():
     assert said(made()).startswith("Nothing limits")
     decoder = said(made(reconstruction=20.0, learned=22.0, mixture=60.0))
     assert decoder.startswith("The decoder limits: real images lie at 0.10 ± 0.50, reconstructions at 20.00 ± 0.50")
-    assert "python -m pipelines.train_all --run nowhere/run --stage1.steps 3000;" in decoder
+    assert f"python -m pipelines.train_all --run nowhere/run --stage1.steps {2 * RUN.config.stage1.steps};" in decoder
     prior = said(made(learned=9.0))
     assert prior.startswith("The prior limits") and "--stage1-from nowhere/run --prior.backbone transformer --run run-2" in prior
-    assert "--stage2.steps 2400" in prior
+    assert f"--stage2.steps {2 * RUN.config.stage2.steps}" in prior
     for name, kind in (("mnist-vqvae2", "--prior.top.backbone transformer"), ("mnist-givt", "--prior.backbone pixelsnail")):
         assert kind in another_prior(replace(RUN, config=preset(name)), made())
     untold = replace(RUN, config=replaced(RUN.config, "prior.condition", Unconditional()))
