@@ -25,6 +25,7 @@ from pipelines.pages.exports import SAMPLES, first_samples, halved, networks_of
 from pipelines.runs import run as runs
 from pipelines.runs.dataset import load_data, write_facts
 from pipelines.runs.exported import CARD, LIST, files_of
+from pipelines.runs.parts import EARLY_PRIOR
 from pipelines.runs.pictures import tiled
 from pipelines.runs.recipes import preset
 from pipelines.runs.run import TRAINED, Run
@@ -93,7 +94,9 @@ def test_an_export_has_what_drawing_needs_and_nothing_more(run, exported):
 @pytest.mark.parametrize("folder", sorted(TRAINED.iterdir()), ids=lambda folder: folder.name)
 def test_the_cards_of_the_trained_models_are_as_export_writes_them(folder):
     run, metrics = Run.open(str(folder), "cpu"), folder / "compare/metrics.json"
-    written = exports.card(run, read_comparison(metrics), folder.name, True, "mit")
+    early = (folder / EARLY_PRIOR).is_file()
+    written = exports.card(run, read_comparison(metrics), folder.name, True, "mit", early)
+    assert early or "--autoguidance" not in written
     assert (folder / CARD).read_text() == written and "library_name: two-stage-latent-prior\nlicense: mit\n" in written
     assert json.loads((folder / LIST).read_text())["files"][CARD] == checksum(folder / CARD)
 

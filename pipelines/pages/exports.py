@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from pipelines.console import UserError
 from pipelines.files import aside, flush, found_shards, read_tensors, write_flushed
 from pipelines.judging.comparison import Comparison, read_comparison
+from pipelines.judging.tradeoffs import departures
 from pipelines.pages.report import report_folder
 from pipelines.pages.tables import markdown
 from pipelines.runs.conditions import contexts_asked
@@ -93,7 +94,8 @@ def export(
             for parameter in (*autoencoder.parameters(), *prior.parameters()):
                 parameter.copy_(halved(parameter))
     kept[SAMPLES] = tiled(first_samples(run, autoencoder, prior), 4)
-    kept[CARD] = card(run, comparison, name or folder.name, half, license or license_of(run.folder / CARD)).encode()
+    license = license or license_of(run.folder / CARD)
+    kept[CARD] = card(run, comparison, name or folder.name, half, license, EARLY_PRIOR in kept).encode()
     folder.parent.mkdir(parents=True, exist_ok=True)
     with aside(folder, folder=True) as made:
         for file, content in kept.items():
@@ -170,8 +172,11 @@ def license_of(path: Path) -> str | None:
     return found[1] if found else None
 
 
-def card(run: Run, comparison: Comparison | None, name: str, half: bool, license: str | None) -> str:
-    """README.md, as the Hugging Face hub has it: metadata, what the model is, its figures with how they were measured."""
+def card(run: Run, comparison: Comparison | None, name: str, half: bool, license: str | None, autoguidance: bool = False) -> str:
+    """README.md, as the Hugging Face hub has it: metadata, what the model is, its figures with how they were measured.
+
+    autoguidance: whether the earlier state of the prior goes along, so that it can be drawn with.
+    """
     facts = read_facts(run)
     channels, height, width = facts.image_shape
     colour = "grey" if channels == 1 else "colour"
@@ -211,9 +216,25 @@ def card(run: Run, comparison: Comparison | None, name: str, half: bool, license
         *([f'The prior is conditioned on the {context}: `sample(64, {context}="{example}")`.', ""] if context else []),
         *([labels_table(facts.label_names), ""] if context == "label" else []),
     ]
+    settings = best_settings(comparison, autoguidance)
+    if settings:
+        values = ", ".join(f"{name}={value:g}" for name, value in settings.items())
+        options = " ".join(f"--{name} {value:g}" for name, value in settings.items())
+        lines += [
+            f"Samples are nearest to the training images with `sample(64, {values})`, or `{options}` on the command line.",
+            "",
+        ]
     if comparison is not None:
         lines += figures(comparison, half)
     return "\n".join(lines) + "\n"
+
+
+def best_settings(comparison: Comparison | None, autoguidance: bool) -> dict[str, float]:
+    """How the learned prior is drawn best, by name, where that is not as fitted and can be done."""
+    if comparison is None or (comparison.recommended or comparison.generator) != "tuned":
+        return {}
+    how = comparison.priors["tuned"].sampling
+    return departures(how) if how is not None and (autoguidance or not how.autoguidance) else {}
 
 
 def labels_table(names: list[str]) -> str:
