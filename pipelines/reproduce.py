@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 PUBLISHED = {
     "mnist5k": (0, 1, 2),
-    "mnist5k --prior.condition cluster": (0, 1),
+    "mnist5k --prior.condition cluster": (0, 1, 2),
     "mnist5k --prior.condition none": (0, 1),
     "fashion-mnist": (0,),
     "mnist": (0,),
