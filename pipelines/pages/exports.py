@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from pipelines.console import UserError
 from pipelines.files import aside, flush, found_shards, read_tensors, write_flushed
 from pipelines.judging.comparison import Comparison, read_comparison
-from pipelines.judging.tradeoffs import departures
+from pipelines.judging.tradeoffs import as_options, departures
 from pipelines.pages.report import report_folder
 from pipelines.pages.tables import markdown
 from pipelines.runs.conditions import contexts_asked
@@ -41,6 +41,7 @@ from pipelines.runs.whereabouts import without_places
 from pipelines.training.checkpoints import CHECKSUMS, checksum
 from stage1_vae.autoencoder import Autoencoder
 from stage2_prior.prior import Prior
+from stage2_prior.sampling import AS_FITTED, Sampling
 
 SAMPLES = "samples.png"
 SHOWN = 16  # samples on the card
@@ -216,25 +217,20 @@ def card(run: Run, comparison: Comparison | None, name: str, half: bool, license
         *([f'The prior is conditioned on the {context}: `sample(64, {context}="{example}")`.', ""] if context else []),
         *([labels_table(facts.label_names), ""] if context == "label" else []),
     ]
-    settings = best_settings(comparison, autoguidance)
-    if settings:
-        values = ", ".join(f"{name}={value:g}" for name, value in settings.items())
-        options = " ".join(f"--{name} {value:g}" for name, value in settings.items())
-        lines += [
-            f"Samples are nearest to the training images with `sample(64, {values})`, or `{options}` on the command line.",
-            "",
-        ]
+    how = best_way_to_draw(comparison, autoguidance)
+    if how != AS_FITTED:
+        values = ", ".join(f"{name}={value:g}" for name, value in departures(how).items())
+        nearest = f"Samples are nearest to the training images with `sample(64, {values})`"
+        lines += [f"{nearest}, or `{as_options(how)}` on the command line.", ""]
     if comparison is not None:
         lines += figures(comparison, half)
     return "\n".join(lines) + "\n"
 
 
-def best_settings(comparison: Comparison | None, autoguidance: bool) -> dict[str, float]:
-    """How the learned prior is drawn best, by name, where that is not as fitted and can be done."""
-    if comparison is None or (comparison.recommended or comparison.generator) != "tuned":
-        return {}
-    how = comparison.priors["tuned"].sampling
-    return departures(how) if how is not None and (autoguidance or not how.autoguidance) else {}
+def best_way_to_draw(comparison: Comparison | None, autoguidance: bool) -> Sampling:
+    """From the learned prior; as fitted where nothing else is known to be better and can be done."""
+    how = comparison.priors["tuned"].sampling if comparison is not None and comparison.recommended == "tuned" else None
+    return AS_FITTED if how is None or (how.autoguidance and not autoguidance) else how
 
 
 def labels_table(names: list[str]) -> str:

@@ -12,7 +12,7 @@ from pipelines.judging.compare import Exhibits, compare
 from pipelines.judging.comparison import Comparison, read_comparison, to_dict, write_comparison
 from pipelines.judging.published import PUBLISHED, published
 from pipelines.judging.together import ranking, sharing, standings
-from pipelines.judging.tradeoffs import departures
+from pipelines.judging.tradeoffs import as_options
 from pipelines.pages.diagnosis import diagnosis
 from pipelines.pages.page import Section, section_of, section_of_several, write_page
 from pipelines.pages.plots import write_picture
@@ -25,6 +25,7 @@ from pipelines.runs.parts import load_autoencoder, specs_of, weights_of
 from pipelines.runs.phases import train
 from pipelines.runs.priors import open_prior
 from pipelines.runs.run import Run
+from stage2_prior.sampling import AS_FITTED
 
 
 def train_all(run: Run, options: Options = DEFAULTS) -> None:
@@ -45,12 +46,11 @@ def train_all(run: Run, options: Options = DEFAULTS) -> None:
     say(*table(comparison))
     best = comparison.recommended or comparison.generator
     settings = comparison.priors[best].sampling
-    how = "".join(f" --{name} {value:g}" for name, value in departures(settings).items()) if settings is not None else ""
-    prior = "learned" if best == "tuned" else best
+    asked = f"--prior {'learned' if best == 'tuned' else best} {as_options(settings or AS_FITTED)}".rstrip()
     say(*diagnosis(run, comparison))
     say(
         f"page to look at: {run.folder / 'compare' / 'page.html'}",
-        f"more samples: python -m pipelines.generate {shlex.quote(run.name)} --prior {prior}{how} --count 64 --out samples.png",
+        f"more samples: python -m pipelines.generate {shlex.quote(run.name)} {asked} --count 64 --out samples.png",
         counted(round(time.monotonic() - started), "second"),
     )
 
