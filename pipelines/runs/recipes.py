@@ -106,7 +106,16 @@ TUNED: dict[str, dict[str, Any]] = {
         "prior.bottom.backbone": PixelSNAILConfig(),
     },
     "fashion-dalle": {"stage1.steps": 6000, "stage2.steps": 8000},
-    "cifar10-vqvae2": {"stage1.steps": 3000, "stage2.steps": 5000, "prior.top.head": WIDE, "prior.bottom.head": WIDE},
+    "cifar10-vqvae2": {
+        "stage1.steps": 8000,
+        "stage1.batch_size": 16,
+        "stage2.steps": 5000,
+        "stage2.batch_size": 32,
+        "autoencoder.bottleneck.coarser_rate": 0.25,
+        "prior.top.head": WIDE,
+        "prior.bottom.head": WIDE,
+        "prior.bottom.backbone": PixelSNAILConfig(),
+    },
 }
 """By preset, what is otherwise than its recipe makes of its data set."""
 
