@@ -158,6 +158,16 @@ def summary(trainings: list[Training]) -> list[list[str]]:
     return rows
 
 
+def overview(trainings: list[Training]) -> list[list[str]]:
+    """One row a command, from the worst source of latents to the best, as means over seeds; and the minutes it all takes."""
+    rows = [["preset", "N(0, I)", "mixture", "learned", "tuned", "reconstructions", "gap closed", "minutes"]]
+    for command, some in by_command(trainings).items():
+        cells = [over_seeds(some, of_row(row, "fd"), 2) for row in ("standard", "mixture", "learned", "tuned", "reconstruction")]
+        cells += [over_seeds(some, lambda one: one.gap_closed, 3), over_seeds(some, lambda one: sum(one.seconds.values()) / 60, 0)]
+        rows.append([f"`{command}`", *(cell.partition(" ±")[0] for cell in cells)])
+    return rows
+
+
 def quality(trainings: list[Training]) -> list[list[str]]:
     """One row a command: precision, recall, coverage and labels read."""
     rows = [["preset", "precision", "recall", "coverage", "labels read", "tuned: precision", "recall", "coverage", "labels read"]]
@@ -214,6 +224,7 @@ def number(value: float | None, digits: int) -> str:
 
 
 TABLES: dict[str, Callable[[Results], list[list[str]]]] = {
+    "overview": lambda results: overview(results.trainings),
     "summary": lambda results: summary(results.trainings),
     "quality": lambda results: quality(results.trainings),
     "trainings": lambda results: trainings_apart(results.trainings),
