@@ -159,12 +159,12 @@ def summary(trainings: list[Training]) -> list[list[str]]:
 
 
 def overview(trainings: list[Training]) -> list[list[str]]:
-    """One row a command, from the worst source of latents to the best, as means over seeds; and the minutes it all takes."""
+    """One row a command, in means over seeds: Fréchet distances from the worst source of latents to the best, and minutes."""
     rows = [["preset", "N(0, I)", "mixture", "learned", "tuned", "reconstructions", "gap closed", "minutes"]]
     for command, some in by_command(trainings).items():
-        cells = [over_seeds(some, of_row(row, "fd"), 2) for row in ("standard", "mixture", "learned", "tuned", "reconstruction")]
-        cells += [over_seeds(some, lambda one: one.gap_closed, 3), over_seeds(some, lambda one: sum(one.seconds.values()) / 60, 0)]
-        rows.append([f"`{command}`", *(cell.partition(" ±")[0] for cell in cells)])
+        columns = [(of_row(row, "fd"), 2) for row in ("standard", "mixture", "learned", "tuned", "reconstruction")]
+        columns += [(lambda one: one.gap_closed, 3), (lambda one: sum(one.seconds.values()) / 60, 0)]
+        rows.append([f"`{command}`", *(over_seeds(some, of, digits).partition(" ±")[0] for of, digits in columns)])
     return rows
 
 
