@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, distributed
 
 from pipelines.console import Progress, UserError
-from stage1_vae.statistics import processes as count
+from stage1_vae.statistics import world_size as count
 
 T = TypeVar("T")
 

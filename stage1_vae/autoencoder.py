@@ -132,13 +132,13 @@ class Autoencoder(nn.Module):
         """
         parts = zip(*(level.split(self.at_once) for level in levels))
         noise = repeat(None) if uniforms is None else uniforms.split(self.at_once)
-        return torch.cat([quantized(self.values([*part], some)) for part, some in zip(parts, noise)])
+        return torch.cat([to_uint8(self.values([*part], some)) for part, some in zip(parts, noise)])
 
     def values(self, levels: list[Tensor], uniforms: Tensor | None = None) -> Tensor:
         """What `render` rounds: grey levels B C H W in [0, 1], and somewhat beyond."""
         return self.decode(levels).mean if uniforms is None else self.likelihood.sample(self.outputs(levels), uniforms)
 
 
-def quantized(values: Tensor) -> Tensor:
+def to_uint8(values: Tensor) -> Tensor:
     """Grey levels in [0, 1] as uint8; what is not a number is black."""
     return (values.nan_to_num(0) * 255).round().clamp(0, 255).to(torch.uint8)

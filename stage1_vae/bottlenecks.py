@@ -1,19 +1,21 @@
-"""Bottlenecks: what the encoder's features become on their way to the decoder.
+"""Bottlenecks: from the encoder's features to the latents that the decoder reads.
 
 B batch, F feature maps, C latent channels, K codes, h×w latent grid, L samples of z an image.
 
     forward(features, progress) -> embedded, penalty, terms
         progress  share of the training that is done, from 0 to 1
-        embedded  L B C h w, what the decoder reads: L samples of z an image
-        penalty   B, what the bottleneck adds to the loss, in nats an image (β·KL, a commitment loss, …)
-        terms     named values to report, B each or scalar; `rate` is KL(q(z|x) ‖ p(z)) where q is not a point, in nats: p(z) is
-                  N(0, I), or uniform over codes
-    posterior(features)  -> what is stored, for each level: mean and std, B C h w each, or codes, B h w
-    embed(levels)        -> B C h w for the decoder
+        embedded  the decoder's input, L B C h w: L samples of z an image
+        penalty   what the bottleneck adds to the loss (β·KL, a commitment loss, …), in nats an image, B
+        terms     named values to report, B each or scalar. `rate` is KL(q(z|x) ‖ p(z)) in nats, where p(z) is N(0, I) or
+                  uniform over codes. It is left out where encoding is deterministic
+    posterior(features)  -> the stored posterior of each level: mean and std, B C h w each, or codes, B h w
+    embed(levels)        -> the decoder's input for one latent of each level, B C h w
     latents(grid)        -> shape and vocabulary of each level
 
-Levels are a list, coarse to fine, always; those in this file have one. Adding one is a class, its config with a `build`, and
-its name in the union `BottleneckConfig` of autoencoder.py.
+Levels are always a list, coarse to fine. The bottlenecks in this file have one level. To add a bottleneck, write its class and
+a config with a `build`, and add the config to the union `BottleneckConfig` of autoencoder.py.
+
+Every `build` takes the number of the encoder's feature maps, F.
 """
 
 import math
@@ -25,15 +27,15 @@ from annotated_types import Interval
 from einops import rearrange
 from torch import Tensor, nn
 
-from stage1_vae.statistics import BatchNorm, processes, together, total
+from stage1_vae.statistics import BatchNorm, all_gather_rows, all_reduce_sum, world_size
 
 Posterior = dict[str, Tensor]
 Levels = list[tuple[tuple[int, ...], int | None]]
 
 
 class Bottleneck(Protocol):
-    latent_channels: int  # of what the decoder reads
-    has_density: bool  # whether log q(z|x) is finite, so that there is a bound on log p(x): not for a point in a continuum
+    latent_channels: int  # channels of the decoder's input
+    has_density: bool  # whether log q(z|x) is finite, which bounds on log p(x) need: not for a single point in R^D
 
     def __call__(self, features: Tensor, progress: float) -> tuple[Tensor, Tensor, dict[str, Tensor]]: ...
 
@@ -48,12 +50,12 @@ class Bottleneck(Protocol):
 
 
 def full_precision(x: Tensor) -> Tensor:
-    """float32 at least: under mixed precision a density is never computed from rounded numbers."""
+    """At least float32, so that mixed precision rounds no density."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 class Continuous(nn.Module):
-    """What bottlenecks of one continuous level share."""
+    """Base of the bottlenecks with one level of continuous latents."""
 
     latent_channels: int
     vectors = None
@@ -67,7 +69,7 @@ class Continuous(nn.Module):
 
 
 class Codes(nn.Module):
-    """What bottlenecks of one level of codes share."""
+    """Base of the bottlenecks with one level of codes."""
 
     vocabulary: int
     codebook: Tensor
@@ -87,7 +89,7 @@ class Codes(nn.Module):
 
 @dataclass(frozen=True)
 class Deterministic:
-    """A plain autoencoder: q(z|x) is a point, so there is no rate and no ELBO."""
+    """A plain autoencoder. q(z|x) is a single point, so there is no rate and no ELBO."""
 
     channels: Annotated[int, Interval(ge=1, le=65_536)] = 4
     """latent channels at each position of the grid"""
@@ -122,7 +124,7 @@ class Gaussian:
     beta: Annotated[float, Interval(ge=0, le=1_000_000)] = 1.0
     """weight of the rate in the loss; 1 is the ELBO (Higgins et al. 2017)"""
     samples: Annotated[int, Interval(ge=1, le=1000)] = 1
-    """samples of z for each image in the ELBO; averaged are the log-likelihoods, never the reconstructions"""
+    """samples of z per image; the ELBO averages their log-likelihoods"""
 
     def build(self, features: int) -> "GaussianBottleneck":
         return GaussianBottleneck(self, features)
@@ -153,9 +155,9 @@ class GaussianBottleneck(Continuous):
     def moments(self, features: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and log standard deviation, B C h w each.
 
-        log σ stays between LOG_STDS, so that a spike of one image makes no loss infinite. Latent diffusion has the same lower
-        bound (Rombach et al. 2022), but 10 for the upper one. A posterior wider than the prior says nothing, and one as wide as
-        e^10 spoils the moments of q(z). The gradient passes the bounds, so that log σ comes back.
+        log σ is clamped to LOG_STDS, so that one outlier cannot make the loss infinite. Latent diffusion clamps it to (-15, 10)
+        (Rombach et al. 2022). Our upper bound is lower: a posterior wider than the prior carries no information, and one as wide
+        as e^10 spoils the moments of q(z). The clamp passes gradients, so that log σ can return from beyond the bounds.
         """
         mean, log_std = full_precision(self.project(features)).chunk(2, dim=1)
         return mean, log_std.detach().clamp(*LOG_STDS) + (log_std - log_std.detach())
@@ -167,12 +169,12 @@ def gaussian_rate(mean: Tensor, log_std: Tensor) -> Tensor:
 
 
 DISTANCES_AT_ONCE = 2**24  # between vectors and codes, 4 bytes each
-REVIVAL_ENDS = 0.8  # share of the training
+REVIVAL_ENDS = 0.8  # share of the training after which no code is replaced
 
 
 @dataclass(frozen=True)
 class VectorQuantized:
-    """One of K code vectors (VQ-VAE, van den Oord et al. 2017), the codebook kept by exponential moving averages."""
+    """The nearest of K code vectors (VQ-VAE, van den Oord et al. 2017). Moving averages train the codebook."""
 
     codes: Annotated[int, Interval(ge=2, le=1_000_000)] = 512
     """K, the size of the codebook; 512 in the paper"""
@@ -181,22 +183,25 @@ class VectorQuantized:
     commitment: Annotated[float, Interval(ge=0, le=1_000_000)] = 0.25
     """weight of the commitment loss, a sum over positions and channels; β in the paper's equation 3"""
     rate_weight: Annotated[float, Interval(ge=0, le=1_000_000)] = 0.0
-    """squared distance that a nat of a code's -log frequency is worth where a code is chosen (entropy-constrained vector
-    quantization, Chou et al. 1989), so that what looks alike gets one code; 0, the nearest code, is the paper's"""
+    """λ of entropy-constrained vector quantization (Chou et al. 1989): a code minimizes squared distance + λ · (−log frequency in
+    nats), so similar vectors share one; 0 is the nearest code, as in the paper"""
     rate_share: Annotated[float, Interval(ge=0, le=1)] = 0.125
-    """share of the training in which that price rises from 0, so that the codebook spreads out first"""
+    """share of the training over which rate_weight rises linearly from 0, so that the codebook spreads out first"""
     decay: Annotated[float, Interval(ge=0, lt=1)] = 0.99
-    """decay a step of the codebook's moving averages; γ in the paper's appendix A.1"""
+    """decay per step of the codebook's moving averages; γ in the paper's appendix A.1"""
     revival: Annotated[float, Interval(ge=0, le=1)] = 0.05
-    """a code whose average use falls below this share of an even use is replaced by an encoder output; 0 never does, nor the
-    last fifth of the training, so that the codes that are used at its end are used for what they say"""
+    """a code that is used less than this share of uniform use is replaced by a random encoder output; 0 replaces none. The last
+    fifth of the training replaces none either, so that every code in use is a trained one"""
 
     def build(self, features: int) -> "VectorQuantizedBottleneck":
         return VectorQuantizedBottleneck(self, features)
 
 
 class VectorQuantizedBottleneck(Codes):
-    """Own code: the library vector-quantize-pytorch took several times as long for the same step."""
+    """Nearest code vector, straight-through gradient, codebook by moving averages.
+
+    Own code, because vector-quantize-pytorch took several times as long per step.
+    """
 
     has_density = True
     codebook: Tensor
@@ -210,10 +215,10 @@ class VectorQuantizedBottleneck(Codes):
         # The normalization keeps the encoder from shrinking its outputs until all fall to a few codes (Łańcucki et al. 2020).
         self.project = nn.Sequential(nn.Conv2d(features, config.channels, 1, bias=False), BatchNorm(config.channels))
         self.register_buffer("codebook", torch.zeros(config.codes, config.channels))
-        self.register_buffer("counts", torch.zeros(config.codes))  # how often each code is chosen in a batch, on average
-        self.register_buffer("sums", torch.zeros(config.codes, config.channels))  # of the encoder outputs that chose it
-        self.use = CodeUse(config.codes)  # unlike `counts`, not touched by revival
-        # Their control flow depends on values, so torch.compile leaves them out. Not by decorators: they import its compiler.
+        self.register_buffer("counts", torch.zeros(config.codes))  # average number of uses of each code in a batch
+        self.register_buffer("sums", torch.zeros(config.codes, config.channels))  # average sum of the encoder outputs that chose it
+        self.use = CodeUse(config.codes)  # unlike `counts`, revival does not change it
+        # Control flow in them depends on values, so torch.compile must skip them. A decorator would import the compiler at once.
         self.initialize_eagerly, self.update_eagerly = map(torch.compiler.disable, (self.initialize, self.update))
 
     def forward(self, features: Tensor, progress: float) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
@@ -232,13 +237,13 @@ class VectorQuantizedBottleneck(Codes):
         return embedded[None], self.config.commitment * commitment, self.use(codes)
 
     def choose(self, vectors: Tensor, risen: float = 1.0) -> Tensor:
-        """The code of least squared distance plus rate_weight · min(-log frequency, log K), never in mixed precision; … C to ….
+        """The code with the least squared distance + rate_weight · min(-log frequency, log K); … C to …. Never in mixed precision.
 
-        risen: share of the weight that counts.
+        risen: factor on rate_weight, from 0 to 1.
         """
-        # ‖v-e‖² = ‖v‖² - 2 v·e + ‖e‖², of which the first does not matter.
+        # ‖v-e‖² = ‖v‖² - 2 v·e + ‖e‖², where ‖v‖² is the same for every code.
         cost = self.codebook.square().sum(1)
-        # A code used less than evenly costs no more than an even one, or what is rare would die out.
+        # The rate is at most that of uniform use, log K. Otherwise rare codes would die out.
         frequencies = (self.counts / self.counts.sum().clamp(min=1e-9)).clamp(min=1 / self.vocabulary)
         cost = cost - risen * self.config.rate_weight * frequencies.log()
         parts = vectors.flatten(0, -2).split(max(1, DISTANCES_AT_ONCE // self.vocabulary))
@@ -247,7 +252,7 @@ class VectorQuantizedBottleneck(Codes):
         return torch.cat(nearest).view(vectors.shape[:-1])
 
     def initialize(self, vectors: Tensor) -> None:
-        """Take the codebook from the first batch; vectors N C."""
+        """Set the codebook to random vectors of the first batch; vectors N C."""
         if not self.counts.any():
             self.replace(torch.ones_like(self.counts, dtype=torch.bool), vectors)
 
@@ -255,13 +260,13 @@ class VectorQuantizedBottleneck(Codes):
     def update(self, vectors: Tensor, codes: Tensor, revive: bool) -> None:
         """Update the averages and the codebook (van den Oord et al. 2017, equations 6 to 8); vectors N C, codes N.
 
-        revive: replace codes that are hardly used.
+        revive: whether to replace codes that are hardly used.
         """
-        counts = total(torch.bincount(codes, minlength=self.vocabulary).to(self.counts))
-        sums = total(torch.zeros_like(self.sums).index_add_(0, codes, vectors))
+        counts = all_reduce_sum(torch.bincount(codes, minlength=self.vocabulary).to(self.counts))
+        sums = all_reduce_sum(torch.zeros_like(self.sums).index_add_(0, codes, vectors))
         self.counts.lerp_(counts, 1 - self.config.decay)
         self.sums.lerp_(sums, 1 - self.config.decay)
-        chosen_lately = self.counts > 1e-20  # else both averages have decayed to nothing, and the code stays where it was
+        chosen_lately = self.counts > 1e-20  # otherwise both averages have decayed to zero, and the code keeps its vector
         self.codebook[chosen_lately] = self.sums[chosen_lately] / self.counts[chosen_lately, None]
         dead = self.counts < self.config.revival * self.even_use(vectors)
         if revive and dead.any():
@@ -269,19 +274,19 @@ class VectorQuantizedBottleneck(Codes):
 
     @torch.no_grad()
     def replace(self, which: Tensor, vectors: Tensor) -> None:
-        """Replace codes by random encoder outputs, as if these had had an even use; which K, boolean, vectors N C.
+        """Replace codes by random encoder outputs, and set their averages to uniform use; which K, boolean, vectors N C.
 
-        Every process offers as many of its own, so that the codebook stays the same on all.
+        Every process contributes equally many vectors, and all processes get the same codebook.
         """
         number = int(which.sum())
-        offered = torch.randint(len(vectors), (-(-number // processes()),), device=vectors.device)
-        self.codebook[which] = together(vectors[offered])[:number]
+        offered = torch.randint(len(vectors), (-(-number // world_size()),), device=vectors.device)
+        self.codebook[which] = all_gather_rows(vectors[offered])[:number]
         self.counts[which] = self.even_use(vectors)
         self.sums[which] = self.codebook[which] * self.counts[which, None]
 
     def even_use(self, vectors: Tensor) -> float:
-        """How often each code is chosen in a batch when all are chosen alike; vectors: a process's share of the batch, N C."""
-        return processes() * len(vectors) / self.vocabulary
+        """Uses of each code in a batch when all codes are used equally; vectors: this process's share of the batch, N C."""
+        return world_size() * len(vectors) / self.vocabulary
 
     def posterior(self, features: Tensor) -> list[Posterior]:
         encoded = full_precision(self.project(features))
@@ -289,12 +294,12 @@ class VectorQuantizedBottleneck(Codes):
 
 
 def perplexity(counts: Tensor) -> Tensor:
-    """e^entropy of the usage of codes: the number of evenly used codes with the same entropy. counts: K."""
+    """e^entropy of code usage: the number of equally used codes that has the same entropy. counts: K."""
     return torch.special.entr(counts / counts.sum().clamp(min=1e-12)).sum().exp()
 
 
 class CodeUse(nn.Module):
-    """The moving average of code usage, of which training reports perplexity and usage."""
+    """Moving average of code usage."""
 
     counts: Tensor
 
@@ -303,20 +308,23 @@ class CodeUse(nn.Module):
         self.register_buffer("counts", torch.zeros(codes))
 
     def forward(self, codes: Tensor) -> dict[str, Tensor]:
-        """codes of a batch, of any shape; returns perplexity, and usage: the share of codes above a hundredth of an even use."""
+        """Codes of a batch, of any shape, to the terms that training reports.
+
+        perplexity: of the average usage. usage: share of the codes that are used more than a hundredth of uniform use.
+        """
         if self.training:
-            now = total(torch.bincount(codes.flatten(), minlength=len(self.counts)).to(self.counts))
-            self.counts += 0.01 * (now - self.counts)  # torch.compile does not trace lerp_ by a number
+            now = all_reduce_sum(torch.bincount(codes.flatten(), minlength=len(self.counts)).to(self.counts))
+            self.counts += 0.01 * (now - self.counts)  # not lerp_, which torch.compile does not trace with a number
         often = self.counts > 0.01 * self.counts.sum() / len(self.counts)
         return {"perplexity": perplexity(self.counts), "usage": often.to(self.counts.dtype).mean()}
 
 
 @dataclass(frozen=True)
 class FiniteScalar:
-    """Every channel rounded to a few levels (FSQ, Mentzer et al. 2023): a fixed codebook, which cannot collapse."""
+    """Each channel rounded to a few levels (FSQ, Mentzer et al. 2023). The codebook is fixed, so it cannot collapse."""
 
     levels: tuple[Annotated[int, Interval(ge=2, le=1000)], ...] = (8, 8, 8)
-    """levels of each channel; their product is the number of codes. 8·8·8 = 512"""
+    """number of levels of each channel; their product is the number of codes, here 8·8·8 = 512"""
 
     def build(self, features: int) -> "FiniteScalarBottleneck":
         return FiniteScalarBottleneck(self, features)
@@ -347,18 +355,18 @@ class FiniteScalarBottleneck(Codes):
         self.use = CodeUse(self.vocabulary)
 
     def rounded(self, features: Tensor) -> tuple[Tensor, Tensor]:
-        """Levels 0 … L-1 of every channel, straight through, and the codes (Mentzer et al. 2023, appendix A.1, but with 1 + 1e-3
-        and atanh, which put a feature of 0 exactly on level L // 2, where the authors have 1 - 1e-3 and tan).
+        """Levels 0 … L-1 of each channel with a straight-through gradient, and the codes (Mentzer et al. 2023, appendix A.1).
 
-        With two levels there is no such level between others: a feature of 0 lies on the edge between both, where the gradient is
-        largest. In the middle of one of them it would be next to nothing.
+        Where we deviate: 1 + 1e-3 and atanh instead of 1 - 1e-3 and tan, so that a feature of 0 is exactly at level L // 2. With
+        two levels, a feature of 0 is at the boundary between them, where the gradient is largest; at the centre of either level
+        the gradient would be almost 0.
         """
         half = (self.levels - 1) * (1 + 1e-3) / 2
         offset = torch.where(self.levels % 2 == 0, 0.5, 0.0)
         shift = torch.atanh(torch.where(self.levels == 2, 0.0, offset / half))
         bounded = torch.tanh(full_precision(self.project(features)) + shift) * half - offset
         level = bounded + (bounded.round() - bounded).detach() + self.levels // 2
-        # What is not a number is no integer, but has a code, so that training meets it as a loss.
+        # NaN becomes a valid code here. `level` keeps it, so that the loss of training is NaN.
         return level, (level.detach().nan_to_num().round().long() * self.strides).sum(1)
 
     def forward(self, features: Tensor, progress: float) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
@@ -366,7 +374,7 @@ class FiniteScalarBottleneck(Codes):
         return self.centred(level)[None], level.new_zeros(len(level)), self.use(codes)
 
     def centred(self, level: Tensor) -> Tensor:
-        """Levels to numbers around 0 in [-1, 1], for the decoder."""
+        """Levels 0 … L-1 to numbers from -1 to 1, the decoder's input."""
         return level / (self.levels // 2) - 1
 
     def posterior(self, features: Tensor) -> list[Posterior]:
@@ -381,8 +389,8 @@ class FiniteScalarBottleneck(Codes):
 class GumbelSoftmax:
     """The discrete VAE of DALL-E (Ramesh et al. 2021, section 2.1): one of K codes, relaxed in training.
 
-    Temperature and weight of the rate are functions of the progress of training, as in the paper's appendix A.2. Where we
-    deviate: `anneal_share` is that of both; in the paper the temperature falls in 150,000 steps and the weight rises in 5,000.
+    Temperature and rate weight change over the training, as in the paper's appendix A.2. Where we deviate: both end at the same
+    time, `anneal_share`. In the paper the temperature falls over 150,000 steps, and the weight rises over 5,000.
     """
 
     codes: Annotated[int, Interval(ge=2, le=1_000_000)] = 512
@@ -392,9 +400,9 @@ class GumbelSoftmax:
     beta: Annotated[float, Interval(ge=0, le=1_000_000)] = 1.0
     """final weight of the rate, KL(q(z|x) ‖ uniform); 1 is the ELBO, 6.6 in the paper"""
     final_temperature: Annotated[float, Interval(gt=0, le=1)] = 0.0625
-    """of the relaxation, which starts at 1; 1/16 in the paper"""
+    """final temperature of the relaxation, which starts at 1; 1/16 in the paper"""
     anneal_share: Annotated[float, Interval(ge=0, le=1)] = 0.75
-    """share of the training in which the temperature falls along a cosine and the weight of the rate rises likewise"""
+    """share of the training over which the temperature falls and the rate weight rises, both along a cosine"""
 
     def build(self, features: int) -> "GumbelSoftmaxBottleneck":
         return GumbelSoftmaxBottleneck(self, features)
@@ -412,7 +420,7 @@ class GumbelSoftmaxBottleneck(Codes):
         self.use = CodeUse(config.codes)
 
     def schedule(self, progress: float) -> tuple[float, float]:
-        """Temperature and weight of the rate."""
+        """Temperature and rate weight."""
         share = min(1.0, progress / self.config.anneal_share) if self.config.anneal_share else 1.0
         risen = 0.5 * (1 - math.cos(math.pi * share))
         return 1 + risen * (self.config.final_temperature - 1), risen * self.config.beta
@@ -422,7 +430,7 @@ class GumbelSoftmaxBottleneck(Codes):
         temperature, weight = self.schedule(progress) if self.training else (1.0, self.config.beta)
         log_q = logits.log_softmax(-1)
         rate = (log_q.exp() * (log_q + math.log(self.vocabulary))).flatten(1).sum(1)
-        # Held out, whole codes drawn from q: with β = 1 the loss is then a bound, which the relaxation's is not.
+        # Outside training, exact codes are drawn from q(z|x). With β = 1 the loss is then a bound; that of relaxed codes is not.
         drawn = nn.functional.gumbel_softmax(logits, temperature, hard=not self.training)
         embedded = (drawn @ self.codebook).movedim(-1, 1)
         return embedded[None], weight * rate, {"rate": rate, **self.use(logits.argmax(-1))}

@@ -17,7 +17,7 @@ from einops import rearrange
 from torch import Tensor, distributions, nn
 from torch.nn import functional as F
 
-from stage1_vae.statistics import processes, total
+from stage1_vae.statistics import all_reduce_sum, world_size
 
 HALF_GREY_LEVEL = 0.5 / 255
 
@@ -136,7 +136,7 @@ class GaussianLikelihood(nn.Module):
         if not self.learned:
             return
         errors = (outputs - targets).square().flatten(1).mean(1).clamp(max=OUTLIER * self.sigma.square())
-        error = total(errors.mean()) / processes()
+        error = all_reduce_sum(errors.mean()) / world_size()
         self.updates += 1
         self.mean_squared_error.lerp_(error.to(self.mean_squared_error), 1 / self.updates.clamp(max=100))
 

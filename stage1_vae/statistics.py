@@ -1,6 +1,6 @@
-"""Statistics of a batch of which every process holds an equal share.
+"""Statistics of a batch that is divided equally among processes.
 
-Where training runs in one process they are those of its batch, at no cost.
+With one process they are the statistics of its own batch, and nothing is communicated.
 """
 
 from typing import Any
@@ -9,11 +9,14 @@ import torch
 from torch import Tensor, distributed, nn
 
 
-def processes() -> int:
+def world_size() -> int:
+    """Number of processes that train together; 1 without torch.distributed."""
     return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
 
 
-class Total(torch.autograd.Function):
+class AllReduceSum(torch.autograd.Function):
+    """The sum of a tensor over all processes."""
+
     @staticmethod
     def forward(context: Any, share: Tensor) -> Tensor:
         total = share.clone(memory_format=torch.contiguous_format)
@@ -22,21 +25,21 @@ class Total(torch.autograd.Function):
 
     @staticmethod
     def backward(context: Any, *gradients: Tensor) -> Tensor:
-        """Every process's loss depends on every share."""
+        """The sum over processes of the gradient: every process's loss depends on every share."""
         (gradient,) = gradients
-        return Total.forward(context, gradient)
+        return AllReduceSum.forward(context, gradient)
 
 
-def total(share: Tensor) -> Tensor:
-    """The sum over all processes, the same bits on each; gradients pass."""
-    return share if processes() == 1 else Total.apply(share)
+def all_reduce_sum(share: Tensor) -> Tensor:
+    """The sum of `share` over all processes, bit-identical on each. Differentiable."""
+    return share if world_size() == 1 else AllReduceSum.apply(share)
 
 
-def together(rows: Tensor) -> Tensor:
-    """The rows of all processes, of which each has equally many; N … to processes·N …."""
-    if processes() == 1:
+def all_gather_rows(rows: Tensor) -> Tensor:
+    """The rows of all processes, one process after the other: N … to world_size·N …. Every process has the same number N."""
+    if world_size() == 1:
         return rows
-    everywhere = [torch.empty_like(rows) for _ in range(processes())]
+    everywhere = [torch.empty_like(rows) for _ in range(world_size())]
     distributed.all_gather(everywhere, rows.contiguous())
     return torch.cat(everywhere)
 
@@ -54,13 +57,13 @@ class BatchNorm(nn.BatchNorm2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """B C h w to B C h w."""
-        if not self.training or processes() == 1:
+        if not self.training or world_size() == 1:
             return super().forward(x)
         x = x.to(torch.promote_types(x.dtype, torch.float32))
-        count = processes() * x.numel() // x.shape[1]
-        mean = total(x.sum((0, 2, 3))) / count
+        count = world_size() * x.numel() // x.shape[1]
+        mean = all_reduce_sum(x.sum((0, 2, 3))) / count
         centred = x - mean[:, None, None]
-        variance = total(centred.square().sum((0, 2, 3))) / count
+        variance = all_reduce_sum(centred.square().sum((0, 2, 3))) / count
         with torch.no_grad():
             self.num_batches_tracked += 1
             self.running_mean.lerp_(mean.to(self.running_mean), self.momentum)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from stage2_prior.heads import Head
 from stage2_prior.layers import Backbone
-from stage2_prior.replay import MOST_POSITIONS, Replayed, replayed
+from stage2_prior.replay import MOST_POSITIONS, GraphedFunction, replayed
 from stage2_prior.sampling import AS_FITTED, Sampling, uniforms
 
 NOISE_AT_ONCE = 2**22  # uniform numbers; making them takes some 30 bytes each
@@ -44,7 +44,7 @@ def sample_grid(
 
     def noise(positions: slice) -> Tensor:
         numbers = torch.arange(positions.start, positions.stop, device=indices.device)
-        return uniforms(seed, indices, numbers, prior.head.uniforms(how), stream)
+        return uniforms(seed, indices, numbers, prior.head.uniforms_per_position(how), stream)
 
     positions = grid[0] * grid[1]
     priors = [prior] if weaker is None else [prior, weaker]
@@ -58,7 +58,7 @@ def sample_grid(
 
     modules = [module for one in priors for module in (one.backbone, one.head)]
     inputs = [noise(slice(0, positions)), *(tensor for one in priors for tensor in (one.map, one.prefix))]
-    return replayed.setdefault(prior.backbone, Replayed())((grid, how), modules, draw, inputs)
+    return replayed.setdefault(prior.backbone, GraphedFunction())((grid, how), modules, draw, inputs)
 
 
 @torch.no_grad()
@@ -73,7 +73,7 @@ def draw_grid(
     head, positions = priors[0].head, grid[0] * grid[1]
     states = [prior.backbone.begin(batch, grid, prior.map, prior.prefix) for prior in priors]
     dtype = next(head.parameters()).dtype  # the backbone may be rounder; a density never is
-    at_once = max(1, NOISE_AT_ONCE // max(1, batch * head.uniforms(how)))
+    at_once = max(1, NOISE_AT_ONCE // max(1, batch * head.uniforms_per_position(how)))
     previous: list[Tensor] | list[None] = [None] * len(priors)
     drawn: list[Tensor] = []
     for position in range(positions):

@@ -121,7 +121,7 @@ class AutoregressivePrior(Prior):
     def estimate(self, dataset: LatentDataset) -> None:
         self.head.estimate(dataset.sample()[self.level])
         if isinstance(self.condition, ClusterCondition):
-            self.condition.find(dataset)
+            self.condition.fit(dataset)
         elif self.condition is not None:
             if dataset.contexts is None:
                 raise ValueError("a conditional prior needs a data set with contexts")
@@ -151,11 +151,11 @@ class AutoregressivePrior(Prior):
         level, in equal parts at each position.
         """
         *coarser, latent = levels
-        of_cluster: Tensor | float = 0.0
+        log_cluster: Tensor | float = 0.0
         if contexts is None and isinstance(self.condition, ClusterCondition):
-            contexts = self.condition.of(levels[0])
+            contexts = self.condition.assign(levels[0])
             if not coarser:
-                of_cluster = self.condition.log_prob(contexts)[:, None, None] / math.prod(self.spec.grid)
+                log_cluster = self.condition.log_prob(contexts)[:, None, None] / math.prod(self.spec.grid)
         values = self.head.values(latent)
         if self.training and self.given_condition is not None and contexts is not None:
             contexts = self.given_condition.with_dropout(contexts)
@@ -166,7 +166,7 @@ class AutoregressivePrior(Prior):
         # a third of a step otherwise; their softmax is in full precision all the same.
         rounded = self.training and self.spec.vocabulary is not None and torch.is_autocast_enabled(features.device.type)
         with torch.autocast(features.device.type, enabled=rounded):
-            return self.head(features.movedim(1, -1).to(self.position.dtype), values) + of_cluster
+            return self.head(features.movedim(1, -1).to(self.position.dtype), values) + log_cluster
 
     def log_prob(self, levels: list[Tensor], contexts: Tensor | None = None) -> Tensor:
         """Nats per image in raw latents, B."""

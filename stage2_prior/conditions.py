@@ -143,11 +143,11 @@ class ClusterCondition(nn.Module):
         """p(k)."""
         return self.labels.frequencies
 
-    def points(self, latents: Tensor) -> Tensor:
+    def embed_latents(self, latents: Tensor) -> Tensor:
         """Latents of the coarsest level, B C h w or B h w codes, as what distances are taken between: B D."""
         return (self.vectors[latents] if len(self.vectors) else latents.to(self.centres)).flatten(1)
 
-    def find(self, dataset: LatentDataset) -> None:
+    def fit(self, dataset: LatentDataset) -> None:
         """The clusters of a data set, and how often each occurs. Raises ValueError for codes without their vectors."""
         from sklearn.cluster import KMeans
         from sklearn.exceptions import ConvergenceWarning
@@ -162,7 +162,7 @@ class ClusterCondition(nn.Module):
             self.vectors.zero_()[:, : found.shape[1]] = found.to(self.vectors)
         most = max(1, min(CLUSTERED_POINTS, CLUSTERED_BYTES // (4 * self.centres.shape[1])))
         some = torch.randperm(len(latents), generator=torch.Generator().manual_seed(0))[:most]
-        points = self.points(latents[some].to(self.centres.device)).float().cpu()
+        points = self.embed_latents(latents[some].to(self.centres.device)).float().cpu()
         clusters = max(1, min(len(self.centres), len(points) // FEWEST_MEMBERS))
         # One thread, since the order in which several add up differs from run to run; fewer distinct points than clusters are no
         # fault, the others stay empty.
@@ -172,10 +172,10 @@ class ClusterCondition(nn.Module):
         self.centres.zero_()[:clusters] = torch.from_numpy(fitted.cluster_centers_).to(self.centres)
         self.labels.estimate(torch.from_numpy(fitted.labels_).long())
 
-    def of(self, latents: Tensor) -> Tensor:
+    def assign(self, latents: Tensor) -> Tensor:
         """The cluster of each latent of the coarsest level, B."""
         with torch.autocast(latents.device.type, enabled=False):
-            distance = self.centres.square().sum(1) - 2 * self.points(latents) @ self.centres.T
+            distance = self.centres.square().sum(1) - 2 * self.embed_latents(latents) @ self.centres.T
         return distance.masked_fill(self.frequencies == 0, torch.inf).argmin(1)
 
     def log_prob(self, clusters: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from torch.nn import functional
 
 from stage2_prior.heads import truncated
 from stage2_prior.latents import LatentDataset, LatentSpec
-from stage2_prior.prior import Prior, Sized, choosing_images
+from stage2_prior.prior import Prior, ResizableBuffers, choosing_images
 from stage2_prior.sampling import AS_FITTED, Sampling, choose, choose_many, uniforms
 
 WEIGHTS = (1.0, 4.0, 16.0, 64.0, 256.0)  # α, of which the best is taken
@@ -71,7 +71,7 @@ class IndependentCodes(Prior):
         return levels
 
 
-class Order2Level(Sized):
+class Order2Level(ResizableBuffers):
     """The counts of one level."""
 
     left: Tensor

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from stage2_prior.heads import LOG_SQRT_2PI, tempered
 from stage2_prior.latents import LatentDataset, LatentSpec, Posterior, draw, moments, parts_of
-from stage2_prior.prior import Prior, Sized, choosing_images, only
+from stage2_prior.prior import Prior, ResizableBuffers, choosing_images, only
 from stage2_prior.sampling import AS_FITTED, COMPONENT_STREAM, CannotSample, Sampling, choose, first_uniforms, normals
 
 MIXTURE_DRAWS, MIXTURE_POINTS = 5, 20_000  # draws of z that the mixture is fitted to, an image and in all: see docs/trials.md
@@ -35,7 +35,7 @@ class StandardNormal(Prior):
         return [how.temperature**0.5 * normals(seed, indices, self.shape)]
 
 
-class GaussianMixturePrior(Sized, Prior):
+class GaussianMixturePrior(ResizableBuffers, Prior):
     """A mixture of K Gaussians over the flattened latent; with one component, the Gaussian of q(z)'s own moments.
 
     components: several numbers to try. The one with the lowest loss on images that it is not fitted to is taken.

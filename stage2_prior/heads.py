@@ -54,7 +54,7 @@ class Head(nn.Module, ABC):
         """features … D; returns … in nats of the raw latent, any change of scale included."""
 
     @abstractmethod
-    def uniforms(self, how: Sampling) -> int:
+    def uniforms_per_position(self, how: Sampling) -> int:
         """How many uniform numbers U one draw takes."""
 
     @abstractmethod
@@ -159,7 +159,7 @@ class GaussianMixtureHead(Head):
         per_component = gaussian_log_prob(values[..., None, :], mean, floored(raw_log_std)).sum(-1)
         return (logits.log_softmax(-1) + per_component).logsumexp(-1) - self.scale.log().sum()
 
-    def uniforms(self, how: Sampling) -> int:
+    def uniforms_per_position(self, how: Sampling) -> int:
         return 1 + self.channels if not how.strength else 1 + CANDIDATES * (1 + self.channels)
 
     def begin(self, uniforms: Tensor, how: Sampling) -> MixtureDraws:
@@ -260,7 +260,7 @@ class CategoricalHead(Head):
         logits = self.logits(features)
         return -F.cross_entropy(logits.flatten(0, -2), values.flatten(), reduction="none").view(values.shape)
 
-    def uniforms(self, how: Sampling) -> int:
+    def uniforms_per_position(self, how: Sampling) -> int:
         return 1
 
     def begin(self, uniforms: Tensor, how: Sampling) -> CodeDraws:

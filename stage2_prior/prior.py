@@ -57,7 +57,7 @@ def only(levels: list[T]) -> T:
     return levels[0]
 
 
-class Sized(nn.Module):
+class ResizableBuffers(nn.Module):
     """A module whose buffers have as many numbers as the data ask for: loading a state, it takes on the sizes there.
 
     load_state_dict raises RuntimeError where these do not fit, as for any module.

@@ -1,4 +1,4 @@
-"""A GPU's replay of what was launched once: CUDA graphs of the sampling loop."""
+"""CUDA graphs of the sampling loop: its kernels are recorded once, and launched together afterwards."""
 
 from __future__ import annotations
 
@@ -12,31 +12,37 @@ from torch import Tensor
 
 from stage2_prior.layers import Backbone
 
-Graph = tuple[torch.cuda.CUDAGraph, list["Tensor | None"], Tensor]  # with the tensors it reads, and the one it writes
-MOST_POSITIONS = 1024  # of a grid; for more, a graph takes long to make and much memory
+Graph = tuple[torch.cuda.CUDAGraph, list["Tensor | None"], Tensor]  # the graph, its input tensors, its output tensor
+MOST_POSITIONS = 1024  # of a grid: capturing a larger one takes long, and its graph much memory
 
 
-class Replayed:
-    """Calls of a function of tensors on a GPU. The second of a kind in a row is captured as a CUDA graph, later ones replay it.
+class GraphedFunction:
+    """Calls a function of tensors on a GPU, through a CUDA graph where the same call comes again.
 
-    A grid is drawn by thousands of small kernels, each of which takes longer to launch than to run; a graph launches them all
-    at once. The weights are read anew in each replay.
+    The first call with a key runs the function. The second one captures it as a graph, and later ones replay that graph. A call
+    with another key starts over: one graph is kept.
+
+    Sampling a grid launches thousands of small kernels, and each launch takes longer than the kernel. A graph launches them all
+    at once. A replay reads the weights as they are then.
     """
 
     def __init__(self) -> None:
-        self.kind: Hashable = None
+        self.key: Hashable = None
         self.graph: Graph | None = None
         self.refused = False  # a capture failed: not tried again
 
-    def __call__(
-        self, kind: Hashable, modules: list[Any], function: Callable[..., Tensor], inputs: list[Tensor | None]
-    ) -> Tensor:
-        """kind: what else the result depends on, beside the modules' weights and the inputs."""
+    def __call__(self, key: Hashable, modules: list[Any], function: Callable[..., Tensor], inputs: list[Tensor | None]) -> Tensor:
+        """function(*inputs), on a new tensor.
+
+        key: all that the result depends on except the weights of `modules` and the inputs, such as the settings of sampling.
+        Shapes and dtypes of the inputs, and where the weights lie in memory, become part of it. A graph that cannot be captured
+        is a warning, and the function is called instead.
+        """
         places = [tensor.data_ptr() for module in modules for tensor in (*module.parameters(), *module.buffers())]
         shapes = [None if x is None else (x.shape, x.dtype) for x in inputs]
-        kind = (kind, tuple(places), tuple(shapes), torch.is_inference_mode_enabled())
-        if kind != self.kind:
-            self.kind, self.graph = kind, None
+        key = (key, tuple(places), tuple(shapes), torch.is_inference_mode_enabled())
+        if key != self.key:
+            self.key, self.graph = key, None
             return function(*inputs)
         if self.graph is None and not self.refused:
             try:
@@ -63,4 +69,4 @@ class Replayed:
         return graph, kept, result
 
 
-replayed: WeakKeyDictionary[Backbone, Replayed] = WeakKeyDictionary()  # the last graph of each backbone, gone with it
+replayed: WeakKeyDictionary[Backbone, GraphedFunction] = WeakKeyDictionary()  # one for each backbone, deleted with it

@@ -58,7 +58,7 @@ def test_groups_are_found_and_drawn_as_often_as_they_occur():
     latents = (centres[truth] + torch.randn(200, 2)).view(200, 2, 1, 1)
     prior = AutoregressiveConfig(condition=Cluster(3)).build([LatentSpec((2, 1, 1))])
     prior.estimate(LatentDataset([{"mean": latents, "std": torch.ones_like(latents)}]))
-    found = prior.condition.of(latents)
+    found = prior.condition.assign(latents)
     assert len({*zip(truth.tolist(), found.tolist())}) == 3
     assert sorted(prior.condition.frequencies.tolist()) == pytest.approx([0.2, 0.3, 0.5])
     drawn = torch.bincount(prior.draw_contexts(torch.arange(5000), seed=0), minlength=3) / 5000
@@ -72,7 +72,7 @@ def test_few_images_make_few_clusters_and_no_others_are_ever_chosen():
     prior.estimate(dataset)
     assert int((prior.condition.frequencies > 0).sum()) == 3  # 20 images each at least
     far = 100 * torch.randn(500, *spec.shape)
-    assert prior.condition.frequencies[prior.condition.of(torch.cat([dataset[torch.arange(70)][0][0], far]))].min() > 0
+    assert prior.condition.frequencies[prior.condition.assign(torch.cat([dataset[torch.arange(70)][0][0], far]))].min() > 0
     assert prior.condition.frequencies[prior.draw_contexts(torch.arange(500), seed=0)].min() > 0
 
 
@@ -93,10 +93,10 @@ def test_levels_of_a_cascade_are_told_the_same_cluster():
     prior.estimate(LatentDataset(levels, None, torch.randn(5, 3)))
     top, bottom = (own.condition for own in prior.levels)
     codes = levels[0]["codes"]
-    assert torch.equal(top.of(codes), bottom.of(codes)) and torch.equal(top.frequencies, bottom.frequencies)
+    assert torch.equal(top.assign(codes), bottom.assign(codes)) and torch.equal(top.frequencies, bottom.frequencies)
     assert prior.bounded and [tuple(level.shape) for level in prior.sample(torch.arange(2), seed=0)] == [(2, 2, 2), (2, 4, 4)]
     both = [codes, levels[1]["codes"]]
-    clusters = top.of(codes)
+    clusters = top.assign(codes)
     torch.testing.assert_close(prior.eval().log_prob(both), prior.log_prob(both, clusters) + top.log_prob(clusters))
 
 

@@ -47,7 +47,7 @@ def test_compiled_draws_are_those_without_them(codes, batch, threads):
             randomized(head, scale, seed=codes)
             generator, width = torch.Generator().manual_seed(batch), head.hidden.in_features
             features = torch.randn(width, batch, generator=generator).T  # not row by row
-            noise = uniforms(0, torch.arange(batch), torch.arange(2), head.uniforms(AS_FITTED))
+            noise = uniforms(0, torch.arange(batch), torch.arange(2), head.uniforms_per_position(AS_FITTED))
             with torch.no_grad():
                 state = head.begin(noise, AS_FITTED)
                 assert (compiled.library() is None) == (state.compiled is None)

@@ -76,7 +76,7 @@ def test_a_single_particle_is_what_whole_forward_passes_would_draw(backbone, hea
         assert (sizes == 1).all()
         values = prior.head.values(drawn)
         features = prior.backbone(prior.head.embed(values).movedim(-1, 1), prior.position).movedim(1, -1)
-        noise = uniforms(3, torch.arange(4), torch.arange(math.prod(grid)), prior.head.uniforms(AS_FITTED))
+        noise = uniforms(3, torch.arange(4), torch.arange(math.prod(grid)), prior.head.uniforms_per_position(AS_FITTED))
         state = prior.head.begin(noise, AS_FITTED)
         for r, c in (~mask).nonzero().tolist():
             again = prior.head.draw(features[:, r, c], r * grid[1] + c, state)

@@ -170,7 +170,7 @@ def test_the_cached_sampler_draws_what_whole_forward_passes_would(backbone, head
         values = prior.head.values(sample)
         features = prior.backbone(prior.head.embed(values).movedim(-1, 1), prior.position).movedim(1, -1)
         positions = torch.arange(math.prod(spec.grid))
-        state = prior.head.begin(uniforms(3, indices, positions, prior.head.uniforms(AS_FITTED)), AS_FITTED)
+        state = prior.head.begin(uniforms(3, indices, positions, prior.head.uniforms_per_position(AS_FITTED)), AS_FITTED)
         for position in range(math.prod(spec.grid)):
             r, c = divmod(position, grid[1])
             again = prior.head.draw(features[:, r, c], position, state)
@@ -628,7 +628,7 @@ def test_noise_of_few_positions_is_made_at_once_with_the_same_samples(strength, 
     monkeypatch.setattr(
         type(prior.head), "begin", lambda self, noise, how: sizes.append(noise.shape[1]) or begin(self, noise, how)
     )
-    monkeypatch.setattr(ancestral, "NOISE_AT_ONCE", 5 * 5 * prior.head.uniforms(how))
+    monkeypatch.setattr(ancestral, "NOISE_AT_ONCE", 5 * 5 * prior.head.uniforms_per_position(how))
     assert torch.equal(sample_grid(told, spec.grid, torch.arange(5), 3, how, weaker=weaker), whole) and sizes == [5, 5, 2]
 
 

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_flatten
 
 from stage2_prior import compiled
 from stage2_prior.ancestral import Conditioned, draw_grid
-from stage2_prior.replay import Replayed, replayed
+from stage2_prior.replay import GraphedFunction, replayed
 from stage2_prior.sampling import AS_FITTED, Sampling, uniforms
 from tests.parts import LEARNED, random_prior, spec_for
 
@@ -69,7 +69,7 @@ def setting(backbone, head, how, batch=4):
 
     def inputs(seed):
         generator = torch.Generator().manual_seed(seed)
-        uniform = uniforms(seed, torch.arange(batch), torch.arange(12), prior.head.uniforms(how))
+        uniform = uniforms(seed, torch.arange(batch), torch.arange(12), prior.head.uniforms_per_position(how))
         shapes = [(batch, 6, 3, 4), (batch, 2, 6)] * copies
         return [uniform, *(torch.randn(shape, generator=generator) for shape in shapes)]
 
@@ -85,7 +85,7 @@ def same(a, b):
 def test_a_replayed_loop_draws_what_the_loop_does(backbone, head, guidance, graphs):
     how = Sampling(temperature=0.9, guidance=guidance)
     prior, modules, draw, inputs = setting(backbone, head, how)
-    replayed = Replayed()
+    replayed = GraphedFunction()
     for seed in range(4):
         assert same(replayed("kind", modules, draw, inputs(seed)), draw(*inputs(seed)))
     with torch.no_grad():  # a graph reads the weights where they are
@@ -97,14 +97,14 @@ def test_a_replayed_loop_draws_what_the_loop_does(backbone, head, guidance, grap
 
 def test_codes_with_top_k_and_top_p_are_replayed():
     _, modules, draw, inputs = setting("pixelcnn", "categorical", Sampling(top_k=3, top_p=0.9))
-    replayed = Replayed()
+    replayed = GraphedFunction()
     for seed in range(3):
         assert same(replayed("kind", modules, draw, inputs(seed)), draw(*inputs(seed)))
 
 
 def test_another_kind_of_call_is_not_replayed(graphs):
     """Another batch, other settings or weights in another place run as they are, and leave no graph behind that is wrong."""
-    replayed = Replayed()
+    replayed = GraphedFunction()
     _, modules, draw, inputs = setting("pixelcnn", "mixture", AS_FITTED)
     for seed in range(2):
         replayed("kind", modules, draw, inputs(seed))
@@ -119,14 +119,14 @@ def test_another_kind_of_call_is_not_replayed(graphs):
 
 def test_a_returned_sample_is_not_overwritten_by_the_next():
     _, modules, draw, inputs = setting("pixelcnn", "mixture", AS_FITTED)
-    replayed = Replayed()
+    replayed = GraphedFunction()
     first, second, third = (replayed("kind", modules, draw, inputs(seed)) for seed in range(3))
     assert same(second, draw(*inputs(1))) and same(third, draw(*inputs(2)))
 
 
 def test_a_device_that_cannot_capture_draws_all_the_same(monkeypatch):
     _, modules, draw, inputs = setting("pixelcnn", "mixture", AS_FITTED)
-    replayed, tries = Replayed(), []
+    replayed, tries = GraphedFunction(), []
 
     def fails():
         tries.append(1)
@@ -143,7 +143,7 @@ def test_a_graph_goes_with_its_backbone(monkeypatch):
     """Nothing that is kept for replays holds on to the weights."""
     prior, modules, draw, inputs = setting("pixelcnn", "mixture", AS_FITTED)
     for seed in range(2):
-        replayed.setdefault(prior.backbone, Replayed())(((3, 4), AS_FITTED), modules, draw, inputs(seed))
+        replayed.setdefault(prior.backbone, GraphedFunction())(((3, 4), AS_FITTED), modules, draw, inputs(seed))
     gone = weakref.ref(prior.backbone)
     del prior, modules, draw, inputs
     gc.collect()

@@ -20,7 +20,7 @@ from pipelines.benchmarks.sampling import BenchmarkSampling, grid_of
 from pipelines.console import UserError, first_line, nearest, say
 from pipelines.files import read_json, write_json
 from pipelines.runs.names import Device
-from stage2_prior.replay import Replayed, replayed
+from stage2_prior.replay import GraphedFunction, replayed
 
 if TYPE_CHECKING:  # slow to import, and --help needs none of it
     from pipelines.training.fabric import Fabric
@@ -196,7 +196,7 @@ def sampling(asked: BenchmarkDevice) -> Iterator[Measured]:
 def drawn(asked: BenchmarkDevice, backbone: str, grid: str, batch: int, graph: bool, device: torch.device) -> dict[str, float]:
     """Sampling in float32, and one teacher-forced forward pass over the same batch."""
     prior = BenchmarkSampling(backbone).prior(grid_of(grid), device)
-    replayed.setdefault(prior.backbone, Replayed()).refused = not graph
+    replayed.setdefault(prior.backbone, GraphedFunction()).refused = not graph
     indices = torch.arange(batch, device=device)
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # that no graph could be captured

@@ -118,7 +118,7 @@ class BenchmarkSampling:
             return prior.backbone(inputs, prior.position.to(dtype)).movedim(1, -1).to(prior.position.dtype)
 
         def few_full_passes() -> None:
-            noise = uniforms(0, indices, torch.arange(tried, device=device), prior.head.uniforms(AS_FITTED))
+            noise = uniforms(0, indices, torch.arange(tried, device=device), prior.head.uniforms_per_position(AS_FITTED))
             state: Any = prior.head.begin(noise, AS_FITTED)
             for position in range(tried):
                 prior.head.draw(features(prior).flatten(1, 2)[:, position], position, state)

@@ -11,7 +11,7 @@ from torch import Tensor
 from pipelines import processes
 from pipelines.console import UserError, say
 from pipelines.runs.names import Pixels
-from stage1_vae.autoencoder import Autoencoder, quantized
+from stage1_vae.autoencoder import Autoencoder, to_uint8
 from stage2_prior.prior import Prior
 from stage2_prior.sampling import AS_FITTED, PIXEL_STREAM, CannotSample, Sampling, uniforms
 
@@ -99,7 +99,7 @@ def sampler(
             some = [level[rows] for level in levels]
             values = autoencoder.values(some, pixel_noise(pixels, seed, indices[rows], autoencoder.image_shape))
             finite = values.isfinite().flatten(1).all(1)
-            parts.append(Samples(quantized(values).cpu(), [level.cpu() for level in some], finite.cpu()))
+            parts.append(Samples(to_uint8(values).cpu(), [level.cpu() for level in some], finite.cpu()))
         return joined(parts)
 
     return drawn
