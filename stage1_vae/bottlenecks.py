@@ -216,7 +216,7 @@ class VectorQuantizedBottleneck(Codes):
         self.project = nn.Sequential(nn.Conv2d(features, config.channels, 1, bias=False), BatchNorm(config.channels))
         self.register_buffer("codebook", torch.zeros(config.codes, config.channels))
         self.register_buffer("counts", torch.zeros(config.codes))  # average number of uses of each code in a batch
-        self.register_buffer("sums", torch.zeros(config.codes, config.channels))  # average sum of the encoder outputs that chose it
+        self.register_buffer("sums", torch.zeros(config.codes, config.channels))  # average sum of the outputs that chose it
         self.use = CodeUse(config.codes)  # unlike `counts`, revival does not change it
         # Control flow in them depends on values, so torch.compile must skip them. A decorator would import the compiler at once.
         self.initialize_eagerly, self.update_eagerly = map(torch.compiler.disable, (self.initialize, self.update))
@@ -237,7 +237,7 @@ class VectorQuantizedBottleneck(Codes):
         return embedded[None], self.config.commitment * commitment, self.use(codes)
 
     def choose(self, vectors: Tensor, risen: float = 1.0) -> Tensor:
-        """The code with the least squared distance + rate_weight · min(-log frequency, log K); … C to …. Never in mixed precision.
+        """The code with the least squared distance + rate_weight · min(-log frequency, log K); … C to …. Never mixed precision.
 
         risen: factor on rate_weight, from 0 to 1.
         """
