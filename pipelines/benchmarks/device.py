@@ -47,7 +47,7 @@ class BenchmarkDevice:
     """shrunk to what a CPU does in minutes, most of which compiling takes"""
     minutes: float = 8
     """what is not measured by then is left out"""
-    run: tuple[str, ...] = ("mnist5k", "fashion-mnist")
+    run: tuple[str, ...] = ("mnist5k", "fashion-vqvae2")
     """trained runs whose images are compared with a CPU's"""
     json: Path | None = None
     """file to write the rows to, anew after each"""
