@@ -14,8 +14,6 @@ B batch, F feature maps, C latent channels, K codes, h×w latent grid, L samples
 
 Levels are always a list, coarse to fine. The bottlenecks in this file have one level. To add a bottleneck, write its class and
 a config with a `build`, and add the config to the union `BottleneckConfig` of autoencoder.py.
-
-Every `build` takes the number of the encoder's feature maps, F.
 """
 
 import math
@@ -87,6 +85,16 @@ class Codes(nn.Module):
         return self.embed([torch.arange(self.vocabulary, device=next(self.parameters()).device)[:, None, None]]).flatten(1)
 
 
+def check_features(features: int, channels: int, each: int) -> None:
+    """Raises ValueError where `each` numbers of every channel, a linear map of the features, would not be independent."""
+    if features < each * channels:
+        raise ValueError(
+            f"latents of {channels} channels need {each * channels} features at each position, {each} a channel, but the network"
+            f" has {features}: set --autoencoder.network.features (for latents on a grid, --autoencoder.network.width) to"
+            f" {each * channels} or more, or choose fewer --autoencoder.bottleneck.channels"
+        )
+
+
 @dataclass(frozen=True)
 class Deterministic:
     """A plain autoencoder. q(z|x) is a single point, so there is no rate and no ELBO."""
@@ -95,6 +103,7 @@ class Deterministic:
     """latent channels at each position of the grid"""
 
     def build(self, features: int) -> "DeterministicBottleneck":
+        """features: F. Raises ValueError where they are fewer than the channels."""
         return DeterministicBottleneck(self, features)
 
 
@@ -102,7 +111,9 @@ class DeterministicBottleneck(Continuous):
     has_density = False
 
     def __init__(self, config: Deterministic, features: int):
+        """Raises ValueError where the features are fewer than the channels."""
         super().__init__()
+        check_features(features, config.channels, each=1)
         self.latent_channels = config.channels
         self.project = nn.Conv2d(features, config.channels, 1)
 
@@ -127,6 +138,7 @@ class Gaussian:
     """samples of z per image; the ELBO averages their log-likelihoods"""
 
     def build(self, features: int) -> "GaussianBottleneck":
+        """features: F. Raises ValueError where they are fewer than twice the channels."""
         return GaussianBottleneck(self, features)
 
 
@@ -137,7 +149,9 @@ class GaussianBottleneck(Continuous):
     has_density = True
 
     def __init__(self, config: Gaussian, features: int):
+        """Raises ValueError where the features are fewer than the channels' means and standard deviations."""
         super().__init__()
+        check_features(features, config.channels, each=2)  # a mean and a standard deviation
         self.latent_channels = config.channels
         self.beta, self.samples = config.beta, config.samples
         self.project = nn.Conv2d(features, 2 * config.channels, 1)
@@ -194,6 +208,7 @@ class VectorQuantized:
     fifth of the training replaces none either, so that every code in use is a trained one"""
 
     def build(self, features: int) -> "VectorQuantizedBottleneck":
+        """features: F."""
         return VectorQuantizedBottleneck(self, features)
 
 
@@ -327,6 +342,7 @@ class FiniteScalar:
     """number of levels of each channel; their product is the number of codes, here 8·8·8 = 512"""
 
     def build(self, features: int) -> "FiniteScalarBottleneck":
+        """features: F. Raises ValueError for no channel, a channel of fewer than two levels, or too many codes."""
         return FiniteScalarBottleneck(self, features)
 
 
@@ -405,6 +421,7 @@ class GumbelSoftmax:
     """share of the training over which the temperature falls and the rate weight rises, both along a cosine"""
 
     def build(self, features: int) -> "GumbelSoftmaxBottleneck":
+        """features: F."""
         return GumbelSoftmaxBottleneck(self, features)
 
 

@@ -1,4 +1,4 @@
-"""Bounds on log p(x) = log ∫ p(x|z) p(z) dz, and estimates of it, under any prior.
+"""Bounds and estimates of log p(x) = log ∫ p(x|z) p(z) dz, under any prior.
 
 B batch, L samples of z an image, K latents drawn from a prior.
 """
@@ -11,16 +11,17 @@ import torch
 from torch import Tensor, distributions
 
 from stage1_vae.autoencoder import Autoencoder
+from stage1_vae.bottlenecks import Posterior
 
 LogPrior = Callable[[list[Tensor], Tensor | None], Tensor]
-"""Latents, one for each level, N …, and what is known of each (a label, a caption) or None, to log p(z), N nats."""
+"""log p(z) in nats, N. Arguments: latents, N … for each level, and contexts N … (labels, captions) or None."""
 
-DECODED_AT_ONCE = 128  # latents; the memory of decoding is bounded by them, however many samples there are
+DECODED_AT_ONCE = 128  # latents, to bound the memory of decoding
 
 
 @dataclass(frozen=True)
 class Draws:
-    """Of L draws z ~ q(z|x) of each of B images, in nats, L B each. For codes, q(z|x) is all on one code."""
+    """Log densities of L draws z ~ q(z|x) for each of B images, in nats, L B each. For codes, q(z|x) has all its mass on one."""
 
     log_likelihood: Tensor
     """log p(x|z)"""
@@ -34,7 +35,7 @@ class Draws:
         return self.log_likelihood + self.log_prior[prior] - self.log_posterior
 
     def rate(self, prior: str) -> Tensor:
-        """log q(z|x) - log p(z), L B: its average over L estimates KL(q(z|x) ‖ p(z))."""
+        """log q(z|x) - log p(z), L B. The average over L estimates KL(q(z|x) ‖ p(z))."""
         return self.log_posterior - self.log_prior[prior]
 
 
@@ -46,11 +47,11 @@ def draws(
     contexts: Tensor | None = None,
     at_once: int | None = None,
 ) -> Draws:
-    """`samples` draws of z for each image, and their densities under q(z|x), under every prior, and of the image.
+    """Draw `samples` latents z ~ q(z|x) for each image, and compute log p(x|z), log q(z|x), and log p(z) under every prior.
 
-    images: uint8 B C H W. contexts: B …, what the priors are conditioned on. at_once: latents decoded together;
-    as many as memory is meant to hold when None.
-    Raises ValueError when q(z|x) has no density (a deterministic bottleneck): there is no bound to compute.
+    images: uint8 B C H W. contexts: B …, what the priors are conditioned on. at_once: latents decoded together; None chooses a
+    number by image size. A learned σ of the likelihood is not updated, whatever the mode.
+    Raises ValueError where q(z|x) has no density (a deterministic bottleneck), so that there is no bound.
     """
     if not autoencoder.bottleneck.has_density:
         raise ValueError("a deterministic encoder has no density q(z|x), so it has no ELBO and no likelihood")
@@ -62,42 +63,47 @@ def draws(
         image = row % len(images)
         chosen = [{name: tensor[image] for name, tensor in posterior.items()} for posterior in posteriors]
         levels = autoencoder.sample(chosen)
-        log_q = torch.zeros(len(row), device=images.device)
-        for level, posterior in zip(levels, chosen):
-            if "codes" not in posterior:
-                q = distributions.Normal(posterior["mean"], posterior["std"], validate_args=False)
-                log_q = log_q + q.log_prob(level).flatten(1).sum(1)
         context = None if contexts is None else contexts[image]
         targets = autoencoder.likelihood.scale(images[image])
-        parts["log_likelihood"].append(autoencoder.log_likelihood(autoencoder.outputs(levels), targets))
-        parts["log_posterior"].append(log_q)
+        parts["log_likelihood"].append(autoencoder.decode(levels).log_prob(targets))
+        parts["log_posterior"].append(log_posterior(levels, chosen))
         for name, log_prior in log_priors.items():
             parts[name].append(log_prior(levels, context))
     whole = {name: torch.cat(rows).view(samples, len(images)) for name, rows in parts.items()}
     return Draws(whole.pop("log_likelihood"), whole.pop("log_posterior"), whole)
 
 
+def log_posterior(levels: list[Tensor], posteriors: list[Posterior]) -> Tensor:
+    """log q(z|x) in nats, B: one latent and one posterior for each level. 0 for codes."""
+    total = torch.zeros(len(levels[0]), device=levels[0].device)
+    for level, posterior in zip(levels, posteriors, strict=True):
+        if "codes" not in posterior:
+            q = distributions.Normal(posterior["mean"], posterior["std"], validate_args=False)
+            total = total + q.log_prob(level).flatten(1).sum(1)
+    return total
+
+
 def elbo(weights: Tensor) -> Tensor:
-    """The evidence lower bound from `Draws.log_weights`: the average of the logarithms, B (Kingma and Welling 2014)."""
+    """The evidence lower bound, B: the mean over L of `Draws.log_weights` (Kingma and Welling 2014)."""
     return weights.mean(0)
 
 
 def importance_weighted_bound(weights: Tensor) -> Tensor:
-    """The bound of Burda et al. 2016 from `Draws.log_weights`: the logarithm of the average, B. Tight as L grows."""
+    """The bound of Burda et al. 2016, B: the log of the mean weight, from `Draws.log_weights`. Tight as L grows."""
     return weights.logsumexp(0) - math.log(len(weights))
 
 
 def grouped(weights: Tensor, samples: int) -> Tensor:
-    """L … as ⌊L / samples⌋ disjoint groups of fewer samples, for the bounds above: samples groups …."""
+    """Weights L … in ⌊L / samples⌋ disjoint groups, samples groups …: the bounds above then give one value for each group."""
     groups = len(weights) // samples
     return weights[: groups * samples].unflatten(0, (groups, samples)).transpose(0, 1)
 
 
 def log_likelihoods(autoencoder: Autoencoder, images: Tensor, levels: list[Tensor]) -> Tensor:
-    """log p(x|z) of every image under every one of K latents; K B, in nats. images: uint8 B C H W; levels: K … each.
+    """log p(x|z) of every image given each of K latents, K B, in nats. images: uint8 B C H W; levels: K … each.
 
-    Where z ~ p(z), `importance_weighted_bound` of it is the naive Monte Carlo estimate log 1/K Σ p(x|z), which on average
-    lies below log p(x).
+    With z ~ p(z), `importance_weighted_bound` of the result is the naive Monte Carlo estimate log 1/K Σ p(x|z). Its expectation
+    is below log p(x).
     """
     targets = autoencoder.likelihood.scale(images)
     rows = []
@@ -108,5 +114,5 @@ def log_likelihoods(autoencoder: Autoencoder, images: Tensor, levels: list[Tenso
 
 
 def effective_samples(weights: Tensor) -> Tensor:
-    """How many of the L draws an average of weights rests on, (Σ w)² / Σ w², B, from 1 to L (Kong 1992)."""
+    """Effective sample size of L weighted draws, (Σ w)² / Σ w², B, from 1 to L (Kong 1992)."""
     return (2 * weights.logsumexp(0) - (2 * weights).logsumexp(0)).exp()

@@ -1,4 +1,4 @@
-"""The bottleneck of VQ-VAE-2 (Razavi et al. 2019): codes on a coarse grid for the whole, on a finer one for the detail.
+"""The bottleneck of VQ-VAE-2 (Razavi et al. 2019): codes on a coarse grid for global structure, and on finer ones for details.
 
 B batch, F feature maps, C latent channels, h×w the finer grid.
 
@@ -9,8 +9,8 @@ B batch, F feature maps, C latent channels, h×w the finer grid.
                                      ▼
                                coarse codes
 
-The finer encoder sees the quantized coarser level. The coarser bottleneck may itself be such a hierarchy. Where we deviate:
-the doubled coarse level that the finer encoder sees is also what the decoder sees; the paper has a network for each.
+The fine codes are chosen given the quantized coarse level. With three levels or more, the coarser bottleneck is itself such a
+hierarchy. Where we deviate: one network doubles the coarse grid for both the fine codes and the decoder. The paper has two.
 """
 
 from dataclasses import dataclass, field, replace
@@ -26,28 +26,32 @@ from stage1_vae.networks import ResidualBlock
 
 @dataclass(frozen=True)
 class Hierarchical:
-    """Codes on several grids, each half as fine as the next (VQ-VAE-2)."""
+    """Codes on several grids, each with half the resolution of the next (VQ-VAE-2)."""
 
     codes: VectorQuantized = field(default_factory=VectorQuantized)
     """the codebook of every level"""
     levels: Annotated[int, Interval(ge=2, le=10)] = 2
     """number of grids; 2 or 3 in the paper"""
     blocks: Annotated[int, Interval(ge=0, le=1000)] = 2
-    """residual blocks on the way to the coarser grid, and on the way back"""
+    """residual blocks after each halving of the grid, and before each doubling"""
     coarser_rate: Annotated[float, Interval(ge=0, le=1_000_000)] = 1.0
-    """rate weight of each level, as a share of the next finer one's. A coarser vector stands for four times as many pixels, so at
-    1/4 a nat is worth as much squared distance a pixel on every grid"""
+    """`rate_weight` of a level over that of the next finer one. A coarse vector stands for four times as many pixels, so with 1/4
+    a nat buys the same squared distance, summed over pixels, on every grid"""
 
     def build(self, features: int) -> "HierarchicalBottleneck":
+        """features: F, on the finest grid."""
         return HierarchicalBottleneck(self, features, self.levels)
 
 
 class HierarchicalBottleneck(nn.Module):
+    """The finest level, and a bottleneck of the coarser ones: the figure above. See bottlenecks.py for the methods."""
+
     has_density = True
     latent_channels: int
     coarser: "HierarchicalBottleneck | VectorQuantizedBottleneck"
 
     def __init__(self, config: Hierarchical, features: int, levels: int):
+        """levels: number of grids from this one down, which replaces that of the config."""
         super().__init__()
         self.down = nn.Sequential(
             nn.Conv2d(features, features, 4, stride=2, padding=1),
@@ -79,7 +83,7 @@ class HierarchicalBottleneck(nn.Module):
 
     @property
     def vectors(self) -> Tensor:
-        """Of the coarsest level."""
+        """The code vectors of the coarsest level, K D."""
         return self.coarser.vectors
 
     def forward(self, features: Tensor, progress: float) -> tuple[Tensor, Tensor, dict[str, Tensor]]:

@@ -2,10 +2,12 @@
 
 B batch, C colour channels, H×W pixels.
 
-Each likelihood says in which scale its log_prob is: `scale(images)` maps uint8 images to the values it is a density of; and
-what its log_prob is of given images: `measure(images)`. `log_prob` broadcasts, several images against several outputs.
-`sample(outputs, uniforms)` draws images by inverse CDF, each value from its own uniform number in (0, 1), B C H W; what is not a
-number stays so.
+    likelihood(outputs)         -> p(x|z), a distribution over scaled images; its log_prob broadcasts over images and outputs
+    scale(images)               -> uint8 images in the scale of that distribution
+    measure(images)             -> whether exp(log_prob) of these images is a probability, a density or neither
+    sample(outputs, uniforms)   -> scaled images by inverse CDF, from a uniform number in (0, 1) for each value, B C H W;
+                                   NaN outputs give NaN
+    update(outputs, targets)    -> in training, after log_prob: re-estimates parameters that have no gradient
 """
 
 from dataclasses import dataclass
@@ -22,13 +24,13 @@ from stage1_vae.statistics import all_reduce_sum, world_size
 HALF_GREY_LEVEL = 0.5 / 255
 
 Measure = Literal["probability", "density", "pseudo-likelihood"]
-"""What exp(log_prob) is: a probability of the images as they are stored; a density over real-valued pixels, which may exceed 1
-and compares only with densities in the same scale; or neither. Bits per dimension have a meaning for the first alone."""
+"""What exp(log_prob) is: a probability of the stored 8-bit images; a density over real-valued pixels, which can exceed 1 and is
+comparable only in the same scale; or neither. Bits per dimension are defined for a probability only."""
 
 
 class Likelihood(Protocol):
-    name: str  # as a sentence names it
-    outputs_per_channel: int  # decoder feature maps for each colour channel
+    name: str  # for use in sentences
+    outputs_per_channel: int  # decoder outputs for each colour channel
 
     def scale(self, images: Tensor) -> Tensor: ...
 
@@ -48,7 +50,7 @@ def unit_interval(images: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Bernoulli:
-    """Independent Bernoulli pixels. On pixels that are not binary, the cross-entropy is a named pseudo-likelihood."""
+    """Independent Bernoulli pixels. For pixels that are not binary, log_prob is the cross-entropy, a pseudo-likelihood."""
 
     def build(self) -> "BernoulliLikelihood":
         return BernoulliLikelihood()
@@ -59,11 +61,11 @@ class BernoulliLikelihood(nn.Module):
     outputs_per_channel = 1
 
     def scale(self, images: Tensor) -> Tensor:
-        """Grey levels as probabilities, [0, 1]; a density only where every pixel is 0 or 255."""
+        """Grey levels in [0, 1]; log_prob is a probability only where every pixel is 0 or 255."""
         return unit_interval(images)
 
     def forward(self, outputs: Tensor) -> distributions.Distribution:
-        # validate_args off: grey levels between 0 and 1 are outside the support, on purpose.
+        # Without validation, which would refuse grey levels between 0 and 1: see Bernoulli.
         return distributions.Independent(distributions.Bernoulli(logits=outputs, validate_args=False), 3, validate_args=False)
 
     def sample(self, outputs: Tensor, uniforms: Tensor) -> Tensor:
@@ -76,7 +78,7 @@ class BernoulliLikelihood(nn.Module):
         return "probability" if ((images == 0) | (images == 255)).all() else "pseudo-likelihood"
 
 
-OUTLIER = 100.0  # of digits and of photographs, the largest error of a held-out image is some four times the mean
+OUTLIER = 100.0  # the largest error of a held-out image, a digit or a photograph, is some four times the mean
 
 
 @dataclass(frozen=True)
@@ -84,8 +86,8 @@ class Gaussian:
     """Independent Gaussian pixels with one standard deviation."""
 
     sigma: Annotated[float, Interval(ge=1e-4, le=100)] | None = None
-    """standard deviation in units of the pixel range [0, 1]; None learns it, as state of the model, from half a grey level
-    up (the optimal σ is the root mean squared error: Rybkin et al. 2021)"""
+    """standard deviation in units of the pixel range [0, 1]; None estimates it in training: the root mean squared error, which is
+    optimal (Rybkin et al. 2021), but at least half a grey level"""
 
     def build(self) -> "GaussianLikelihood":
         return GaussianLikelihood(self.sigma)
@@ -94,8 +96,9 @@ class Gaussian:
 class GaussianLikelihood(nn.Module):
     """N(x; mean, σ²) over pixels in [0, 1].
 
-    A learned σ² is a running estimate of the training batches' mean squared error, its maximum-likelihood value, floored
-    at half a grey level. It is model state and used as stored: an image's likelihood never depends on its batch-mates.
+    A learned σ² is a running average of the mean squared error of training batches, the maximum-likelihood value. σ is at least
+    half a grey level. It is stored with the weights, and log_prob uses the stored value, so that the likelihood of an image does
+    not depend on the other images of its batch.
     """
 
     name = "Gaussian"
@@ -106,7 +109,7 @@ class GaussianLikelihood(nn.Module):
     def __init__(self, sigma: float | None):
         super().__init__()
         self.learned = sigma is None
-        # Before the first batch, a learned σ is that of uniform grey noise.
+        # Before the first batch, a learned σ² is the variance of uniform noise on [0, 1].
         self.register_buffer("mean_squared_error", torch.tensor(1 / 12 if sigma is None else sigma**2))
         self.register_buffer("updates", torch.tensor(0))
 
@@ -122,16 +125,16 @@ class GaussianLikelihood(nn.Module):
         return distributions.Independent(distributions.Normal(outputs, self.sigma.to(outputs), validate_args=False), 3)
 
     def sample(self, outputs: Tensor, uniforms: Tensor) -> Tensor:
-        if outputs.device.type == "mps":  # which has no such function
+        if outputs.device.type == "mps":  # MPS has no ndtri
             uniforms = uniforms.cpu()
         return outputs + self.sigma.to(outputs) * torch.special.ndtri(uniforms.to(outputs.dtype)).to(outputs)
 
     @torch.no_grad()
     def update(self, outputs: Tensor, targets: Tensor) -> None:
-        """Move a learned σ² toward this batch's error: a plain average over the first hundred updates, exponential after.
+        """Update a learned σ² by this batch's error: a plain average over the first hundred updates, an exponential one after.
 
-        An image counts for at most OUTLIER times σ²: a single one with an absurd latent must not move σ, on which every loss
-        rests, for hundreds of steps.
+        The error of an image is clamped to OUTLIER times σ². Otherwise a single image with an absurd latent would change σ, and
+        with it every loss, for hundreds of steps.
         """
         if not self.learned:
             return
@@ -146,10 +149,10 @@ class GaussianLikelihood(nn.Module):
 
 @dataclass(frozen=True)
 class DiscretizedLogistic:
-    """Each value of each pixel a mixture of logistics, integrated over the 256 grey levels (PixelCNN++, Salimans et al. 2017)."""
+    """A mixture of logistics for each value, integrated over each of the 256 grey levels (PixelCNN++, Salimans et al. 2017)."""
 
     components: Annotated[int, Interval(ge=1, le=1000)] = 10
-    """logistics in the mixture of one pixel's channel; 10 in the paper"""
+    """logistics in the mixture of one channel of a pixel; 10 in the paper"""
 
     def build(self) -> "DiscretizedLogisticLikelihood":
         return DiscretizedLogisticLikelihood(self.components)
@@ -158,18 +161,20 @@ class DiscretizedLogistic:
 class DiscretizedLogisticLikelihood(nn.Module):
     """A probability of 8-bit images. Where we deviate from PixelCNN++: given z, colour channels are independent.
 
-    Means and scales are in the paper's units, grey levels from -1 to 1, with its floor on the scale.
+    The decoder outputs means and log-scales in the paper's units, where grey levels go from -1 to 1.
     """
 
     name = "discretized logistic"
-    MINIMUM_LOG_SCALE = -7.0
+    # The lower bound is the paper's. At the upper one, a logistic is hundreds of times as wide as the range of grey levels.
+    # Beyond it, the mean in float32 is mostly rounding error, and at last gradients are NaN.
+    LOG_SCALES = -7.0, 7.0
 
     def __init__(self, components: int):
         super().__init__()
         self.outputs_per_channel = 3 * components
 
     def scale(self, images: Tensor) -> Tensor:
-        """Grey levels in [0, 1]; log_prob is the probability of each of the 256."""
+        """Grey levels in [0, 1]; log_prob is a probability of the 256 levels."""
         return unit_interval(images)
 
     def forward(self, outputs: Tensor) -> distributions.Distribution:
@@ -177,7 +182,7 @@ class DiscretizedLogisticLikelihood(nn.Module):
 
     def pixels(self, outputs: Tensor) -> distributions.MixtureSameFamily:
         logits, means, log_scales = rearrange(outputs, "b (p c k) h w -> p b c h w k", p=3, k=self.outputs_per_channel // 3)
-        logistics = Discretized((means + 1) / 2, log_scales.clamp(min=self.MINIMUM_LOG_SCALE).exp() / 2)
+        logistics = Discretized((means + 1) / 2, log_scales.clamp(*self.LOG_SCALES).exp() / 2)
         shares = distributions.Categorical(logits=logits, validate_args=False)
         return distributions.MixtureSameFamily(shares, logistics, validate_args=False)
 
@@ -196,15 +201,15 @@ class DiscretizedLogisticLikelihood(nn.Module):
 
 
 class Discretized(distributions.Distribution):
-    """A logistic rounded to the grey levels 0, 1/255, … 1; what lies beyond them counts to the outermost two."""
+    """A logistic rounded to the grey levels 0, 1/255, … 1. The tails beyond [0, 1] belong to the outermost two levels."""
 
     def __init__(self, loc: Tensor, scale: Tensor):
-        """In units of the pixel range [0, 1]."""
+        """loc and scale in units of the pixel range [0, 1]."""
         self.loc, self.spread = loc, scale
         super().__init__(loc.shape, validate_args=False)
 
     def log_prob(self, value: Tensor) -> Tensor:
-        """Exact: σ(b) - σ(a) = σ(b) σ(-a) (1 - e^(a-b)), so nothing cancels however narrow or far away the logistic is."""
+        """By σ(b) - σ(a) = σ(b) σ(-a) (1 - e^(a-b)), where no digits cancel, however narrow or distant the logistic is."""
         above = (value + HALF_GREY_LEVEL - self.loc) / self.spread
         below = (value - HALF_GREY_LEVEL - self.loc) / self.spread
         first, last = value < HALF_GREY_LEVEL, value > 1 - HALF_GREY_LEVEL
@@ -217,16 +222,16 @@ class Discretized(distributions.Distribution):
 
     @property
     def mean(self) -> Tensor:
-        """Of the logistic clipped to [0, 1], which is that of the grey levels to less than half a level."""
+        """The mean of the logistic clipped to [0, 1], which differs from that over grey levels by less than half a level."""
         return self.spread * (F.softplus(self.loc / self.spread) - F.softplus((self.loc - 1) / self.spread))
 
     def cdf(self, value: Tensor) -> Tensor:
-        """Of a grey level: the probability of it and of those below."""
+        """The probability of a grey level and all below it."""
         return torch.where(value > 1 - HALF_GREY_LEVEL, 1.0, torch.sigmoid((value + HALF_GREY_LEVEL - self.loc) / self.spread))
 
 
 def above(first: Tensor, second: Tensor) -> Tensor:
-    """1 where the first is above the second, else 0; both in [0, 1]. What is not a number stays so."""
+    """1 where the first is above the second, else 0; both in [0, 1]. NaN stays NaN."""
     return (first - second).ceil().clamp(min=0)
 
 

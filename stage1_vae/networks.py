@@ -2,9 +2,8 @@
 
 B batch, C colour channels, H×W pixels, F feature maps, h×w latent grid.
 
-A network config builds a pair: an encoder from C H W images to F h w features, and a decoder from the bottleneck's
-channels on h×w to feature maps on H×W. A flat latent is a grid of one row, of so many positions, reached by a linear layer; it
-has as many numbers as positions times the bottleneck's channels.
+A network config builds an encoder, from images C H W to features F h w, and a decoder, from the bottleneck's channels on the
+h×w grid to feature maps on H×W. A flat latent is a grid of one row, which a linear layer produces: positions × channels numbers.
 """
 
 import math
@@ -18,43 +17,48 @@ from torch import Tensor, nn
 
 
 class Network(Protocol):
-    def grid(self, image_shape: tuple[int, int, int]) -> tuple[int, int]: ...
+    """What every network config offers. image_shape: C H W."""
 
-    def encoder(self, image_shape: tuple[int, int, int]) -> tuple[nn.Module, int]: ...
+    def grid(self, image_shape: tuple[int, int, int]) -> tuple[int, int]:
+        """The latent grid, h w. Raises ValueError for images that the network cannot take."""
 
-    def decoder(self, latent_channels: int, image_shape: tuple[int, int, int], outputs: int) -> nn.Module: ...
+    def encoder(self, image_shape: tuple[int, int, int]) -> tuple[nn.Module, int]:
+        """A module from images B C H W to features B F h w, and F."""
+
+    def decoder(self, latent_channels: int, image_shape: tuple[int, int, int], outputs: int) -> nn.Module:
+        """A module from latents B latent_channels h w to B outputs H W."""
 
 
 @dataclass(frozen=True)
 class Convolutional:
     """Residual convolutional encoder and decoder, after VQ-VAE (van den Oord et al. 2017, section 4.1).
 
-    Where we deviate: a normalization in each residual block, SiLU in place of ReLU, and residual blocks on every grid, not on
-    the latent grid alone. The encoder normalizes every position by itself, so that it stays local. The decoder normalizes groups
-    of channels over the whole grid (Wu and He 2018), as the autoencoder of latent diffusion does (Rombach et al. 2022).
+    Where we deviate: a normalization in each residual block, SiLU instead of ReLU, and residual blocks on every grid, not only
+    on the latent grid. The encoder normalizes each position by itself, so that it stays local. The decoder normalizes groups of
+    channels over the whole grid (Wu and He 2018), like the autoencoder of latent diffusion (Rombach et al. 2022).
     """
 
     width: Annotated[int, Interval(ge=2, le=65_536)] = 64
-    """feature maps on the latent grid; half as many on every grid between it and the images"""
+    """feature maps on the latent grid; half as many on each finer grid"""
     blocks: Annotated[int, Interval(ge=0, le=1000)] = 2
     """residual blocks on the latent grid, in the encoder and in the decoder; 2 in the paper"""
     finer_blocks: Annotated[int, Interval(ge=0, le=1000)] = 1
-    """residual blocks on every grid between the latent grid and the images; 0 in the paper"""
+    """residual blocks on each grid between the latent grid and the images; 0 in the paper"""
     downsample: Annotated[int, Interval(ge=2, le=1024)] = 4
-    """image size over latent grid size, a power of two: 4 makes 28×28 images 7×7 latents"""
+    """image size over latent grid size, a power of two: with 4, 28×28 images have a 7×7 latent grid"""
     positions: Annotated[int, Interval(ge=1, le=65_536)] | None = None
-    """positions of a flat latent, a grid of one row; None keeps the grid of the convolutions"""
+    """positions of a flat latent, a grid of one row; None keeps the convolutions' grid"""
     features: Annotated[int, Interval(ge=1, le=65_536)] = 2
-    """features at a position of the flat latent, which the bottleneck makes its channels of: a Gaussian takes two for each, for
-    a mean and a standard deviation"""
+    """encoder features at each position of the flat latent; a Gaussian bottleneck needs two for each of its channels, for a mean
+    and a standard deviation"""
 
     def grid(self, image_shape: tuple[int, int, int]) -> tuple[int, int]:
-        """The latent grid of images C H W. Raises ValueError when the size cannot be divided."""
+        """The latent grid of images C H W. Raises ValueError where downsample does not divide the image size."""
         height, width = self.downsampled(image_shape)
         return (height, width) if self.positions is None else (1, self.positions)
 
     def downsampled(self, image_shape: tuple[int, int, int]) -> tuple[int, int]:
-        """The grid that the convolutions end on."""
+        """The last grid of the convolutions, h w. Raises ValueError for a size or a downsample that does not work."""
         if self.downsample < 2 or self.downsample & (self.downsample - 1):
             raise ValueError(f"downsample is a power of two from 2 up, not {self.downsample}")
         _, height, width = image_shape
@@ -66,7 +70,7 @@ class Convolutional:
         return height // self.downsample, width // self.downsample
 
     def widths(self) -> list[int]:
-        """Feature maps after each halving of the resolution, from the finest grid to the latent grid."""
+        """Feature maps after each halving of the resolution, the latent grid last."""
         halvings = int(math.log2(self.downsample))
         return [self.width // 2] * (halvings - 1) + [self.width]
 
@@ -104,10 +108,10 @@ class Convolutional:
 
 
 class ChannelNorm(nn.Module):
-    """Layer normalization of every position's channels by themselves (Ba et al. 2016).
+    """Layer normalization over the channels of each position by itself (Ba et al. 2016).
 
-    Unlike a group normalization, it leaves each latent what its own part of the image makes it: hidden pixels that are far away
-    change nothing, which completion rests on.
+    Unlike group normalization, it keeps a latent a function of its own part of the image. Completion relies on this: distant
+    hidden pixels must not change a latent.
     """
 
     def __init__(self, channels: int):
@@ -120,7 +124,7 @@ class ChannelNorm(nn.Module):
 
 
 def group_norm(channels: int) -> nn.GroupNorm:
-    """Of 8 groups, or of fewer where they do not divide the channels."""
+    """Group normalization with 8 groups, or fewer where 8 does not divide the channels."""
     return nn.GroupNorm(math.gcd(8, channels), channels)
 
 
@@ -159,7 +163,7 @@ class PlainResidualBlock(nn.Module):
 
 @dataclass(frozen=True)
 class FullyConnected:
-    """Fully connected encoder and decoder with a flat latent; two layers of 500 are the classic network for digits."""
+    """Fully connected encoder and decoder with a flat latent. Two layers of 500 units are the classic network for digits."""
 
     layers: Annotated[int, Interval(ge=0, le=1000)] = 2
     """hidden layers in the encoder and in the decoder"""
@@ -168,8 +172,8 @@ class FullyConnected:
     positions: Annotated[int, Interval(ge=1, le=65_536)] = 2
     """positions of the flat latent, a grid of one row"""
     features: Annotated[int, Interval(ge=1, le=65_536)] = 2
-    """features at a position of the flat latent, which the bottleneck makes its channels of: a Gaussian takes two for each, for
-    a mean and a standard deviation"""
+    """encoder features at each position of the flat latent; a Gaussian bottleneck needs two for each of its channels, for a mean
+    and a standard deviation"""
 
     def grid(self, image_shape: tuple[int, int, int]) -> tuple[int, int]:
         return 1, self.positions
@@ -192,23 +196,26 @@ class FullyConnected:
 
 @dataclass(frozen=True)
 class ConvolutionalFlat:
-    """Residual convolutions at two resolutions around a fully connected layer and a flat latent, with ELUs, after the network
-    for MNIST of Kingma et al. 2016 ("Improved Variational Inference with Inverse Autoregressive Flow", section C.1)."""
+    """Residual convolutions with ELUs at two resolutions, then a fully connected layer and a flat latent.
+
+    After the network for MNIST of Kingma et al. 2016 ("Improved Variational Inference with Inverse Autoregressive Flow", section
+    C.1).
+    """
 
     width: Annotated[int, Interval(ge=2, le=65_536)] = 32
-    """feature maps at a quarter of the images' resolution, half as many at half of it; 32 in the paper"""
+    """feature maps at a quarter of the image resolution, half as many at half of it; 32 in the paper"""
     blocks: Annotated[int, Interval(ge=0, le=1000)] = 2
     """residual blocks at each resolution, in the encoder and in the decoder"""
     hidden: Annotated[int, Interval(ge=1, le=65_536)] = 450
     """units of the fully connected layer; 450 in the paper"""
     positions: Annotated[int, Interval(ge=1, le=65_536)] = 8
-    """positions of the flat latent, a grid of one row; 8 of 4 latent channels each are the paper's 32 numbers"""
+    """positions of the flat latent, a grid of one row; 8 with 4 latent channels each are the paper's 32 numbers"""
     features: Annotated[int, Interval(ge=1, le=65_536)] = 8
-    """features at a position of the flat latent, which the bottleneck makes its channels of: a Gaussian takes two for each, for
-    a mean and a standard deviation"""
+    """encoder features at each position of the flat latent; a Gaussian bottleneck needs two for each of its channels, for a mean
+    and a standard deviation"""
 
     def grid(self, image_shape: tuple[int, int, int]) -> tuple[int, int]:
-        """Raises ValueError when the images' size cannot be divided by 4."""
+        """The latent grid. Raises ValueError where 4 does not divide the image size."""
         Convolutional(downsample=4).grid(image_shape)
         return 1, self.positions
 
@@ -244,7 +251,7 @@ class ConvolutionalFlat:
 
 
 def to_flat(units: int, positions: int, features: int) -> list[nn.Module]:
-    """So many units to the features of a flat latent."""
+    """A linear layer from hidden units, B units, to the features of a flat latent, B F 1 positions."""
     return [nn.Linear(units, features * positions), Rearrange("b (f p) -> b f 1 p", f=features)]
 
 

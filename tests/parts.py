@@ -66,7 +66,7 @@ LIKELIHOODS = {
 }
 NETWORKS = {
     "convolutional": Convolutional(width=8, blocks=1, downsample=4),
-    "convolutional-positions": Convolutional(width=8, blocks=1, downsample=4, positions=3),
+    "convolutional-positions": Convolutional(width=8, blocks=1, downsample=4, positions=3, features=6),
     "fully-connected": FullyConnected(layers=1, width=16, positions=3, features=6),
     "convolutional-flat": ConvolutionalFlat(width=8, blocks=1, hidden=16, positions=3, features=6),
 }

@@ -243,6 +243,19 @@ def test_a_narrow_discretized_logistic_is_certain_and_has_gradients():
     assert outputs.grad.isfinite().all() and outputs.grad[:, 1].abs().min() > 0
 
 
+@pytest.mark.parametrize("raw", [-100.0, 6.0, 14.0, 40.0, 87.0, 100.0])
+def test_a_discretized_logistic_has_gradients_and_a_mean_whatever_the_decoder_says(raw):
+    """A wide logistic clipped to [0, 1] is nearly always at one end, with a mean in the middle; a narrow one keeps its mean."""
+    likelihood = likelihoods.DiscretizedLogistic(components=2).build()
+    outputs = torch.zeros(1, 6, 1, 1)
+    outputs[:, 2:] = torch.tensor([0.3, -0.2, raw, raw - 1])[:, None, None]
+    outputs.requires_grad_()
+    distribution = likelihood(outputs)
+    distribution.log_prob(torch.full((1, 1, 1, 1), 0.6)).backward()
+    assert outputs.grad.isfinite().all()
+    assert distribution.mean.item() == pytest.approx(0.525 if raw < 0 else 0.5, abs=1e-3)
+
+
 @pytest.mark.parametrize("likelihood", LIKELIHOODS)
 def test_draws_are_the_inverse_of_the_cdf(likelihood):
     """At evenly spread uniform numbers: in order, with the mean and the standard deviation of p(x|z); in place, whatever the
@@ -300,7 +313,7 @@ class LinearGaussian(nn.Module):
         generator = torch.Generator().manual_seed(0)
         self.weight = torch.randn(pixels, dimensions, generator=generator, dtype=torch.float64) * 0.3
         self.likelihood = likelihoods.Gaussian(sigma).build().double()
-        self.bottleneck = bottlenecks.Gaussian(channels=1).build(1)
+        self.bottleneck = bottlenecks.Gaussian(channels=1).build(2)
         precision = torch.eye(dimensions, dtype=torch.float64) + self.weight.T @ self.weight / sigma**2
         self.gain = torch.linalg.solve(precision, self.weight.T) / sigma**2
         self.std = precision.diagonal().rsqrt() if optimal else torch.full((dimensions,), 0.5, dtype=torch.float64)
@@ -317,7 +330,7 @@ class LinearGaussian(nn.Module):
     def outputs(self, levels):
         return (levels[0].flatten(1) @ self.weight.T)[:, None, None]
 
-    decode, log_likelihood = Autoencoder.decode, Autoencoder.log_likelihood
+    decode = Autoencoder.decode
 
     def evidence(self, images):
         zero = torch.zeros(len(self.weight), dtype=torch.float64)
@@ -386,6 +399,15 @@ def test_the_naive_estimate_converges_to_a_known_evidence():
 def test_effective_samples_by_hand():
     weights = torch.tensor([[1.0, 3.0], [1.0, 1e-30], [1.0, 1e-30], [1.0, 1.0]]).log()
     assert torch.allclose(effective_samples(weights), torch.tensor([4.0, 16 / 10]))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("training", [True, False])
+def test_a_bound_leaves_the_model_as_it_is(training):
+    model = build(likelihood="gaussian-learned").train(training)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    draws(model, random_images(3), 2, {"prior": standard_normal})
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
 @torch.no_grad()
@@ -486,11 +508,30 @@ def test_feature_maps_are_halved_on_the_grids_between_images_and_latents():
     [
         (lambda: Convolutional(downsample=8).grid((1, 28, 28)), "divisible by 8"),
         (lambda: Convolutional(downsample=3).grid((1, 28, 28)), "power of two"),
+        *(
+            (lambda network=network, kind=kind: AutoencoderConfig(network, kind).build((1, 28, 28)), message)
+            for network in (Convolutional(8, positions=8), FullyConnected(width=8), Convolutional(width=2))
+            for kind, message in (
+                (bottlenecks.Gaussian(channels=4), "need 8 features .* has 2: set --autoencoder.network.features"),
+                (bottlenecks.Gaussian(channels=2), "need 4 features"),
+                (bottlenecks.Deterministic(channels=3), "need 3 features"),
+            )
+        ),
     ],
 )
 def test_refuses_what_cannot_work(config, message):
     with pytest.raises(ValueError, match=message):
         config()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("features", [2, 3, 8])
+def test_latents_of_a_built_bottleneck_have_full_rank(features):
+    """Mean and log standard deviation vary in all their dimensions, so none is a function of the others."""
+    for kind, each in ((bottlenecks.Gaussian, 2), (bottlenecks.Deterministic, 1)):
+        bottleneck = kind(channels=features // each).build(features)
+        numbers = bottleneck.project(torch.randn(100, features, 1, 1)).flatten(1)
+        assert torch.linalg.matrix_rank(numbers - numbers.mean(0)) == each * (features // each)
 
 
 @torch.no_grad()

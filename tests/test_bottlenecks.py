@@ -270,16 +270,17 @@ def test_finite_scalar_codes_that_are_too_many_are_refused():
 
 
 def test_a_spike_of_log_sigma_makes_no_loss_infinite_and_comes_back():
-    model = Gaussian(channels=1).build(1)
-    model.project.weight.data.copy_(torch.tensor([0.0, 1.0]).view(2, 1, 1, 1))
+    model = Gaussian(channels=1).build(2)
+    model.project.weight.data.copy_(torch.eye(2)[..., None, None])
     model.project.bias.data.zero_()
-    features = torch.tensor([-1000.0, -3.0, 2.0, 1000.0]).view(4, 1, 1, 1).requires_grad_()
+    log_sigma = torch.tensor([-1000.0, -3.0, 2.0, 1000.0]).view(4, 1, 1, 1).requires_grad_()
+    features = torch.cat([torch.zeros_like(log_sigma), log_sigma], 1)
     embedded, penalty, _ = model(features, 0.0)
     penalty.sum().backward()
     assert embedded.isfinite().all() and penalty.isfinite().all()
-    assert features.grad.isfinite().all() and features.grad[3] > 1 and features.grad[0] < -0.5
+    assert log_sigma.grad.isfinite().all() and log_sigma.grad[3] > 1 and log_sigma.grad[0] < -0.5
     (posterior,) = model.posterior(features)
-    assert torch.equal(posterior["std"][1:3], features[1:3].exp()) and posterior["std"].isfinite().all()
+    assert torch.equal(posterior["std"][1:3], log_sigma[1:3].exp()) and posterior["std"].isfinite().all()
 
 
 @torch.no_grad()

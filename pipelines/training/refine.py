@@ -9,7 +9,7 @@ together explain the images best (the ELBO with a learned prior: Chen et al. 201
 from torch import Tensor, nn
 
 from stage1_vae.autoencoder import Autoencoder
-from stage1_vae.bounds import draws
+from stage1_vae.bounds import log_posterior
 from stage2_prior.autoregressive import LearnedPrior
 
 
@@ -26,6 +26,13 @@ class BothStages(nn.Module):
 
     def forward(self, images: Tensor, progress: float = 0.0) -> dict[str, Tensor]:
         """images uint8 B C H W; returns loss, distortion and rate, mean nats an image, of one z ~ q(z|x) each."""
-        drawn = draws(self.autoencoder, images, 1, {"learned": self.prior.log_prob}, at_once=len(images))
-        distortion, rate = -drawn.log_likelihood.mean(), drawn.rate("learned").mean()
+        autoencoder, likelihood = self.autoencoder, self.autoencoder.likelihood
+        posteriors = autoencoder.encode(images)
+        levels = autoencoder.sample(posteriors)
+        log_q = log_posterior(levels, posteriors)
+        outputs, targets = autoencoder.outputs(levels), likelihood.scale(images)
+        distortion = -likelihood(outputs).log_prob(targets).mean()
+        if self.training:
+            likelihood.update(outputs, targets)
+        rate = (log_q - self.prior.log_prob(levels)).mean()
         return {"loss": distortion + rate, "distortion": distortion, "rate": rate}
