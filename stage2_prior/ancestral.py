@@ -1,4 +1,4 @@
-"""Ancestral sampling: the one cached loop that draws a grid, position by position, from any backbone and head.
+"""Ancestral sampling of a grid, position by position, with any backbone and head.
 
 B batch, P positions, U uniform numbers a position, C latent channels, D width, T prefix length, h×w latent grid.
 """
@@ -11,18 +11,18 @@ from torch import Tensor
 
 from stage2_prior.heads import Head
 from stage2_prior.layers import Backbone
-from stage2_prior.replay import MOST_POSITIONS, GraphedFunction, replayed
+from stage2_prior.replay import GraphedFunction, can_replay, replayed
 from stage2_prior.sampling import AS_FITTED, Sampling, uniforms
 
-NOISE_AT_ONCE = 2**22  # uniform numbers; making them takes some 30 bytes each
+NOISE_AT_ONCE = 2**22  # uniform numbers that are made together, at some 30 bytes each
 
 
 class Conditioned(NamedTuple):
-    """A backbone and its head, and what they are conditioned on."""
+    """A backbone with its head, and their conditions."""
 
     backbone: Backbone
     head: Head
-    map: Tensor | None  # B D h w or 1 D h w, of every position
+    map: Tensor | None  # B D h w or 1 D h w, added at every position
     prefix: Tensor | None  # B T D, tokens before the first position
 
 
@@ -36,10 +36,10 @@ def sample_grid(
     stream: int = 0,
     weaker: Conditioned | None = None,
 ) -> Tensor:
-    """Draw one level position by position, each from the cached step of the backbone; values B h w C, or codes B h w.
+    """Sample one level by cached steps of the backbone. Returns values B h w C, or codes B h w.
 
-    indices: B sample numbers. stream: of the noise, another one for each level.
-    weaker: what guidance leads away from: the same prior without its context, or a weaker one. None where `how` has no guidance.
+    indices: B sample numbers. stream: of the noise, a different one for each level.
+    weaker: the prior that guidance leads away from: the same one without its context, or a weaker copy. None without guidance.
     """
 
     def noise(positions: slice) -> Tensor:
@@ -48,7 +48,7 @@ def sample_grid(
 
     positions = grid[0] * grid[1]
     priors = [prior] if weaker is None else [prior, weaker]
-    if indices.device.type != "cuda" or positions > MOST_POSITIONS:
+    if not can_replay(indices.device, positions):
         return draw_grid(priors, grid, how, len(indices), noise)
 
     def draw(uniform: Tensor, *conditions: Tensor | None) -> Tensor:
@@ -57,23 +57,40 @@ def sample_grid(
         return draw_grid(conditioned, grid, how, len(uniform), lambda positions: uniform[:, positions])
 
     modules = [module for one in priors for module in (one.backbone, one.head)]
-    inputs = [noise(slice(0, positions)), *(tensor for one in priors for tensor in (one.map, one.prefix))]
+    numbers = noise_of_grid(noise, positions, positions_at_once(prior.head, how, len(indices)))
+    inputs = [numbers, *(tensor for one in priors for tensor in (one.map, one.prefix))]
     return replayed.setdefault(prior.backbone, GraphedFunction())((grid, how), modules, draw, inputs)
+
+
+def positions_at_once(head: Head, how: Sampling, batch: int) -> int:
+    """The number of positions whose noise is made together."""
+    return max(1, NOISE_AT_ONCE // max(1, batch * head.uniforms_per_position(how)))
+
+
+def noise_of_grid(noise: Callable[[slice], Tensor], positions: int, at_once: int) -> Tensor:
+    """The uniform numbers of all positions, B P U, made `at_once` positions at a time."""
+    first = noise(slice(0, min(at_once, positions)))
+    whole = first.new_empty(len(first), positions, first.shape[2])
+    whole[:, :at_once] = first
+    for start in range(at_once, positions, at_once):
+        part = slice(start, min(start + at_once, positions))
+        whole[:, part] = noise(part)
+    return whole
 
 
 @torch.no_grad()
 def draw_grid(
     priors: list[Conditioned], grid: tuple[int, int], how: Sampling, batch: int, noise: Callable[[slice], Tensor]
 ) -> Tensor:
-    """The loop of `sample_grid`. Nothing in it waits for a value, so that a GPU can replay it.
+    """The loop of `sample_grid`. It never waits for a value on the GPU, so that a CUDA graph can capture it.
 
-    priors: the one that is drawn from, and under guidance the one that it leads away from.
-    noise: the uniform numbers of some positions, B P U, of which few are asked for at once.
+    priors: the prior to sample from and, under guidance, the one that guidance leads away from.
+    noise: from a slice of positions to their uniform numbers, B P U. It is called for at most `positions_at_once` of them.
     """
     head, positions = priors[0].head, grid[0] * grid[1]
     states = [prior.backbone.begin(batch, grid, prior.map, prior.prefix) for prior in priors]
-    dtype = next(head.parameters()).dtype  # the backbone may be rounder; a density never is
-    at_once = max(1, NOISE_AT_ONCE // max(1, batch * head.uniforms_per_position(how)))
+    dtype = next(head.parameters()).dtype  # mixed precision may round the backbone, but never a density
+    at_once = positions_at_once(head, how, batch)
     previous: list[Tensor] | list[None] = [None] * len(priors)
     drawn: list[Tensor] = []
     for position in range(positions):

@@ -1,10 +1,12 @@
-"""The learned prior: for each level, embed → causal backbone → head.
+"""The autoregressive prior: for each level, embedding → causal backbone → head.
 
 B batch, C latent channels, D width, h×w latent grid.
 
-    log p(z) = Σ_i log p(z_i | z_<i), positions i in raster order, each factor a head's density at the backbone's features.
+    log p(z) = Σ_i log p(z_i | z_<i), positions i in raster order
 
-With several levels, coarse to fine, each has such a prior, conditioned on the coarser ones (VQ-VAE-2, Razavi et al. 2019):
+The head gives each factor, a density that depends on the backbone's features at position i.
+
+Several levels, coarse to fine, have such a prior each, conditioned on the coarser levels (VQ-VAE-2, Razavi et al. 2019):
 
     log p(z_1, …, z_n) = Σ_l log p(z_l | z_1, …, z_(l-1))
 """
@@ -45,27 +47,27 @@ class AutoregressiveConfig:
     head: HeadConfig = field(default_factory=GaussianMixture)
     condition: ConditionConfig = field(default_factory=Unconditional)
     input_noise: Annotated[float, Interval(ge=0, le=100)] = 0.0
-    """largest noise on what the backbone is fed in training, never on what it predicts, so that it learns to go on after its own
-    errors: in standard deviations of a latent channel, or the share of codes that are replaced. Each image has its own, from 0 to
-    this; it is gone after three quarters of the training"""
+    """largest noise on the backbone's inputs in training, in standard deviations of a latent channel, or as a share of codes that
+    are replaced at random. The targets have none, so the prior learns to continue after its own errors. Each image has its own
+    strength, uniform from 0 to the largest, which falls linearly to 0 over three quarters of the training"""
 
     @property
     def top(self) -> "AutoregressiveConfig":
-        """The prior of the coarsest level, as a CascadeConfig has it."""
+        """The config of the coarsest level: this one. A CascadeConfig has the same attribute."""
         return self
 
     def build(self, specs: list[LatentSpec], classes: int = 0) -> "AutoregressivePrior":
-        """classes: number of labels of the data set, 0 for none. Raises ValueError where the parts do not fit."""
+        """classes: number of labels, 0 for none. Raises ValueError for several levels, and for parts that do not fit."""
         if len(specs) > 1:
             raise ValueError(f"{len(specs)} levels of latents need a prior for each: a CascadeConfig")
         return AutoregressivePrior(specs, self, classes)
 
 
-NOISE_ENDS = 0.75  # share of the training
+NOISE_ENDS = 0.75  # share of the training after which inputs have no noise
 
 
 class AutoregressivePrior(Prior):
-    """Models the last of `specs`; the coarser ones before it are conditions."""
+    """The prior of one level, the last of `specs`, conditioned on the coarser levels before it."""
 
     def __init__(self, specs: list[LatentSpec], config: AutoregressiveConfig, classes: int = 0):
         super().__init__()
@@ -76,19 +78,19 @@ class AutoregressivePrior(Prior):
         self.input_noise = config.input_noise
         self._weaker: list[AutoregressivePrior] = []
         self.condition = config.condition.build(self.backbone.width, specs, classes)
-        self.bounded = isinstance(self.condition, ClusterCondition)  # of a mixture, log_prob has the latent's own part
+        self.bounded = isinstance(self.condition, ClusterCondition)  # p(z) is a mixture; log_prob keeps one component
         self.coarser = nn.ModuleList(CoarserLevel(spec, self.spec.grid, self.backbone.width) for spec in coarser)
-        # Latents of pictures are not stationary; a learned map tells the backbone where on the grid it is.
+        # The distribution of a latent depends on its place in the image; this learned map tells the backbone the position.
         self.position = nn.Parameter(0.02 * torch.randn(1, self.backbone.width, *self.spec.grid))
         if isinstance(config.backbone, TransformerConfig):
             self.show_positions()
 
     @torch.no_grad()
     def show_positions(self) -> None:
-        """Initialize positions as large as embeddings, or larger: a transformer knows of the grid by them alone.
+        """Initialize positions at least as large as embeddings: they are a transformer's only information about the grid.
 
-        Embeddings of codes get the standard deviation of GPT (Radford et al. 2018, section 4.1), which positions have already.
-        Embeddings of continuous latents are of a size of about 1; there the positions grow.
+        Embeddings of codes get the standard deviation of GPT (Radford et al. 2018, section 4.1), which the positions have
+        already. Embeddings of continuous latents have a standard deviation near 1, so there the positions are scaled up.
         """
         if isinstance(self.head, CategoricalHead):
             nn.init.normal_(self.head.embedding.weight, std=0.02)
@@ -97,28 +99,29 @@ class AutoregressivePrior(Prior):
 
     @property
     def levels(self) -> "list[AutoregressivePrior]":
-        """The priors of all levels, as a Cascade has them."""
+        """The priors of all levels: this one. A Cascade has the same attribute."""
         return [self]
 
     @property
     def given_condition(self) -> LabelCondition | CaptionCondition | None:
-        """The condition whose contexts are given, labels or captions; clusters the prior finds by itself."""
+        """The condition on labels or captions, which callers give. None for clusters, which are a function of the latent."""
         return None if isinstance(self.condition, ClusterCondition) else self.condition
 
     def null_contexts(self, batch: int) -> Tensor | None:
-        """Contexts that say nothing, B …, under which the prior is unconditional; None where it takes none."""
+        """Null contexts, B …, with which the prior is unconditional; None where it takes no contexts."""
         return None if self.given_condition is None else self.given_condition.null(batch)
 
     @property
     def weaker(self) -> "AutoregressivePrior | None":
-        """What autoguidance leads away from."""
+        """The weaker copy for autoguidance, or None."""
         return self._weaker[0] if self._weaker else None
 
     def guide_by(self, weaker: "AutoregressivePrior") -> None:
-        """Keep a weaker copy of this prior for autoguidance. It is no part of the weights, and is never trained."""
+        """Keep a weaker copy of this prior for autoguidance. It is not saved with the weights, and not trained."""
         self._weaker = [weaker]  # in a list, a module is no submodule
 
     def estimate(self, dataset: LatentDataset) -> None:
+        """Fit the head's scales, and frequencies of labels or clusters. Raises ValueError for missing contexts."""
         self.head.estimate(dataset.sample()[self.level])
         if isinstance(self.condition, ClusterCondition):
             self.condition.fit(dataset)
@@ -128,7 +131,10 @@ class AutoregressivePrior(Prior):
             self.condition.estimate(dataset.contexts)
 
     def conditioned(self, coarser: list[Tensor], contexts: Tensor | None) -> Conditioned:
-        """Backbone and head with all that they are conditioned on: the place on the grid, the coarser levels, the context."""
+        """Backbone and head with their conditions: the position on the grid, the coarser levels, and the context.
+
+        Raises CannotSample for a conditional prior without contexts.
+        """
         map, prefix = self.position, None
         for embed, codes in zip(self.coarser, coarser, strict=True):
             map = map + embed(codes)
@@ -140,15 +146,19 @@ class AutoregressivePrior(Prior):
         return Conditioned(self.backbone, self.head, map, prefix)
 
     def forward(self, levels: list[Tensor], contexts: Tensor | None = None, progress: float = 0.0) -> dict[str, Tensor]:
+        """The loss, with what training adds: contexts are dropped (see conditions.py) and inputs get noise."""
         noise = self.input_noise * max(0.0, 1 - progress / NOISE_ENDS) if self.training else 0.0
+        if self.training and self.given_condition is not None and contexts is not None:
+            contexts = self.given_condition.with_dropout(contexts)
         return {"loss": -self.log_prob_by_position(levels, contexts, noise).flatten(1).sum(1).mean()}
 
     def log_prob_by_position(self, levels: list[Tensor], contexts: Tensor | None = None, noise: float = 0.0) -> Tensor:
         """log p(z_i | z_<i, coarser levels, context) in nats of raw latents, B h w.
 
-        noise: the largest of the noise on the inputs, which stand for z_<i.
-        contexts: a prior with clusters takes those that the latents lie in when None, and adds log p(cluster) to the coarsest
-        level, in equal parts at each position.
+        contexts: None for an unconditional prior. For a prior with clusters, None takes the cluster of each latent; then the
+        coarsest level also has log p(cluster), divided equally among its positions.
+        noise: largest strength of noise on the inputs, in place of z_<i: see AutoregressiveConfig.input_noise.
+        Raises CannotSample for a conditional prior without contexts.
         """
         *coarser, latent = levels
         log_cluster: Tensor | float = 0.0
@@ -157,23 +167,21 @@ class AutoregressivePrior(Prior):
             if not coarser:
                 log_cluster = self.condition.log_prob(contexts)[:, None, None] / math.prod(self.spec.grid)
         values = self.head.values(latent)
-        if self.training and self.given_condition is not None and contexts is not None:
-            contexts = self.given_condition.with_dropout(contexts)
         condition = self.conditioned(coarser, contexts)
         fed = values if noise == 0 else self.head.perturbed(values, noise * torch.rand(len(values), 1, 1, device=values.device))
         features = self.backbone(self.head.embed(fed).movedim(-1, 1), condition.map, condition.prefix)
-        # Under mixed precision the backbone may round. A density never does, but for the logits of codes in training, which cost
-        # a third of a step otherwise; their softmax is in full precision all the same.
+        # Mixed precision may round the backbone, but not a density. The exception is the logits of codes in training: in full
+        # precision they would take a third of a step. Their softmax is in full precision all the same.
         rounded = self.training and self.spec.vocabulary is not None and torch.is_autocast_enabled(features.device.type)
         with torch.autocast(features.device.type, enabled=rounded):
             return self.head(features.movedim(1, -1).to(self.position.dtype), values) + log_cluster
 
     def log_prob(self, levels: list[Tensor], contexts: Tensor | None = None) -> Tensor:
-        """Nats per image in raw latents, B."""
+        """Nats per image in raw latents, B. Raises CannotSample for a conditional prior without contexts."""
         return self.log_prob_by_position(levels, contexts).flatten(1).sum(1)
 
     def draw_contexts(self, indices: Tensor, seed: int) -> Tensor | None:
-        """Contexts as frequent as in the training set, one for each sample number."""
+        """A context for each sample number, with the frequencies of the training set; None for an unconditional prior."""
         return None if self.condition is None else self.condition.draw(indices.to(self.position.device), seed)
 
     def sample(
@@ -186,9 +194,9 @@ class AutoregressivePrior(Prior):
     ) -> list[Tensor]:
         """Latents for these sample numbers, [B C h w] or [B h w] codes.
 
-        contexts: one for each sample; drawn as frequent as in the training set when None.
+        contexts: one for each sample. None draws them with the frequencies of the training set.
         coarser: the coarser levels of each sample, for a prior that is conditioned on them.
-        Raises CannotSample where they do not fit, or `how` asks for what these latents do not have.
+        Raises CannotSample for contexts that do not fit, and for settings in `how` that this prior does not have.
         """
         batch = len(indices)
         how.check(
@@ -196,7 +204,7 @@ class AutoregressivePrior(Prior):
         )
         if self.condition is None and contexts is not None:
             raise CannotSample("this prior takes no context")
-        if not batch:  # the compiled steps divide the rows of a batch among threads
+        if not batch:  # the compiled steps need a row
             dtype = self.position.dtype if self.spec.vocabulary is None else torch.int64
             return [self.position.new_empty(0, *self.spec.shape, dtype=dtype)]
         coarser = [] if coarser is None else coarser
@@ -217,18 +225,18 @@ class AutoregressivePrior(Prior):
 
 @dataclass(frozen=True)
 class CascadeConfig:
-    """One learned prior for each level, coarse to fine."""
+    """One autoregressive prior for each level, coarse to fine."""
 
     top: AutoregressiveConfig = field(default_factory=AutoregressiveConfig)
     bottom: AutoregressiveConfig = field(default_factory=AutoregressiveConfig)
-    """every level below the top"""
+    """the prior of each finer level"""
 
     @property
     def condition(self) -> ConditionConfig:
         return self.top.condition
 
     def build(self, specs: list[LatentSpec], classes: int = 0) -> "Cascade":
-        """Raises ValueError where the parts do not fit."""
+        """classes: number of labels, 0 for none. Raises ValueError where the parts do not fit."""
         if len(specs) > 1 and self.top.condition != self.bottom.condition:
             raise ValueError(
                 f"all levels need the same condition, not {self.top.condition} on top and {self.bottom.condition} below: choose"
@@ -238,6 +246,8 @@ class CascadeConfig:
 
 
 class Cascade(Prior):
+    """Priors of several levels, coarse to fine, each conditioned on the coarser levels. All have the same contexts."""
+
     def __init__(self, configs: list[AutoregressiveConfig], specs: list[LatentSpec], classes: int):
         super().__init__()
         priors = [AutoregressivePrior(specs[: level + 1], config, classes) for level, config in enumerate(configs)]
@@ -259,7 +269,7 @@ class Cascade(Prior):
         return self.levels[0].draw_contexts(indices, seed)
 
     def sample(self, indices: Tensor, seed: int, how: Sampling = AS_FITTED, contexts: Tensor | None = None) -> list[Tensor]:
-        """Coarse to fine; arguments as in AutoregressivePrior.sample."""
+        """Sample coarse to fine. Arguments as in AutoregressivePrior.sample."""
         contexts = self.draw_contexts(indices, seed) if contexts is None else contexts
         drawn: list[Tensor] = []
         for prior in self.levels:

@@ -1,8 +1,8 @@
-"""The priors that need no training, by name."""
+"""The baseline priors, which need no gradient training, by name."""
 
 from collections.abc import Callable
 
-from stage2_prior.context_models import IndependentCodes, Order2Codes
+from stage2_prior.context_models import MOST_COUNTED, IndependentCodes, Order2Codes
 from stage2_prior.gaussians import GaussianMixturePrior, StandardNormal
 from stage2_prior.latents import LatentSpec
 from stage2_prior.prior import Prior
@@ -22,5 +22,11 @@ CODE_BASELINES: dict[str, Callable[[list[LatentSpec]], Prior]] = {
 
 
 def baselines(specs: list[LatentSpec]) -> dict[str, Callable[[list[LatentSpec]], Prior]]:
-    """By name, for latents of this kind. `standard` is what is sampled from without a second stage."""
-    return CONTINUOUS_BASELINES if specs[0].vocabulary is None else CODE_BASELINES
+    """The baselines for these latents, by name. `standard` is the prior of a VAE without a second stage.
+
+    `order2` is left out for levels of more than MOST_COUNTED codes.
+    """
+    if specs[0].vocabulary is None:
+        return CONTINUOUS_BASELINES
+    counted = all((spec.vocabulary or 0) <= MOST_COUNTED for spec in specs)
+    return {name: make for name, make in CODE_BASELINES.items() if counted or name != "order2"}

@@ -1,4 +1,4 @@
-"""The small operations of a position in C, steps.c, where the installation found a compiler; None everywhere else.
+"""The cached steps of sampling in C, steps.c, where the installation found a compiler. Elsewhere `library` returns None.
 
 B batch, D width, L layers, K codes or mixture components, C latent channels.
 """
@@ -15,16 +15,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 VERSION = 3  # of steps.c
-# Of pyproject.toml, the fastest first.
+# The extension modules of pyproject.toml, the fastest first.
 ONE_THREAD = "compiled_steps_one_thread"  # without OpenMP
 BUILDS = "compiled_steps_avx512", "compiled_steps_avx2", "compiled_steps", ONE_THREAD
-ROWS_A_THREAD = 16  # of a batch; for fewer, another thread costs more than it saves
-BLOCK_ROWS_A_THREAD = 8  # of blocks of attention, which do more for a row
+ROWS_A_THREAD = 16  # rows of a batch for each thread; with fewer, another thread costs more than it saves
+BLOCK_ROWS_A_THREAD = 8  # the same for blocks of attention, which compute more for each row
 
 
 @cache
 def library() -> ctypes.CDLL | None:
-    """steps.c as it was compiled at installation for this processor; None where it was not."""
+    """The fastest build of steps.c that runs on this processor; None where there is none."""
     found = {build: find_spec(f"stage2_prior.{build}") for build in BUILDS}
     installed = {build: ctypes.CDLL(spec.origin) for build, spec in found.items() if spec is not None and spec.origin is not None}
     current = {build: compiled for build, compiled in installed.items() if version_of(compiled) == VERSION}
@@ -45,7 +45,7 @@ def advise(what: str) -> None:
 
 
 def declared(compiled: ctypes.CDLL) -> ctypes.CDLL:
-    """With the types of its functions' arguments."""
+    """Declare the argument types of the library's functions, and return it."""
     number: Any = ctypes.c_ssize_t
     address: Any = ctypes.c_void_p
     compiled.gated_row.argtypes = [number] * 7 + [address] * 9 + [number]
@@ -65,7 +65,7 @@ def version_of(compiled: ctypes.CDLL) -> int:
 
 
 def library_for(tensor: Tensor, width: int) -> ctypes.CDLL | None:
-    """None where torch's operations have to do it: there is no library, or it is not made for this device, dtype or width."""
+    """The library, or None where it is missing or does not support this device, dtype or width. Then torch computes the steps."""
     compiled = library()
     if compiled is None or tensor.device.type != "cpu" or tensor.dtype != torch.float32 or width % lanes(compiled):
         return None
@@ -81,7 +81,7 @@ def threads_for(batch: int, rows: int = ROWS_A_THREAD) -> int:
 
 
 class CompiledSteps:
-    """`step_row` and `step` of Stacks in steps.py, on the same tensors. weights: StepWeights."""
+    """`step_row` and `step` of Stacks in steps.py, in C, on the same tensors. weights: StepWeights."""
 
     def __init__(
         self,
@@ -120,7 +120,7 @@ class CompiledSteps:
 
 
 class CompiledBlocks:
-    """`step` of Blocks in steps.py, on the same tensors; the keys of a head lie in them in an order of its own.
+    """`step` of Blocks in steps.py, in C, on the same tensors, but with another order of a head's keys in memory.
 
     weights: BlockWeights, of which the last is `contract`.
     """
@@ -142,18 +142,18 @@ class CompiledBlocks:
 
 
 def compiled_draw(hidden: nn.Linear, output: nn.Linear, count: int, batch: int) -> "CompiledDraw | None":
-    """For a head of two linear layers with a SiLU between, the first `count` of whose outputs are logits."""
+    """`draw` in C for a head of two linear layers with a SiLU between them, whose first `count` outputs are logits; or None."""
     compiled = library_for(hidden.weight, hidden.out_features)
     return None if compiled is None else CompiledDraw(compiled, hidden, output, count, batch)
 
 
 class CompiledDraw:
-    """Draws a code, or from a mixture of diagonal Gaussians, with a head's weights as they are now."""
+    """Samples codes, or a mixture of diagonal Gaussians, with the weights that the head has when this is made."""
 
     def __init__(self, compiled: ctypes.CDLL, hidden: nn.Linear, output: nn.Linear, count: int, batch: int):
         padding = -output.out_features % lanes(compiled)
         inner, columns = hidden.out_features, output.out_features + padding
-        # Rows are a layer's inputs; the outputs are padded to whole tiles.
+        # Weights are transposed: rows are inputs. The outputs are padded to whole tiles.
         first = hidden.weight.T.contiguous(), hidden.bias.detach()
         second = F.pad(output.weight, (0, 0, 0, padding)).T.contiguous(), F.pad(output.bias, (0, padding))
         self.weights = *first, *second
@@ -168,9 +168,9 @@ class CompiledDraw:
         return codes
 
     def of_mixture(self, features: Tensor, uniform: Tensor, normals: Tensor, least_std: float) -> Tensor:
-        """features B D, uniform B 1, normals B 1 C; returns B C. After K logits come the mean and log std of each component.
+        """features B D, uniform B 1, normals B 1 C; returns B C. Outputs: K logits, then mean and log std of each component.
 
-        least_std: what is added to every standard deviation.
+        least_std: added to every standard deviation.
         """
         values = normals.new_empty(len(normals), normals.shape[-1])
         self.call(features, uniform, normals=normals, least_std=least_std, values=values)
@@ -186,7 +186,7 @@ class CompiledDraw:
         values: Tensor | None = None,
         codes: Tensor | None = None,
     ) -> None:
-        """steps.c writes what it draws to `values`, B C, or `codes`, B."""
+        """Call steps.c, which writes samples to `values`, B C, or `codes`, B."""
         channels = 0 if values is None else values.shape[1]
         if features.stride(1) != 1:
             features = features.contiguous()

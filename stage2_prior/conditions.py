@@ -1,11 +1,13 @@
-"""Conditions of a prior: none, a class label, the cluster of the latent, a caption, the coarser levels of the same latent.
+"""Conditions of a prior: none, a class label, the latent's cluster, a caption, and the coarser levels of the same latent.
 
 B batch, D width, K codes, T prefix length, h×w latent grid.
 
-A condition embeds its context once, into a `map` (B D h w, added at every position) and a `prefix` (B T D, tokens
-before the first position); backbones know nothing else. In training some contexts are replaced by the null context, so that
-the same network also learns the unconditional density, which guidance needs (Ho and Salimans 2022, "Classifier-free diffusion
-guidance").
+A condition embeds its context into a `map` (B D h w, added at every position) and a `prefix` (B T D, tokens before the first
+position). Backbones know no other conditions. In training a share of the contexts is replaced by the null context. The network
+then also learns the unconditional density, which guidance needs (Ho and Salimans 2022, "Classifier-free diffusion guidance").
+
+Every `build` takes the backbone's width D, the specs of the levels down to the one that is modelled, coarse to fine, and the
+number of classes of the data set, 0 for none.
 """
 
 import warnings
@@ -22,7 +24,7 @@ from stage2_prior.sampling import CONTEXT_STREAM, CannotSample, choose, first_un
 
 
 class Embedded(NamedTuple):
-    """Contexts as a backbone takes them."""
+    """Embedded contexts, the inputs of a backbone."""
 
     map: Tensor | None  # B D h w, or 1 D h w for all
     prefix: Tensor | None  # B T D
@@ -44,20 +46,20 @@ class ClassLabel:
     """share of labels dropped in training; 0.1 to 0.2 in the paper"""
 
     def build(self, width: int, specs: list[LatentSpec], classes: int) -> "LabelCondition":
-        """specs: of the levels down to the one that is modelled. Raises ValueError when the data set has no labels."""
+        """Raises ValueError where the data set has no labels."""
         if classes < 1:
             raise ValueError("a prior conditioned on class labels needs images with labels")
         return LabelCondition(width, specs[-1].grid, classes, self.dropout)
 
 
-FEW = 64  # labels that each have a map of their own
+FEW = 64  # maps at most; more labels share them
 
 
 class LabelCondition(nn.Module):
-    """A map for each label, rather than one vector for the whole grid, and a last one for the null label.
+    """A map D h w for each label, not only one vector for the whole grid. The null label has a map too, the last one.
 
-    With many labels that would be most of a model: 1,000 on a 32×32 grid of width 64 have 66 million numbers. So more than FEW
-    labels share FEW maps: the map of a label is a weighted sum of them.
+    Maps of many labels would be most of a model: 1,000 labels on a 32×32 grid of width 64 need 66 million numbers. So more than
+    FEW labels share FEW maps: the map of each label is a weighted sum of these.
     """
 
     frequencies: Tensor
@@ -66,8 +68,8 @@ class LabelCondition(nn.Module):
         super().__init__()
         self.classes, self.dropout = classes, dropout
         self.maps = nn.Parameter(0.1 * torch.randn(min(classes + 1, FEW), width, *grid))
-        shared = classes + 1 > FEW
-        self.weights = nn.Parameter(torch.randn(classes + 1, FEW) / FEW**0.5) if shared else None  # maps as large as without
+        shared = classes + 1 > FEW  # weighted sums start as large as single maps
+        self.weights = nn.Parameter(torch.randn(classes + 1, FEW) / FEW**0.5) if shared else None
         self.register_buffer("frequencies", torch.full((classes,), 1 / classes))
 
     def estimate(self, contexts: Tensor) -> None:
@@ -76,7 +78,7 @@ class LabelCondition(nn.Module):
         self.frequencies.copy_(counts / counts.sum())
 
     def draw(self, indices: Tensor, seed: int) -> Tensor:
-        """A label for each sample number, as often as in the training set; B."""
+        """A label for each sample number, with the frequencies of the training set; B."""
         return choose(self.frequencies.log().expand(len(indices), -1), first_uniforms(seed, indices, CONTEXT_STREAM))
 
     def null(self, batch: int) -> Tensor:
@@ -84,12 +86,12 @@ class LabelCondition(nn.Module):
         return torch.full((batch,), self.classes, device=self.frequencies.device)
 
     def with_dropout(self, contexts: Tensor) -> Tensor:
-        """For training: each label is replaced by the null label with the probability `dropout`; B."""
+        """In training: replace each label by the null label with probability `dropout`; B."""
         dropped = torch.rand(len(contexts), device=contexts.device) < self.dropout
         return torch.where(dropped, self.classes, contexts)
 
     def forward(self, contexts: Tensor) -> Embedded:
-        """contexts: labels 0 … classes, B, the last of which is the null label. Raises CannotSample for another."""
+        """contexts: labels 0 … classes, B; `classes` is the null label. Outside training, raises CannotSample for others."""
         if not self.training and not ((contexts >= 0) & (contexts <= self.classes)).all():
             raise CannotSample(f"labels are numbers from 0 to {self.classes - 1}")
         if self.weights is None:
@@ -99,33 +101,33 @@ class LabelCondition(nn.Module):
 
 @dataclass(frozen=True)
 class Cluster:
-    """The cluster that the latent lies in, for images without labels.
+    """The cluster of the latent, for images without labels.
 
-    Without a condition, a prior decides position by position what it draws, and where it is undecided it draws what is neither
-    one thing nor another. A cluster decides it from the start, as a label does (Liu et al. 2020, "Diverse image generation via
-    self-conditioned GANs"; Bao et al. 2022, "Why are conditional generative models better than unconditional ones?").
+    An unconditional prior decides position by position what to draw. While it is undecided, it can draw a mixture of two things.
+    A cluster, like a label, decides at the start (Liu et al. 2020, "Diverse image generation via self-conditioned GANs"; Bao et
+    al. 2022, "Why are conditional generative models better than unconditional ones?").
     """
 
     clusters: Annotated[int, Interval(ge=1, le=10_000)] = 30
-    """the most clusters; fewer where there are not 20 images for each"""
+    """largest number of clusters; small data sets have one for every 20 images at most"""
 
     def build(self, width: int, specs: list[LatentSpec], classes: int) -> "ClusterCondition":
         return ClusterCondition(width, specs, self.clusters)
 
 
-FEWEST_MEMBERS = 20  # images for each cluster
-CLUSTERED_POINTS, CLUSTERED_BYTES = 20_000, 2**28  # latents that clusters are found in, at most
-VECTOR = 16  # numbers that stand for a code: principal components of its vector
+FEWEST_MEMBERS = 20  # images for each cluster, on average
+CLUSTERED_POINTS, CLUSTERED_BYTES = 20_000, 2**28  # at most, of the latents that k-means is fitted to
+VECTOR = 16  # principal components that represent a code's vector
 
 
 class ClusterCondition(nn.Module):
-    """Clusters of the coarsest level, which k-means finds in the posteriors' means, or in the vectors that codes stand for.
+    """K-means clusters of the coarsest level: of posterior means, or of the vectors of codes.
 
-    No contexts are given. The cluster k(z) is a function of the latent, and samples draw one with the probability p(k):
+    Callers give no contexts. The cluster k(z) is a function of the latent, and sampling draws a cluster from p(k):
 
         p(z) = Σ_k p(k) p(z|k) ≥ p(k(z)) p(z|k(z))
 
-    The right side is what training maximizes and what the prior's `log_prob` returns: a bound, in one pass of the network.
+    Training maximizes the right side, and the prior's `log_prob` returns it. It is a bound that takes one pass of the network.
     """
 
     centres: Tensor
@@ -136,7 +138,7 @@ class ClusterCondition(nn.Module):
         self.labels = LabelCondition(width, specs[-1].grid, clusters, dropout=0.0)
         codes = specs[0].vocabulary or 0
         self.register_buffer("centres", torch.zeros(clusters, specs[0].dimensions * (VECTOR if codes else 1)))
-        self.register_buffer("vectors", torch.zeros(codes, VECTOR))  # of each code; none for continuous latents
+        self.register_buffer("vectors", torch.zeros(codes, VECTOR))  # of the codes, after PCA; empty for continuous latents
 
     @property
     def frequencies(self) -> Tensor:
@@ -144,11 +146,11 @@ class ClusterCondition(nn.Module):
         return self.labels.frequencies
 
     def embed_latents(self, latents: Tensor) -> Tensor:
-        """Latents of the coarsest level, B C h w or B h w codes, as what distances are taken between: B D."""
+        """Latents of the coarsest level, B C h w or codes B h w, to the points that k-means clusters, one vector each."""
         return (self.vectors[latents] if len(self.vectors) else latents.to(self.centres)).flatten(1)
 
     def fit(self, dataset: LatentDataset) -> None:
-        """The clusters of a data set, and how often each occurs. Raises ValueError for codes without their vectors."""
+        """Fit the clusters and their frequencies to a data set. Raises ValueError for codes without their vectors."""
         from sklearn.cluster import KMeans
         from sklearn.exceptions import ConvergenceWarning
         from threadpoolctl import threadpool_limits
@@ -164,8 +166,8 @@ class ClusterCondition(nn.Module):
         some = torch.randperm(len(latents), generator=torch.Generator().manual_seed(0))[:most]
         points = self.embed_latents(latents[some].to(self.centres.device)).float().cpu()
         clusters = max(1, min(len(self.centres), len(points) // FEWEST_MEMBERS))
-        # One thread, since the order in which several add up differs from run to run; fewer distinct points than clusters are no
-        # fault, the others stay empty.
+        # One thread, because with several the order of additions differs from run to run. Fewer distinct points than clusters
+        # make a warning; the remaining clusters stay empty, which does no harm.
         with threadpool_limits(1), warnings.catch_warnings():
             warnings.simplefilter("ignore", ConvergenceWarning)
             fitted = KMeans(clusters, random_state=0).fit(points.numpy())
@@ -183,7 +185,7 @@ class ClusterCondition(nn.Module):
         return self.frequencies[clusters].log()
 
     def draw(self, indices: Tensor, seed: int) -> Tensor:
-        """A cluster for each sample number, as often as in the training set; B."""
+        """A cluster for each sample number, with the frequencies of the training set; B."""
         return self.labels.draw(indices, seed)
 
     def forward(self, contexts: Tensor) -> Embedded:
@@ -192,14 +194,14 @@ class ClusterCondition(nn.Module):
 
 
 def components(vectors: Tensor, codes: Tensor) -> Tensor:
-    """The first principal components of the codes' vectors K D, at most VECTOR, weighed by how often the codes N h w occur."""
+    """Code vectors K D projected on their first principal components, at most VECTOR, weighted by counts of codes N h w."""
     weights = torch.bincount(codes.flatten(), minlength=len(vectors)).double() / codes.numel()
     centred = vectors.double() - weights @ vectors.double()
     axes = torch.linalg.svd(weights.sqrt()[:, None] * centred, full_matrices=False).Vh[:VECTOR]
     return centred @ axes.T
 
 
-BYTES_AND_PADDING = 257  # tokens that any tokenizer of captions has
+BYTES_AND_PADDING = 257  # the smallest vocabulary of a tokenizer: every byte, and padding
 
 
 @dataclass(frozen=True)
@@ -207,9 +209,9 @@ class Caption:
     """A caption, as tokens before the first position of the latent (DALL-E, Ramesh et al. 2021)."""
 
     vocabulary: Annotated[int, Interval(ge=BYTES_AND_PADDING, le=1_000_000)] = 1000
-    """largest number of kinds of tokens"""
+    """largest number of different tokens"""
     length: Annotated[int, Interval(ge=1, le=10_000)] = 16
-    """tokens of a caption; longer ones are cut"""
+    """tokens of a caption; longer captions are truncated"""
     dropout: Annotated[float, Interval(ge=0, lt=1)] = 0.1
     """share of captions dropped in training"""
 
@@ -218,6 +220,8 @@ class Caption:
 
 
 class CaptionCondition(nn.Module):
+    """Token and position embeddings of a caption, as the prefix. Captions are conditioned on, never modelled."""
+
     def __init__(self, width: int, config: Caption):
         super().__init__()
         self.config = config
@@ -225,10 +229,10 @@ class CaptionCondition(nn.Module):
         self.position = nn.Parameter(0.02 * torch.randn(config.length, width))
 
     def estimate(self, contexts: Tensor) -> None:
-        """Captions are conditioned on, never modelled."""
+        """Nothing to estimate."""
 
     def draw(self, indices: Tensor, seed: int) -> Tensor:
-        """The null caption: captions have no density to draw from; B T."""
+        """The null caption, because there is no density of captions to draw from; B T."""
         return self.null(len(indices))
 
     def null(self, batch: int) -> Tensor:
@@ -236,11 +240,11 @@ class CaptionCondition(nn.Module):
         return torch.zeros(batch, self.config.length, dtype=torch.int64, device=self.position.device)
 
     def with_dropout(self, contexts: Tensor) -> Tensor:
-        """For training: each caption is replaced by the null caption with the probability `dropout`; B T."""
+        """In training: replace each caption by the null caption with probability `dropout`; B T."""
         return contexts.masked_fill(torch.rand(len(contexts), 1, device=contexts.device) < self.config.dropout, 0)
 
     def forward(self, contexts: Tensor) -> Embedded:
-        """contexts: tokens, B T, where 0 is padding and the null caption is all padding."""
+        """contexts: tokens, B T. 0 is padding, and the null caption is all padding."""
         return Embedded(None, self.embedding(contexts) + self.position)
 
 
@@ -248,10 +252,10 @@ COARSER_BLOCKS = 4
 
 
 class CoarserLevel(nn.Module):
-    """A coarser level of codes to a map of a finer grid, through a small residual network (VQ-VAE-2, Razavi et al. 2019)."""
+    """A coarser level of codes to a map on a finer grid, by a small residual network (VQ-VAE-2, Razavi et al. 2019)."""
 
     def __init__(self, coarse: LatentSpec, grid: tuple[int, int], width: int):
-        """Raises ValueError where the grids do not nest."""
+        """Raises ValueError for continuous latents, and for a fine grid that is not a multiple of the coarse one."""
         super().__init__()
         if coarse.vocabulary is None:
             raise ValueError("more than one level of latents needs codes, not continuous latents")

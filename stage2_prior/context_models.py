@@ -1,13 +1,13 @@
-"""Context models of codes, fitted by counting: of order 0, the unigram, and of order 2, the strong simple rival.
+"""Context models of codes, fitted by counting: order 0, the unigram, and order 2, a strong simple baseline.
 
 B batch, h×w grid, K codes, n counts of the training set, c a code, l and a its neighbours to the left and above.
 
-    p₀(c)       the frequency at this position                          (order 0)
-    p₁(c|l, a) = (n(l, c) + n(a, c) + α p₀(c)) / (n(l) + n(a) + α)      (each neighbour by itself)
-    p₂(c|l, a) = (n(l, a, c) + α p₁(c|l, a)) / (n(l, a) + α)            (order 2: both together)
+    p₀(c)      = frequency at this position                             (order 0)
+    p₁(c|l, a) = (n(l, c) + n(a, c) + α p₀(c)) / (n(l) + n(a) + α)      (each neighbour separately)
+    p₂(c|l, a) = (n(l, a, c) + α p₁(c|l, a)) / (n(l, a) + α)            (order 2: both jointly)
 
-Back-off by a Dirichlet prior of weight α (MacKay and Peto 1995), which is chosen on images that are not counted. Levels are
-independent, and there is no code outside the grid: its neighbour is a symbol of its own.
+Each order backs off to the one before by a Dirichlet prior of weight α (MacKay and Peto 1995). α is chosen on images that are not
+counted. Levels are independent. A neighbour outside the grid has a symbol of its own.
 """
 
 import math
@@ -21,12 +21,13 @@ from stage2_prior.latents import LatentDataset, LatentSpec
 from stage2_prior.prior import Prior, ResizableBuffers, choosing_images
 from stage2_prior.sampling import AS_FITTED, Sampling, choose, choose_many, uniforms
 
-WEIGHTS = (1.0, 4.0, 16.0, 64.0, 256.0)  # α, of which the best is taken
-ROWS = 64  # images whose probabilities of all codes are held at once
+WEIGHTS = (1.0, 4.0, 16.0, 64.0, 256.0)  # candidates for α
+PROBABILITIES_AT_ONCE = 2**24  # of all codes at some positions
+MOST_COUNTED = 8192  # codes of a level: the two tables of pairs have K² numbers each
 
 
 class IndependentCodes(Prior):
-    """Codes that know nothing of each other: all equally likely, or as frequent at each position as in the training set."""
+    """Independent codes: uniform, or with the frequencies of the training set at each position."""
 
     def __init__(self, specs: list[LatentSpec], fitted: bool):
         super().__init__()
@@ -42,7 +43,7 @@ class IndependentCodes(Prior):
         return [getattr(self, f"log_probabilities_{level}") for level in range(len(self.specs))]
 
     def estimate(self, dataset: LatentDataset) -> None:
-        """Count, with one more of every code so that none is impossible."""
+        """Count codes, plus one of each, so that no probability is 0."""
         if self.fitted:
             for table, posterior in zip(self.tables(), dataset.sample()):
                 cells = torch.arange(0, table.numel(), table.shape[-1], device=table.device).view(table.shape[:-1])
@@ -72,7 +73,7 @@ class IndependentCodes(Prior):
 
 
 class Order2Level(ResizableBuffers):
-    """The counts of one level."""
+    """The counts of one level, of K codes: two dense tables of K + 1 × K pairs, and the triples that occur."""
 
     left: Tensor
     above: Tensor
@@ -85,7 +86,7 @@ class Order2Level(ResizableBuffers):
         self.vocabulary = vocabulary
         self.register_buffer("left", torch.zeros(vocabulary + 1, vocabulary))
         self.register_buffer("above", torch.zeros(vocabulary + 1, vocabulary))
-        # Of all (l, a, c) that occur, as one number each in rising order, and how often. The last key is above any other.
+        # All (l, a, c) that occur, as one number each in ascending order, and their counts. The last key is above any other.
         self.register_buffer("keys", torch.full((1,), (vocabulary + 1) ** 3))
         self.register_buffer("counts", torch.zeros(1))
         self.register_buffer("weight", torch.tensor(1.0))
@@ -98,12 +99,13 @@ class Order2Level(ResizableBuffers):
         return shaped and listed and positive and int(keys[-1]) == (self.vocabulary + 1) ** 3
 
     def neighbours(self, codes: Tensor) -> tuple[Tensor, Tensor]:
-        """Of every position, its left and upper neighbour; codes B h w."""
+        """The left and the upper neighbour of each position, B h w each; codes B h w."""
         left = functional.pad(codes, (1, 0), value=self.vocabulary)[..., :-1]
         above = functional.pad(codes, (0, 0, 1, 0), value=self.vocabulary)[..., :-1, :]
         return left, above
 
     def count(self, codes: Tensor) -> None:
+        """Count pairs and triples of codes B h w."""
         left, above = self.neighbours(codes)
         size = self.vocabulary
         for table, neighbour in ((self.left, left), (self.above, above)):
@@ -114,8 +116,13 @@ class Order2Level(ResizableBuffers):
     def key(self, left: Tensor, above: Tensor, code: Tensor) -> Tensor:
         return (left * (self.vocabulary + 1) + above) * self.vocabulary + code
 
+    @property
+    def at_once(self) -> int:
+        """The number of positions whose probabilities are computed together."""
+        return max(1, PROBABILITIES_AT_ONCE // self.vocabulary)
+
     def probabilities(self, unigram: Tensor, left: Tensor, above: Tensor) -> Tensor:
-        """p₂ of every code, given neighbours of any shape …: … K. unigram: p₀, … K or what spreads to it."""
+        """p₂ of every code given the neighbours, … K. left, above: codes …. unigram: p₀, … K, or K for all."""
         single, alpha = self.left[left] + self.above[above], self.weight
         backed = (single + alpha * unigram) / (single.sum(-1, keepdim=True) + alpha)
         keys = self.key(left[..., None], above[..., None], torch.arange(self.vocabulary, device=left.device))
@@ -125,6 +132,8 @@ class Order2Level(ResizableBuffers):
 
 
 class Order2Codes(Prior):
+    """The context model of order 2, for each level by itself."""
+
     def __init__(self, specs: list[LatentSpec]):
         super().__init__()
         self.specs = specs
@@ -134,12 +143,12 @@ class Order2Codes(Prior):
         )
 
     def fitted_numbers(self) -> int:
-        """The counts that are kept."""
+        """The stored counts."""
         tables = sum(level.left.numel() + level.above.numel() + level.counts.numel() for level in self.levels)
         return tables + self.unigram.fitted_numbers()
 
     def estimate(self, dataset: LatentDataset) -> None:
-        """Count; α of each level by images that are not counted, where there are enough images."""
+        """Choose α of each level on images that are not counted, if there are enough; then count all images."""
         self.unigram.estimate(dataset)
         codes = [posterior["codes"].long() for posterior in dataset.sample()]
         counted, held_out = choosing_images(len(codes[0]))
@@ -154,12 +163,14 @@ class Order2Codes(Prior):
 
     def of_level(self, number: int, codes: Tensor) -> Tensor:
         """log p of the codes of one level, B."""
-        level, unigram = self.levels[number], self.unigram.tables()[number].exp()
+        level, unigram = self.levels[number], self.unigram.tables()[number].exp().flatten(0, 1)
+        positions = torch.arange(len(unigram), device=codes.device).view(codes.shape[1:]).expand_as(codes)
         parts = []
-        for rows in codes.split(ROWS):
-            probabilities = level.probabilities(unigram, *level.neighbours(rows))
-            parts.append(probabilities.gather(-1, rows[..., None]).log().flatten(1).sum(1))
-        return torch.cat(parts) if parts else unigram.new_zeros(0)
+        for part in zip(*(kept.flatten().split(level.at_once) for kept in (codes, positions, *level.neighbours(codes)))):
+            code, position, left, above = part
+            probabilities = level.probabilities(unigram[position], left, above)
+            parts.append(probabilities.gather(1, code[:, None]).log())
+        return torch.cat(parts).view(len(codes), len(unigram)).sum(1)
 
     def log_prob(self, levels: list[Tensor], contexts: Tensor | None = None) -> Tensor:
         return torch.stack([self.of_level(number, codes) for number, codes in enumerate(levels)]).sum(0)
@@ -173,8 +184,11 @@ class Order2Codes(Prior):
             padded = indices.new_full((len(indices), height + 1, width + 1), level.vocabulary)
             for position in range(height * width):
                 row, column = divmod(position, width)
-                left, above = padded[:, row + 1, column], padded[:, row, column + 1]
-                logits = level.probabilities(table[row, column].exp(), left, above).log()
-                padded[:, row + 1, column + 1] = choose(truncated(logits, how), noise[:, position])
+                asked = padded[:, row + 1, column], padded[:, row, column + 1], noise[:, position]
+                codes: list[Tensor] = []
+                for left, above, uniform in zip(*(kept.split(level.at_once) for kept in asked)):
+                    logits = level.probabilities(table[row, column].exp(), left, above).log()
+                    codes.append(choose(truncated(logits, how), uniform))
+                padded[:, row + 1, column + 1] = torch.cat(codes)
             drawn.append(padded[:, 1:, 1:].clone())
         return drawn

@@ -1,4 +1,4 @@
-"""The flattened latent, standardized: what priors without a grid work on.
+"""The flattened, standardized latent, for priors that ignore the grid.
 
 B batch, D all numbers of one latent.
 """
@@ -12,7 +12,7 @@ from stage2_prior.prior import only
 
 
 class FlattenedConfig:
-    """What the configs of these priors have in common: they are unconditional."""
+    """Base of the configs of these priors, which are unconditional."""
 
     @property
     def condition(self) -> ConditionConfig:
@@ -20,13 +20,13 @@ class FlattenedConfig:
 
 
 class Flattened(nn.Module):
-    """z ↔ (z - shift) / scale, number by number; both are estimated from data and kept with the weights."""
+    """z ↔ (z - shift) / scale for each number. Both are estimated from data and saved with the weights."""
 
     shift: Tensor
     scale: Tensor
 
     def __init__(self, specs: list[LatentSpec], name: str):
-        """name: what the prior is, for the message. Raises ValueError for codes, and for several levels."""
+        """name: of the prior, for error messages. Raises ValueError for codes, and for several levels."""
         super().__init__()
         if specs[0].vocabulary is not None:
             raise ValueError(
@@ -38,9 +38,10 @@ class Flattened(nn.Module):
         self.register_buffer("scale", torch.ones(self.size))
 
     def estimate(self, dataset: LatentDataset) -> None:
+        """Shift and scale become the mean and standard deviation of the aggregate posterior, for each number."""
         mean, variance = moments(only(dataset.sample()))
         self.shift.copy_(mean.flatten())
-        self.scale.copy_(variance.flatten().sqrt().clamp_min(1e-3))  # a number that never varies has a scale of its own, not 0
+        self.scale.copy_(variance.flatten().sqrt().clamp_min(1e-3))  # not 0 where a number never varies
 
     def values(self, levels: list[Tensor]) -> Tensor:
         """Standardized, B D."""
@@ -51,5 +52,5 @@ class Flattened(nn.Module):
         return [(values * self.scale + self.shift).view(-1, *self.shape)]
 
     def log_volume(self) -> Tensor:
-        """By how much the log density of values exceeds that of latents."""
+        """log p(values) - log p(latent): the log of the product of all scales."""
         return self.scale.log().sum()

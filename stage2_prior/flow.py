@@ -1,10 +1,10 @@
-"""A normalizing flow over the flattened latent: neural spline coupling layers (Durkan et al. 2019), by the library zuko.
+"""A normalizing flow over the flattened latent: neural spline coupling layers (Durkan et al. 2019), from the library zuko.
 
 B batch, D all numbers of one latent.
 
     log p(z) = log N(f(z); 0, I) + log |det ∂f/∂z|, exact;   z = f⁻¹(noise)
 
-Coupling layers, because they invert in two passes; an autoregressive flow takes D. The flow is unconditional.
+Coupling layers invert in two passes; an autoregressive flow would take D. The flow is unconditional.
 """
 
 import math
@@ -33,11 +33,13 @@ class FlowConfig(FlattenedConfig):
     """pieces of each spline, between -5 and 5 standard deviations"""
 
     def build(self, specs: list[LatentSpec], classes: int = 0) -> "FlowPrior":
-        """Raises ValueError for codes, and where zuko is missing."""
+        """classes: unused. Raises ValueError for codes, for several levels, and where zuko is missing."""
         return FlowPrior(specs, self)
 
 
 class FlowPrior(Prior):
+    """The flow on standardized values."""
+
     def __init__(self, specs: list[LatentSpec], config: FlowConfig):
         super().__init__()
         self.flattened = Flattened(specs, "flow")
@@ -59,11 +61,12 @@ class FlowPrior(Prior):
 
     def log_prob(self, levels: list[Tensor], contexts: Tensor | None = None) -> Tensor:
         values = self.flattened.values(levels)
-        with torch.autocast(values.device.type, enabled=False):  # a density is never rounded
+        with torch.autocast(values.device.type, enabled=False):  # mixed precision must not round a density
             return self.flow().log_prob(values) - self.flattened.log_volume()
 
+    @torch.no_grad()
     def sample(self, indices: Tensor, seed: int, how: Sampling = AS_FITTED, contexts: Tensor | None = None) -> list[Tensor]:
-        """A temperature scales the variance of the noise, as for Glow: it is not p^(1/T)."""
+        """The temperature scales the variance of the noise, as in Glow; the density is not p^(1/T)."""
         how.check(codes=False, contexts=False)
         noise = math.sqrt(how.temperature) * normals(seed, indices, (self.flattened.size,)).to(self.flattened.scale)
         return self.flattened.latent(self.flow().transform.inv(noise))

@@ -1,4 +1,4 @@
-"""Gaussian priors of continuous latents that need no training: N(0, I), a mixture of Gaussians, and q(z) itself.
+"""Gaussian priors of continuous latents without gradient training: N(0, I), a mixture of Gaussians, and q(z) itself.
 
 B batch, N encoded images, K mixture components, D all dimensions of the latent.
 """
@@ -13,15 +13,15 @@ from stage2_prior.latents import LatentDataset, LatentSpec, Posterior, draw, mom
 from stage2_prior.prior import Prior, ResizableBuffers, choosing_images, only
 from stage2_prior.sampling import AS_FITTED, COMPONENT_STREAM, CannotSample, Sampling, choose, first_uniforms, normals
 
-MIXTURE_DRAWS, MIXTURE_POINTS = 5, 20_000  # draws of z that the mixture is fitted to, an image and in all: see docs/trials.md
-MIXTURE_BYTES = 2**28  # of these points in float64; fitting takes a multiple of it
+MIXTURE_DRAWS, MIXTURE_POINTS = 5, 20_000  # draws of z to fit a mixture to, per image and in all: see docs/trials.md
+MIXTURE_BYTES = 2**28  # of these draws in float64; fitting takes several times as much
 LARGEST_FULL_COVARIANCE = 1024  # dimensions; beyond it the Gaussian and the mixture are diagonal
-GAUSSIANS_AT_ONCE, BYTES_AT_ONCE = 2048, 2**25  # of the aggregate posterior's density
-MOST_FULL = 10  # components with full covariances: fitting fifty takes minutes; diagonal ones, seconds
+GAUSSIANS_AT_ONCE, BYTES_AT_ONCE = 2048, 2**25  # in the density of the aggregate posterior
+MOST_FULL = 10  # components with full covariances: fitting 50 takes minutes, with diagonal ones seconds
 
 
 class StandardNormal(Prior):
-    """N(0, I): what the VAE's training assumed."""
+    """N(0, I), the prior of the VAE's training."""
 
     def __init__(self, specs: list[LatentSpec]):
         super().__init__()
@@ -36,13 +36,13 @@ class StandardNormal(Prior):
 
 
 class GaussianMixturePrior(ResizableBuffers, Prior):
-    """A mixture of K Gaussians over the flattened latent; with one component, the Gaussian of q(z)'s own moments.
+    """A mixture of K Gaussians over the flattened latent; with one component, the Gaussian with the moments of q(z).
 
-    components: several numbers to try. The one with the lowest loss on images that it is not fitted to is taken.
+    components: numbers K to try. `estimate` keeps the one with the lowest loss on images that it is not fitted to.
 
-    Full covariances up to LARGEST_FULL_COVARIANCE dimensions and MOST_FULL components, diagonal beyond. The mixture is fitted by
-    scikit-learn's expectation-maximization to draws of z, at most MIXTURE_DRAWS an image and MIXTURE_POINTS in all, of images
-    chosen at random; the single Gaussian from the posteriors' exact moments.
+    Covariances are full up to LARGEST_FULL_COVARIANCE dimensions and MOST_FULL components, and diagonal beyond. The single
+    Gaussian has the exact moments of the posteriors. Mixtures are fitted by scikit-learn's expectation-maximization to draws of
+    z from random images, at most MIXTURE_DRAWS per image and MIXTURE_POINTS in all.
     """
 
     weights: Tensor
@@ -58,7 +58,7 @@ class GaussianMixturePrior(ResizableBuffers, Prior):
         full = size <= LARGEST_FULL_COVARIANCE
         self.register_buffer("weights", torch.full((first,), 1 / first))
         self.register_buffer("means", torch.zeros(first, size))
-        # Lower Cholesky factors, K D D, or standard deviations, K D.
+        # Lower Cholesky factors of full covariances, K D D, or standard deviations, K D.
         self.register_buffer("factors", torch.eye(size).repeat(first, 1, 1) if full else torch.ones(first, size))
 
     def fits(self, found: dict[str, Tensor]) -> bool:
@@ -71,7 +71,7 @@ class GaussianMixturePrior(ResizableBuffers, Prior):
 
     @property
     def full(self) -> bool:
-        """Whether covariances are full, rather than diagonal."""
+        """Whether covariances are full or diagonal."""
         return self.factors.ndim == 3
 
     def estimate(self, dataset: LatentDataset) -> None:
@@ -92,9 +92,9 @@ class GaussianMixturePrior(ResizableBuffers, Prior):
         self.load_state_dict(best)
 
     def match_moments(self, posterior: Posterior) -> None:
-        """The single Gaussian with the moments of q(z)."""
+        """Fit the single Gaussian to the moments of q(z)."""
         mean, variance = (moment.flatten() for moment in moments(posterior))
-        variance = variance + 1e-6 * variance.mean()  # a point posterior can leave directions empty
+        variance = variance + 1e-6 * variance.mean()  # deterministic posteriors may have no variance in some directions
         self.means.copy_(mean[None])
         if not self.full:
             self.factors.copy_(variance.sqrt()[None])
@@ -103,11 +103,11 @@ class GaussianMixturePrior(ResizableBuffers, Prior):
         for rows in parts_of(means):
             centred = means[rows].double() - mean
             covariance.addmm_(centred.T, centred, alpha=1 / len(means))
-        covariance.diagonal().copy_(variance)  # q(z|x) is diagonal, so it adds to the variances alone
+        covariance.diagonal().copy_(variance)  # q(z|x) is diagonal, so it adds only to variances
         self.factors.copy_(torch.linalg.cholesky(covariance)[None])
 
     def fit(self, points: Tensor, components: int) -> None:
-        """points: N D."""
+        """Fit a mixture by expectation-maximization. points: N …."""
         from sklearn.mixture import GaussianMixture
 
         full = points[0].numel() <= LARGEST_FULL_COVARIANCE and components <= MOST_FULL
@@ -116,7 +116,7 @@ class GaussianMixturePrior(ResizableBuffers, Prior):
             covariance_type="full" if full else "diag",
             reg_covar=1e-4,
             max_iter=30,
-            tol=0.1,  # nats an image: held-out latents of mnist5k cost as much as at 0.01, and the fit takes half the time
+            tol=0.1,  # nats an image: same held-out loss on mnist5k as with 0.01, in half the time
             init_params="kmeans" if components <= MOST_FULL else "k-means++",
             random_state=0,
         ).fit(points.flatten(1).double().cpu().numpy())
@@ -124,7 +124,7 @@ class GaussianMixturePrior(ResizableBuffers, Prior):
         factors = torch.linalg.cholesky(covariances) if full else covariances.sqrt()
         self.weights = torch.from_numpy(mixture.weights_).to(self.weights)
         self.means = torch.from_numpy(mixture.means_).to(self.means)
-        self.factors = factors.to(self.factors).contiguous()  # as files give them back, for the same rounding
+        self.factors = factors.to(self.factors).contiguous()  # in the memory layout of loaded files, for the same rounding
 
     def fitted_numbers(self) -> int:
         dimensions = self.means.shape[1]
@@ -143,37 +143,37 @@ class GaussianMixturePrior(ResizableBuffers, Prior):
         return torch.stack(per_component, -1).logsumexp(-1)
 
     def sample(self, indices: Tensor, seed: int, how: Sampling = AS_FITTED, contexts: Tensor | None = None) -> list[Tensor]:
-        """See `tempered` for what the temperature does."""
+        """For the temperature see `tempered`."""
         how.check(codes=False, contexts=False)
-        scales = self.factors.diagonal(dim1=-2, dim2=-1) if self.full else self.factors  # K D; their product is the volume
+        scales = self.factors.diagonal(dim1=-2, dim2=-1) if self.full else self.factors  # K D
         logits = tempered(self.weights.log(), scales.log(), how.temperature)
         component = choose(logits.expand(len(indices), -1), first_uniforms(seed, indices, COMPONENT_STREAM))
         noise = how.temperature**0.5 * normals(seed, indices, (self.means.shape[1],)).to(self.means)
         value = self.means[component]
-        for k in component.unique():  # one factor at a time: a gathered B D D would not fit
+        for k in component.unique():  # one component at a time: B D D factors would not fit in memory
             rows = component == k
             value[rows] += noise[rows] @ self.factors[k].T if self.full else noise[rows] * self.factors[k]
         return [value.view(-1, *self.shape)]
 
 
 def gaussian_log_probs(value: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    """log N(value; mean, diag std²) of every value under every Gaussian, B N in float64: value B D, mean and std N D.
+    """log N(value; mean, diag std²) of every value under every Gaussian, B N in float64. value: B D; mean and std: N D.
 
-    On the CPU where the device, MPS, has no float64.
+    On MPS, which has no float64, this is computed on the CPU.
     """
     if value.device.type == "mps":
         value, mean, std = value.cpu(), mean.cpu(), std.cpu()
-    # Σ (z-m)²/s² = Σ z²/s² - 2 z·m/s² + m²/s², three matrix products; in float64, because the terms nearly cancel.
+    # Σ (z-m)²/s² = Σ z²/s² - 2 z·m/s² + m²/s², as matrix products; in float64, because the terms nearly cancel.
     value, mean, precision = value.double(), mean.double(), std.double().square().reciprocal()
     distance = value.square() @ precision.T - 2 * value @ (mean * precision).T + (mean.square() * precision).sum(1)
     return 0.5 * precision.log().sum(1) - value.shape[1] * LOG_SQRT_2PI - 0.5 * distance
 
 
 class AggregatePosterior(Prior):
-    """q(z) = 1/N Σ q(z|x_i) itself: a z from the posterior of a random training image. Not a generator, a yardstick.
+    """q(z) = 1/N Σ q(z|x_i) itself, as a reference. It is no generator: its samples decode to reconstructions of training images.
 
-    Its samples decode to reconstructions of training images, and are drawn as they are: `sample` raises CannotSample where
-    `how` asks for anything else. Its density is exact, at the cost of N Gaussians a latent.
+    `sample` draws from the posterior of a random training image, and raises CannotSample for any setting in `how`. `log_prob` is
+    exact, and evaluates N Gaussians for each latent.
     """
 
     def __init__(self, dataset: LatentDataset):
@@ -184,7 +184,7 @@ class AggregatePosterior(Prior):
         value = only(levels).flatten(1)
         at_once = max(1, min(GAUSSIANS_AT_ONCE, BYTES_AT_ONCE // (8 * value.shape[1])))
         totals: list[Tensor] = []
-        for rows in torch.arange(len(self.dataset)).split(at_once):  # each is read once, however many values there are
+        for rows in torch.arange(len(self.dataset)).split(at_once):  # every posterior is read once, for all values
             posterior = only(self.dataset.posteriors(rows))
             mean, std = (posterior[name].flatten(1).to(value) for name in ("mean", "std"))
             parts = [gaussian_log_probs(part, mean, std).logsumexp(1) for part in value.split(at_once)]

@@ -1,9 +1,9 @@
-"""Heads: the density of the latent at one position, given the backbone's features; its draws, and how they are fed back.
+"""Heads: the density of a latent at one position given the backbone's features, sampling from it, and embedding the result.
 
 B batch, D width, C latent channels, K codes or mixture components, h×w latent grid.
 
-A head works on *values*, the latents position by position: B h w C, standardized, for continuous latents, B h w for codes.
-It is the only place that samples, by inverse CDF from a fixed number of uniforms a position, so it keeps no random state.
+A head works on *values*: standardized latents with channels last, B h w C, or codes, B h w. It samples by inverse CDF from a
+fixed number of uniforms for each position, so it has no random state. No other part of an autoregressive prior samples latents.
 """
 
 import math
@@ -23,19 +23,19 @@ from stage2_prior.latents import LatentSpec, Posterior, moments
 from stage2_prior.sampling import AS_FITTED, Sampling, choose, choose_many, inverse_normal_cdf
 
 LOG_SQRT_2PI = 0.5 * math.log(2 * math.pi)
-CANDIDATES = 32  # drawn at each position to choose one from under guidance
-MINIMUM_LOG_STD = -7.0  # of standardized latents; a floor keeps a component from collapsing onto one training latent
+CANDIDATES = 32  # under guidance, drawn at each position of which one is chosen
+MINIMUM_LOG_STD = -7.0  # of standardized latents, so that no component can collapse onto a single training latent
 
 
 class Head(nn.Module, ABC):
-    """The contract. `…` stands for any leading axes: B h w in training, B while sampling."""
+    """The contract of a head. `…` is any leading axes: B h w in training, B in sampling."""
 
     def estimate(self, posterior: Posterior) -> None:
-        """Fit what is not trained by gradient, once, from the encoded training set."""
+        """Fit the parameters without gradient, once, to the encoded training set."""
 
     @abstractmethod
     def values(self, latent: Tensor) -> Tensor:
-        """A latent of the level's shape to values."""
+        """Latents in the shape of the level to values."""
 
     @abstractmethod
     def latent(self, values: Tensor) -> Tensor:
@@ -43,29 +43,29 @@ class Head(nn.Module, ABC):
 
     @abstractmethod
     def embed(self, values: Tensor) -> Tensor:
-        """The backbone's input at the next position, … D."""
+        """Values to the backbone's input at the next position, … D."""
 
     @abstractmethod
     def perturbed(self, values: Tensor, noise: Tensor) -> Tensor:
-        """Values B h w … with noise of a strength for each image, B 1 1: see AutoregressiveConfig.input_noise."""
+        """Values B h w … with noise added. noise: its strength for each image, B 1 1: see AutoregressiveConfig.input_noise."""
 
     @abstractmethod
     def log_prob(self, features: Tensor, values: Tensor) -> Tensor:
-        """features … D; returns … in nats of the raw latent, any change of scale included."""
+        """log p(values) at features … D: …, in nats of raw latents, the change of scale included."""
 
     @abstractmethod
     def uniforms_per_position(self, how: Sampling) -> int:
-        """How many uniform numbers U one draw takes."""
+        """The number U of uniforms that one position takes."""
 
     @abstractmethod
     def begin(self, uniforms: Tensor, how: Sampling) -> Any:
-        """What `draw` takes for P positions, made at once from uniforms B P U."""
+        """Prepare the noise of P positions for `draw`, from uniforms B P U."""
 
     @abstractmethod
     def draw(self, features: Tensor, position: int, state: Any, weaker: "Weaker | None" = None) -> Tensor:
-        """The values at one of the P positions that `begin` made the state for, B …; features B D.
+        """Sample the values at one position, B …. features: B D. position: 0 … P-1, among those that `begin` prepared.
 
-        weaker: under guidance, what it leads away from.
+        state: what `begin` returned. weaker: what guidance leads away from, or None.
         """
 
     def forward(self, features: Tensor, values: Tensor) -> Tensor:
@@ -84,7 +84,7 @@ def gaussian_log_prob(value: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
 
 
 def floored(raw_log_std: Tensor) -> Tensor:
-    """The log standard deviation log(e^raw + e^MINIMUM_LOG_STD): a floor that lets gradients pass."""
+    """log(e^raw + e^MINIMUM_LOG_STD), a log standard deviation with a smooth floor, which passes gradients."""
     return torch.logaddexp(raw_log_std, raw_log_std.new_full((), MINIMUM_LOG_STD))
 
 
@@ -92,36 +92,40 @@ def floored(raw_log_std: Tensor) -> Tensor:
 class GaussianMixture:
     """A mixture of K diagonal Gaussians over all C channels of a position jointly (GIVT, Tschannen et al. 2023).
 
-    A mixture for each channel, one after the other, was no better, and takes C steps a position to sample: see docs/trials.md.
+    Modelling channels one after the other, with a mixture for each, was no better, and needs C steps per position to sample: see
+    docs/trials.md.
     """
 
     components: Annotated[int, Interval(ge=1, le=1000)] = 16
     """number of Gaussians in the mixture; GIVT's default"""
 
     def build(self, spec: LatentSpec, width: int) -> "GaussianMixtureHead":
+        """width: D of the backbone. Raises ValueError for codes."""
         if spec.vocabulary is not None:
             raise ValueError("a mixture of Gaussians is a head for continuous latents, not for codes")
         return GaussianMixtureHead(spec.channels, width, self.components)
 
 
 class MixtureDraws(NamedTuple):
-    """The noise of a mixture's draws: of M candidates, one without guidance, and under guidance of the choice among them."""
+    """The noise to sample a mixture: for M candidates, which are CANDIDATES under guidance and one without."""
 
     how: Sampling
-    uniforms: Sequence[Tensor]  # for the component, B M at each position
+    uniforms: Sequence[Tensor]  # for the choice of the component, B M at each position
     normals: Sequence[Tensor]  # B M C at each position
-    choice: Sequence[Tensor]  # B 1 at each position, B 0 without guidance
+    choice: Sequence[Tensor]  # for the choice among candidates, B 1 at each position; B 0 without guidance
     compiled: CompiledDraw | None
 
 
 class GaussianMixtureHead(Head):
+    """Two linear layers from the features to the parameters of the mixture."""
+
     shift: Tensor
     scale: Tensor
 
     def __init__(self, channels: int, width: int, components: int):
         super().__init__()
         self.channels, self.components = channels, components
-        # Latents are modelled standardized; shift and scale, C, are fitted once by `estimate`.
+        # To standardize latents: of each channel, C, fitted once by `estimate`.
         self.register_buffer("shift", torch.zeros(channels))
         self.register_buffer("scale", torch.ones(channels))
         self.embedding = nn.Linear(channels, width)
@@ -129,11 +133,11 @@ class GaussianMixtureHead(Head):
         self.output = nn.Linear(width, components * (1 + 2 * channels))
 
     def estimate(self, posterior: Posterior) -> None:
-        """Shift and scale become the aggregate posterior's mean and standard deviation per channel."""
+        """Shift and scale become the mean and standard deviation of the aggregate posterior, per channel."""
         mean, variance = moments(posterior)
         self.shift.copy_(mean.mean((1, 2)))
         variance = variance.mean((1, 2)) + mean.var((1, 2), correction=0)
-        self.scale.copy_(variance.sqrt().clamp(min=1e-6))  # a channel that never varies keeps a density
+        self.scale.copy_(variance.sqrt().clamp(min=1e-6))  # not 0 where a channel never varies
 
     def values(self, latent: Tensor) -> Tensor:
         return (latent.movedim(1, -1) - self.shift) / self.scale
@@ -148,7 +152,7 @@ class GaussianMixtureHead(Head):
         return values + noise[..., None] * torch.randn_like(values)
 
     def raw(self, features: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits of the components, … K, and their means and unfloored log standard deviations, … K 2C."""
+        """Logits of the components, … K; their means and their log standard deviations before `floored`, … K 2C."""
         raw = self.output(F.silu(self.hidden(features)))
         logits, components = raw.tensor_split((self.components,), dim=-1)
         return logits, components.unflatten(-1, (self.components, 2 * self.channels))
@@ -170,10 +174,10 @@ class GaussianMixtureHead(Head):
         return MixtureDraws(how, candidates[..., 0].contiguous().unbind(), normals.unbind(), choice.unbind(1), compiled)
 
     def draw(self, features: Tensor, position: int, state: MixtureDraws, weaker: Weaker | None = None) -> Tensor:
-        """See `tempered` for what the temperature does.
+        """For the temperature see `tempered`.
 
-        Guided, p(z)^(1+w) / weaker(z)^w need not be a density that can be drawn from. So CANDIDATES are drawn from
-        p(z)^(1/T), and one of them with weights (p(z) / weaker(z))^(w/T): exact as their number grows.
+        Guidance asks for p(z)^(1+w) / weaker(z)^w, which need not have a finite integral. So CANDIDATES are drawn from
+        p(z)^(1/T), and one of them is chosen with weights (p(z) / weaker(z))^(w/T). This is exact as their number grows.
         """
         how, uniforms, normals = state.how, state.uniforms[position], state.normals[position]
         if state.compiled is not None:
@@ -191,19 +195,19 @@ class GaussianMixtureHead(Head):
         return candidates[torch.arange(len(chosen), device=chosen.device), chosen]
 
     def draw_many(self, logits: Tensor, components: Tensor, uniforms: Tensor, normals: Tensor, temperature: float) -> Tensor:
-        """M draws from each mixture, B M C; uniforms B M, normals B M C."""
+        """M samples from each mixture, B M C. logits: B K; components: B K 2C; uniforms: B M; normals: B M C."""
         chosen = choose_many(logits, uniforms)[..., None].expand(-1, -1, 2 * self.channels)
         mean, raw_log_std = components.gather(1, chosen).chunk(2, dim=-1)
         return torch.addcmul(mean, raw_log_std.exp().add_(math.exp(MINIMUM_LOG_STD)), normals, value=math.sqrt(temperature))
 
 
 def tempered(log_weights: Tensor, log_std: Tensor, temperature: float) -> Tensor:
-    """The component logits, … K, of a Gaussian mixture p sharpened to p^(1/T).
+    """The component logits, … K, of a Gaussian mixture p at a temperature T, which approximate those of p^(1/T).
 
-    log_weights: … K. log_std: … K C, along axes whose lengths multiply to a component's volume.
+    log_weights: … K. log_std: … K C, of axes whose standard deviations multiply to a component's volume.
 
-    For components that do not overlap, p^(1/T) is again a mixture: variances grow by T and a component of weight π and
-    volume s gets the weight π^(1/T) s^(1-1/T). At T = 1 this is the mixture itself, at T = 0 its highest mode.
+    For components that do not overlap, p^(1/T) is again a mixture: variances are multiplied by T, and a component of weight π and
+    volume s gets the weight π^(1/T) s^(1-1/T). T = 1 is the mixture itself, and T = 0 its highest mode.
     """
     log_volume = log_std.sum(-1)
     if temperature == 0:
@@ -216,24 +220,30 @@ def tempered(log_weights: Tensor, log_std: Tensor, temperature: float) -> Tensor
 
 @dataclass(frozen=True)
 class Categorical:
-    """A category for each code."""
+    """A categorical distribution over codes."""
 
     hidden: Annotated[int, Interval(ge=1, le=65_536)] | None = None
-    """features before the logits, on which these depend linearly; as many as the backbone has when not given"""
+    """hidden units before the logits, None for the backbone's width. Logits are linear in them, so their number bounds the rank
+    of the logits over contexts (softmax bottleneck, Yang et al. 2018)"""
 
     def build(self, spec: LatentSpec, width: int) -> "CategoricalHead":
+        """width: D of the backbone. Raises ValueError for continuous latents."""
         if spec.vocabulary is None:
             raise ValueError("a categorical head is for codes, not for continuous latents")
         return CategoricalHead(spec.vocabulary, width, width if self.hidden is None else self.hidden)
 
 
 class CodeDraws(NamedTuple):
+    """The noise to sample codes."""
+
     how: Sampling
-    uniforms: Sequence[Tensor]  # for the code, B at each position
+    uniforms: Sequence[Tensor]  # B at each position
     compiled: CompiledDraw | None
 
 
 class CategoricalHead(Head):
+    """Two linear layers from the features to the logits of K codes."""
+
     def __init__(self, vocabulary: int, width: int, hidden: int):
         super().__init__()
         self.embedding = nn.Embedding(vocabulary, width)
@@ -280,10 +290,10 @@ class CategoricalHead(Head):
 
 
 def truncated(logits: Tensor, how: Sampling) -> Tensor:
-    """Logits, B K, at a temperature, with all but the top k and the top p of the probability set to -inf.
+    """Logits B K at a temperature, with -inf for all codes outside top-k and top-p.
 
-    Top p keeps the fewest codes whose probabilities sum to p or more (nucleus sampling, Holtzman et al. 2020). Of codes that
-    are equally likely, either keeps no more than it needs.
+    Top-p keeps the fewest codes whose probabilities sum to p or more (nucleus sampling, Holtzman et al. 2020). Ties do not
+    enlarge either set.
     """
     if how.temperature == 0:
         return only_largest(logits)
@@ -300,6 +310,7 @@ def truncated(logits: Tensor, how: Sampling) -> Tensor:
 
 
 def only_largest(logits: Tensor) -> Tensor:
+    """Logits … K with -inf for all but the largest."""
     return torch.full_like(logits, -math.inf).scatter(-1, logits.argmax(-1, keepdim=True), 0.0)
 
 

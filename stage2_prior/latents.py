@@ -1,4 +1,4 @@
-"""What stage 2 knows of stage 1: the shape of the latents, and the encoded posteriors.
+"""All that stage 2 knows of stage 1: the shape of the latents, and the encoded posteriors.
 
 B batch, C latent channels, h×w latent grid, K codes.
 """
@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-SAMPLE_BYTES = 2**30  # of posteriors that are held at once to estimate statistics
-NUMBERS_AT_ONCE = 2**21  # of posteriors that are held in float64 at once
+SAMPLE_BYTES = 2**30  # of posteriors that statistics are estimated from
+NUMBERS_AT_ONCE = 2**21  # of posteriors that are converted to float64 together
 
 Posterior = dict[str, Tensor]
 """One level of an encoded batch: `mean` and `std`, both B C h w, or `codes`, B h w."""
@@ -22,7 +22,8 @@ class LatentSpec:
     """The shape of one level of latents.
 
     shape: (C, h, w) for continuous latents, (h, w) for a grid of codes. A flat latent of n numbers is (1, 1, n).
-    vocabulary: None for continuous latents, K for codes in 0 … K-1.
+    vocabulary: None for continuous latents, K for codes 0 … K-1.
+    Raises ValueError for a shape of another rank.
     """
 
     shape: tuple[int, ...]
@@ -48,9 +49,9 @@ class LatentSpec:
 
 
 def draw(posterior: Posterior, noise: Tensor | None = None) -> Tensor:
-    """z ~ q(z|x), B C h w; codes are returned as they are.
+    """z ~ q(z|x), B C h w. Codes are returned unchanged.
 
-    noise: standard normal numbers of the shape of the mean; drawn from torch's generator when None.
+    noise: standard normal numbers in the shape of the mean. None draws them from torch's generator.
     """
     if "codes" in posterior:
         return posterior["codes"]
@@ -59,12 +60,12 @@ def draw(posterior: Posterior, noise: Tensor | None = None) -> Tensor:
 
 
 def parts_of(means: Tensor) -> tuple[Tensor, ...]:
-    """The rows of N … numbers in parts that are small enough to be held in float64."""
+    """Row numbers of N … means, in parts that are small enough to convert to float64."""
     return torch.arange(len(means)).split(max(1, NUMBERS_AT_ONCE // means[0].numel()))
 
 
 def moments(posterior: Posterior) -> tuple[Tensor, Tensor]:
-    """Mean and variance of every number of the aggregate posterior, C h w each, in float64."""
+    """Mean and variance of the aggregate posterior, C h w each, in float64."""
     means, stds = posterior["mean"], posterior["std"]
     mean = torch.stack([means[rows].double().sum(0) for rows in parts_of(means)]).sum(0) / len(means)
     # Law of total variance: Var[z] = Var[E[z|x]] + E[Var[z|x]].
@@ -73,8 +74,10 @@ def moments(posterior: Posterior) -> tuple[Tensor, Tensor]:
 
 
 class Joined:
-    """The rows of several tensors, one tensor after the other, by `len` and indexing: for tensors mapped from disk, which take
-    memory only where they are read."""
+    """Several tensors as one, concatenated along the first axis, with `len` and indexing.
+
+    It copies only the rows that are asked for. So tensors that are mapped from disk need no memory for the rest.
+    """
 
     def __init__(self, parts: Sequence["Tensor | Joined"]):
         self.parts: list[Tensor] = [tensor for part in parts for tensor in (part.parts if isinstance(part, Joined) else [part])]
@@ -94,10 +97,10 @@ class Joined:
 
 
 class LatentDataset:
-    """The encoded training set as stage 2 sees it: a fresh z ~ q(z|x) each time an image comes by, and its context.
+    """The encoded training set: for each image a context, and a new z ~ q(z|x) each time it is read.
 
-    Storing mean and std, never one frozen draw, makes the data set the aggregate posterior
-    q(z) = 1/n Σ q(z|x_i) itself rather than n points of it.
+    Because mean and std are stored, not a single draw, the data set is the aggregate posterior q(z) = 1/N Σ q(z|x_i) itself,
+    not N points of it.
     """
 
     def __init__(
@@ -106,8 +109,8 @@ class LatentDataset:
         contexts: Tensor | None = None,
         vectors: Tensor | None = None,
     ):
-        """levels: posteriors of N images, coarse to fine; contexts: N …, what is known of each image, such as its label;
-        vectors: the codebook of the coarsest level, K D."""
+        """levels: posteriors of N images, coarse to fine. contexts: N …, such as labels. vectors: the codebook of the coarsest
+        level, K D. Raises ValueError where lengths differ or are 0."""
         lengths = {len(tensor) for level in levels for tensor in level.values()}
         lengths |= set() if contexts is None else {len(contexts)}
         if len(lengths) != 1 or 0 in lengths:
@@ -119,7 +122,7 @@ class LatentDataset:
         return self.length
 
     def __add__(self, other: "LatentDataset") -> "LatentDataset":
-        """The images of both, one data set after the other. Both have contexts, or neither; else ValueError."""
+        """Both data sets, one after the other. Raises ValueError where only one of them has contexts."""
         both = [
             {name: Joined([tensor, level[name]]) for name, tensor in own.items()}
             for own, level in zip(self.levels, other.levels, strict=True)
@@ -128,15 +131,16 @@ class LatentDataset:
         return LatentDataset(both, torch.cat(contexts) if contexts else None, self.vectors)
 
     def posteriors(self, indices: Tensor | slice) -> list[Posterior]:
+        """The posteriors of these images, one for each level."""
         return [{name: tensor[indices] for name, tensor in level.items()} for level in self.levels]
 
     def sample(self) -> list[Posterior]:
-        """What to estimate statistics from: every posterior, or as many, evenly spaced, as fit into SAMPLE_BYTES."""
+        """Posteriors to estimate statistics from: all, or as many evenly spaced ones as SAMPLE_BYTES allow."""
         one = self.posteriors(slice(0, 1))
         size = len(self) * sum(tensor.nbytes for level in one for tensor in level.values())
         return self.posteriors(slice(None, None, math.ceil(size / SAMPLE_BYTES)))
 
     def __getitem__(self, indices: Tensor | slice) -> tuple[list[Tensor], Tensor | None]:
-        """The arguments of `Prior.forward` for these images: one list of freshly drawn levels, and the contexts."""
+        """Arguments of `Prior.forward` for these images: new draws, one for each level, and the contexts."""
         contexts = None if self.contexts is None else self.contexts[indices]
         return [draw(posterior) for posterior in self.posteriors(indices)], contexts

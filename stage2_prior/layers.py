@@ -1,9 +1,9 @@
-"""Causal layers, and what every causal backbone offers.
+"""Causal layers, and the contract of a causal backbone.
 
 B batch, D width, h×w grid, k kernel size, m = (k+1)/2 the kernel's causal half, N positions, T prefix length.
 
-Convolutions are causal by padding and cropping, never by masking weights: no weight exists that could see the future,
-so none is computed, stored or zeroed again. Attention is causal by what it is given: a position's own and earlier keys.
+Convolutions are causal by padding and cropped kernels, not by masks: there are no weights for later positions. Attention is
+causal because a position reads only its own key and earlier ones.
 """
 
 import math
@@ -16,33 +16,33 @@ from torch.nn import functional as F
 
 
 class State(Protocol):
-    """What a backbone keeps between steps, for a batch of rows."""
+    """What a backbone keeps between the steps of sampling, for a batch of B rows."""
 
     def select(self, rows: Tensor) -> None:
-        """Row b of the batch goes on as row rows[b] did until now, in place. rows: B numbers of rows."""
+        """Replace row b of the batch by row rows[b], in place. rows: B row numbers."""
 
 
 class Backbone(Protocol):
-    """What every causal backbone offers: position i of the output depends only on inputs before i and on what is known.
+    """A causal backbone: position i of the result depends only on inputs before i, and on the conditions.
 
-    inputs and the result are B D h w. Known are `map`, B D h w or 1 D h w, added at every position and not shifted, and
-    `prefix`, B T D, a sequence that every position sees as a whole.
+    Inputs and the result are B D h w. The conditions are `map`, B D h w or 1 D h w, which is added to the features of its own
+    position, and `prefix`, B T D, a sequence that every position sees as a whole.
     """
 
     width: int
     """D"""
     reach: int | None
-    """how far a position sees: see PixelCNN.reach; None where it sees every earlier position"""
+    """how far back a position sees: see PixelCNN.reach. None where it sees all earlier positions"""
 
     def __call__(self, inputs: Tensor, map: Tensor | None = None, prefix: Tensor | None = None) -> Tensor: ...
 
     def begin(self, batch: int, grid: tuple[int, int], map: Tensor | None = None, prefix: Tensor | None = None) -> State:
-        """The state before position 0 of a grid of h rows and w columns, in the dtype of the weights."""
+        """The state before position 0. grid: h w. The dtype is that of the weights."""
 
     def step(self, previous: Tensor | None, position: int, state: Any) -> Tensor:
-        """Position `position` of the whole-grid result, B D; positions come in raster order.
+        """The result at one position, B D, equal to that of a call on the whole grid. Positions must come in raster order.
 
-        previous: the input at position - 1, B D, of any dtype; None at the first. The result may be overwritten by the next step.
+        previous: the input at position - 1, B D, of any dtype; None at position 0. The next step may overwrite the result.
         """
 
 
@@ -58,8 +58,8 @@ def gate(features: Tensor) -> Tensor:
 class Dropout(nn.Module):
     """Dropout (Srivastava et al. 2014): in training, a share of the numbers becomes 0, and the others grow by 1 / (1 - share).
 
-    On CPUs, torch draws one random number for each of them on one thread: an eighth of the time of a step in training. Here one
-    random number of 64 bits decides on four. So the share is rounded to a multiple of 2^-16.
+    On CPUs, torch draws a random number for each of them on a single thread, which takes an eighth of a training step. Here a
+    random number of 64 bits decides on four of them. So the share is rounded to a multiple of 2^-16.
     """
 
     def __init__(self, share: float):
@@ -75,7 +75,7 @@ class Dropout(nn.Module):
         dropped = min(round(self.share * 2**16), 2**16 - 1)
         draws = torch.empty(math.ceil(x.numel() / 4), dtype=torch.int64).random_(-(2**63), None)
         kept = draws.view(torch.int16)[: x.numel()] >= dropped - 2**15
-        laid_out = kept.to(x.dtype).as_strided(x.shape, torch.empty_like(x, device="meta").stride())  # as x lies in memory
+        laid_out = kept.to(x.dtype).as_strided(x.shape, torch.empty_like(x, device="meta").stride())  # in the memory layout of x
         return x * laid_out * (2**16 / (2**16 - dropped))
 
     def extra_repr(self) -> str:
@@ -93,13 +93,13 @@ def shift_right(x: Tensor) -> Tensor:
 
 
 def shift_raster(x: Tensor) -> Tensor:
-    """Every position becomes the one before it in raster order; the first becomes zero."""
-    before = F.pad(x.movedim(1, -1).flatten(1, 2), (0, 0, 1, -1))  # channels stay last in memory, as convolutions are fastest
+    """Position i in raster order becomes position i-1; the first becomes zero."""
+    before = F.pad(x.movedim(1, -1).flatten(1, 2), (0, 0, 1, -1))  # channels last in memory, where convolutions are fastest
     return before.unflatten(1, x.shape[2:]).movedim(-1, 1)
 
 
 class ChannelNorm(nn.Module):
-    """Layer normalization of the features of every position by itself, so that it is causal (Ba et al. 2016)."""
+    """Layer normalization over the features of each position by itself, which is causal (Ba et al. 2016)."""
 
     def __init__(self, width: int):
         super().__init__()
@@ -141,19 +141,19 @@ class HorizontalConv(nn.Module):
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Causal attention of queries to keys, and what it reads from values; … N d each."""
+    """Causal scaled dot-product attention; queries, keys, values and the result … N d each."""
     if q.device.type != "cpu" or q.dtype != torch.bfloat16:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True)
-    # On CPUs the fused kernel is slower in bfloat16 than in float32: forward and backward, on one core, 7 times at 49 positions
-    # and 1.6 times at 256. Mixed precision would round the arguments again.
+    # On CPUs the fused kernel is slower in bfloat16 than in float32: on one core, forward and backward take 7 times as long at 49
+    # positions, and 1.6 times at 256. Without autocast off, mixed precision would round the arguments again.
     with torch.autocast("cpu", enabled=False):
         return F.scaled_dot_product_attention(q.float(), k.float(), v.float(), is_causal=True).to(q.dtype)
 
 
 class CausalAttention(nn.Module):
-    """Multi-head attention in which a position attends to itself and to what comes before (Vaswani et al. 2017, section 3.2).
+    """Multi-head attention of a position to itself and to all before it (Vaswani et al. 2017, section 3.2).
 
-    Without biases: the normalization before it has one.
+    It has no biases, because the normalization before it has one. Raises ValueError where the heads do not divide the width.
     """
 
     def __init__(self, width: int, heads: int):

@@ -2,13 +2,13 @@
 
 B batch, D width, T prefix length, h×w grid, k kernel size, m = (k+1)/2 the kernel's causal half.
 
-Two stacks of gated convolutions run side by side. The *vertical* stack at (r, c) sees the rows above r; the *horizontal* stack
-sees the columns left of c in row r, and is fed the vertical stack at (r, c). Together they see what comes before (r, c) in
-raster order. A single stack of masked convolutions would have a blind spot, above and to the right, however deep it is.
+There are two stacks of gated convolutions. At (r, c), the *vertical* stack sees the rows above r. The *horizontal* stack sees the
+columns left of c in row r, and reads the vertical stack at (r, c). Together they see what comes before (r, c) in raster order. A
+single stack of masked convolutions has a blind spot above and to the right, at any depth.
 
                   v v v v v
-                  v v v v v           v  what the vertical stack sees at ·
-                  h h · . .           h  what the horizontal stack sees besides
+                  v v v v v           v  seen at · by the vertical stack
+                  h h · . .           h  seen in addition by the horizontal stack
 
                            ┌───────────── residual ────────────┐
                  vertical  v ──▶ norm ──▶ crop k×k conv ──┬──▶ gate ──+──▶ v'
@@ -16,13 +16,15 @@ raster order. A single stack of masked convolutions would have a blind spot, abo
                horizontal  h ──▶ norm ──▶ crop 1×k conv ──+──▶ gate ──▶ 1×1 ──+──▶ h'
                            └───────────────────── residual ──────────────────┘
 
-Where we deviate: the vertical stack is residual too, without which its signal fades with depth; features are normalized
-before every convolution and at the end, as in a transformer; the inputs are shifted once, before the first layer, so
-every layer is the same and none needs a mask; dropout after the gates; conditions arrive as one map added to both stacks'
-inputs instead of in every gate.
+Where we deviate:
+- The vertical stack is residual too. Without that, its signal fades with depth.
+- Features are normalized before every convolution and at the end, as in a transformer.
+- Inputs are shifted once, before the first layer. So all layers are alike, and none needs a mask.
+- Dropout follows the gates.
+- Conditions are one map, added to the inputs of both stacks, not to every gate.
 
-To sample, `step` runs the vertical stack once a row, for all its columns, and the horizontal stack once a position: the
-arithmetic of one `forward`. Both are in steps.py, as matrix products on what is kept.
+In sampling, `step` runs the vertical stack once for each row, for all its columns, and the horizontal stack once for each
+position. A whole grid takes the arithmetic of one `forward`. Both are in steps.py, as matrix products on cached features.
 """
 
 from dataclasses import dataclass
@@ -51,11 +53,12 @@ class PixelCNNConfig:
     """share of the gated features dropped in training"""
 
     def build(self) -> "PixelCNN":
+        """Raises ValueError for an even kernel."""
         return PixelCNN(self)
 
 
 class GatedLayer(nn.Module):
-    """One layer of both stacks, as in the paper's figure 2. Raises ValueError for an even kernel."""
+    """A layer of both stacks, as in the paper's figure 2. Raises ValueError for an even kernel, or one smaller than 3."""
 
     def __init__(self, width: int, kernel: int, dropout: float):
         super().__init__()
@@ -69,7 +72,7 @@ class GatedLayer(nn.Module):
         self.dropout = Dropout(dropout)
 
     def forward(self, v: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
-        """Features of the vertical and of the horizontal stack, B D h w each, to the same after the layer."""
+        """Features of the vertical and the horizontal stack, B D h w each, before the layer to those after it."""
         above = self.vertical(self.vertical_norm(v))
         before = self.horizontal(self.horizontal_norm(h)) + self.vertical_to_horizontal(above)
         return v + self.dropout(gate(above)), h + self.output(self.dropout(gate(before)))
@@ -92,7 +95,7 @@ class GatedLayer(nn.Module):
 
 
 def pooled(map: Tensor | None, prefix: Tensor | None) -> Tensor | None:
-    """The map with the mean of the prefix added everywhere, for a backbone without attention."""
+    """The map plus the mean of the prefix at every position, for a backbone without attention."""
     if prefix is None:
         return map
     mean = rearrange(prefix.mean(1), "b d -> b d 1 1")
@@ -100,6 +103,8 @@ def pooled(map: Tensor | None, prefix: Tensor | None) -> Tensor | None:
 
 
 class PixelCNN(nn.Module):
+    """The backbone: see Backbone in layers.py for its methods."""
+
     layers: list[GatedLayer]
 
     def __init__(self, config: PixelCNNConfig):
@@ -109,7 +114,7 @@ class PixelCNN(nn.Module):
         self.layers = nn.ModuleList(layers)  # type: ignore[assignment]
         self.norm = ChannelNorm(config.width)
         self.reach: int | None = len(self.layers) * (config.kernel // 2)
-        """A position sees reach+1 positions to its left; and of reach+1 rows above, reach columns to either side."""
+        """A position sees reach + 1 positions to its left, and reach columns to either side in the reach + 1 rows above."""
 
     def forward(self, inputs: Tensor, map: Tensor | None = None, prefix: Tensor | None = None) -> Tensor:
         """inputs and the result B D h w, map B D h w or 1 D h w, prefix B T D; see Backbone."""

@@ -2,19 +2,22 @@
 
 B batch, D width, h×w grid, N = hw positions, T prefix length.
 
-Convolutions see what is near with a bandwidth of their own; attention reaches every earlier position at once. A block is a
-few gated layers of both kinds of context, then attention over the horizontal stack:
+Convolutions see near positions in detail; attention reaches every earlier position at once. A block is a few gated layers of the
+two stacks of a PixelCNN, then attention over the horizontal stack:
 
               vertical  v ──▶ ┌────────────────┐ ──────────────────────────────────────────▶ v'
                               │  gated layers  │     ┌───────────── residual ─────────────┐
             horizontal  h ──▶ └────────────────┘ ──▶ h ──▶ norm ──▶ causal attention ──────+──▶ h'
 
-Where we deviate: the residual blocks are the two stacks of a gated PixelCNN (see pixelcnn.py), for the paper's one stack with
-ELUs. The paper's keys hold the input at their own position beside the features, and a query sees strictly earlier ones;
-ours hold features that start from the input at the position before (`shift_raster`, across the ends of rows), and a query
-sees its own too: the same inputs, with no special case at the first position. Attention is normalized before and added
-after, as in a transformer, for the paper's merging gated block; keys and values are as wide as the features. A prefix is
-extra keys and values in every block. Dropout after the gates and after attention.
+Where we deviate:
+- The residual blocks are the two stacks of a gated PixelCNN (see pixelcnn.py). The paper has one stack with ELUs.
+- A key is made of features that start from the input at the position before (`shift_raster`, across the ends of rows), and a
+  query sees its own position's key too. In the paper a key also sees the input at its own position, and a query sees only
+  earlier keys. The inputs that a query depends on are the same, but here the first position is no special case.
+- Attention has a normalization before and a residual connection, as in a transformer. The paper merges it by a gated block.
+- Keys and values are as wide as the features.
+- A prefix is additional keys and values in every block.
+- Dropout follows the gates and the attention.
 """
 
 from dataclasses import dataclass
@@ -37,17 +40,18 @@ class PixelSNAILConfig:
     width: Annotated[int, Interval(ge=1, le=65_536)] = 64
     """feature maps in each stack"""
     blocks: Annotated[int, Interval(ge=1, le=1000)] = 2
-    """blocks of gated layers with attention after them"""
+    """blocks, each of gated layers and then attention"""
     layers: Annotated[int, Interval(ge=1, le=1000)] = 4
     """gated layers in a block"""
     kernel: Annotated[int, Interval(ge=3, le=99)] = 3
     """kernel size, odd"""
     heads: Annotated[int, Interval(ge=1, le=65_536)] = 4
-    """attention heads; they divide the width"""
+    """attention heads; their number must divide the width"""
     dropout: Annotated[float, Interval(ge=0, lt=1)] = 0.0
-    """share of the gated and of the attended features dropped in training"""
+    """share of the gated features, and of the attention's output, dropped in training"""
 
     def build(self) -> "PixelSNAIL":
+        """Raises ValueError for an even kernel, and where the heads do not divide the width."""
         return PixelSNAIL(self)
 
 
@@ -97,6 +101,8 @@ class State:
 
 
 class PixelSNAIL(nn.Module):
+    """The backbone: see Backbone in layers.py for its methods."""
+
     blocks: list[Block]
     reach: int | None = None
 
@@ -108,6 +114,7 @@ class PixelSNAIL(nn.Module):
 
     @property
     def layers(self) -> list[GatedLayer]:
+        """The gated layers of all blocks."""
         return [layer for block in self.blocks for layer in block.layers]
 
     def forward(self, inputs: Tensor, map: Tensor | None = None, prefix: Tensor | None = None) -> Tensor:
@@ -126,7 +133,7 @@ class PixelSNAIL(nn.Module):
         weights, heads = [block.step_weights() for block in self.blocks], self.blocks[0].attention.heads
         attention = Blocks(weights, heads, batch, len(tokens) + grid[0] * grid[1])
         for place, token in enumerate(tokens):
-            for block in range(len(self.blocks)):  # every block sees the prefix itself: of what comes out, nothing is used
+            for block in range(len(self.blocks)):  # every block sees the prefix itself, so results at its tokens are not used
                 attention.step(token.to(stacks.row.dtype, copy=True), place, block, block + 1)
         return State(stacks, len(tokens), attention)
 
@@ -135,9 +142,12 @@ class PixelSNAIL(nn.Module):
         """Position `position` of `forward`, B D."""
         stacks = state.stacks
         column = stacks.enter(previous, position)
+        # The input at the position before; at column 0 the last of the row above.
         torch.add(stacks.row_inputs[column - 1], stacks.row_map[column], out=stacks.features)
-        layer = 0
+        start = 0
         for number, block in enumerate(self.blocks):
-            features = stacks.step(column, layer, layer := layer + len(block.layers))
+            end = start + len(block.layers)
+            features = stacks.step(column, start, end)
             state.attention.step(features, state.prefix_length + position, number, number + 1)
+            start = end
         return self.norm.norm(stacks.features)

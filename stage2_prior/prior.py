@@ -1,16 +1,18 @@
-"""The contract of a prior, and what priors share that are fitted without gradients.
+"""The contract of a prior, and helpers of the priors that are fitted without gradients.
 
 B batch, N encoded images.
 
-A prior takes all levels as a list, always, so that nothing that uses one loops over levels:
+A prior always takes all levels as a list, so that its callers need no loop over levels:
 
-    forward(levels, contexts, progress) -> {"loss": …}, mean nats per image: what training calls
-    log_prob(levels, contexts)      -> B, nats per image in raw latents
-    sample(indices, seed, …)        -> levels; sample i under one seed is the same in any batch, up to rounding
-    estimate(dataset)               -> fits what is not trained by gradient, into buffers
+    forward(levels, contexts, progress) -> {"loss": …}, mean nats per image: the loss of training
+    log_prob(levels, contexts)          -> B, nats per image in raw latents
+    sample(indices, seed, how, …)       -> levels, without gradients
+    estimate(dataset)                   -> fits what has no gradient, into buffers
 
-contexts, B …, are what a conditional prior is conditioned on, such as labels; the other priors ignore them.
-`sample` raises CannotSample where `how` asks for what a prior does not have: top-k and top-p need codes, guidance a context.
+Sample i under a seed is the same in any batch, up to rounding. contexts, B …, are the condition of a conditional prior, such as
+labels; other priors ignore them in `forward` and `log_prob`. `log_prob` raises CannotSample for a conditional prior without
+contexts. `sample` raises it for settings in `how` that the prior does not have: top-k and top-p need codes, guidance needs a
+context.
 """
 
 from abc import ABC, abstractmethod
@@ -26,8 +28,10 @@ T = TypeVar("T")
 
 
 class Prior(nn.Module, ABC):
+    """A density over latents."""
+
     bounded = False
-    """Whether `log_prob` is a lower bound rather than the density itself."""
+    """whether `log_prob` is a lower bound on the log density, not the log density itself"""
 
     def forward(self, levels: list[Tensor], contexts: Tensor | None = None, progress: float = 0.0) -> dict[str, Tensor]:
         return {"loss": -self.log_prob(levels, contexts).mean()}
@@ -39,32 +43,32 @@ class Prior(nn.Module, ABC):
     def sample(self, indices: Tensor, seed: int, how: Sampling = AS_FITTED, contexts: Tensor | None = None) -> list[Tensor]: ...
 
     def estimate(self, dataset: LatentDataset) -> None:
-        """Fit what is not trained by gradient. N(0, I) has nothing to fit."""
+        """Fit what has no gradient. By default nothing."""
 
     def draw_contexts(self, indices: Tensor, seed: int) -> Tensor | None:
-        """Contexts as frequent as in the training set, one for each sample number; None for an unconditional prior."""
+        """A context for each sample number, with the frequencies of the training set; None for an unconditional prior."""
         return None
 
     def fitted_numbers(self) -> int:
-        """How many numbers are trained or fitted."""
+        """The number of trained or fitted parameters."""
         return sum(parameter.numel() for parameter in self.parameters())
 
 
 def only(levels: list[T]) -> T:
-    """The single level of a one-level prior."""
+    """The single level of a list. Raises ValueError for several levels."""
     if len(levels) != 1:
         raise ValueError(f"this prior models one level of latents, not {len(levels)}")
     return levels[0]
 
 
 class ResizableBuffers(nn.Module):
-    """A module whose buffers have as many numbers as the data ask for: loading a state, it takes on the sizes there.
+    """A module whose buffers have sizes that depend on the data. `load_state_dict` resizes them to those of the state.
 
-    load_state_dict raises RuntimeError where these do not fit, as for any module.
+    It raises RuntimeError where `fits` is false, as for a wrong size in any module.
     """
 
     def fits(self, found: dict[str, Tensor]) -> bool:
-        """Whether tensors, by the names of the buffers, can be a state of this module."""
+        """Whether these tensors, by name of the buffer, are a valid state of this module."""
         raise NotImplementedError
 
     def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, unexpected, errors):
@@ -79,7 +83,7 @@ class ResizableBuffers(nn.Module):
 
 
 def choosing_images(count: int) -> tuple[Tensor, Tensor]:
-    """Of so many images those to fit to, and those to choose a setting of the fit by: a twentieth, at most 1,000; at random."""
+    """A random split of `count` images: numbers of those to fit to, and of a twentieth, at most 1,000, to choose settings by."""
     order = torch.randperm(count, generator=torch.Generator().manual_seed(0))
     held_out = min(count // 20, 1000)
     return order[held_out:], order[:held_out]

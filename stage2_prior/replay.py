@@ -16,6 +16,11 @@ Graph = tuple[torch.cuda.CUDAGraph, list["Tensor | None"], Tensor]  # the graph,
 MOST_POSITIONS = 1024  # of a grid: capturing a larger one takes long, and its graph much memory
 
 
+def can_replay(device: torch.device, positions: int) -> bool:
+    """Whether sampling a grid of so many positions on this device goes through a CUDA graph."""
+    return device.type == "cuda" and positions <= MOST_POSITIONS
+
+
 class GraphedFunction:
     """Calls a function of tensors on a GPU, through a CUDA graph where the same call comes again.
 

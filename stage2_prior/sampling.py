@@ -1,10 +1,10 @@
-"""The noise of a sample, draws by inverse CDF, and the settings of a draw: what the samplers of all priors share.
+"""What the samplers of all priors share: noise, sampling by inverse CDF, and the settings of sampling.
 
 B batch, P positions, K categories.
 
-The noise of sample i under seed s is a function of (s, i, position) alone, by the counter-based generator Philox
-(Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"): exactly the same at any batch size, at any place in a
-batch, in any number of processes and on any device. The sample drawn with it is the same up to the rounding of the network.
+The noise of sample i under seed s is a function of (s, i, position) only, by the counter-based generator Philox (Salmon et al.
+2011, "Parallel random numbers: as easy as 1, 2, 3"). So it is exactly the same at any batch size, at any place in a batch, with
+any number of processes and on any device. The sample is the same up to rounding in the network.
 """
 
 import math
@@ -14,14 +14,15 @@ import torch
 from torch import Tensor
 
 WORD = 0xFFFFFFFF  # the low 32 bits of an int64
-# Streams of the noise, beside those of the latents: level l uses stream l. Choices use two.
+MOST_NUMBERS = 2**18  # of one position: the counter has 16 bits for blocks of 4 numbers
+# Streams of the noise. Level l of the latents uses stream l. CHOICE_STREAM + 1 is in use too.
 CONTEXT_STREAM, COMPONENT_STREAM, CHOICE_STREAM, PIXEL_STREAM = 1000, 1001, 1002, 1004
 
 
 def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int]) -> tuple[Tensor, ...]:
     """Philox4x32-10 on int64 tensors that hold unsigned 32-bit words; returns four words for each counter.
 
-    The product of two 32-bit words wraps in int64 exactly as it would in uint64, so shifts and masks recover both halves.
+    The product of two 32-bit words wraps in int64 as in uint64, so shifts and masks give both halves.
     """
     c0, c1, c2, c3 = counter
     k0, k1 = key
@@ -38,11 +39,14 @@ def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int])
 
 
 def uniforms(seed: int, indices: Tensor, positions: Tensor, count: int, stream: int = 0) -> Tensor:
-    """Uniform numbers in (0, 1), float32, B P count: a function of (seed, index, position, stream) alone.
+    """Uniform numbers in (0, 1), float32, B P count: a function of (seed, index, position, stream) only.
 
-    indices: B sample numbers; positions: P position numbers, both int64 on the device wanted.
-    stream: tells apart independent uses for one sample, below 2**16.
+    indices: B sample numbers; positions: P position numbers. Both are int64, on the device of the result.
+    count: at most MOST_NUMBERS. stream: below 2**16, a different one for each independent use.
+    Raises ValueError for a larger count, whose numbers would be those of the next stream.
     """
+    if count > MOST_NUMBERS:
+        raise ValueError(f"a position has {MOST_NUMBERS:,} uniform numbers, not {count:,}: use more positions")
     blocks = -(-count // 4)
     index = indices[:, None, None]
     position = positions[None, :, None]
@@ -61,46 +65,47 @@ def first_uniforms(seed: int, indices: Tensor, stream: int) -> Tensor:
 def normals(seed: int, indices: Tensor, shape: tuple[int, ...], stream: int = 0) -> Tensor:
     """Standard normal numbers, B × shape, by the inverse CDF of `uniforms`."""
     count = torch.Size(shape).numel()
-    position = torch.zeros(1, dtype=torch.int64, device=indices.device)
-    return inverse_normal_cdf(uniforms(seed, indices, position, count, stream)).view(len(indices), *shape)
+    positions = torch.arange(max(1, -(-count // MOST_NUMBERS)), device=indices.device)
+    uniform = uniforms(seed, indices, positions, min(count, MOST_NUMBERS), stream).flatten(1)[:, :count]
+    return inverse_normal_cdf(uniform).view(len(indices), *shape)
 
 
 def inverse_normal_cdf(uniforms: Tensor) -> Tensor:
-    """Standard normal numbers from uniform ones of any shape; on the CPU where the device cannot."""
+    """Uniform numbers to standard normal ones, any shape. On MPS, which has no ndtri, this is computed on the CPU."""
     if uniforms.device.type == "mps":
         return torch.special.ndtri(uniforms.cpu()).to(uniforms.device)
     return torch.special.ndtri(uniforms)
 
 
 def choose(logits: Tensor, uniform: Tensor) -> Tensor:
-    """The index of a category by inverse CDF: logits B K (need not be normalized), uniform B; returns B."""
+    """Sample categories by inverse CDF. logits: B K, not necessarily normalized; uniform: B; returns B."""
     return choose_many(logits, uniform[:, None]).squeeze(1)
 
 
 def choose_many(logits: Tensor, uniform: Tensor) -> Tensor:
-    """Several draws from each row: logits B K, uniform B M; returns B M."""
+    """M samples from each row. logits: B K; uniform: B M; returns B M."""
     cumulative = logits.softmax(-1).cumsum(-1)
-    # Search for a share of the last entry, not of 1, because of rounding; what was not a number stays within bounds.
+    # Rounding can make the last entry differ from 1, so search for a share of it. The clamp keeps NaN logits within bounds.
     return torch.searchsorted(cumulative, uniform * cumulative[:, -1:]).clamp_(max=logits.shape[-1] - 1)
 
 
 class CannotSample(ValueError):
-    """What was asked of a sampler makes no sense for this prior; the message says what and why."""
+    """A request to a prior that it cannot serve. The message says why, and what to do."""
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How draws depart from the density as fitted; by default not at all."""
+    """Settings of sampling. The default samples from the fitted density."""
 
     temperature: float = 1.0
-    """below 1 sharpens the density, 0 takes its mode at each position"""
+    """T: values below 1 sharpen the density at each position; 0 takes its mode"""
     top_k: int | None = None
-    """draw each code from the k likeliest only"""
+    """sample each code from the k likeliest ones only"""
     top_p: float = 1.0
-    """draw each code from the fewest likeliest whose probabilities sum to p"""
+    """sample each code from the fewest likeliest ones whose probabilities sum to p"""
     guidance: float = 0.0
     """strength w of classifier-free guidance toward the context (Ho and Salimans 2022): p(z|context)^(1+w) / p(z)^w, normalized
-    at each position rather than over whole latents; 0 is none"""
+    at each position, not over whole latents; 0 is none"""
     autoguidance: float = 0.0
     """strength w of autoguidance (Karras et al. 2024): the same away from a weaker copy of the prior, which is what the prior was
     early in its training, under the same context; 0 is none"""
@@ -120,13 +125,13 @@ class Sampling:
 
     @property
     def strength(self) -> float:
-        """Of guidance, whichever kind it is of; 0 is none."""
+        """w of the guidance in use, of either kind; 0 is none."""
         return self.guidance or self.autoguidance
 
     def check(self, *, codes: bool, contexts: bool, weaker: bool = False) -> None:
-        """Raises CannotSample for a setting that has no meaning for a prior.
+        """Raises CannotSample for settings that a prior does not have.
 
-        codes: whether it models codes. contexts: whether it takes any. weaker: whether it has a weaker copy of itself.
+        codes: whether the prior models codes. contexts: whether it takes contexts. weaker: whether it has a weaker copy.
         """
         if not codes and (self.top_k is not None or self.top_p < 1):
             raise CannotSample("top-k and top-p choose among codes, and these latents are continuous: set a temperature instead")

@@ -1,12 +1,13 @@
-"""The cached steps of sampling: layers position by position, with all that they keep between positions.
+"""The cached steps of sampling: layers evaluated position by position, with all that they keep between positions.
 
-Gated layers run the vertical stack a row at a time and the horizontal stack a position at a time. Blocks of attention read the
-keys and values of the positions so far.
+Gated layers run the vertical stack one row at a time and the horizontal stack one position at a time. Blocks of attention read
+the keys and values of the positions so far.
 
 B batch, D width, L layers, h×w grid, k kernel size, m = (k+1)/2 the kernel's causal half, d features of an attention head.
 
-What is kept lies so that everything is a matrix product. On CPUs these are small, and calling torch's operations costs more than
-computing them; so where the installation found a C compiler, compiled.py takes a row or a position through all layers at once.
+The cache is laid out so that every operation is a matrix product. These are so small that on CPUs the overhead of calling torch
+is larger than the computation. So where the installation found a C compiler, one call into compiled.py takes a row or a
+position through all layers.
 """
 
 from typing import NamedTuple
@@ -18,14 +19,14 @@ from torch.nn import functional as F
 
 from stage2_prior.compiled import CompiledBlocks, CompiledSteps, library_for
 
-WHOLE = 16  # room for keys and values is a multiple of so many positions: whole vectors of steps.c
+WHOLE = 16  # the room for positions of keys and values is a multiple of this: whole vectors in steps.c
 
 
 class StepWeights(NamedTuple):
     """The weights of a gated layer as matrices; those of all layers are stacked along a first axis.
 
-    The gate is tanh(a)·σ(b) = 2st - t with s = σ(2a) and t = σ(b). The 2 of σ(2a) is folded into the weights that make a, and the
-    output weights are negated, to be multiplied by t - 2st.
+    The gate is tanh(a)·σ(b) = 2st - t with s = σ(2a) and t = σ(b). The factor 2 of σ(2a) is folded into the weights that
+    produce a. The output weights are negated, because the step multiplies them by t - 2st.
     """
 
     vertical_norm: Tensor  # scale and shift: 2 D
@@ -45,25 +46,25 @@ class Stacks:
     """
 
     def __init__(self, weights: list[StepWeights], batch: int, grid: tuple[int, int], map: Tensor | None):
-        # Contiguous: steps.c reads them as they lie.
+        # Contiguous, because steps.c reads their memory.
         self.weights = StepWeights(*(torch.stack(kind).contiguous() for kind in zip(*weights)))
         (layers, m, _, _), d, width = self.weights.vertical.shape, self.weights.output.shape[-1], grid[1]
         new, self.kernel = self.weights.output.new_zeros, 2 * m - 1
         map = new(1, d, *grid) if map is None else map.to(self.weights.output.dtype).expand(-1, -1, *grid)
         self.map = list(rearrange(map, "b d h w -> h w b d").contiguous())  # of each row, w B D or w 1 D
-        # Of this row of the grid, column by column: the inputs, as far as they are known, and the map.
+        # Of this row of the grid, for each column: the inputs known so far (after them those of the row above), and the map.
         self.row = new(width, batch, d)
         self.row_inputs, self.row_map = list(self.row), [*self.map[0]]  # B D each
-        # Normalized inputs of the vertical convolutions, in this row and the m-1 above: a ring, with zeros left and right.
+        # Normalized inputs of the vertical convolutions: a ring buffer of this row and the m-1 above, with zeros left and right.
         self.rows = new(layers, m, width + self.kernel - 1, batch, d)
-        # What the vertical stack gives to the horizontal one in this row.
+        # The inputs of the horizontal stack from the vertical one in this row.
         self.seen = new(layers, width, batch, 2 * d)
-        # Normalized inputs of the horizontal convolutions in this row, with zeros left of the grid. Views of them, made once: of
-        # each column, L B D, and of the columns that its kernel reaches, L B m·D.
+        # Normalized inputs of the horizontal convolutions in this row, with zeros left of the grid. Views, made once: of each
+        # column, L B D, and of the columns that the kernel reaches from it, L B m·D.
         self.inputs = new(layers, batch, m - 1 + width, d)
         self.places = list(self.inputs[:, :, m - 1 :].unbind(2))
         self.reached = self.inputs.flatten(2).unfold(2, m * d, d).unbind(2)
-        # Features that go through all layers in place: the vertical stack's of a row, the horizontal stack's at a position.
+        # Features that all layers update in place: of a row in the vertical stack, of a position in the horizontal stack.
         self.row_features, self.features = new(width, batch, d), new(batch, d)
         self.compiled: CompiledSteps | None = None
         if (library := library_for(self.features, d)) is not None:
@@ -78,11 +79,11 @@ class Stacks:
             )
         else:
             self.above, self.gated = new(width * batch, 2 * d), new(batch, d)
-            # The kernel's rows in the order of the ring, for each place of this row in it.
+            # The kernel's rows in the order of the ring buffer, for each place that this row can have in it.
             self.vertical = [self.weights.vertical.roll(place + 1, 1).flatten(1, 2) for place in range(m)]
 
     def enter(self, previous: Tensor | None, position: int) -> int:
-        """Take in the input at position - 1; at the start of a row, run the vertical stack for it. Returns the column."""
+        """Store the input at position - 1, and at the start of a row run the vertical stack. Returns the column."""
         row, column = divmod(position, len(self.row_inputs))
         if previous is not None:
             self.row_inputs[column - 1].copy_(previous)
@@ -94,7 +95,7 @@ class Stacks:
         return column
 
     def step_row(self, place: int) -> None:
-        """The vertical stack for a row, at its place in the ring: self.row_features, w B D, in place."""
+        """Run the vertical stack on self.row_features, w B D, in place. place: of this row in the ring buffer."""
         width, batch, d = self.row.shape
         margin = self.kernel // 2
         for layer, rows in enumerate(self.rows):
@@ -107,7 +108,7 @@ class Stacks:
             self.row_features.addcmul_(s, t, value=2).sub_(t)
 
     def step(self, column: int, first: int = 0, last: int | None = None) -> Tensor:
-        """Layers first … last-1 of the horizontal stack at one position: self.features, B D, in place."""
+        """Run layers first … last-1 of the horizontal stack at one position, on self.features, B D, in place."""
         last = len(self.rows) if last is None else last
         if self.compiled is not None:
             self.compiled.step(column, first, last)
@@ -130,8 +131,8 @@ class Stacks:
 class BlockWeights(NamedTuple):
     """The weights of a block of attention as matrices; those of all blocks are stacked along a first axis.
 
-    x + output(attention(norm(x))) is followed by x + contract(GELU(expand(norm(x)))) with E features between; E is 0 where
-    nothing follows. The queries' scale is folded into their weights.
+    First x + output(attention(norm(x))), then x + contract(GELU(expand(norm(x)))) with E hidden features. E is 0 for a block
+    without the second part. The scale of the queries is folded into their weights.
     """
 
     norm: Tensor  # scale and shift: 2 D
@@ -143,7 +144,7 @@ class BlockWeights(NamedTuple):
 
 
 class Blocks:
-    """L blocks of attention, position by position: the keys and values of up to N positions."""
+    """L blocks of attention, position by position, with the keys and values of up to N positions."""
 
     def __init__(self, weights: list[BlockWeights], heads: int, batch: int, positions: int):
         self.weights, self.heads = BlockWeights(*(torch.stack(kind).contiguous() for kind in zip(*weights))), heads
@@ -155,7 +156,7 @@ class Blocks:
         self.compiled = None if library is None else CompiledBlocks(library, self.weights, heads, self.keys, self.values)
 
     def step(self, x: Tensor, position: int, first: int = 0, last: int | None = None) -> Tensor:
-        """Blocks first … last-1 at one position, x B D, in place: keep its keys and values, and attend to all so far."""
+        """Run blocks first … last-1 at one position on x, B D, in place. Its keys and values are stored."""
         last = len(self.layers) if last is None else last
         if self.compiled is not None:
             self.compiled.step(x, position, first, last)
@@ -165,7 +166,7 @@ class Blocks:
             projected = F.layer_norm(x, (width,), *norm) @ qkv
             query, key, value = rearrange(projected, "b (three heads d) -> three (b heads) d", three=3, heads=self.heads)
             keys[:, :, position], values[:, position] = key, value
-            # Two products and a softmax: on CPUs faster than the fused kernel is for a single query.
+            # Two products and a softmax: for a single query, faster on CPUs than the fused kernel.
             scores = torch.bmm(query[:, None], keys[:, :, : position + 1]).softmax(-1)
             x += torch.bmm(scores, values[:, : position + 1]).view(-1, width) @ output
             if len(contract):

@@ -1,18 +1,21 @@
-"""Decoder-only transformer over the grid in raster order (Radford et al. 2019, "Language Models are Unsupervised Multitask
-Learners", section 2.3; over continuous latents as in GIVT, Tschannen et al. 2023).
+"""Decoder-only transformer over the grid in raster order, after GPT-2.
+
+(Radford et al. 2019, "Language Models are Unsupervised Multitask Learners", section 2.3. With continuous latents it is GIVT,
+Tschannen et al. 2023.)
 
 B batch, D width, h×w grid, N = hw positions, T prefix length.
 
                  ┌────────── residual ─────────┐ ┌──────── residual ───────┐
        tokens  x ──▶ norm ──▶ causal attention ──+──▶ norm ──▶ D→4D→D MLP ──+──▶ x'
 
-The token at position i is the input at position i-1, zero at the first, plus the map at position i; the map says where on
-the grid it is, so there are no positions of its own. The prefix comes first in the sequence; what comes out at its tokens
-is not used.
+The token at position i is the input at position i-1 (zero at the first) plus the map at position i. The map contains position
+embeddings, so the transformer has none of its own. The prefix comes first in the sequence, and outputs at its tokens are not
+used.
 
-Where we deviate from GPT-2: linear layers have no biases; dropout only on what is added to the residual stream.
+Where we deviate from GPT-2: linear layers have no biases, and dropout acts only on what is added to the residual stream.
 
-To sample, `step` runs one position through, against the keys and values kept so far (steps.py); `begin` does so with the prefix.
+In sampling, `begin` passes the prefix through the blocks, and `step` one position at a time, with cached keys and values
+(steps.py).
 """
 
 from dataclasses import dataclass
@@ -37,16 +40,17 @@ class TransformerConfig:
     layers: Annotated[int, Interval(ge=1, le=1000)] = 4
     """blocks of attention and MLP"""
     heads: Annotated[int, Interval(ge=1, le=65_536)] = 4
-    """attention heads; they divide the width"""
+    """attention heads; their number must divide the width"""
     dropout: Annotated[float, Interval(ge=0, lt=1)] = 0.0
-    """share of what a layer adds to the residual stream dropped in training"""
+    """dropout in training on what a layer adds to the residual stream"""
 
     def build(self) -> "Transformer":
+        """Raises ValueError where the heads do not divide the width."""
         return Transformer(self)
 
 
 class Block(nn.Module):
-    """Attention and a multilayer perceptron, each on normalized features and added to the residual stream."""
+    """Attention, then a multilayer perceptron. Each reads normalized features and adds to the residual stream."""
 
     def __init__(self, width: int, heads: int, dropout: float):
         super().__init__()
@@ -84,6 +88,8 @@ class State:
 
 
 class Transformer(nn.Module):
+    """The backbone: see Backbone in layers.py for its methods."""
+
     blocks: list[Block]
     reach: int | None = None
 
@@ -93,7 +99,7 @@ class Transformer(nn.Module):
         blocks = (Block(config.width, config.heads, config.dropout) for _ in range(config.layers))
         self.blocks = nn.ModuleList(blocks)  # type: ignore[assignment]
         self.norm = nn.LayerNorm(config.width)
-        # Radford et al. 2019: at initialization the residual stream does not grow with depth.
+        # So that the residual stream does not grow with depth at initialization (Radford et al. 2019, section 2.3).
         with torch.no_grad():
             for block in self.blocks:
                 for last in (block.attention.output, block.contract):

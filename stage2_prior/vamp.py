@@ -4,9 +4,9 @@ B batch, K components, D all numbers of one latent.
 
     p(z) = 1/K Σ_k N(z; m_k, diag s_k²)
 
-The VampPrior's components are the encoder's posteriors of K learned images. Here stage 1 is frozen and stage 2 never sees an
-image, so m_k and s_k are learned themselves. Components begin at the means of K random training images, as wide as all of q(z):
-where they begin as narrow as posteriors, only the nearest one gets a gradient, and learning takes far longer.
+The components of a VampPrior are the encoder's posteriors of K learned images. Here stage 1 is frozen, and stage 2 never sees an
+image, so m_k and s_k are the parameters. Components start at the posterior means of K random training images, and as wide as all
+of q(z). If they started as narrow as posteriors, only the nearest one would get a gradient, and training would take far longer.
 """
 
 import math
@@ -27,18 +27,18 @@ from stage2_prior.sampling import AS_FITTED, COMPONENT_STREAM, Sampling, choose,
 
 @dataclass(frozen=True)
 class VampConfig(FlattenedConfig):
-    """A mixture of learned posteriors, which begin at those of random training images."""
+    """A mixture of learned posteriors, which start at those of random training images."""
 
     components: Annotated[int, Interval(ge=1, le=1_000_000)] = 500
-    """posteriors"""
+    """number K of mixture components"""
 
     def build(self, specs: list[LatentSpec], classes: int = 0) -> "VampPrior":
-        """Raises ValueError for codes."""
+        """classes: unused. Raises ValueError for codes, and for several levels."""
         return VampPrior(specs, self)
 
 
 class VampPrior(Prior):
-    """Components are kept in standardized values, so that one learning rate fits all numbers of a latent."""
+    """The mixture of standardized values, so that one learning rate suits all numbers of a latent."""
 
     def __init__(self, specs: list[LatentSpec], config: VampConfig):
         super().__init__()
@@ -48,7 +48,7 @@ class VampPrior(Prior):
 
     @torch.no_grad()
     def estimate(self, dataset: LatentDataset) -> None:
-        """Where the components begin."""
+        """Standardize, and set the components to their start."""
         self.flattened.estimate(dataset)
         order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))
         chosen = order[torch.arange(len(self.means)) % len(order)]
@@ -56,6 +56,7 @@ class VampPrior(Prior):
         self.means.copy_(self.flattened.values([means.to(self.means)]))
 
     def stds(self) -> Tensor:
+        """s_k of standardized values, K D."""
         return floored(self.log_stds).exp()
 
     def log_prob(self, levels: list[Tensor], contexts: Tensor | None = None) -> Tensor:
@@ -63,8 +64,9 @@ class VampPrior(Prior):
         densities = gaussian_log_probs(values, self.means, self.stds())
         return densities.logsumexp(1).to(values) - math.log(len(self.means)) - self.flattened.log_volume()
 
+    @torch.no_grad()
     def sample(self, indices: Tensor, seed: int, how: Sampling = AS_FITTED, contexts: Tensor | None = None) -> list[Tensor]:
-        """See `tempered` for what the temperature does."""
+        """For the temperature see `tempered`."""
         how.check(codes=False, contexts=False)
         stds = self.stds()
         logits = tempered(torch.zeros_like(stds[:, 0]), stds.log(), how.temperature)

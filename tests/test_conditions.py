@@ -60,19 +60,35 @@ def test_every_token_of_a_caption_reaches_every_position(backbone, head):
 
 @pytest.mark.parametrize("told", [LABEL, Caption(length=3)], ids=["label", "caption"])
 @pytest.mark.parametrize(("backbone", "head"), LEARNED)
-def test_contexts_are_forgotten_whole_and_in_training_only(backbone, head, told):
+def test_contexts_are_forgotten_whole_and_in_training_only(backbone, head, told, monkeypatch):
     prior = conditional(backbone, head, spec_for(head, (2, 3)), condition=told)
     levels, _ = random_latents(400, prior.spec)[torch.arange(400)]
     contexts, nothing = torch.tensor([[5, 6, 7]] if isinstance(told, Caption) else [1]), prior.condition.null(400)
     contexts = contexts.expand_as(nothing)
     with torch.no_grad():
         known, unknown = prior.log_prob(levels, contexts), prior.log_prob(levels, nothing)
+        density, found = prior.log_prob_by_position, []
+        monkeypatch.setattr(prior, "log_prob_by_position", lambda *asked: found.append(density(*asked)) or found[-1])
+        assert prior(levels, contexts)["loss"] == -known.mean()
         torch.manual_seed(0)
-        in_training = prior.train().log_prob(levels, contexts)
-    assert (known != unknown).all()
+        loss = prior.train()(levels, contexts)["loss"]
+        in_training = found[-1].flatten(1).sum(1)
+    assert loss == -in_training.mean() and (known != unknown).all()
     forgotten = in_training == unknown
     assert (forgotten | (in_training == known)).all()
     assert stats.binomtest(int(forgotten.sum()), 400, 0.1).pvalue > FALSE_ALARM
+
+
+def test_a_density_forgets_no_label_in_training_mode_but_the_loss_does():
+    """Without dropout in the backbone, log_prob is the same in both modes, and draws no random number."""
+    dataset = random_latents(40, SPECS[0])
+    labels = torch.arange(40) % 3
+    prior = randomized(AutoregressiveConfig(BACKBONES["pixelcnn"], Categorical(), ClassLabel(dropout=0.5)).build(SPECS[:1], 3))
+    levels, state = [dataset.levels[0]["codes"]], torch.get_rng_state()
+    evaluated = prior.eval().log_prob(levels, labels)
+    assert torch.equal(prior.train().log_prob(levels, labels), evaluated)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert prior(levels, labels)["loss"].item() != pytest.approx(-evaluated.mean().item(), rel=1e-4)
 
 
 def test_sampling_forgets_no_label_in_training_mode_either():

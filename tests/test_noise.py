@@ -4,7 +4,7 @@ import pytest
 import torch
 from scipy import stats
 
-from stage2_prior.sampling import choose, normals, philox, uniforms
+from stage2_prior.sampling import MOST_NUMBERS, choose, normals, philox, uniforms
 
 # The published known-answer vectors of Philox4x32-10 (Random123, kat_vectors): counter, key, result.
 KNOWN = [
@@ -42,6 +42,24 @@ def test_a_number_depends_on_nothing_else():
     whole = uniforms(3, torch.arange(10), torch.arange(8), 6)
     assert torch.equal(uniforms(3, torch.tensor([7]), torch.tensor([5]), 6)[0, 0], whole[7, 5])
     assert torch.equal(uniforms(3, torch.arange(10), torch.arange(8), 3), whole[..., :3])
+
+
+def test_uniforms_of_a_position_end_where_those_of_the_next_stream_begin():
+    largest, next_stream = (
+        uniforms(0, torch.arange(1), torch.zeros(1).long(), MOST_NUMBERS),
+        uniforms(0, torch.arange(1), torch.zeros(1).long(), 8, stream=1),
+    )
+    assert largest.shape == (1, 1, MOST_NUMBERS) and not torch.equal(largest[..., :8], next_stream)
+    with pytest.raises(ValueError, match="use more positions"):
+        uniforms(0, torch.arange(1), torch.zeros(1).long(), MOST_NUMBERS + 1)
+
+
+def test_normals_of_a_large_latent_are_not_those_of_another_stream():
+    large, other = (normals(0, torch.arange(2), (4, MOST_NUMBERS // 2), stream) for stream in (0, 1))
+    assert large.shape == (2, 4, MOST_NUMBERS // 2)
+    assert len(torch.cat([large, other]).flatten(1)[:, ::4001].unique()) == 4 * len(range(0, 2 * MOST_NUMBERS, 4001))
+    assert not set(large[0, 2, :100].tolist()) & set(other[0].flatten().tolist()[:100])
+    assert torch.equal(normals(0, torch.arange(2), (MOST_NUMBERS,)), large[:, :2].flatten(1))
 
 
 def test_normals_are_normal():

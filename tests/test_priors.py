@@ -9,10 +9,11 @@ import torch
 from scipy import stats
 from torch import distributions
 
-from stage2_prior import ancestral, gaussians, latents
+from stage2_prior import ancestral, context_models, gaussians, latents
 from stage2_prior.ancestral import Conditioned, sample_grid
 from stage2_prior.autoregressive import AutoregressiveConfig
 from stage2_prior.baselines import CODE_BASELINES, CONTINUOUS_BASELINES, baselines
+from stage2_prior.context_models import Order2Level
 from stage2_prior.gaussians import AggregatePosterior, GaussianMixturePrior
 from stage2_prior.heads import MINIMUM_LOG_STD, Categorical, GaussianMixture, truncated
 from stage2_prior.latents import LatentDataset, LatentSpec, draw
@@ -104,6 +105,27 @@ def test_a_sample_is_the_same_in_any_batch(name):
     assert torch.allclose(together[[4, 1]], apart, rtol=1e-9, atol=1e-12)
     assert not torch.allclose(together, other)
     assert len({tuple(sample.flatten().tolist()) for sample in together}) == 6
+
+
+@pytest.mark.parametrize("kind", HEADS)
+def test_samples_need_no_gradients(kind):
+    spec = spec_for(kind, (2, 3))
+    priors = [AutoregressiveConfig(backbone, HEADS[kind]).build([spec]) for backbone in BACKBONES.values()]
+    priors += [make([spec]) for make in baselines([spec]).values()]
+    priors += [config.build([spec]) for config in RIVALS.values() if kind == "mixture"]
+    for prior in priors:
+        (latent,) = prior.sample(torch.arange(2), seed=3)
+        assert not latent.requires_grad, type(prior)
+
+
+@pytest.mark.parametrize("kind", HEADS)
+def test_no_latents_have_no_densities(kind):
+    spec = spec_for(kind, (2, 3))
+    none = torch.zeros(0, *spec.shape, dtype=torch.int64 if kind == "categorical" else torch.float32)
+    priors = [make([spec]) for make in baselines([spec]).values()]
+    # Not of the flow, whose library needs a row.
+    priors += [config.build([spec]) for name, config in RIVALS.items() if kind == "mixture" and name != "flow"]
+    assert all(prior.log_prob([none]).shape == (0,) for prior in priors)
 
 
 @pytest.mark.parametrize("kind", HEADS)
@@ -477,6 +499,27 @@ def test_the_order_2_model_counts_both_neighbours_and_backs_off(ordered):
     again = CODE_BASELINES["order2"]([LatentSpec((2, 2), vocabulary=5)])
     again.load_state_dict(prior.state_dict())
     assert torch.equal(again.log_prob([codes]), prior.log_prob([codes]))
+
+
+def test_the_order_2_model_holds_few_probabilities_at_once_with_the_same_results(ordered, monkeypatch):
+    codes, prior = ordered
+    whole, drawn = prior.log_prob([codes]), prior.sample(torch.arange(50), seed=2)
+    probabilities, held = Order2Level.probabilities, []
+
+    def watched(*asked):
+        held.append((made := probabilities(*asked)).numel())
+        return made
+
+    monkeypatch.setattr(Order2Level, "probabilities", watched)
+    monkeypatch.setattr(context_models, "PROBABILITIES_AT_ONCE", 5 * 7)
+    assert torch.equal(prior.log_prob([codes]), whole) and torch.equal(prior.sample(torch.arange(50), seed=2)[0], drawn[0])
+    assert max(held) == 5 * 7
+
+
+@pytest.mark.parametrize(("codes", "counted"), [(8192, True), (8193, False)])
+def test_pairs_of_codes_are_counted_only_where_their_tables_fit(codes, counted):
+    specs = [LatentSpec((1, 1), 5), LatentSpec((2, 2), codes)]
+    assert list(baselines(specs)) == ["standard", "unigram"] + ["order2"] * counted
 
 
 @pytest.mark.parametrize("name", ["gaussian", "mixture"])

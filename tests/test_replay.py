@@ -12,8 +12,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
-from stage2_prior import compiled
-from stage2_prior.ancestral import Conditioned, draw_grid
+from stage2_prior import ancestral, compiled
+from stage2_prior.ancestral import Conditioned, draw_grid, sample_grid
 from stage2_prior.replay import GraphedFunction, replayed
 from stage2_prior.sampling import AS_FITTED, Sampling, uniforms
 from tests.parts import LEARNED, random_prior, spec_for
@@ -137,6 +137,17 @@ def test_a_device_that_cannot_capture_draws_all_the_same(monkeypatch):
         for seed in range(4):
             assert same(replayed("kind", modules, draw, inputs(seed)), draw(*inputs(seed)))
     assert len(tries) == 1
+
+
+def test_the_noise_of_a_replayed_grid_is_made_few_positions_at_a_time(monkeypatch, graphs):
+    prior, _, _, _ = setting("pixelcnn", "mixture", AS_FITTED)
+    told, indices, made = Conditioned(prior.backbone, prior.head, None, None), torch.arange(4), []
+    whole = sample_grid(told, (3, 4), indices, 0)
+    monkeypatch.setattr(ancestral, "uniforms", lambda *asked: made.append(len(asked[2])) or uniforms(*asked))
+    monkeypatch.setattr(ancestral, "NOISE_AT_ONCE", 5 * 4 * prior.head.uniforms_per_position(AS_FITTED))
+    monkeypatch.setattr(ancestral, "can_replay", lambda device, positions: True)
+    assert all(same(sample_grid(told, (3, 4), indices, 0), whole) for _ in range(3))
+    assert made == 3 * [5, 5, 2] and len(graphs) == 1
 
 
 def test_a_graph_goes_with_its_backbone(monkeypatch):
