@@ -415,7 +415,7 @@ class Killed(Exception):
 @pytest.mark.parametrize("source", ["folder", "shards"])
 def test_training_from_disk_killed_and_resumed_equals_training_from_memory(pictures, shards, tmp_path, monkeypatch, source):
     config = FitConfig(steps=9, batch_size=16, checkpoint_steps=3, warmup_steps=1)  # several epochs, batches across their ends
-    save, network = checkpoints.save, AutoencoderConfig(FullyConnected(layers=1, width=8, positions=3))
+    save, network = checkpoints.save, AutoencoderConfig(FullyConnected(layers=1, width=8, positions=3, features=8))
     data = Folder(pictures, size=8) if source == "folder" else Shards(shards, size=8)
 
     def trained(in_memory: float, folder: Path) -> dict:
