@@ -86,7 +86,10 @@ class Codes(nn.Module):
 
 
 def check_features(features: int, channels: int, each: int) -> None:
-    """Raises ValueError where `each` numbers of every channel, a linear map of the features, would not be independent."""
+    """Raises ValueError for fewer features than a projection to `each` numbers a channel needs.
+
+    The projection is linear, so its outputs would lie in a subspace: latents would have fewer dimensions than they say.
+    """
     if features < each * channels:
         raise ValueError(
             f"latents of {channels} channels need {each * channels} features at each position, {each} a channel, but the network"

@@ -1,4 +1,4 @@
-"""The kinds of learned priors. The union is the registry: a kind in it has a name on the command line."""
+"""All kinds of learned priors. A config in this union can be chosen by name on the command line."""
 
 from stage2_prior.autoregressive import AutoregressiveConfig, CascadeConfig
 from stage2_prior.flow import FlowConfig

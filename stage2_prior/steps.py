@@ -42,7 +42,7 @@ class StepWeights(NamedTuple):
 class Stacks:
     """The two stacks of L gated layers, position by position.
 
-    weights: of each layer. map: B D h w or 1 D h w, or with h and w of 1.
+    weights: of each layer. map: B D h w, or 1 for B, or 1 for both h and w.
     """
 
     def __init__(self, weights: list[StepWeights], batch: int, grid: tuple[int, int], map: Tensor | None):
