@@ -31,7 +31,8 @@ RECIPE
 {{recipes}}
 
 --run NAME       name of the run, a folder under checkpoints/, or a path; the preset's name where none is given.
-                 Without a PRESET, a run of that name goes on as it was begun
+                 Without a PRESET, a run of that name goes on as it was begun; a new one begins with the preset of
+                 that name, or with {DEFAULT_PRESET} where NAME is no preset's
 --config FILE    take the config.json of any run in place of a preset
 --stage1-from RUN  take over the stage 1 of another run and train only the prior; without a PRESET, with RUN's settings
 --no-compare     train only; python -m pipelines.compare RUN compares, several runs together
@@ -102,6 +103,7 @@ def beginning(preset_asked: str | None, arguments: list[str]) -> "tuple[str, Run
                 raise UserError("--stage1-from begins a new run: name it with --run NAME")
             return name, Run.open(source, "cpu").config, left
         check_first_preset(name, arguments)
+        preset_asked = named_as(name)
     asked = preset_asked or DEFAULT_PRESET
     return preset_name(*parts_of(asked)), preset(asked), left
 
@@ -116,13 +118,21 @@ def check_first_preset(name: str | None, arguments: list[str]) -> None:
             raise UserError(f"the preset comes first: python -m pipelines.train_all {argument} {shlex.join(others)}")
     if name is None:
         return
+    begun_with = named_as(name)
     known = [path.parent.name for path in folder_of(name).parent.glob("*/config.json")]
-    if close := difflib.get_close_matches(Path(name).name, known, n=1, cutoff=0.7):
+    close = difflib.get_close_matches(Path(name).name, known, n=1, cutoff=0.7)
+    if close and begun_with is None:
         raise UserError(
             f"there is no run {name!r} - did you mean {close[0]!r}? A new run of that name begins when a preset is named too:"
             f" python -m pipelines.train_all {DEFAULT_PRESET} {shlex.join(arguments)}"
         )
-    say(f"there is no run {name!r} yet: it is begun with the preset {DEFAULT_PRESET}")
+    say(f"there is no run {name!r} yet: it is begun with the preset {begun_with or DEFAULT_PRESET}")
+
+
+def named_as(run: str | None) -> str | None:
+    """The preset whose name a run has; None where there is none."""
+    name = Path(run or "").name
+    return name if is_preset(name) else None
 
 
 def is_preset(name: str) -> bool:

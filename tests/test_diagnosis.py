@@ -1,6 +1,8 @@
 """The diagnosis of a run: what it says of comparisons whose figures are known."""
 
 import math
+import re
+import shlex
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,6 +20,7 @@ from pipelines.pages.words import about_measures, about_sampling
 from pipelines.runs.config import replaced
 from pipelines.runs.recipes import preset
 from pipelines.runs.run import Run
+from pipelines.train_all import parse
 from stage2_prior.conditions import Unconditional
 from stage2_prior.latents import LatentSpec
 from stage2_prior.sampling import Sampling
@@ -170,3 +173,21 @@ def test_figures_that_fail_a_check_are_flagged():
     tuned.priors["tuned"] = row(1.1, sampling=how)
     assert "learned, guidance 0.5: chosen by only 76 samples in 64 features" in said(tuned)
     assert "gap closed: above 1" in said(replace(made(), gap_closed_tuned=1.01))
+
+
+@pytest.mark.parametrize("name", ["fashion-vqvae2", "cifar10-jpeg"])
+def test_the_advice_for_an_export_begins_a_run_of_its_config(name, tmp_path, monkeypatch):
+    """An export is only read: `--run` with its name would begin another run, of other data."""
+    monkeypatch.chdir(tmp_path)
+    run = Run.open(name, "cpu")
+    decoder = diagnosis(run, made(reconstruction=20.0, learned=22.0, mixture=60.0))[0]
+    weak = replace(made(), features=replace(made().features, accuracy=0.2))
+    advised = re.findall("python -m (pipelines.train_all .*?)[;.]? ?(?:or |Another |$)", f"{decoder} {diagnosis(run, weak)[-1]}")
+    configs = [parse(shlex.split(command)[1:]) for command in (*advised, another_prior(run, made()).removeprefix("python -m "))]
+    assert [named for named, _, _ in configs] == [f"{name}-2"] * 3
+    data = run.config.data if name == "fashion-vqvae2" else replace(run.config.data, root=Path("data") / name)
+    assert all(config.data == data for _, config, _ in configs)
+    longer, judged, shared = (replace(config, data=run.config.data) for _, config, _ in configs)
+    assert longer == replaced(run.config, "stage1.steps", 2 * run.config.stage1.steps)
+    assert judged == replaced(run.config, "metrics.classifier.steps", 2 * run.config.metrics.classifier.steps)
+    assert shared.prior != run.config.prior and shared.autoencoder == run.config.autoencoder

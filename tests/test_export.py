@@ -185,6 +185,24 @@ def test_an_export_is_never_trained_on_nor_written_over(run, copied, small_data)
     assert content(copied) == before
 
 
+def test_a_run_with_notes_of_the_user_is_no_export(run, copied):
+    """Only a card, which names this software in its metadata, tells that a folder is part of an export."""
+    own = Path(shutil.copytree(run.folder, "own"))
+    for notes in ("# My digits\n", "---\nlicense: mit\n---\n\nlibrary_name: two-stage-latent-prior\n"):
+        (own / CARD).write_text(notes)
+        assert not Run.open(str(own), "cpu").exported
+    (copied / LIST).unlink()
+    with pytest.raises(UserError, match="is a part of an export"):
+        Run.open(str(copied), "cpu")
+
+
+def test_the_own_images_of_a_model_on_the_hub_are_looked_for_under_its_name(monkeypatch):
+    """Its folder is named by the commit."""
+    run = dataclasses.replace(Run.open("cifar10-jpeg", "cpu"), on_hub="hub:owner/pictures@main")
+    with pytest.raises(UserError, match="^there is no folder data/pictures: put the images there"):
+        load_data(run)
+
+
 def test_a_run_of_ones_own_comes_before_one_that_comes_with_the_software(run, copied, monkeypatch):
     monkeypatch.setattr(runs, "TRAINED", copied.parent)
     local = dataclasses.replace(run, folder=runs.CHECKPOINTS / "digits")

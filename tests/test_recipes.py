@@ -237,6 +237,15 @@ def test_without_a_preset_a_misspelt_run_is_no_new_one(tmp_path, monkeypatch, ca
     assert parse(["mnist", "--run", "digist"])[0] == "digist"
 
 
+def test_a_new_run_named_as_a_preset_begins_with_that_preset(tmp_path, monkeypatch, capsys):
+    """Also where a run of nearly that name is there."""
+    monkeypatch.chdir(tmp_path)
+    write_config(tmp_path / "checkpoints" / "mnist5k-vqvae", preset("mnist5k-vqvae"))
+    for name in ("mnist5k-vqvae2", "elsewhere/fashion-vqvae2"):
+        assert parse(["--run", name]) == (name, preset(Path(name).name), Options())
+        assert f"it is begun with the preset {Path(name).name}" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("arguments", [["--seed", "1", "mnist"], ["--mirror", "mnist"], ["--run", "a b", "mnist"]], ids=str)
 def test_a_preset_that_is_not_first_is_said_in_a_sentence(arguments):
     command = shlex.join(["mnist", *arguments[:-1]])

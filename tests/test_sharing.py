@@ -6,6 +6,7 @@ import shutil
 import pytest
 
 from pipelines.console import UserError
+from pipelines.pages.exports import export
 from pipelines.runs import latents as latents_module
 from pipelines.runs import phases
 from pipelines.runs.config import replaced
@@ -16,6 +17,7 @@ from pipelines.runs.parts import load_autoencoder, load_prior, specs_of, weights
 from pipelines.runs.priors import open_prior
 from pipelines.runs.run import Run
 from pipelines.train_all import parse
+from pipelines.training import checkpoints
 from pipelines.training import fit as fitting
 from stage2_prior.transformer import TransformerConfig
 from tests.parts import small_splits
@@ -83,6 +85,25 @@ def test_a_stage_1_that_does_not_fit_is_refused_in_one_sentence(run, monkeypatch
     phases.train(own)
     with pytest.raises(UserError, match="own has a stage 1 already, which is not that of"):
         phases.train(own, Options(device="cpu", stage1_from=str(run.folder)))
+
+
+def test_the_stage_1_of_an_export_is_taken_over_whose_best_checkpoint_is_not_its_last(run, tmp_path, monkeypatch):
+    """An export has the best checkpoint alone, without the state of its training."""
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoints, "best", lambda found: found[0])
+        export(run, tmp_path / "export")
+    (kept,) = (tmp_path / "export" / "stage1").glob("step-*")
+    assert checkpoints.check(kept).step < run.config.stage1.steps
+    monkeypatch.chdir(tmp_path)
+    source = Run.open("export", "cpu")
+    other = sharing(run, "of-an-export", source="export")
+    assert weights_of(other)["stage1"] == weights_of(source)["stage1"]
+    phases.train(other)
+    third = sharing(run, "of-that", source=str(other.folder), seed=2)
+    assert weights_of(third)["stage1"] == weights_of(source)["stage1"]
+    longer = Run.create(other.folder, replaced(other.config, "stage1.steps", 50), "cpu")
+    with pytest.raises(UserError, match="not the state of the optimizer"):
+        phases.train(longer)
 
 
 def test_the_command_begins_from_the_settings_of_that_run(run):

@@ -5,6 +5,7 @@ import shlex
 from pipelines.judging.comparison import Comparison, Row
 from pipelines.judging.quality import ENOUGH
 from pipelines.pages.words import cell
+from pipelines.runs.dataset import place_of_own_images
 from pipelines.runs.run import Run
 from stage2_prior.autoregressive import AutoregressiveConfig, CascadeConfig
 from stage2_prior.conditions import Cluster, Unconditional
@@ -68,7 +69,24 @@ def error(one: Row, other: Row) -> float:
 
 
 def longer(run: Run, phase: str) -> str:
-    return f"python -m pipelines.train_all --run {shlex.quote(run.name)} --{phase}.steps {2 * getattr(run.config, phase).steps}"
+    """The command that trains a phase for twice as many steps."""
+    return with_setting(run, f"{phase}.steps", 2 * getattr(run.config, phase).steps)
+
+
+def with_setting(run: Run, setting: str, value: int) -> str:
+    """The command that goes on with a run under another setting; of an export, which is only read, a new run of its config."""
+    words = ["python", "-m", "pipelines.train_all"]
+    if run.exported:
+        words += ["--config", str(run.folder / "config.json"), *where_of(run), "--run", f"{run.title}-2"]
+    else:
+        words += ["--run", run.name]
+    return shlex.join([*words, f"--{setting}", str(value)])
+
+
+def where_of(run: Run) -> list[str]:
+    """The option that names the images of an export, where its config cannot."""
+    place = place_of_own_images(run)
+    return [] if place is None else ["--data.root", str(place)]
 
 
 def another_prior(run: Run, comparison: Comparison) -> str:
@@ -85,8 +103,8 @@ def another_prior(run: Run, comparison: Comparison) -> str:
     else:
         part = "prior.top.backbone" if isinstance(prior, CascadeConfig) else "prior.backbone"
         kind = f"--{part} {'pixelsnail' if isinstance(prior.top.backbone, TransformerConfig) else 'transformer'}"
-    name = shlex.quote(run.folder.name + "-2")
-    return f"python -m pipelines.train_all --stage1-from {shlex.quote(run.name)} {kind} --run {name}"
+    words = ["--stage1-from", run.name, *where_of(run), *kind.split(), "--run", f"{run.title}-2"]
+    return shlex.join(["python", "-m", "pipelines.train_all", *words])
 
 
 def health_line(comparison: Comparison) -> str | None:
@@ -137,8 +155,7 @@ def data(run: Run, comparison: Comparison) -> list[str]:
             " More images help most; --mirror doubles them where left and right may be exchanged."
         )
     if weak(comparison):
-        steps = 2 * run.config.metrics.classifier.steps
-        command = f"python -m pipelines.train_all --run {shlex.quote(run.name)} --metrics.classifier.steps {steps}"
+        command = with_setting(run, "metrics.classifier.steps", 2 * run.config.metrics.classifier.steps)
         lines.append(f"{weak(comparison)} Train it longer: {command}; or use --metrics.extractor inception.")
     return lines
 

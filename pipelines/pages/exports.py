@@ -21,7 +21,7 @@ from pipelines.pages.tables import markdown
 from pipelines.runs.conditions import contexts_asked
 from pipelines.runs.config import to_dict
 from pipelines.runs.dataset import FACTS, read_facts
-from pipelines.runs.exported import CARD, FORMAT, LIST, files_of
+from pipelines.runs.exported import CARD, FORMAT, LIBRARY, LIST, files_of, metadata_of
 from pipelines.runs.parts import (
     EARLY_PRIOR,
     Part,
@@ -166,10 +166,7 @@ def first_samples(run: Run, autoencoder: Autoencoder, prior: Prior) -> Tensor:
 
 def license_of(path: Path) -> str | None:
     """What the metadata of a card say; None where there is no card, or it says nothing that is an identifier."""
-    if not path.is_file():
-        return None
-    metadata = path.read_text(errors="replace").partition("\n---")[0]
-    found = re.search(rf"^license: ({LICENSE.pattern})$", metadata, re.MULTILINE)
+    found = re.search(rf"^license: ({LICENSE.pattern})$", metadata_of(path), re.MULTILINE)
     return found[1] if found else None
 
 
@@ -190,7 +187,7 @@ def card(run: Run, comparison: Comparison | None, name: str, half: bool, license
     lines = [
         "---",
         "pipeline_tag: unconditional-image-generation",
-        "library_name: two-stage-latent-prior",
+        LIBRARY,
         *([f"license: {license}"] if license else []),
         "tags:",
         "- two-stage-latent-prior",

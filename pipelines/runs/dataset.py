@@ -112,8 +112,8 @@ def load_data(run: Run) -> Splits:
     if not run.given:
         whereabouts.check(run.config, run.folder)
     data = run.config.data
-    if run.exported and isinstance(data, Folder | Parquet):  # an export names no place, and no option of a command does
-        data = replace(data, root=Path("data") / run.folder.name)
+    if (place := place_of_own_images(run)) is not None and isinstance(data, Folder | Parquet):
+        data = replace(data, root=place)
     with LOADING, run.fabric.rank_zero_first(local=True):  # which may download it, or read it whole
         try:
             splits = data.load(run.work / UNREADABLE)
@@ -129,6 +129,14 @@ def load_data(run: Run) -> Splits:
     if (run.folder / FACTS).is_file() and (run.exported or checkpoints.folders(run.folder / "stage1")):
         refuse_other_images(run, splits)
     return splits
+
+
+def place_of_own_images(run: Run) -> Path | None:
+    """Where the user's own images are looked for that an export was trained on: it names no place, and no option of a command
+    does. None for a run, and for other data."""
+    if not (run.exported and isinstance(run.config.data, Folder | Parquet)):
+        return None
+    return Path("data") / (run.title.partition("@")[0] if run.on_hub else run.title)  # the same for every revision
 
 
 def refuse_other_images(run: Run, splits: Splits) -> None:

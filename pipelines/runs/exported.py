@@ -11,13 +11,23 @@ from pipelines.console import UserError
 from pipelines.training.checkpoints import checksum
 
 LIST, CARD = "export.json", "README.md"
+LIBRARY = "library_name: two-stage-latent-prior"
+"""what a card says of itself, which tells it from a README.md of the user's"""
 FORMAT = 1
 """of an export; higher where an earlier version would read it wrongly"""
 
 
 def is_export(folder: Path) -> bool:
     """By its list or its card, so that an export that was copied in part is not taken for a run."""
-    return (folder / LIST).is_file() or (folder / CARD).is_file()
+    return (folder / LIST).is_file() or LIBRARY in metadata_of(folder / CARD).splitlines()
+
+
+def metadata_of(card: Path) -> str:
+    """What stands between the first two lines `---` of a card; nothing where there is none."""
+    if not card.is_file():
+        return ""
+    text = card.read_text(errors="replace")
+    return text.partition("\n---")[0] if text.startswith("---\n") else ""
 
 
 def files_of(folder: Path) -> list[str]:

@@ -1,6 +1,7 @@
 """The networks of a run: built from its config, and loaded from its checkpoints."""
 
 import copy
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -22,6 +23,16 @@ from stage2_prior.prior import Prior
 Part = Literal["autoencoder", "prior"]
 Phase = Literal["stage1", "stage2", "refined"]
 EARLY_PRIOR = "stage2/early.safetensors"  # what autoguidance leads away from
+TAKEN_OVER = "taken-over.json"
+"""in the folder of a stage 1 that came from an export"""
+
+
+@dataclass(frozen=True)
+class TakenOver:
+    """What is known of a stage 1 that came from an export, which holds the best checkpoint alone."""
+
+    steps: int
+    """after which its training had ended"""
 
 
 def specs_of(autoencoder: Autoencoder) -> list[LatentSpec]:
@@ -115,10 +126,17 @@ def finished(run: Run, phase: Phase) -> checkpoints.Checkpoint:
     config = {"stage1": run.config.stage1, "stage2": run.config.stage2, "refined": run.config.refine}[phase]
     assert config is not None
     found = checkpoints.usable(run.folder / phase)
-    if not found or (found[-1].step < config.steps and not run.exported):  # an export has the best alone
+    whole = run.exported or taken_over(run, phase)  # an export has the best checkpoint alone
+    if not found or (found[-1].step < config.steps and not whole):
         done = f"is at step {found[-1].step} of {config.steps}" if found else "has not been trained"
         raise run.unfinished(f"{phase} {done}")
     return checkpoints.best(found)
+
+
+def taken_over(run: Run, phase: Phase) -> bool:
+    """Whether a phase came finished from an export, and is to take no more steps."""
+    path = run.folder / phase / TAKEN_OVER
+    return phase == "stage1" and path.is_file() and run.config.stage1.steps <= files.read_as(path, TakenOver).steps
 
 
 def weights_of(run: Run) -> dict[str, str]:

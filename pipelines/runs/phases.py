@@ -15,7 +15,7 @@ from pipelines.runs.dataset import examples_of, load_data, refuse_other_images, 
 from pipelines.runs.latents import encode, encode_training
 from pipelines.runs.longer import keep_shorter
 from pipelines.runs.options import DEFAULTS, Options
-from pipelines.runs.parts import EARLY_PRIOR, follow, new_autoencoder, new_prior, specs_of
+from pipelines.runs.parts import EARLY_PRIOR, finished, follow, new_autoencoder, new_prior, specs_of, taken_over
 from pipelines.runs.run import Run
 from pipelines.runs.sharing import check_source, share_stage1
 from pipelines.training.config import OnNan
@@ -125,6 +125,11 @@ class Phases:
 
     def train_autoencoder(self, autoencoder: Autoencoder) -> None:
         run = self.run
+        if taken_over(run, "stage1"):
+            finished(run, "stage1").load_into(autoencoder)
+            run.fabric.to_device(autoencoder).eval()
+            say("stage 1: finished, skipped")
+            return
         tracker = self.tracking.stage("stage1", self.reconstructions)
         images = examples_of(run, self.splits.train), self.splits.validation
         where = run.folder / "stage1", "stage 1"

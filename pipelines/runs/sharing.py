@@ -10,9 +10,9 @@ from pathlib import Path
 
 from pipelines import processes
 from pipelines.console import UserError, say
-from pipelines.files import aside
+from pipelines.files import aside, write_json
 from pipelines.runs.config import differences, to_dict
-from pipelines.runs.parts import finished
+from pipelines.runs.parts import TAKEN_OVER, TakenOver, finished, taken_over
 from pipelines.runs.run import FREE, Run
 from pipelines.training import checkpoints
 
@@ -55,6 +55,8 @@ def share_stage1(run: Run, source: Run) -> None:
                     for path in checkpoint.folder.iterdir():
                         link(path, made / path.name)
                     os.rename(made, target)
+        if source.exported or taken_over(source, "stage1"):  # where the best checkpoint need not be the last
+            write_json(run.folder / "stage1" / TAKEN_OVER, vars(TakenOver(source.config.stage1.steps)))
         say(f"stage 1: that of {source.folder}")
 
     processes.on_first(share)
