@@ -9,6 +9,7 @@ import signal
 import sys
 import threading
 import time
+import unicodedata
 from collections.abc import Callable, Iterable, Mapping
 from typing import ClassVar, SupportsFloat, TextIO
 
@@ -159,10 +160,10 @@ def last_words(*lines: str) -> None:
 
 
 def escaped(message: str) -> str:
-    """A line whose names cannot steer the terminal: control characters, newlines among them, and directions of writing are
-    shown as \\x1b, \\n or \\u202e."""
+    """A line with its control characters, line breaks and marks of the direction of writing shown as \\x1b, \\n or \\u202e, so
+    that no name in it can move the cursor or begin a new line."""
     kept = "\t\u200c\u200d"  # the last two join letters, and parts of emoji
-    return "".join(c if c.isprintable() or c.isspace() and not c.isascii() or c in kept else ascii(c)[1:-1] for c in message)
+    return "".join(c if c.isprintable() or c in kept or unicodedata.category(c) == "Zs" else ascii(c)[1:-1] for c in message)
 
 
 def prepare_output() -> None:

@@ -65,13 +65,13 @@ def test_where_nobody_reads_the_output_a_command_ends_as_others_do():
 
 def test_names_cannot_steer_the_terminal_nor_make_lines_of_their_own(capsys):
     def main():
-        say("\x1b[2Ja.png\r\x07 \u202egnp.b \udcff é 猫 a\u3000b\n\tc.png", "next")
+        say("\x1b[2Ja.png\r\x07 \u202egnp.b \udcff é 猫 a\u3000b\n\tc.png", "next", "a\x85b\u2028c\u2029d\xa0e")
         raise UserError("no \x1b]0;title\x07\nerror: none")
 
     with pytest.raises(SystemExit):
         run_command(main)
     said = capsys.readouterr()
-    assert said.out == "\\x1b[2Ja.png\\r\\x07 \\u202egnp.b \\udcff é 猫 a\u3000b\\n\tc.png\nnext\n"
+    assert said.out == "\\x1b[2Ja.png\\r\\x07 \\u202egnp.b \\udcff é 猫 a\u3000b\\n\tc.png\nnext\na\\x85b\\u2028c\\u2029d\xa0e\n"
     assert said.err == "error: no \\x1b]0;title\\x07\\nerror: none\n"
 
 

@@ -18,7 +18,7 @@ from webdataset import TarWriter
 from pipelines import files
 from pipelines.console import UserError
 from pipelines.data import reading, shard_index
-from pipelines.data.decoding import Unreadable, fitted, read_image
+from pipelines.data.decoding import Unreadable, changes_to_fit, read_image
 from pipelines.data.folder import Folder
 from pipelines.data.images import Binarized, ImageSet, Mirrored, Splits, split
 from pipelines.data.layout import images_under
@@ -102,8 +102,8 @@ def test_images_are_turned_upright_and_cropped_to_the_centre(tmp_path):
 def test_what_is_done_to_a_picture_to_fit_a_model_is_told(tmp_path, mode):
     for size, done in (((8, 8), []), ((4, 4), ["resized"]), ((8, 6), ["cropped", "resized"])):
         Image.new(mode, size).save(tmp_path / "a.png")
-        assert fitted(tmp_path / "a.png", (3, 8, 8)) == done
-        assert fitted(tmp_path / "a.png", (1, 8, 8)) == done + ["turned grey"] * (mode in ("RGB", "P"))
+        assert changes_to_fit(tmp_path / "a.png", (3, 8, 8)) == done
+        assert changes_to_fit(tmp_path / "a.png", (1, 8, 8)) == done + ["turned grey"] * (mode in ("RGB", "P"))
 
 
 def test_unreadable_images_are_named_and_left_out_only_on_request(tmp_path, capsys):
@@ -152,11 +152,11 @@ READABLE = [
 
 @pytest.mark.parametrize(("content", "colour"), [case[1:] for case in READABLE], ids=[case[0] for case in READABLE])
 def test_images_of_any_kind_are_read(content, colour):
-    pixels, said = read_image(io.BytesIO(content), 4, 3)
+    pixels, said = read_image(io.BytesIO(content), (3, 4, 4))
     assert pixels.shape == (3, 4, 4) and pixels.dtype == np.uint8
     assert np.abs(pixels.astype(int) - np.array(colour)[:, None, None]).max() <= 3
     assert said == ({"animated"} if b"acTL" in content else set())
-    grey, _ = read_image(io.BytesIO(content), 4, 1)
+    grey, _ = read_image(io.BytesIO(content), (1, 4, 4))
     assert grey.shape == (1, 4, 4) and abs(float(grey.mean()) - np.dot(colour, (0.299, 0.587, 0.114))) <= 3
 
 
@@ -175,12 +175,12 @@ KINDS = [
 @pytest.mark.parametrize(("kind", "options"), KINDS)
 def test_an_image_cut_off_anywhere_is_unreadable_or_whole(kind, options):
     content = encoded(noise(), kind, **options)
-    whole, _ = read_image(io.BytesIO(content), 24, 3)
+    whole, _ = read_image(io.BytesIO(content), (3, 24, 24))
     cuts = np.linspace(0, len(content) - 1, 60).astype(int)
     refused = 0
     for cut in cuts:
         try:
-            pixels, _ = read_image(io.BytesIO(content[:cut]), 24, 3)
+            pixels, _ = read_image(io.BytesIO(content[:cut]), (3, 24, 24))
             assert np.array_equal(pixels, whole), f"cut at byte {cut} of {len(content)}"
         except Unreadable as error:
             assert str(error)
@@ -196,7 +196,7 @@ def test_an_image_with_flipped_bytes_never_breaks_the_reader(kind):
         for position in random.integers(0, len(content), 3):
             broken[position] = random.integers(256)
         try:
-            pixels, _ = read_image(io.BytesIO(bytes(broken)), 8, 3)
+            pixels, _ = read_image(io.BytesIO(bytes(broken)), (3, 8, 8))
             assert pixels.shape == (3, 8, 8)
         except Unreadable:
             pass

@@ -46,6 +46,19 @@ def test_images_of_every_kind_are_the_same_images():
     assert labelled.labels.tolist() == [0, 1, 2] * 4
 
 
+def test_class_numbers_of_every_kind_are_labels_and_others_are_said(capsys):
+    images = [*torch.zeros(12, 1, 4, 4, dtype=torch.uint8)]
+    for kind in (np.int64, np.uint8, torch.tensor, lambda number: torch.tensor([number]), lambda number: np.array([[number]])):
+        found = image_set(Listed([(image, kind(index)) for index, image in enumerate(images)]), "reading")
+        assert found.labels.tolist() == [*range(12)] and found.labels.dtype == torch.int64
+    assert "no labels" not in capsys.readouterr().out
+    for label in ("cat", 0.5, torch.zeros(2), np.float32(1), None):
+        assert image_set(Listed([(image, label) for image in images]), "reading").labels is None
+        assert "no labels: no class number in 12 of 12 items" in capsys.readouterr().out
+    assert image_set(Listed(images), "reading").labels is None
+    assert "no labels" not in capsys.readouterr().out, "there are none to miss"
+
+
 @pytest.mark.parametrize(
     ("items", "says"),
     [
@@ -99,8 +112,10 @@ def test_scores_are_bits_of_each_image(run):
 class Tiny(datasets.VisionDataset):
     """As torchvision's: pictures of any size with a class; a split that is not there is a ValueError."""
 
+    PARTS = ("train", "val")
+
     def __init__(self, root, split="train", transform=None, download=False):
-        if split not in ("train", "val"):
+        if split not in self.PARTS:
             raise ValueError(f"Unknown value '{split}' for argument split.")
         if not download:
             raise RuntimeError("Dataset not found. You can use download=True to download it")
@@ -125,6 +140,11 @@ def test_a_data_set_of_torchvision_by_its_name(tmp_path, monkeypatch, capsys):
         TorchvisionByName("SVNH").load()
     with pytest.raises(UserError, match="--data.name SVHN"):
         TorchvisionByName().load()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Tiny, "PARTS", ("letters", "digits"))
+        with pytest.raises(UserError, match="Tiny has no split by the names train, trainval, training .Unknown value"):
+            TorchvisionByName("Tiny", tmp_path).load()
 
     def no_network(self, *_, **__):
         raise OSError("no route to host")

@@ -7,6 +7,7 @@ import subprocess
 import tarfile
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,12 +17,13 @@ from PIL import Image, ImageCms, ImageOps, PngImagePlugin, features
 from pipelines.console import UserError
 from pipelines.data.alike import groups_of, look_alike
 from pipelines.data.decoding import Unreadable, read_image
-from pipelines.data.folder import Folder
+from pipelines.data.folder import Folder, images_at
 from pipelines.data.images import ImageSet, Splits
 from pipelines.data.images import split as split_images
 from pipelines.data.reading import content_of
 from pipelines.data.shards import Shards
-from pipelines.runs.completion import known_pixels
+from pipelines.explorer.views import hidden_part
+from pipelines.runs.completion import known_pixels, picture_to_complete
 from pipelines.runs.conditions import check_captions
 from pipelines.runs.dataset import load_data, write_facts
 from pipelines.runs.pictures import write_images
@@ -163,6 +165,14 @@ def test_by_file_images_are_split_as_ever_and_few_groups_are_refused(tmp_path):
         loaded(tmp_path, split_by="folder")
 
 
+def test_three_groups_are_one_for_each_part(tmp_path):
+    for name in ("circle", "square", "star"):
+        fill(tmp_path / name)
+    splits = loaded(tmp_path, split_by="folder")
+    groups = [{*part.groups} for part in (splits.train, splits.validation, splits.test)]
+    assert [*map(len, groups)] == [1, 1, 1] and set.union(*groups) == {"circle", "square", "star"}
+
+
 def test_one_folder_around_the_classes_costs_no_labels(tmp_path):
     labelled(tmp_path / "archive" / "pictures")
     assert loaded(tmp_path).label_names == ["circle", "square"]
@@ -193,6 +203,25 @@ def test_linked_folders_are_followed_once(tmp_path, capsys):
     splits = loaded(root)
     assert splits.label_names == ["circle", "square", "star"] and sum(splits.sizes.values()) == 36
     assert "left out of" in (said := capsys.readouterr().out) and "3 linked folders" in said
+
+
+def test_a_folder_that_two_links_lead_to_is_read_once(tmp_path, capsys):
+    """Else the same image could be trained on and tested on."""
+    fill(tmp_path / "elsewhere" / "circle")
+    fill(tmp_path / "images" / "star")
+    for name, target in (("first", "elsewhere/circle"), ("second", "elsewhere/circle"), ("third", "elsewhere")):
+        (tmp_path / "images" / name).symlink_to(tmp_path / target)
+    assert sum(loaded(tmp_path / "images").sizes.values()) == 24
+    assert "2 linked folders" in capsys.readouterr().out
+
+
+def test_a_link_to_itself_is_a_file_that_cannot_be_read(tmp_path):
+    fill(tmp_path)
+    for name in ("train", "loop.png"):
+        (tmp_path / name).symlink_to(name)
+    with pytest.raises(UserError, match="1 of 13 images .* cannot be read: .*loop.png"):
+        loaded(tmp_path)
+    assert sum(loaded(tmp_path, skip_unreadable=True).sizes.values()) == 12
 
 
 def test_what_a_run_has_drawn_is_no_data(tmp_path, capsys):
@@ -258,7 +287,7 @@ def transparent(kind: str, mode: str) -> bytes:
 def test_a_background_shows_through_transparent_pixels(kind, mode, channels):
     content = transparent(kind, mode)
     for background, shown in (("white", 255), ("#202020", 32)):
-        pixels, said = read_image(io.BytesIO(content), 8, channels, background=background)
+        pixels, said = read_image(io.BytesIO(content), (channels, 8, 8), background=background)
         assert (pixels[:, :, :3] == 0).all() and (pixels[:, :, 5:] == shown).all() and said == {"transparent"}
 
 
@@ -282,6 +311,29 @@ def test_transparent_parts_of_a_mask_are_not_kept(tmp_path):
     assert known_pixels(str(tmp_path / "mask.png"), (3, 8, 8)).tolist() == [[True] * 8] * 4 + [[False] * 8] * 4
 
 
+@pytest.mark.parametrize("shape", [(1, 8, 12), (3, 12, 8)])
+def test_a_picture_for_a_model_of_images_that_are_not_square_is_not_cut(tmp_path, shape):
+    """To complete, to score, as a mask, and as the explorer has it painted over."""
+    channels, height, width = shape
+    pixels = np.random.default_rng(0).integers(0, 256, (height, width, channels), np.uint8)
+    picture = Image.fromarray(pixels.squeeze())
+    picture.save(path := str(tmp_path / "picture.png"))
+    expected = torch.tensor(pixels).movedim(-1, 0)
+    assert torch.equal(picture_to_complete(Path(path), shape), expected)
+    names, images = images_at([path], shape, "white")
+    assert names == [path] and torch.equal(images.images, expected[None])
+    mask = Image.fromarray(np.where(np.arange(width) < 3, 255, 0)[None].repeat(height, 0).astype(np.uint8))
+    mask.resize((4 * width, 4 * height), Image.Resampling.NEAREST).save(painted := str(tmp_path / "mask.png"))
+    known = (torch.arange(width) < 3).expand(height, width)
+    assert torch.equal(known_pixels(painted, shape), known)
+    layer = Image.new("RGBA", (2 * width, 2 * height))
+    layer.paste((255, 0, 0, 255), (0, 0, 6, 2 * height))
+    layer.save(painted)
+    model = SimpleNamespace(image_shape=shape, read=lambda file: picture_to_complete(Path(file), shape))
+    read, hidden = hidden_part(model, path, [painted])
+    assert torch.equal(read, expected) and torch.equal(hidden, known)
+
+
 # Values
 
 
@@ -298,7 +350,7 @@ def grey_png(values: np.ndarray, bits: int | None = None) -> io.BytesIO:
 def test_fewer_bits_in_16_are_scaled_by_what_the_file_says(bits):
     full = np.full((8, 8), 2**bits - 1)
     for values in (full, full << (16 - bits), full // 2):
-        pixels, said = read_image(grey_png(values, bits), 8, 1)
+        pixels, said = read_image(grey_png(values, bits), (1, 8, 8))
         assert abs(int(pixels.mean()) - (127 if values.max() < full.max() else 255)) <= 1 and not said
 
 
@@ -325,10 +377,10 @@ def swapped_profile() -> bytes:
 def test_colours_are_those_of_the_profile_in_the_file(kind, mode):
     content = io.BytesIO()
     Image.new(mode, (8, 8), "red").save(content, kind, icc_profile=swapped_profile())
-    pixels, _ = read_image(content, 8, 3)
+    pixels, _ = read_image(content, (3, 8, 8))
     assert np.abs(pixels[:, 4, 4].astype(int) - (0, 255, 0)).max() < 8
     Image.new("L", (8, 8), 100).save(grey := io.BytesIO(), "PNG", icc_profile=swapped_profile())  # does not fit its pixels
-    assert (read_image(grey, 8, 3)[0] == 100).all()
+    assert (read_image(grey, (3, 8, 8))[0] == 100).all()
 
 
 def test_a_large_jpeg_is_decoded_at_a_fraction_of_its_size(monkeypatch):
@@ -337,7 +389,7 @@ def test_a_large_jpeg_is_decoded_at_a_fraction_of_its_size(monkeypatch):
     fractions = []
     fit = ImageOps.fit
     monkeypatch.setattr(ImageOps, "fit", lambda image, *rest: fractions.append(image.size) or fit(image, *rest))
-    pixels, _ = read_image(content, 64, 3)
+    pixels, _ = read_image(content, (3, 64, 64))
     assert fractions == [(200, 150)]
     exact = np.asarray(fit(photo, (64, 64), Image.Resampling.LANCZOS)).transpose(2, 0, 1)
     assert np.abs(pixels.astype(int) - exact).mean() < 2
@@ -462,7 +514,7 @@ def test_a_picture_of_too_many_pixels_is_refused_before_it_is_decoded(tmp_path, 
     Image.new("1", (13_300, 13_300)).save(path)
     monkeypatch.setattr(Image.Image, "load", None)
     with pytest.raises(Unreadable, match="13300×13300 pixels, of at most"):
-        read_image(str(path), 8, 3)
+        read_image(str(path), (3, 8, 8))
 
 
 @pytest.mark.parametrize("kind", ["sparse", "long"])

@@ -23,7 +23,7 @@ from pipelines.judging.comparison import ROWS, from_dict, read_comparison
 from pipelines.judging.features import FIGURES
 from pipelines.judging.together import Entry, names_of
 from pipelines.pages.page import labels_read
-from pipelines.pages.plots import COLOURS, nearest_plot, plain, png, projections, pyplot
+from pipelines.pages.plots import COLOURS, lines, nearest_plot, plain, png, projections, pyplot, training_curves
 from pipelines.pages.words import between_runs, notes, verdict_in_words, verdict_of_several
 from pipelines.runs.config import replaced
 from pipelines.runs.options import Options
@@ -228,3 +228,11 @@ def test_labels_are_read_one_by_one():
     table = labels_read(replace(comparison, real=real, commonest=0.4))
     assert [(row.title, row.cells) for row in table.rows] == [("a", ["50.0"]), ("b", ["100.0"]), ("c", ["0.0"])]
     assert "right for 40.0 %" in table.notes[0]
+
+
+def test_the_name_of_a_run_is_no_formula_in_a_plot():
+    """Between dollars matplotlib reads one, and fails where it is none."""
+    name = "run $\\frac$"
+    history = [{"step": 1, "train": {"loss": 1.0}, "held_out": {"loss": 1.0}}]
+    for figure in (training_curves({name: history}), lines([(name, 1.0, torch.zeros(2, 1, 4, 4, dtype=torch.uint8))])):
+        assert png(figure).startswith(b"\x89PNG")

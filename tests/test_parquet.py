@@ -124,7 +124,12 @@ TWO = {"image": [b"x"] * 12, "mask": [b"x"] * 12}
         (
             lambda path: [write(path / f"{name}.parquet", range(12), image=[b"x"] * 12) for name in ("train-0", "more")],
             {},
-            "named as splits, train, and more.parquet is of none",
+            "named as splits, train, and more.parquet is not",
+        ),
+        (
+            lambda path: [write(path / f"{name}.parquet", range(12), image=[b"x"] * 12) for name in ("test", "validation")],
+            {},
+            "named as splits, test, validation, and none as train: name those for training train-…",
         ),
     ],
 )

@@ -70,6 +70,15 @@ def test_csv(tmp_path):
         assert picture.size == (16 * 9 + 1, 2 * 9 + 1)  # two rows of up to 16, with a margin of one pixel
 
 
+def test_pictures_of_the_user_beside_ours_stay(tmp_path):
+    names = ["my-notes.png", "photo-2024.png", "weights-0000009.png"]
+    (tmp_path / "track" / "stage").mkdir(parents=True)
+    for name in names:
+        (tmp_path / "track" / "stage" / name).touch()
+    Tracking("csv", tmp_path).stage("stage", draw).begin(6)
+    assert sorted(path.name for path in (tmp_path / "track" / "stage").iterdir()) == names[:2]
+
+
 def test_csv_with_a_torn_last_line_goes_on(tmp_path):
     table = tmp_path / "track" / "stage.csv"
     tracker = Tracking("csv", tmp_path).stage("stage", draw)

@@ -26,12 +26,12 @@ class Unreadable(ValueError):
     """A file holds no image that can be read; the message says why."""
 
 
-SAID = {
+REMARKS = {
     "animated": ("animated", "the first frame is used"),
     "transparent": ("transparent in parts", "--data.background shows there"),
     "dark": ("of 16 bits and darker than a quarter", "values are as in the file: scale them up if they have fewer bits"),
 }
-"""What may be said of an image: what it is, and what is done."""
+"""By name, what may be special about an image, and what is done with it."""
 GREY = ("1", "L", "LA", "La", "I", "F")
 """Pillow's modes of pictures without colour; after a semicolon, in which bits."""
 
@@ -43,7 +43,7 @@ def opened(file: str | Path | BinaryIO) -> Image.Image:
         return Image.open(file, formats=FORMATS)
 
 
-def fitted(path: Path, image_shape: tuple[int, int, int]) -> list[str]:
+def changes_to_fit(path: Path, image_shape: tuple[int, int, int]) -> list[str]:
     """What happens to a picture so that it becomes an image C H W: cropped, resized or turned grey."""
     channels, height, width = image_shape
     with opened(path) as image:
@@ -58,32 +58,33 @@ def fitted(path: Path, image_shape: tuple[int, int, int]) -> list[str]:
 
 def read_image(
     file: str | BinaryIO,
-    size: int,
-    channels: int,
+    image_shape: tuple[int, int, int],
     resampling: Image.Resampling = Image.Resampling.LANCZOS,
     background: str = "white",
 ) -> tuple[np.ndarray, set[str]]:
-    """One image as uint8 C H W: turned upright, its shorter side resized, its centre cropped; and what of `SAID` it is.
+    """One image as uint8 C H W, turned upright, resized and cropped at its edges; and the names of the `REMARKS` that apply.
 
-    resampling: how its pixels become those of the size; NEAREST for what is black or white. background: the colour behind
-    transparent pixels.
+    image_shape: C H W. resampling: how its pixels become those of the size; NEAREST for what is black or white. background: the
+    colour behind transparent pixels.
 
     Of an animated image this is the first frame. Raises Unreadable.
     """
+    channels, height, width = image_shape
     try:
         with opened(file) as image:
             # An MPO is a photo with its preview.
             is_so = {"animated": image.format != "MPO" and getattr(image, "is_animated", False)}
             bits = significant_bits(image)
-            image.draft(None, (DRAFT * size, DRAFT * size))  # a JPEG is decoded at a fraction of its size, where that is enough
+            side = DRAFT * max(height, width)  # the same whether it is turned or not
+            image.draft(None, (side, side))  # a JPEG is decoded at a fraction of its size, where that is enough
             if image.width * image.height > MOST_PIXELS:
                 raise ValueError(f"{image.width}×{image.height} pixels, of at most {MOST_PIXELS}: make it smaller")
             upright = in_srgb(eight_bit(ImageOps.exif_transpose(image), bits, is_so))
             shown = opaque(upright, background, is_so).convert("L" if channels == 1 else "RGB")
-            square = ImageOps.fit(shown, (size, size), resampling)
+            fitting = ImageOps.fit(shown, (width, height), resampling)
     except Exception as error:  # a decoder that is fed broken bytes raises nearly anything
         raise Unreadable(str(error).splitlines()[0] if str(error) else type(error).__name__) from error
-    pixels = np.asarray(square)
+    pixels = np.asarray(fitting)
     return pixels[None] if channels == 1 else pixels.transpose(2, 0, 1), {name for name, so in is_so.items() if so}
 
 

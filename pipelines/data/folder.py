@@ -11,9 +11,9 @@ import torch
 
 from pipelines.console import NotThere, UserError, counted, say
 from pipelines.data.captions import usable_text
-from pipelines.data.decoding import IMAGE_ENDINGS, fitted
+from pipelines.data.decoding import IMAGE_ENDINGS, changes_to_fit
 from pipelines.data.images import ImageSet, Splits
-from pipelines.data.layout import images_under, label_of, labels_in, listed, parts_of, some
+from pipelines.data.layout import images_under, label_of, labels_in, listed, some, splits_of
 from pipelines.data.own import FEWEST_IMAGES, OwnImages
 from pipelines.data.reading import FolderFiles, Stored, printable
 
@@ -37,7 +37,7 @@ class Folder(OwnImages):
             raise NotThere(f"there is no folder {self.root}", ": give your folder of images with --data.root PATH")
         self.check()
         left_out: Counter[str] = Counter()
-        parts = parts_of(self.root, left_out)
+        parts = splits_of(self.root, left_out)
         if left_out:
             say(f"left out of {self.root}: {listed(left_out)}")
         for part in parts.values():
@@ -52,7 +52,7 @@ class Folder(OwnImages):
         number = {label: index for index, label in enumerate(label_names)}
         sets = {
             split: ImageSet(
-                Stored(FolderFiles(part.folder, part.names), self.channels, self.size, self.background),
+                Stored(FolderFiles(part.folder, part.names), self.image_shape, self.background),
                 torch.tensor([number[label_of(name)] for name in part.names]) if label_names else None,
                 read_captions(part.folder, part.names, self.root),
             )
@@ -104,10 +104,9 @@ def images_at(paths: Sequence[str], image_shape: tuple[int, int, int], backgroun
             names.append(path)
         else:
             raise UserError(f"there is no picture and no folder {printable(path)}")
-    channels, size, _ = image_shape
     if not names:
         raise UserError(f"no pictures under {some([*paths])}; those that are read end in {', '.join(sorted(IMAGE_ENDINGS))}")
-    stored = Stored(FolderFiles(Path(), names), channels, size, background)
+    stored = Stored(FolderFiles(Path(), names), image_shape, background)
     images, unreadable, _ = stored.read_all("reading images", keep=True)
     assert images is not None
     for number, reason in unreadable.items():
@@ -115,8 +114,9 @@ def images_at(paths: Sequence[str], image_shape: tuple[int, int, int], backgroun
     kept = [number for number in range(len(names)) if number not in unreadable]
     if not kept:
         raise UserError("no picture is left that can be read")
-    done = Counter(what for number in kept for what in fitted(Path(names[number]), image_shape))
+    done = Counter(what for number in kept for what in changes_to_fit(Path(names[number]), image_shape))
     if done:
+        channels, height, width = image_shape
         counts = ", ".join(f"{count} {what}" for what, count in done.items())
-        say(f"of {counted(len(kept), 'picture')}, to fit the model's {channels}×{size}×{size}: {counts}")
+        say(f"of {counted(len(kept), 'picture')}, to fit the model's {channels}×{height}×{width}: {counts}")
     return [printable(names[number]) for number in kept], ImageSet(images[kept])

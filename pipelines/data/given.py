@@ -4,6 +4,7 @@ N images, C colour channels, H×W pixels.
 """
 
 import inspect
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,13 +71,14 @@ def file_of(dataset: Any, held_out: Any = None) -> bytes:
 
 def image_set(dataset: Any, label: str) -> ImageSet:
     """All of a Dataset, in memory; without labels where an item is an image alone, or its second part no class number."""
-    images, labels = [], []
+    images, labels, pairs = [], [], 0
     with Progress(label, len(dataset), "images") as progress:
         for index in range(len(dataset)):  # a Dataset need not say where it ends otherwise
             item = dataset[index]
             pair = isinstance(item, tuple | list) and len(item) > 1
             images.append(pixels_of(item[0] if isinstance(item, tuple | list) else item, index))
             labels.append(class_of(item[1]) if pair else None)
+            pairs += pair
             if images[-1].shape != images[0].shape:
                 sizes = f"{tuple(images[-1].shape)}, and the first is {tuple(images[0].shape)}"
                 raise UserError(f"image {index} of the Dataset is {sizes}: resize them to one size in its transform")
@@ -84,7 +86,7 @@ def image_set(dataset: Any, label: str) -> ImageSet:
     if len(images) < FEWEST_IMAGES:
         raise UserError(f"the Dataset holds {counted(len(images), 'image')}; at least {FEWEST_IMAGES} are needed")
     known = [number for number in labels if number is not None and number >= 0]
-    if 0 < len(known) < len(labels):
+    if pairs and len(known) < len(labels):
         say(f"no labels: no class number in {len(labels) - len(known)} of {len(labels)} items")
     return ImageSet(torch.stack(images), torch.tensor(known) if len(known) == len(labels) else None)
 
@@ -111,9 +113,10 @@ def pixels_of(image: Any, index: int) -> Tensor:
 
 
 def class_of(label: Any) -> int | None:
-    if isinstance(label, Tensor | np.ndarray) and label.ndim == 0:
+    """The number, also of numpy or in a tensor or an array that holds nothing else; None for anything else."""
+    if isinstance(label, Tensor | np.ndarray | np.generic) and math.prod(label.shape) == 1:
         label = label.item()
-    return label if isinstance(label, int) else None
+    return int(label) if isinstance(label, int) else None
 
 
 def names_of(dataset: Any, labels: Iterable[Tensor]) -> list[str]:
@@ -168,14 +171,18 @@ class TorchvisionByName:
         return kinds[self.name]
 
     def first(self, kind: Any, names: Sequence[str]) -> Any:
-        """The first of several splits that there is."""
-        for name in names[:-1]:
+        """The first of several splits that there is. Raises UserError where there is none of them."""
+        for name in names:
             try:
                 return self.made(kind, {"split": name})
             except UserError as error:
                 if not str(error.__cause__).startswith("Unknown value"):
                     raise
-        return self.made(kind, {"split": names[-1]})
+                why = first_line(error.__cause__) if isinstance(error.__cause__, Exception) else str(error)
+        raise UserError(
+            f"{self.name} has no split by the names {', '.join(names)} ({why}): load it in Python, and give its parts to"
+            " TwoStage.train as dataset and held_out"
+        )
 
     def made(self, kind: Any, part: dict[str, Any]) -> Any:
         """Downloaded where it is not there. Raises UserError where it cannot be had."""

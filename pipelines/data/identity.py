@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from pipelines.data.reading import Files, written
+from pipelines.data.reading import Files, size_and_mtime
 
 READ_BYTES = 2**28  # of the files of a set at most: of more, evenly spread ones are read, and the sizes of all count
 
@@ -26,7 +26,7 @@ class Used:
 
 def stamp(used: Sequence[Used]) -> str:
     """A checksum of the sizes of files, and when they were last written."""
-    return checksum(repr(written(path)).encode() for part in used for path in part.files.paths)
+    return checksum(repr(size_and_mtime(path)).encode() for part in used for path in part.files.paths)
 
 
 def content_of_files(used: Sequence[Used]) -> str:

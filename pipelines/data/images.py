@@ -9,14 +9,13 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from pipelines.console import UserError
+from pipelines.console import UserError, counted
 from pipelines.data.identity import Used, content_of_tensors
 from pipelines.data.reading import Stored
 
 SPLIT_SEED = 0
 BINARIZATION_SEED = 0
 VALIDATION_SHARE = 0.05
-FEWEST_GROUPS = 3  # for training, validation and test
 
 
 class ImageSet:
@@ -136,14 +135,14 @@ class Splits:
 def split(images: ImageSet, held_out: int) -> tuple[ImageSet, ImageSet]:
     """A seeded split, stratified by label where there are labels with enough images each; or one of whole groups.
 
-    Raises UserError where there are too few groups.
+    Raises UserError where there is only one group.
     """
     from sklearn.model_selection import GroupShuffleSplit, train_test_split  # slow to import
 
     labels, groups = images.labels, images.groups or []
     if (count := len({*groups})) < len(groups):
-        if count < FEWEST_GROUPS:
-            raise UserError(f"--data.split-by finds only {count} groups among {len(groups)} images; use --data.split-by file")
+        if count < 2:
+            raise too_few_groups(count, len(groups))
         by_group = GroupShuffleSplit(1, test_size=held_out / len(images), random_state=SPLIT_SEED)
         rows = next(by_group.split(groups, groups=groups))
         kept, out = (images.subset(torch.from_numpy(part).sort().values) for part in rows)
@@ -152,6 +151,10 @@ def split(images: ImageSet, held_out: int) -> tuple[ImageSet, ImageSet]:
     stratify = labels if labels is not None and held_out >= len(counts) and int(counts[counts > 0].min()) >= 2 else None
     kept, out = train_test_split(torch.arange(len(images)), test_size=held_out, random_state=SPLIT_SEED, stratify=stratify)
     return images.subset(kept.sort().values), images.subset(out.sort().values)
+
+
+def too_few_groups(count: int, images: int) -> UserError:
+    return UserError(f"--data.split-by finds only {counted(count, 'group')} among {images} images; use --data.split-by file")
 
 
 def with_validation(train: ImageSet, test: ImageSet, label_names: Iterable[str], listing: str | None = None) -> Splits:

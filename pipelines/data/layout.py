@@ -47,28 +47,30 @@ def images_under(folder: Path, left_out: Counter[str] | None = None) -> list[str
     """Names of the images under a folder, relative to it, in the order of their parts. No file is looked into but those
     whose name has no ending, and samples*.png, which `generate` may have drawn. Folders of runs are left out.
 
-    Links to folders are followed, unless they lead to what is walked through already. left_out: takes the number of what is
-    left out, by its kind. Raises UserError for a subfolder that cannot be read.
+    Links to folders are followed, unless they lead to what is walked through already, here or by another link. left_out: takes
+    the number of what is left out, by its kind. Raises UserError for a subfolder that cannot be read.
     """
     names: list[str] = []
     left_out = Counter() if left_out is None else left_out
 
-    def walk(inner: str, roots: list[str]) -> None:
-        """roots: where the folder that is walked, and the links on the way here, really lie."""
+    walked = [os.path.realpath(folder)]  # where the folder, and the links in it that were followed, really lie
+
+    def walk(inner: str) -> None:
         prefix, entries = inner and inner + os.sep, entries_of(os.path.join(folder, inner))
         if {"config.json", "stage1"} <= {entry.name for entry in entries}:
             left_out["run folder"] += 1
             return
         for entry in entries:
             ending = os.path.splitext(entry.name)[1].lower()
-            if entry.is_dir():
+            if is_folder(entry):
                 linked = [os.path.realpath(entry.path)] if entry.is_symlink() else []
                 if skipped(entry.name):
                     left_out["hidden or system folder"] += 1
-                elif any(within(a, b) or within(b, a) for a in linked for b in roots):
+                elif any(within(a, b) or within(b, a) for a in linked for b in walked):
                     left_out["linked folder"] += 1
                 else:
-                    walk(prefix + entry.name, roots + linked)
+                    walked.extend(linked)
+                    walk(prefix + entry.name)
             # A link is followed only when it is read: a broken one is an image that cannot be read.
             elif not (entry.is_symlink() or entry.is_file(follow_symlinks=False)) or entry.name.lower() in NO_PICTURES:
                 continue
@@ -82,12 +84,20 @@ def images_under(folder: Path, left_out: Counter[str] | None = None) -> list[str
             elif not skipped(entry.name):
                 left_out[ending or "unknown file"] += 1
 
-    walk("", [os.path.realpath(folder)])
+    walk("")
     return names
 
 
+def is_folder(entry: "os.DirEntry[str]") -> bool:
+    """Or a link to one; not a link that leads to itself."""
+    try:
+        return entry.is_dir()
+    except OSError:
+        return False
+
+
 def within(path: str, folder: str) -> bool:
-    """Whether a path is a folder, or leads into it."""
+    """Whether a path is a folder, or lies in it."""
     return f"{path}{os.sep}".startswith(f"{folder.rstrip(os.sep)}{os.sep}")
 
 
@@ -115,7 +125,7 @@ def entries_of(folder: str) -> list["os.DirEntry[str]"]:
         raise UserError(f"the folder {printable(folder)} cannot be read: {error.strerror}") from error
 
 
-def parts_of(root: Path, left_out: Counter[str]) -> dict[str, Part]:
+def splits_of(root: Path, left_out: Counter[str]) -> dict[str, Part]:
     """The splits of a folder by name, train and test and perhaps validation; or all its images as `all`.
 
     A folder that alone holds everything is entered. Without test images, those for validation are the test images.
@@ -129,10 +139,10 @@ def parts_of(root: Path, left_out: Counter[str]) -> dict[str, Part]:
         if not first or len(first) > 1 or any(os.sep not in name for name in names):
             break
         (only,) = first
-        within = [name.removeprefix(only + os.sep) for name in names]
-        if len(splits) > 1 or all(os.sep not in name for name in within):
+        inside = [name.removeprefix(only + os.sep) for name in names]
+        if len(splits) > 1 or all(os.sep not in name for name in inside):
             break
-        root, names = root / only, within
+        root, names = root / only, inside
     if splits and {*splits} >= first and "train" not in {*splits.values()} and len(splits) > 1:
         raise UserError(f"{root} holds {' and '.join(sorted(splits))}, but no folder for training: name it {root / 'train'}")
     if "train" not in splits.values() or len({*splits.values()}) < 2:
@@ -141,8 +151,8 @@ def parts_of(root: Path, left_out: Counter[str]) -> dict[str, Part]:
     for folder, split in splits.items():
         if split in parts:
             raise UserError(f"{root} holds two folders of {split} images, {parts[split].folder.name} and {folder}: join them")
-        within = [name.removeprefix(folder + os.sep) for name in names if name.startswith(folder + os.sep)]
-        parts[split] = Part(root / folder, within)
+        inside = [name.removeprefix(folder + os.sep) for name in names if name.startswith(folder + os.sep)]
+        parts[split] = Part(root / folder, inside)
     beside = len(names) - sum(len(part.names) for part in parts.values())
     if beside:
         left_out[f"beside {' and '.join(splits)}"] += beside
@@ -156,7 +166,7 @@ def splits_in(folder: Path) -> dict[str, str]:
     found = {}
     for entry in entries_of(str(folder)):
         for split, usual in SPLITS.items():
-            if entry.is_dir() and re.fullmatch(f"({usual}){SUFFIX}", entry.name.lower()):
+            if is_folder(entry) and re.fullmatch(f"({usual}){SUFFIX}", entry.name.lower()):
                 found[entry.name] = split
     return found
 
@@ -196,4 +206,5 @@ def listed(left_out: Counter[str]) -> str:
 
 
 def some(names: list[str], count: int = 10) -> str:
+    """The first of several names, and how many more there are."""
     return ", ".join(map(printable, names[:count])) + (f" and {len(names) - count} more" if len(names) > count else "")

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from pipelines.console import UserError, counted, say
 from pipelines.data.alike import SplitBy, groups_of, look_alike
-from pipelines.data.decoding import SAID
+from pipelines.data.decoding import REMARKS
 from pipelines.data.identity import Used
-from pipelines.data.images import ImageSet, Splits, split, with_validation
+from pipelines.data.images import ImageSet, Splits, split, too_few_groups, with_validation
 from pipelines.data.layout import some
 from pipelines.data.reading import Stored, printable
 from pipelines.files import write_json
@@ -26,6 +26,7 @@ from pipelines.files import write_json
 FOLDER_TEST_SHARE = 0.1
 LEAST_ALIKE = 0.01  # share of the test images from which near-duplicates are told of
 FEWEST_IMAGES = 10  # of a folder, or its part
+FEWEST_GROUPS = 3  # for training, validation and test
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +46,11 @@ class OwnImages:
     """use the readable images when some cannot be read"""
     in_memory: Annotated[float, Interval(ge=0, le=1_000_000)] = 1.0
     """GiB of decoded images up to which they are all read first and kept in memory; above, each is read whenever it is used"""
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """C H W."""
+        return self.channels, self.size, self.size
 
     def check(self) -> None:
         try:
@@ -96,7 +102,11 @@ class OwnImages:
 
 
 def without_test(images: ImageSet) -> tuple[ImageSet, ImageSet]:
-    """Images that no split is known of: those to train on, and a share for the test."""
+    """Images that no split is known of: those to train on, and a share for the test. Raises UserError where there are too few
+    groups."""
+    groups = images.groups or []
+    if (count := len({*groups})) < min(FEWEST_GROUPS, len(groups)):
+        raise too_few_groups(count, len(images))
     return split(images, max(1, round(FOLDER_TEST_SHARE * len(images))))
 
 
@@ -152,21 +162,21 @@ def readable(
     known = None if fits or report is None else known_unreadable(report, listing, stored)
     if known is None:
         known = [{} for _ in sets]
-        said: dict[str, list[str]] = {name: [] for name in SAID}
+        remarks: dict[str, list[str]] = {name: [] for name in REMARKS}
         for number, images in enumerate(stored):
             pixels[number], known[number], so_are = images.read_all(f"reading {where}", keep=fits)
             for name, so in so_are.items():
-                said[name] += [images.files.name(index) for index in so]
-        for name, (what, then) in SAID.items():
-            if said[name]:
-                say(f"{counted(len(said[name]), 'image is', 'images are')} {what}; of each, {then}: {some(said[name], 3)}")
+                remarks[name] += [images.files.name(index) for index in so]
+        for name, (what, then) in REMARKS.items():
+            if remarks[name]:
+                say(f"{counted(len(remarks[name]), 'image is', 'images are')} {what}; of each, {then}: {some(remarks[name], 3)}")
         if report is not None and (any(known) or not fits or report.exists()):
             rows = [
                 {"file": images.files.name(index), "reason": found[index]}
                 for images, found in zip(stored, known)
                 for index in sorted(found)
             ]
-            write_json(report, {"listing": listing, "unreadable": rows, **said})
+            write_json(report, {"listing": listing, "unreadable": rows, **remarks})
     total, count = sum(map(len, sets)), sum(map(len, known))
     if count:
         names = [images.files.name(index) for images, found in zip(stored, known) for index in sorted(found)]
@@ -209,8 +219,8 @@ def known_unreadable(report: Path, listing: str, stored: list[Stored]) -> list[d
 
 
 def readable_labels(sets: list[ImageSet], read: list[ImageSet], label_names: list[str]) -> list[str]:
-    """The labels of which images can be read, by number, and the images of all sets numbered by them: as where the unreadable
-    images are removed. None where fewer than two are left.
+    """The labels of which images can be read, by number; the labels of all sets are changed to these numbers, as if the
+    unreadable images were not there. No labels where fewer than two are left.
 
     read: the sets without unreadable images.
     """

@@ -48,12 +48,10 @@ class Parquet(OwnImages):
         if self.root is None:
             raise UserError("the preset parquet needs your files: --data.root PATH, of a Parquet file or a folder of them")
         self.check()
-        found = {name: self.rows(paths) for name, paths in files_of(self.root).items()}
+        found = {name: self.rows(paths) for name, paths in files_by_split(self.root).items()}
         labels, label_names = labels_of([(rows.files.names, rows.labels) for rows in found.values()], "rows", "label")
         sets = {
-            name: ImageSet(
-                Stored(rows.files, self.channels, self.size, self.background), part_labels, rows.usable_captions(self.root)
-            )
+            name: ImageSet(Stored(rows.files, self.image_shape, self.background), part_labels, rows.usable_captions(self.root))
             for (name, rows), part_labels in zip(found.items(), labels)
         }
         return self.splits(sets, str(self.root), label_names, report)
@@ -114,7 +112,7 @@ def opened(path: Path) -> Any:
         raise UserError(f"{path} cannot be read as a Parquet file ({first_line(error)}): copy it again, or remove it") from error
 
 
-def files_of(root: Path) -> dict[str, list[Path]]:
+def files_by_split(root: Path) -> dict[str, list[Path]]:
     """The files of each split: train and test and perhaps validation, or all of them as `all`.
 
     As in a folder of images, validation stands in for a test split that is not there.
@@ -132,11 +130,15 @@ def files_of(root: Path) -> dict[str, list[Path]]:
         parts["test"] = parts.pop("validation")
     if len(parts) == 1:
         return {"all": paths}
-    if "all" in parts or not {"train", "test"} <= parts.keys():
-        others = parts.get("all", paths)
+    named = ", ".join(sorted(parts.keys() - {"all"}))
+    if "all" in parts:
         raise UserError(
-            f"of the files under {root}, some are named as splits, {', '.join(sorted(parts.keys() - {'all'}))}, and"
-            f" {others[0].name} is of none: name all of them train-… and test-…, or none"
+            f"of the files under {root}, some are named as splits, {named}, and {parts['all'][0].name} is not: name all of them"
+            " train-… and test-…, or none"
+        )
+    if "train" not in parts:
+        raise UserError(
+            f"the files under {root} are named as splits, {named}, and none as train: name those for training train-…"
         )
     return {split: parts[split] for split in ("train", "validation", "test") if split in parts}
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from pipelines.console import Progress, UserError, say
-from pipelines.data.decoding import SAID, Unreadable, read_image
+from pipelines.data.decoding import REMARKS, Unreadable, read_image
 
 READERS = min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
 CHUNK = 1000  # images read at once where all are read
@@ -58,13 +58,13 @@ class FolderFiles:
         return printable(self.open(index))
 
     def size(self, index: int) -> int:
-        return written(self.open(index))[0]
+        return size_and_mtime(self.open(index))[0]
 
     def open(self, index: int) -> str:
         return os.path.join(self.folder, self.names[index])
 
 
-def written(path: str) -> tuple[int, int]:
+def size_and_mtime(path: str) -> tuple[int, int]:
     """Size of a file in bytes, and when it was last written; zeros where it is not there."""
     try:
         found = os.stat(path)
@@ -84,19 +84,19 @@ class Reading:
     def __init__(self, pool: ThreadPoolExecutor, files: Files, rows: Tensor, images: Tensor, background: str):
         self.files, self.rows, self.images, self.background = files, rows, images, background
         self.unreadable: dict[int, str] = {}
-        self.said: dict[str, list[int]] = {name: [] for name in SAID}
+        self.remarks: dict[str, list[int]] = {name: [] for name in REMARKS}
         self.pixels = images.numpy()
         numbers = list(enumerate(rows.tolist()))
         self.jobs = [pool.submit(self.fill, numbers[reader::READERS]) for reader in range(min(READERS, len(numbers)))]
 
     def fill(self, numbers: list[tuple[int, int]]) -> None:
-        _, channels, size, _ = self.pixels.shape
+        _, *image_shape = self.pixels.shape
         for position, index in numbers:
             try:
                 opened = self.files.open(index)
-                self.pixels[position], said = read_image(opened, size, channels, background=self.background)
-                for name in said:
-                    self.said[name].append(index)
+                self.pixels[position], remarks = read_image(opened, tuple(image_shape), background=self.background)
+                for name in remarks:
+                    self.remarks[name].append(index)
             except (Unreadable, OSError) as error:
                 self.unreadable[index] = str(error)
 
@@ -112,8 +112,9 @@ class Stored:
     Indexing raises UserError for an image that cannot be read.
     """
 
-    def __init__(self, files: Files, channels: int, size: int, background: str = "white"):
-        self.files, self.channels, self.size, self.background = files, channels, size, background
+    def __init__(self, files: Files, image_shape: tuple[int, int, int], background: str = "white"):
+        """image_shape: C H W."""
+        self.files, self.image_shape, self.background = files, image_shape, background
         self.rows = torch.arange(len(files))
         self.pool = ThreadPoolExecutor(READERS, "reader")
         self.ahead: Reading | None = None
@@ -129,7 +130,7 @@ class Stored:
 
     @property
     def shape(self) -> torch.Size:
-        return torch.Size((len(self), self.channels, self.size, self.size))
+        return torch.Size((len(self), *self.image_shape))
 
     def reading(self, rows: Tensor, images: Tensor | None = None) -> Reading:
         images = torch.empty(len(rows), *self.shape[1:], dtype=torch.uint8) if images is None else images
@@ -144,10 +145,10 @@ class Stored:
         if ahead is None or not torch.equal(ahead.rows, rows):
             ahead = self.reading(rows)
         unreadable = ahead.finished().unreadable
-        for name, so in ahead.said.items():
+        for name, so in ahead.remarks.items():
             if so and name not in self.told:
                 self.told.add(name)
-                what, then = SAID[name]
+                what, then = REMARKS[name]
                 say(f"{self.files.name(so[0])} is {what}: of it, and of any other such image, {then}")
         if unreadable:
             index, reason = min(unreadable.items())
@@ -161,20 +162,20 @@ class Stored:
         return ahead.images
 
     def read_all(self, label: str, keep: bool) -> tuple[Tensor | None, dict[int, str], dict[str, list[int]]]:
-        """Every image, uint8 N C H W, or None unless they are to be kept; why which cannot be read; of which what is to be
-        said, by the names of `SAID`."""
+        """Every image, uint8 N C H W, or None unless they are to be kept; by number, why an image cannot be read; and by the
+        name of each of the `REMARKS`, the numbers of the images that it applies to."""
         everything = torch.empty(self.shape, dtype=torch.uint8) if keep else None
         unreadable: dict[int, str] = {}
-        said: dict[str, list[int]] = {name: [] for name in SAID}
+        remarks: dict[str, list[int]] = {name: [] for name in REMARKS}
         with Progress(label, len(self), "images") as progress:
             for rows in torch.arange(len(self)).split(CHUNK):
                 images = None if everything is None else everything[rows[0] : rows[-1] + 1]
                 reading = self.reading(self.rows[rows], images).finished()
                 unreadable |= reading.unreadable
-                for name, so in reading.said.items():
-                    said[name] += so
+                for name, so in reading.remarks.items():
+                    remarks[name] += so
                 progress.update(len(rows))
-        return everything, unreadable, {name: sorted(so) for name, so in said.items()}
+        return everything, unreadable, {name: sorted(so) for name, so in remarks.items()}
 
     def digest(self) -> str:
         """Names these images: a checksum of their order and names, and of the size and age of their files."""
@@ -182,7 +183,7 @@ class Stored:
         for index in range(len(self.files)):
             key.update(self.files.name(index).encode() + b"\0")
         for path in self.files.paths:
-            key.update(repr(written(path)).encode())
+            key.update(repr(size_and_mtime(path)).encode())
         return key.hexdigest()[:16]
 
 

@@ -19,8 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipelines.console import NotThere, Progress, UserError
-from pipelines.data.reading import written
-from pipelines.data.tars import MOST_OF_IMAGE, SAID, Member, Numbers, SplitName, entries_of, samples
+from pipelines.data.reading import size_and_mtime
+from pipelines.data.tars import ANNOTATIONS, MOST_OF_IMAGE, Member, Numbers, SplitName, entries_of, samples
 from pipelines.files import replace_file
 
 VERSION = 1
@@ -36,7 +36,7 @@ class Index:
     offsets: Numbers
     sizes: Numbers
     """of its image in the shard, in bytes, N"""
-    said: dict[str, list[bytes | None]]
+    annotations: dict[str, list[bytes | None]]
     """what the samples have beside an image, by its kind: N each; None where a sample has none"""
     repeated: int
     """samples whose key is that of another in the same shard"""
@@ -52,21 +52,21 @@ class OfShard:
     keys: list[str]
     places: Numbers
     """offset and size, 2 N"""
-    said: dict[str, list[bytes | None]]
+    annotations: dict[str, list[bytes | None]]
     left_out: dict[str, int]
 
     @classmethod
     def of(cls, members: list[Member], left_out: Counter[str]) -> "OfShard":
         places = np.array([(member.offset, member.size) for member in members], np.int64).reshape(-1, 2).T
-        said = {kind: [member.said.get(kind) for member in members] for kind in SAID}
-        return cls([member.key for member in members], places, said, dict(left_out))
+        annotations = {kind: [member.annotations.get(kind) for member in members] for kind in ANNOTATIONS}
+        return cls([member.key for member in members], places, annotations, dict(left_out))
 
     def packed(self, shard: tuple[int, int]) -> bytes:
         """As a file. shard: size of the tar file, and when it was last written."""
         columns: dict[str, Any] = {"shard": np.array([VERSION, *shard], np.int64), "places": self.places}
         columns["keys"] = as_bytes("\0".join(self.keys).encode(errors="surrogateescape"))
         columns["left_out"] = as_bytes(json.dumps(self.left_out).encode())
-        for kind, contents in self.said.items():
+        for kind, contents in self.annotations.items():
             columns[f"{kind}_lengths"] = np.array([-1 if content is None else len(content) for content in contents], np.int64)
             columns[kind] = as_bytes(b"".join(content or b"" for content in contents))
         file = io.BytesIO()
@@ -82,16 +82,16 @@ class OfShard:
                     return None
                 places, text = columns["places"], columns["keys"].tobytes().decode(errors="surrogateescape")
                 keys = text.split("\0") if places.size else []
-                said = {kind: split(columns[kind].tobytes(), columns[f"{kind}_lengths"]) for kind in SAID}
+                annotations = {kind: split(columns[kind].tobytes(), columns[f"{kind}_lengths"]) for kind in ANNOTATIONS}
                 left_out = {str(kind): int(count) for kind, count in json.loads(columns["left_out"].tobytes()).items()}
         except (OSError, ValueError, KeyError, AttributeError, TypeError, EOFError, zipfile.BadZipFile):
             return None
-        lengths = {len(keys), *map(len, said.values())}
+        lengths = {len(keys), *map(len, annotations.values())}
         if places.dtype != np.int64 or places.shape != (2, len(keys)) or len(lengths) > 1:
             return None
         if places.size and (places.min() < 0 or places[1].max() > MOST_OF_IMAGE):
             return None
-        return cls(keys, places, said, left_out)
+        return cls(keys, places, annotations, left_out)
 
 
 def as_bytes(content: bytes) -> NDArray[np.uint8]:
@@ -123,7 +123,7 @@ def index_of(paths: list[str], split_name: SplitName, left_out: Counter[str], ca
     parts = []
     with Progress("reading the index of the shards", len(paths), "shards") as progress:
         for path in paths:
-            state = written(path)
+            state = size_and_mtime(path)
             places = places_for(path, cache)
             kept = next((found for place in places if (found := OfShard.unpacked(place, state)) is not None), None)
             if kept is None:
@@ -134,9 +134,9 @@ def index_of(paths: list[str], split_name: SplitName, left_out: Counter[str], ca
             progress.update(1)
     offsets, sizes = np.concatenate([part.places for part in parts], 1)
     numbers = np.repeat(np.arange(len(parts)), [len(part.keys) for part in parts])
-    said = {kind: [content for part in parts for content in part.said[kind]] for kind in SAID}
+    annotations = {kind: [content for part in parts for content in part.annotations[kind]] for kind in ANNOTATIONS}
     repeated = sum(len(part.keys) - len({*part.keys}) for part in parts)
-    return Index([key for part in parts for key in part.keys], numbers, offsets, sizes, said, repeated)
+    return Index([key for part in parts for key in part.keys], numbers, offsets, sizes, annotations, repeated)
 
 
 def places_for(path: str, cache: Path) -> list[Path]:

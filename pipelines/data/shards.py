@@ -38,12 +38,12 @@ class Shards(OwnImages):
         self.check()
         patterns = {"all": self.urls} if self.test_urls is None else {"train": self.urls, "test": self.test_urls}
         found = [self.samples(pattern) for pattern in patterns.values()]
-        texts = [(index.keys, [*map(text_of, index.said["cls"])]) for _, index in found]
+        texts = [(index.keys, [*map(text_of, index.annotations["cls"])]) for _, index in found]
         labels, label_names = labels_of(texts, "samples", "cls")
         sets = {}
         for split, (paths, index), part_labels in zip(patterns, found, labels):
             files = TarFiles(paths, index.keys, index.shards, index.offsets, index.sizes)
-            images = Stored(files, self.channels, self.size, self.background)
+            images = Stored(files, self.image_shape, self.background)
             sets[split] = ImageSet(images, part_labels, captions_in(index))
         return self.splits(sets, " and ".join(patterns.values()), label_names, report)
 
@@ -93,7 +93,7 @@ def text_of(content: bytes | None) -> str | None:
 
 def captions_in(index: Index) -> list[str] | None:
     """What the samples' txt says, or the `caption` of their json; None unless all have one."""
-    captions = [caption_in(*of_sample) for of_sample in zip(index.keys, index.said["txt"], index.said["json"])]
+    captions = [caption_in(*of_sample) for of_sample in zip(index.keys, index.annotations["txt"], index.annotations["json"])]
     without = [key for key, caption in zip(index.keys, captions) if caption is None]
     if 0 < len(without) < len(index):
         say(f"no captions: neither txt nor json with one in {len(without)} of {len(index)} samples: {some(without, 3)}")

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from pipelines.data.decoding import IMAGE_ENDINGS
 from pipelines.data.reading import printable
 
-SAID = ("cls", "txt", "json")  # what is read of a sample beside its image
+ANNOTATIONS = ("cls", "txt", "json")  # what is read of a sample beside its image
 Numbers = NDArray[np.int64]
 SplitName = Callable[[str], tuple[str | None, str | None]]
 CHUNK = 2**20  # bytes
@@ -28,7 +28,7 @@ class Member:
     key: str
     offset: int
     size: int
-    said: dict[str, bytes]
+    annotations: dict[str, bytes]
 
 
 class TarFiles:
@@ -53,7 +53,7 @@ class TarFiles:
             return io.BytesIO(file.read(self.sizes[index]))
 
 
-MOST_SAID, MOST_OF_IMAGE = 2**20, 2**28  # bytes of a label or caption, and of anything else in a shard
+MOST_OF_ANNOTATION, MOST_OF_IMAGE = 2**20, 2**28  # bytes of a label or caption, and of anything else in a shard
 
 
 class Entry(NamedTuple):
@@ -79,10 +79,10 @@ def entries_of(path: str, left_out: Counter[str]) -> Iterator[Entry]:
                     if member.isreg():
                         if member.issparse():  # a few bytes would stand for gigabytes
                             raise ValueError(f"{member.name} is stored as a sparse file; pack it without --sparse")
-                        said = member.name.rpartition(".")[2].lower() in SAID
-                        if member.size > (MOST_SAID if said else MOST_OF_IMAGE):
+                        annotations = member.name.rpartition(".")[2].lower() in ANNOTATIONS
+                        if member.size > (MOST_OF_ANNOTATION if annotations else MOST_OF_IMAGE):
                             raise ValueError(f"{member.name} holds {member.size} bytes, too many for a sample")
-                        content = tar.extractfile(member) if said else None
+                        content = tar.extractfile(member) if annotations else None
                         found = Entry(member.name, member.offset_data, member.size, content.read() if content else b"")
                     elif member.islnk() or member.issym():
                         within = posixpath.dirname(member.name) if member.issym() else ""
@@ -127,7 +127,7 @@ def samples(entries: list[Entry], split_name: SplitName) -> tuple[list[Member], 
             everything.append(current[key])
             keys.append(key)
         current[key][kind] = entry
-        if f".{kind}" not in IMAGE_ENDINGS and kind not in SAID:
+        if f".{kind}" not in IMAGE_ENDINGS and kind not in ANNOTATIONS:
             left_out[f".{kind}"] += 1
     found = []
     for key, sample in zip(keys, everything):
@@ -137,6 +137,6 @@ def samples(entries: list[Entry], split_name: SplitName) -> tuple[list[Member], 
             continue
         if len(images) > 1:
             left_out["second image"] += len(images) - 1
-        said = {kind: entry.content for kind, entry in sample.items() if kind in SAID}
-        found.append(Member(key, images[-1].offset, images[-1].size, said))
+        annotations = {kind: entry.content for kind, entry in sample.items() if kind in ANNOTATIONS}
+        found.append(Member(key, images[-1].offset, images[-1].size, annotations))
     return found, left_out

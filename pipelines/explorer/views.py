@@ -260,13 +260,12 @@ def hidden_part(model: TwoStage, picture: str, layers: Sequence[str]) -> tuple[T
     where any part of it is. Of a picture that was enlarged in whole pixels, these are its own.
     """
     channels, height, width = model.image_shape
-    side = max(height, width)
     hidden = torch.zeros(height, width, dtype=torch.bool)
     for layer in layers:
         with Image.open(layer) as image:
             alpha = image.convert("RGBA").getchannel("A").point(lambda value: 255 * (value > 0))
-            share = ImageOps.fit(alpha, (side, side), Image.Resampling.BOX)
-        hidden |= torch.from_numpy(np.array(share))[:height, :width] > 0
+            share = ImageOps.fit(alpha, (width, height), Image.Resampling.BOX)
+        hidden |= torch.from_numpy(np.array(share)) > 0
     pixels = model.read(picture)
     with Image.open(picture) as image:
         large = np.array(image.convert("L" if channels == 1 else "RGB"))

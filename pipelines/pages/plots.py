@@ -120,7 +120,7 @@ def lines(rows: Sequence[tuple[str, float | None, Tensor]]) -> Figure:
         grid = make_grid(images, nrow=columns, padding=1, pad_value=128)
         axis.imshow(grid.permute(1, 2, 0).numpy(), interpolation="nearest")
         axis.set_title(
-            title + ("" if fd is None else f"\nfd {fd:.1f}"),
+            plain(title) + ("" if fd is None else f"\nfd {fd:.1f}"),
             x=-0.01,
             y=0.5,
             ha="right",
@@ -151,7 +151,7 @@ def training_curves(histories: dict[str, list[dict[str, Any]]]) -> Figure:
         for part, key, row in (("held out", "held_out", "real"), ("training", "train", "posterior")):
             losses = [entry[key]["loss"] for entry in history]
             axis.plot([entry["step"] for entry in history], losses, marker=".", label=part, color=COLOURS[row])
-        axis.set(title=stage, xlabel="step", ylabel="loss, nats an image")
+        axis.set(title=plain(stage), xlabel="step", ylabel="loss, nats an image")
         axis.legend(fontsize=8)
     return figure
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pipelines import processes
 from pipelines.console import UserError, counted, nearest, say
-from pipelines.data.decoding import Unreadable, fitted, read_image
+from pipelines.data.decoding import Unreadable, changes_to_fit, read_image
 from pipelines.runs.names import Pixels
 from pipelines.runs.sampling import pixel_noise
 from stage1_vae.autoencoder import Autoencoder
@@ -37,15 +37,15 @@ def picture_to_complete(path: Path, image_shape: tuple[int, int, int], backgroun
     if not path.is_file():
         raise UserError(f"there is no picture {path}")
     try:
-        done = fitted(path, image_shape)
-        pixels, is_so = read_image(str(path), max(height, width), channels, background=background)
+        done = changes_to_fit(path, image_shape)
+        pixels, remarks = read_image(str(path), image_shape, background=background)
     except (OSError, ValueError, Image.DecompressionBombError) as error:
         raise UserError(f"{path} cannot be read as a picture ({error})") from error
     if done:
         say(f"{path}: {', '.join(done)}, to fit the model's {channels}×{height}×{width}")
-    if "transparent" in is_so:
+    if "transparent" in remarks:
         say(f"{path} is transparent in parts; {background} shows there")
-    return torch.tensor(pixels)[:, :height, :width]
+    return torch.tensor(pixels)
 
 
 def known_pixels(keep: str, image_shape: tuple[int, int, int]) -> Tensor:
@@ -63,10 +63,10 @@ def known_pixels(keep: str, image_shape: tuple[int, int, int]) -> Tensor:
         raise UserError(f"--keep is a half or the file of a mask picture; there is no {keep!r}{nearest(keep, SIDES)}")
     try:
         # As the picture is, so that a mask of the picture's own size lies where it was drawn.
-        grey, _ = read_image(keep, max(height, width), 1, Image.Resampling.NEAREST, background="black")
+        grey, _ = read_image(keep, (1, height, width), Image.Resampling.NEAREST, background="black")
     except Unreadable as error:
         raise UserError(f"the mask {keep} cannot be read as a picture ({error})") from error
-    return torch.from_numpy(grey > 127)[0, :height, :width]
+    return torch.from_numpy(grey > 127)[0]
 
 
 @torch.inference_mode()

@@ -16,7 +16,7 @@ from pipelines.runs.sharing import link
 from pipelines.training import checkpoints
 
 FOLDERS = {"stage1": "stage1", "stage2": "stage2", "refine": "refined"}  # in the order of training
-SAID = {"stage1": "stage 1", "stage2": "stage 2", "refine": "refining"}
+PHASE_TITLES = {"stage1": "stage 1", "stage2": "stage 2", "refine": "refining"}
 AFTER = ("baselines", "compare", "likelihood", "studies")  # what is made of the weights of any phase
 
 
@@ -44,7 +44,7 @@ def keep_shorter(run: Run) -> None:
             shutil.rmtree(run.folder / name)
         now = getattr(run.config, phase).steps
         say(
-            f"{run.folder} is trained longer, {SAID[phase]} from {steps} to {now} steps. As it was it stays as {aside};"
+            f"{run.folder} is trained longer, {PHASE_TITLES[phase]} from {steps} to {now} steps. As it was it stays as {aside};"
             f" made anew: {', '.join(gone) or 'nothing'}"
         )
         return

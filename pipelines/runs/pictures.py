@@ -33,25 +33,27 @@ def tiled(images: Tensor, columns: int, texts: Sequence[str] = ()) -> bytes:
     columns, line = min(columns, len(images)), int(len(images) > 1)
     of_all = len({*texts}) == 1
     if texts and not of_all:
-        images = torch.cat([repeat(images, "n c h w -> n (c grey) h w", grey=3 // images.shape[1]), written(texts, images)], 2)
+        images = torch.cat(
+            [repeat(images, "n c h w -> n (c grey) h w", grey=3 // images.shape[1]), text_strips(texts, images)], 2
+        )
     framed = F.pad(repeat(images, "n c h w -> n (c grey) h w", grey=3 // images.shape[1]), (line, 0, line, 0), value=GREY)
     blank = torch.full_like(framed[:1], GREY).expand(-len(framed) % columns, -1, -1, -1)
     rows = rearrange(torch.cat([framed, blank]), "(r c) k h w -> (r h) (c w) k", c=columns)
     picture = F.pad(rows, (0, 0, 0, line, 0, line), value=GREY)
     if of_all:
-        picture = torch.cat([picture, rearrange(written(texts[:1], picture.movedim(-1, 0)[None]), "1 c h w -> h w c")])
+        picture = torch.cat([picture, rearrange(text_strips(texts[:1], picture.movedim(-1, 0)[None]), "1 c h w -> h w c")])
     buffer, info = io.BytesIO(), PngInfo()
     info.add_text("Software", DRAWN)  # so that it is no image of a data set
     Image.fromarray(picture.numpy()).save(buffer, format="png", pnginfo=info)
     return buffer.getvalue()
 
 
-def written(texts: Sequence[str], images: Tensor) -> Tensor:
+def text_strips(texts: Sequence[str], images: Tensor) -> Tensor:
     """Texts in black on white, each as wide as an image of N C H W and all of the same height; uint8 N 3 h W."""
     width = images.shape[3]
     font = ImageFont.load_default(max(LETTERS[0], min(LETTERS[1], width // 8)))
     assert isinstance(font, ImageFont.FreeTypeFont)
-    fitting = ["\n".join(fitted(escaped(text), font, width - 2)) for text in texts]
+    fitting = ["\n".join(wrapped(escaped(text), font, width - 2)) for text in texts]
     lines = 1 + max(text.count("\n") for text in fitting)
     height = lines * (round(font.size) + 2) + 3
     strips = []
@@ -62,7 +64,7 @@ def written(texts: Sequence[str], images: Tensor) -> Tensor:
     return rearrange(torch.stack(strips), "n h w c -> n c h w")
 
 
-def fitted(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
+def wrapped(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
     """A text as lines that are no wider than `width` pixels; … stands for what does not fit into MOST_LINES of them."""
     lines, words = [""], text.split()
     for number, word in enumerate(words):
@@ -90,7 +92,7 @@ def enlarged(images: Tensor, scale: int) -> Tensor:
     return images.repeat_interleave(scale, 2).repeat_interleave(scale, 3)
 
 
-def files_of(path: Path, images: Tensor, scale: int, texts: Sequence[str]) -> dict[Path, bytes]:
+def encoded_files(path: Path, images: Tensor, scale: int, texts: Sequence[str]) -> dict[Path, bytes]:
     """What `write_images` writes, by file."""
     if path.suffix == ".npz":
         buffer = io.BytesIO()
@@ -131,7 +133,7 @@ def write_images(path: Path, images: Tensor, scale: int = 1, texts: Sequence[str
     Each file is there whole or not at all. Raises UserError where one cannot be written, and says where the images lie instead:
     drawing them may have taken hours.
     """
-    made = files_of(path, images, scale, texts)
+    made = encoded_files(path, images, scale, texts)
     try:
         for file, content in made.items():
             write_file(file, content)

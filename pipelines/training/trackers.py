@@ -10,6 +10,7 @@ there a rewound training goes on in another run of the same group, and the one b
 
 import csv
 import io
+import re
 import uuid
 from collections.abc import Callable, Mapping
 from importlib import import_module
@@ -52,7 +53,8 @@ class CsvFiles:
             kept += [row for row in rows if len(row) == 3 and row[0].isdecimal() and int(row[0]) <= step]
         write_file(self.table, "".join(",".join(row) + "\n" for row in kept).encode())
         for path in self.pictures.glob("*-*.png"):
-            if int(path.stem.rpartition("-")[2]) > step:
+            number = re.fullmatch(r".+-(\d{7,})", path.stem)  # as below; other pictures are the user's
+            if number and int(number[1]) > step:
                 path.unlink()
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
