@@ -6,18 +6,21 @@ The same command again goes on where it was: finished parts are skipped, an inte
 import difflib
 import shlex
 import sys
+import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from pipelines.console import UserError, first_process, run_command, say
+from pipelines.console import UserError, counted, first_process, run_command, say
 from pipelines.runs.names import DATA, DEFAULT_PRESET, RECIPES, preset_name
 
 if TYPE_CHECKING:  # --help without a preset needs none of it
+    from pipelines.judging.comparison import Comparison
     from pipelines.runs.config import RunConfig
     from pipelines.runs.options import Options
+    from pipelines.runs.run import Run
 
 OF_NAMES = ("--run", "--config", "--stage1-from")  # options after which a name is no preset's
 HELP = f"""usage: python -m pipelines.train_all [PRESET] [--run NAME] [--config FILE] [overrides]
@@ -163,6 +166,52 @@ def short_help() -> str:
     return HELP.format(data=listed(DATA), recipes=listed(RECIPES))
 
 
+def train_all(run: "Run", options: "Options | None" = None) -> None:
+    """Every part of a run that is not finished yet, its comparison included.
+
+    Raises UserError when another process works on it.
+    """
+    from pipelines.judging.published import PUBLISHED, published
+    from pipelines.pages.diagnosis import diagnosis
+    from pipelines.pages.report import finished_comparison
+    from pipelines.pages.tables import table
+    from pipelines.runs.options import DEFAULTS
+    from pipelines.runs.phases import train
+
+    started, options = time.monotonic(), options or DEFAULTS
+    if run.config.metrics.extractor in PUBLISHED:  # what is missing is said before hours of training, not after
+        with run.fabric.rank_zero_first(local=True):  # which may download it
+            published(run.config.metrics.extractor, run.config.metrics.weights)
+    splits = train(run, options)
+    if not options.compare:
+        say(f"trained; compare its priors: python -m pipelines.compare {shlex.quote(run.name)}")
+        return
+    with run.locked():
+        comparison = finished_comparison(run, splits)
+    say(*table(comparison))
+    say(*diagnosis(run, comparison))
+    say(
+        f"page to look at: {run.folder / 'compare' / 'page.html'}",
+        f"more samples: {command_to_draw(run, comparison)}",
+        f"finished in {counted(round(time.monotonic() - started), 'second')}",
+    )
+
+
+def command_to_draw(run: "Run", comparison: "Comparison") -> str:
+    """The command that draws from a run in the best way that its comparison has found."""
+    from pipelines.judging.tradeoffs import as_options
+    from pipelines.runs.dataset import read_facts
+    from stage2_prior.sampling import AS_FITTED
+
+    best = comparison.recommended or comparison.generator
+    how = comparison.priors[best].sampling or AS_FITTED
+    words = ["python", "-m", "pipelines.generate", run.name, "--prior", "learned" if best == "tuned" else best]
+    words += as_options(how).split()
+    if how.guidance and run.conditioned_on == "caption":  # there is no guidance without one
+        words += ["--caption", next(iter(read_facts(run).caption_examples), "…")]
+    return shlex.join([*words, "--count", "64", "--out", "samples.png"])
+
+
 def main(arguments: list[str] | None = None) -> None:
     arguments = sys.argv[1:] if arguments is None else arguments
     if arguments and {*arguments} <= {"--help", "-h"}:
@@ -172,7 +221,6 @@ def main(arguments: list[str] | None = None) -> None:
     name, config, options = parse(arguments)
     if Path(name).name in ("", ".."):
         raise UserError(f"--run names a folder for the run, which {name!r} does not")
-    from pipelines.pages.report import train_all
     from pipelines.runs.run import Run, folder_of
 
     train_all(Run.create(folder_of(name), config, options.device), options)

@@ -18,7 +18,6 @@ from pipelines import files, processes
 from pipelines.console import Stopped, UserError
 from pipelines.data.images import ImageSet, Splits
 from pipelines.data.sets import TorchvisionSet
-from pipelines.pages.report import train_all
 from pipelines.runs import latents
 from pipelines.runs.dataset import write_facts
 from pipelines.runs.latents import encoded
@@ -26,6 +25,7 @@ from pipelines.runs.parts import new_autoencoder
 from pipelines.runs.recipes import preset
 from pipelines.runs.run import Run
 from pipelines.runs.sampling import generate
+from pipelines.train_all import train_all
 from pipelines.training.config import FitConfig
 from pipelines.training.devices import fabric_for
 from pipelines.training.fit import Training, evaluate, fit

@@ -11,12 +11,12 @@ import torch
 from lightning_fabric.accelerators import MPSAccelerator
 
 from pipelines import files, generate, likelihood
-from pipelines.pages.report import train_all
 from pipelines.runs.names import PRIORS
 from pipelines.runs.phases import train
 from pipelines.runs.pictures import write_images
 from pipelines.runs.recipes import preset
 from pipelines.runs.run import Run
+from pipelines.train_all import train_all
 from pipelines.training.devices import devices, resolved
 from stage2_prior.baselines import CONTINUOUS_BASELINES
 from stage2_prior.sampling import inverse_normal_cdf

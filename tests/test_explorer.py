@@ -3,6 +3,7 @@
 import socket
 import sys
 import threading
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -86,7 +87,7 @@ def test_what_is_painted_over_is_drawn_anew_and_the_rest_is_kept(views, small_da
     read, hidden = hidden_part(views.model, str(tmp_path / "background.png"), [str(tmp_path / "layer.png")])
     assert torch.equal(read, picture), "a picture that was only enlarged is what it was"
     assert torch.equal(hidden, torch.arange(28)[:, None].expand(28, 28) >= 14)
-    given, made = views.complete(picture, hidden, 2, 0, "1", "what a prior that is told labels does not hear")
+    given, made = views.complete(picture, hidden, 2, 0, "1", None)
     assert (given.images[0, :, 14:] == 128).all()
     assert torch.equal(made.images[:, :, :14], picture[None, :, :14].expand(2, -1, -1, -1))
     capsys.readouterr()
@@ -105,9 +106,44 @@ def test_a_caption_is_what_a_completion_is_told(views, small_data, monkeypatch):
         return torch.zeros(1, 1, 28, 28)
 
     monkeypatch.setattr(views.model, "complete", complete)
-    monkeypatch.setattr(type(views.run), "conditioned_on", "caption")
-    views.complete(views.held_out(1), torch.ones(28, 28, dtype=torch.bool), 1, 0, "1", "a boot")
+    views.complete(views.held_out(1), torch.ones(28, 28, dtype=torch.bool), 1, 0, None, "a boot")
     assert heard[0]["caption"] == "a boot" and heard[0]["label"] is None
+
+
+def test_what_was_asked_of_one_run_does_not_stop_another(views, small_data, tmp_path, monkeypatch):
+    """Its caption may still be in the box, which is hidden where the prior takes labels."""
+    page = page_of(views, monkeypatch)
+    settings = 1.0, 0.0, 0.0
+    assert page.draw("run", 0, 2, "any", "a boot", *settings)[0].images.shape == (2, 1, 28, 28)
+    monkeypatch.setattr(views, "nearest", lambda *asked: asked)
+    assert page.nearest("run", 0, 2, "1", "a boot", *settings)[3:] == ("1", None)
+    monkeypatch.setattr(views, "complete", lambda *asked: asked)
+    Image.fromarray(views.held_out(1)[0].numpy()).save(tmp_path / "x.png")
+    drawing = {"background": str(tmp_path / "x.png"), "layers": []}
+    assert page.complete("run", 0, drawing, 1, "any", "a boot")[4:] == (None, None)
+    monkeypatch.setattr(type(views.run), "conditioned_on", "caption")
+    assert page.nearest("run", 0, 2, "1", "a boot", *settings)[3:] == (None, "a boot")
+
+
+@pytest.mark.parametrize(("how", "value"), [(Sampling(guidance=1.0), "a boot"), (Sampling(temperature=0.9), "")])
+def test_guidance_that_is_set_for_a_run_of_captions_comes_with_a_caption(monkeypatch, how, value):
+    run = SimpleNamespace(conditioned_on="caption", learned=True)
+    model = SimpleNamespace(labels=["boot"], captions=["a boot", "a shoe"])
+    stand_in = SimpleNamespace(run=run, model=model, tuned=lambda: how, guided=True, autoguided=False)
+    label, caption, temperature, guidance, _ = page_of(stand_in, monkeypatch).settings("run")
+    assert (caption["value"], caption["visible"], label["visible"]) == (value, True, False)
+    assert (temperature["value"], guidance["value"]) == (how.temperature, how.guidance)
+
+
+def page_of(views, monkeypatch):
+    """A page of one run, without a browser."""
+    monkeypatch.setenv("GRADIO_ANALYTICS_ENABLED", "False")
+    pytest.importorskip("gradio", reason="gradio is not installed: pip install -e '.[explore]'")
+    from pipelines.explorer.page import Page
+
+    page = Page("run", "cpu")
+    monkeypatch.setattr(page, "views", lambda name: views)
+    return page
 
 
 def test_data_are_loaded_beside_what_is_drawn_and_looked_for_again_where_they_are_not_there(run, monkeypatch):

@@ -4,6 +4,8 @@ import dataclasses
 import io
 import itertools
 import json
+import re
+import shlex
 import shutil
 from pathlib import Path
 
@@ -21,7 +23,6 @@ from pipelines.judging.comparison import read_comparison
 from pipelines.judging.features import FIGURES, FeatureSpace, feature_space
 from pipelines.judging.tradeoffs import described, lowest_fd, ways_to_sample
 from pipelines.pages.exports import card, first_samples, networks_of
-from pipelines.pages.report import train_all
 from pipelines.pages.words import notes
 from pipelines.runs import sampling
 from pipelines.runs.completion import completions, held_latents, known_pixels, picture_to_complete
@@ -34,6 +35,7 @@ from pipelines.runs.pictures import tiled
 from pipelines.runs.priors import open_prior
 from pipelines.runs.recipes import preset
 from pipelines.runs.run import Run
+from pipelines.train_all import command_to_draw, train_all
 from stage1_vae import bottlenecks
 from stage1_vae.autoencoder import AutoencoderConfig
 from stage2_prior.conditions import Unconditional
@@ -336,6 +338,21 @@ def test_the_comparison_of_a_conditional_prior_of_codes(runs):
         assert [point.sampling for point in comparison.sampling] == ways_to_sample(contexts=True, weaker=True)
         named = described(best) if "tuned" in comparison.priors else f"no; {described(best)}"
         assert any(note.startswith(f"tuned: {named} has the lowest fd") for note in notes(comparison))
+
+
+def test_the_best_way_to_draw_that_is_guidance_is_named_with_a_caption(runs, tmp_path):
+    """Without one there is no guidance."""
+    run = Run.open(runs["fashion-dalle"], "cpu")
+    comparison = read_comparison(run.folder / "compare" / "metrics.json")
+    row = dataclasses.replace(comparison.priors["learned"], fd=1e-6, sampling=Sampling(guidance=2.0))
+    guided = dataclasses.replace(comparison, priors=comparison.priors | {"tuned": row})
+    assert guided.recommended == "tuned"
+    command = shlex.split(command_to_draw(run, guided).removeprefix("python -m pipelines.generate "))
+    drawn(*command[: command.index("--count")], tmp_path=tmp_path)
+    (line,) = [line for line in card(run, guided, "boots", False, None).splitlines() if line.startswith("Samples are nearest")]
+    call, options = re.findall("`(.*?)`", line)
+    assert len(eval(f"model.{call}".replace("64", "2"), {"model": TwoStage.open(run.folder, "cpu")})) == 2
+    drawn(str(run.folder), *shlex.split(options), tmp_path=tmp_path)
 
 
 def test_with_few_images_sampling_is_not_tuned(runs):

@@ -26,7 +26,7 @@ from pipelines.judging.comparison import to_dict as comparison_to_dict
 from pipelines.judging.features import feature_space
 from pipelines.judging.quality import nearest_neighbours
 from pipelines.judging.tradeoffs import lowest_fd
-from pipelines.pages.report import is_of, train_all
+from pipelines.pages.report import is_of
 from pipelines.runs import latents as latents_module
 from pipelines.runs import phases
 from pipelines.runs.config import RunConfig, read_config, replaced
@@ -37,7 +37,7 @@ from pipelines.runs.names import PRIORS
 from pipelines.runs.parts import load_autoencoder, specs_of, weights_of
 from pipelines.runs.recipes import parts_of, preset
 from pipelines.runs.run import CHECKPOINTS, Run
-from pipelines.train_all import parse
+from pipelines.train_all import parse, train_all
 from pipelines.training import checkpoints
 from pipelines.training.fit import fit
 from stage1_vae import bottlenecks

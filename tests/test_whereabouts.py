@@ -166,7 +166,7 @@ def test_a_file_that_holds_anything_is_refused_in_a_sentence_that_names_it(whole
         for prior in ("learned", "gaussian", "posterior"):
             model.sample(1, prior=prior)
         whereabouts.check(opened.config, friend)
-        report.train_all(Run.create(friend, opened.config, "cpu"))
+        train_all.train_all(Run.create(friend, opened.config, "cpu"))
 
 
 def checksum_of(path: Path) -> str:

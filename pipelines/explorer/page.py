@@ -17,6 +17,7 @@ from pipelines.pages.scores import uri
 from pipelines.runs.pictures import tiled
 from pipelines.runs.run import names_of_runs
 from pipelines.two_stage import TwoStage, sampling
+from stage2_prior.sampling import Sampling
 
 ANY = "any"
 HELD_OUT = "the number of a held-out image"
@@ -108,6 +109,17 @@ def legend(views: Views, plane: Plane) -> str:
     ) + "</p>"  # fmt: skip
 
 
+def condition_asked(views: Views, label: str, caption: str) -> tuple[str | None, str | None]:
+    """The label and the caption that are asked for, of which only that counts which the prior of this run takes: the box of the
+    other may still hold what another run was asked for."""
+    takes = views.run.conditioned_on
+    return label if takes == "label" and label != ANY else None, (caption or None) if takes == "caption" else None
+
+
+def how_asked(temperature: float, guidance: float, autoguidance: float) -> Sampling:
+    return sampling(temperature, None, 1.0, guidance, autoguidance)
+
+
 class Page:
     """The controls and what they do. device: as the commands name it."""
 
@@ -141,23 +153,22 @@ class Page:
         told, how = views.run.conditioned_on, views.tuned()
         return [
             gr.update(choices=[ANY, *views.model.labels], value=ANY, visible=told == "label"),
-            gr.update(visible=told == "caption"),
+            # There is no guidance without a caption; and that of another run says nothing here.
+            gr.update(value=next(iter(views.model.captions), "") if how.guidance else "", visible=told == "caption"),
             gr.update(value=how.temperature, interactive=views.run.learned),
             gr.update(value=how.guidance, interactive=views.guided),
             gr.update(value=how.autoguidance, interactive=views.autoguided),
         ]
 
-    def asked(self, label: str, caption: str, *strengths: float) -> dict[str, Any]:
-        """What the learned prior is told, and how it is drawn from."""
-        temperature, guidance, autoguidance = strengths
-        how = sampling(temperature, None, 1.0, guidance, autoguidance)
-        return {"how": how, "label": None if label == ANY else label, "caption": caption or None}
-
     def draw(self, name: str, seed: float, count: int, *told: Any) -> list[Strip]:
-        return self.views(name).draw(count, whole(seed, "the seed"), **self.asked(*told))
+        """told: the label and the caption, temperature, guidance, autoguidance."""
+        views = self.views(name)
+        return views.draw(count, whole(seed, "the seed"), how_asked(*told[2:]), *condition_asked(views, *told[:2]))
 
     def nearest(self, name: str, seed: float, count: int, *told: Any) -> list[Strip]:
-        return self.views(name).nearest(count, whole(seed, "the seed"), **self.asked(*told))
+        """told: as in `draw`."""
+        views = self.views(name)
+        return views.nearest(count, whole(seed, "the seed"), how_asked(*told[2:]), *condition_asked(views, *told[:2]))
 
     def plane(self, name: str, points: bool) -> list[Any]:
         """The picture, and beside it the legend or why there is none."""
@@ -204,8 +215,7 @@ class Page:
             raise UserError("there is no picture to complete: load a held-out image, or drop a file")
         views = self.views(name)
         picture, hidden = hidden_part(views.model, drawing["background"], drawing["layers"])
-        label, caption = told
-        return views.complete(picture, hidden, count, whole(seed, "the seed"), None if label == ANY else label, caption or None)
+        return views.complete(picture, hidden, count, whole(seed, "the seed"), *condition_asked(views, *told))
 
     def serve(self, host: str, port: int, wait: bool = True) -> gr.Blocks:
         """Serve the page until it is interrupted, or until it is closed where there is no waiting."""

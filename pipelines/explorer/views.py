@@ -176,12 +176,9 @@ class Views:
     def complete(
         self, picture: Tensor, hidden: Tensor, count: int, seed: int, label: str | None, caption: str | None
     ) -> list[Strip]:
-        """The hidden part, boolean H W, of a picture, uint8 C H W, drawn anew. Of label and caption, that counts which the
-        prior is told."""
+        """The hidden part, boolean H W, of a picture, uint8 C H W, drawn anew."""
         if not hidden.any():
             raise UserError("nothing is painted over: paint the part that is to be drawn anew")
-        label = label if self.run.conditioned_on == "label" else None
-        caption = caption if self.run.conditioned_on == "caption" else None
         told: list[str] = []
         made = self.model.complete(
             picture, ~hidden, count, label=label, caption=caption, seed=seed, particles=16, tell=told.append

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import shutil
 from dataclasses import replace
 from itertools import cycle, islice
@@ -216,9 +217,13 @@ def card(run: Run, comparison: Comparison | None, name: str, half: bool, license
     ]
     how = best_way_to_draw(comparison, autoguidance)
     if how != AS_FITTED:
-        values = ", ".join(f"{name}={value:g}" for name, value in departures(how).items())
-        nearest = f"Samples are nearest to the training images with `sample(64, {values})`"
-        lines += [f"{nearest}, or `{as_options(how)}` on the command line.", ""]
+        values = [f"{name}={value:g}" for name, value in departures(how).items()]
+        options = as_options(how)
+        if how.guidance and context == "caption":  # there is no guidance without one
+            values.insert(0, f'caption="{example}"')
+            options += f" --caption {shlex.quote(example)}"
+        nearest = f"Samples are nearest to the training images with `sample(64, {', '.join(values)})`"
+        lines += [f"{nearest}, or `{options}` on the command line.", ""]
     if comparison is not None:
         lines += figures(comparison, half)
     return "\n".join(lines) + "\n"

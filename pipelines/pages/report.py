@@ -1,58 +1,26 @@
 """The comparison of a run on disk: its figures, its table, its picture and its page."""
 
-import shlex
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from pipelines import files, processes
-from pipelines.console import counted, say
+from pipelines.console import say
 from pipelines.data.images import Splits
 from pipelines.judging.compare import Exhibits, compare
 from pipelines.judging.comparison import Comparison, read_comparison, to_dict, write_comparison
-from pipelines.judging.published import PUBLISHED, published
+from pipelines.judging.published import PUBLISHED
 from pipelines.judging.together import ranking, sharing, standings
-from pipelines.judging.tradeoffs import as_options
 from pipelines.pages.diagnosis import diagnosis
 from pipelines.pages.page import Section, section_of, section_of_several, write_page
 from pipelines.pages.plots import write_picture
-from pipelines.pages.tables import aligned, table, write_csv
+from pipelines.pages.tables import aligned, write_csv
 from pipelines.pages.words import between_runs
 from pipelines.runs.config import MetricsConfig, RunConfig, judged_by
 from pipelines.runs.latents import training_latents
-from pipelines.runs.options import DEFAULTS, Options
 from pipelines.runs.parts import load_autoencoder, specs_of, weights_of
-from pipelines.runs.phases import train
 from pipelines.runs.priors import open_prior
 from pipelines.runs.run import Run
-from stage2_prior.sampling import AS_FITTED
-
-
-def train_all(run: Run, options: Options = DEFAULTS) -> None:
-    """Every part of a run that is not finished yet, its comparison included.
-
-    Raises UserError when another process works on it.
-    """
-    started = time.monotonic()
-    if run.config.metrics.extractor in PUBLISHED:  # what is missing is said before hours of training, not after
-        with run.fabric.rank_zero_first(local=True):  # which may download it
-            published(run.config.metrics.extractor, run.config.metrics.weights)
-    splits = train(run, options)
-    if not options.compare:
-        say(f"trained; compare its priors: python -m pipelines.compare {shlex.quote(run.name)}")
-        return
-    with run.locked():
-        comparison = finished_comparison(run, splits)
-    say(*table(comparison))
-    best = comparison.recommended or comparison.generator
-    settings = comparison.priors[best].sampling
-    asked = f"--prior {'learned' if best == 'tuned' else best} {as_options(settings or AS_FITTED)}".rstrip()
-    say(*diagnosis(run, comparison))
-    say(
-        f"page to look at: {run.folder / 'compare' / 'page.html'}",
-        f"more samples: python -m pipelines.generate {shlex.quote(run.name)} {asked} --count 64 --out samples.png",
-        counted(round(time.monotonic() - started), "second"),
-    )
 
 
 def report_folder(run: Run, judging: MetricsConfig, seed: int = 0) -> Path:
