@@ -76,9 +76,13 @@ def main(arguments: list[str] | None = None) -> None:
         raise UserError(f"there is no benchmark {name!r}{nearest(name, BENCHMARKS)}")
     import tyro
 
-    from pipelines.files import write_json
+    from pipelines.files import check_writable, write_json
 
-    asked = tyro.cli(BENCHMARKS[name](), prog=f"python -m pipelines.benchmark {name}", args=settings)
+    asked = tyro.cli(
+        BENCHMARKS[name](), prog=f"python -m pipelines.benchmark {name}", args=settings, console_outputs=first_process()
+    )
+    if asked.json is not None:
+        check_writable("--json", asked.json)
     rows = asked.rows()
     say(*asked.table(rows).split("\n"))
     if asked.json is not None:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import tyro
 
-from pipelines.console import UserError, check_seed, first_process, run_command, say
+from pipelines.console import UserError, check_least, check_seed, first_process, run_command, say
 from pipelines.runs.names import Device, ExtractorName
 
 
@@ -41,8 +41,7 @@ def main(arguments: list[str] | None = None) -> None:
     if not asked.runs:
         raise UserError("name a run to compare: python -m pipelines.compare RUN [RUN …]")
     check_seed(asked.seed)
-    if asked.metrics.images is not None and asked.metrics.images < 1:
-        raise UserError(f"--metrics.images is a number from 1 up, not {asked.metrics.images}")
+    check_least(asked.metrics, "metrics.", images=1)
     if asked.out.suffix not in (".html", ".htm"):
         raise UserError(f"--out is the file of a page, such as comparison.html, not {asked.out}")
     compare_runs(asked)
@@ -50,11 +49,14 @@ def main(arguments: list[str] | None = None) -> None:
 
 def compare_runs(asked: Arguments) -> None:
     # Slow to import, and --help needs none of it.
+    from pipelines.files import check_writable
     from pipelines.pages.report import check_finished, report_folder, write_report, write_together
     from pipelines.pages.tables import table
     from pipelines.runs.dataset import load_data
     from pipelines.runs.run import Run
 
+    if len(asked.runs) > 1:
+        check_writable("--out", asked.out)
     runs = [Run.open(name, asked.device) for name in asked.runs]
     names = [run.title for run in runs]
     if len({*names}) < len(names):

@@ -100,11 +100,16 @@ def first_line(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
 
 
-def check_least(asked: object, **least: int) -> None:
-    """Raises UserError where a setting of a command, by its name, is below the least that makes sense."""
+def check_least(asked: object, group: str = "", /, **least: int) -> None:
+    """Raises UserError where a setting, by its name, is below the least that makes sense; one that is None is not given.
+
+    asked: the settings of a command; or those of a group of options, such as `metrics.`.
+    """
     for name, bound in least.items():
-        if getattr(asked, name) < bound:
-            raise UserError(f"--{name} is a number from {bound} up, not {getattr(asked, name)}")
+        value = getattr(asked, name)
+        for number in value if isinstance(value, tuple) else (value,):
+            if number is not None and number < bound:
+                raise UserError(f"--{group}{name.replace('_', '-')} is a number from {bound} up, not {number}")
 
 
 def check_seed(seed: int) -> None:

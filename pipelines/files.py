@@ -8,7 +8,7 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -57,12 +57,14 @@ ATTEMPTS = 100  # to begin a file; a file system that makes none says the same a
 
 
 @contextmanager
-def aside(path: Path, folder: bool = False) -> Iterator[Path]:
+def aside(path: Path, folder: bool = False, cleared: bool = False) -> Iterator[Path]:
     """A new file or folder beside `path`, to be renamed to it: deleted where that does not happen.
 
-    It is locked as long as it is written. So what killed writers of the same path have left is known, and deleted first.
+    It is locked as long as it is written. So what killed writers of the same path have left is known, and deleted first, unless
+    that is done already (cleared).
     """
-    clear_partial(path.parent, re.escape(path.name))
+    if not cleared:
+        clear_partial(path.parent, path.name.__eq__)
     for left in reversed(range(ATTEMPTS)):
         made = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
         try:
@@ -106,11 +108,11 @@ def partial_of(path: Path) -> str | None:
     return match["name"] if match else None
 
 
-def clear_partial(folder: Path, names: str) -> None:
-    """Delete what killed writers have left of the files and folders whose names fit a pattern."""
+def clear_partial(folder: Path, ours: Callable[[str], object]) -> None:
+    """Delete what killed writers have left of the files and folders in a folder that are ours, by their names."""
     for path in folder.iterdir() if folder.is_dir() else ():
         name = partial_of(path)
-        if name is not None and re.fullmatch(names, name):
+        if name is not None and ours(name):
             try:
                 lock = locked(path)
             except OSError:
@@ -134,13 +136,41 @@ def write_file(path: Path, content: bytes) -> None:
         replace_file(path, content)
 
 
-def replace_file(path: Path, content: bytes) -> None:
-    """The same in every process that calls it."""
+def write_files(contents: Mapping[Path, bytes]) -> None:
+    """The same of several files. What killed writers have left is looked for once in each folder: listing a folder again for
+    each of its files would take a time that grows with the square of their number."""
+    if not first_process():
+        return
+    names: dict[Path, set[str]] = {}
+    for path in contents:
+        names.setdefault(path.parent, set()).add(path.name)
+    for folder, ours in names.items():
+        clear_partial(folder, ours.__contains__)
+    for path, content in contents.items():
+        replace_file(path, content, cleared=True)
+
+
+def replace_file(path: Path, content: bytes, cleared: bool = False) -> None:
+    """As `write_file`, but every process that calls this writes. cleared: as of `aside`."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with aside(path) as made:
+    with aside(path, cleared=cleared) as made:
         write_flushed(made, content)
         os.replace(made, path)
         flush(path.parent)
+
+
+def check_writable(option: str, path: Path, folder: bool = False) -> None:
+    """Raises UserError where a command could not write to the path that an option names: before it works for what it writes.
+
+    folder: whether the path is that of a folder.
+    """
+    place = next(place for place in (path.absolute(), *path.absolute().parents) if place.exists())
+    folder_wanted = place != path.absolute() or folder
+    if place.is_dir() != folder_wanted:
+        raise UserError(f"{option} {path} cannot be written: {place} is a {'file' if folder_wanted else 'folder'}")
+    for needed in {place, place if place.is_dir() else place.parent}:  # a file is replaced, for which its folder is written
+        if not os.access(needed, os.W_OK):
+            raise UserError(f"{option} {path} cannot be written: {needed} is read only")
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -182,7 +212,7 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
 
 
 def replace_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    """The same in every process that calls it."""
+    """As `write_tensors`, but every process that calls this writes."""
     replace_file(path, safetensors.torch.save(packed(tensors), metadata))
 
 

@@ -1,6 +1,5 @@
 """python -m pipelines.generate RUN: draw latents from a prior by name, decode them, and write the images."""
 
-import os
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
-from pipelines.console import UserError, counted, first_process, run_command, say
+from pipelines.console import UserError, check_least, counted, first_process, run_command, say
 from pipelines.runs.names import Device, Pixels, PriorName
 from stage2_prior.sampling import AS_FITTED, CannotSample, Sampling
 
@@ -59,25 +58,20 @@ class Arguments:
     """the device to run on; auto takes the fastest that is there"""
 
     def check(self) -> None:
-        if self.count is not None and self.count < 1:
-            raise UserError(f"--count is a number of images from 1 up, not {self.count}")
-        if self.batch_size < 1:
-            raise UserError(f"--batch-size is a number of images from 1 up, not {self.batch_size}")
-        if self.particles < 1:
-            raise UserError(f"--particles is a number from 1 up, not {self.particles}")
+        check_least(self, count=1, batch_size=1, particles=1, scale=1)
         if self.complete is not None and (self.how != AS_FITTED or self.keep_best < 1 or self.dtype != "float32"):
             raise UserError(
                 "--complete draws from the density as fitted: without temperature, top-k, top-p, guidance, keep-best or dtype"
             )
         if self.complete is not None and self.prior != "learned":
             raise UserError(f"--complete needs the learned prior, not {self.prior}")
-        if self.scale < 1:
-            raise UserError(f"--scale is a number from 1 up, not {self.scale}")
         if self.captions is not None and self.caption is not None:
             raise UserError("give --caption or --captions, not both")
         if self.out.suffix not in (".png", ".npz", ""):
             raise UserError(f"--out ends in .png or .npz, or is a folder, not {self.out.name!r}")
-        check_writable(self.out)
+        from pipelines.files import check_writable  # slow to import, and --help needs none of it
+
+        check_writable("--out", self.out, folder=not self.out.suffix)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -87,16 +81,6 @@ def main(arguments: list[str] | None = None) -> None:
         raise UserError(str(error)) from error
     asked.check()
     write_asked(asked)
-
-
-def check_writable(out: Path) -> None:
-    """Raises UserError where images could not be written, before any is drawn."""
-    place = next(place for place in (out.absolute(), *out.absolute().parents) if place.exists())
-    folder_wanted = place != out.absolute() or not out.suffix
-    if place.is_dir() != folder_wanted:
-        raise UserError(f"--out {out} cannot be written: {place} is a {'file' if folder_wanted else 'folder'}")
-    if not os.access(place, os.W_OK):
-        raise UserError(f"--out {out} cannot be written: {place} is read only")
 
 
 def captions_in(path: Path) -> list[str]:

@@ -41,13 +41,15 @@ def main(arguments: list[str] | None = None) -> None:
     asked = tyro.cli(Arguments, prog="python -m pipelines.likelihood", args=arguments, console_outputs=first_process())
     asked.check()
     # Slow to import, and --help needs none of it.
-    from pipelines.files import write_json
+    from pipelines.files import check_writable, write_json
     from pipelines.judging.likelihood import likelihood
     from pipelines.pages.likelihood import as_table, printed
     from pipelines.runs.dataset import load_data
     from pipelines.runs.run import Run
 
     started = time.monotonic()
+    if asked.json is not None:
+        check_writable("--json", asked.json)
     run = Run.open(asked.run, asked.device)
     with run.locked():
         splits = load_data(run)

@@ -42,12 +42,15 @@ def main(arguments: list[str] | None = None) -> None:
 def score(asked: Arguments) -> None:
     # Slow to import, and --help needs none of it.
     from pipelines.data.folder import images_at
+    from pipelines.files import check_writable
     from pipelines.judging.scores import Scorer, Usual, auroc, check_held_out
     from pipelines.pages.scores import write_scores
     from pipelines.runs.dataset import background_of, load_data
     from pipelines.runs.run import Run
 
     started = time.monotonic()
+    for path in (asked.out, asked.out.with_suffix(".html")):
+        check_writable("--out", path)
     run = Run.open(asked.run, asked.device)
     scorer = Scorer.of(run)
     splits = load_data(run)

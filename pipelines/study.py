@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from pipelines.console import UserError, nearest, run_command, say
+from pipelines.console import UserError, first_process, nearest, run_command, say
 from pipelines.runs.names import DEFAULT_PRESET, Device
 
 if TYPE_CHECKING:  # slow to import, and --help needs none of it
@@ -55,7 +55,7 @@ def answered(study: str, trained: "Trained") -> "Findings":
 
 
 def main(arguments: list[str] | None = None) -> None:
-    asked = tyro.cli(Arguments, prog="python -m pipelines.study", args=arguments)
+    asked = tyro.cli(Arguments, prog="python -m pipelines.study", args=arguments, console_outputs=first_process())
     if asked.study not in STUDIES:
         raise UserError(f"there is no study {asked.study!r}{nearest(asked.study, STUDIES)}")
     from pipelines.files import write_file, write_json

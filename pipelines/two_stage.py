@@ -17,7 +17,7 @@ from pipelines.data.given import Given
 from pipelines.data.images import ImageSet
 from pipelines.runs.completion import completions, known_pixels, picture_to_complete
 from pipelines.runs.conditions import contexts_asked
-from pipelines.runs.config import RunConfig, replaced
+from pipelines.runs.config import RunConfig, with_settings
 from pipelines.runs.dataset import background_of, load_data, read_facts, write_given
 from pipelines.runs.names import Pixels, PriorName, preset_name
 from pipelines.runs.options import DEFAULTS, Options
@@ -98,9 +98,7 @@ class TwoStage:
             config = preset(config)
         if run is None:
             raise UserError("a config has no name: give the run one, as in train(config, 'name')")
-        for path, value in (settings or {}).items():
-            config = replaced(config, path, value)
-        assert isinstance(config, RunConfig)
+        config = with_settings(config, settings or {})
         from pipelines.runs.phases import train  # slow to import, and drawing needs none of it
 
         folder = folder_of(run)
@@ -180,8 +178,7 @@ class TwoStage:
         batch_size: images drawn at once
         Raises UserError for what the prior has no meaning for.
         """
-        if count < 1:
-            raise UserError(f"the number of images is from 1 up, not {count}")
+        check_from_one(count=count, batch_size=batch_size)
         if not 0 < keep_best <= 1:
             raise UserError(f"keep-best is a share above 0 and at most 1, not {keep_best}")
         how, drawn = sampling(temperature, top_k, top_p, guidance, autoguidance), math.ceil(count / keep_best)
@@ -276,8 +273,7 @@ class TwoStage:
         `python -m pipelines.likelihood` says in what sense a figure is a log-likelihood: most decoders give a density of pixels.
         Raises UserError where the encoder has no density q(z|x).
         """
-        if samples < 1:
-            raise UserError(f"the number of draws is from 1 up, not {samples}")
+        check_from_one(samples=samples)
         if not self.autoencoder.bottleneck.has_density:
             raise UserError(f"{self.run.folder} has a deterministic encoder: there is no density q(z|x), so no bound on log p(x)")
         contexts, network = self.contexts(len(images), prior, label, caption), self.prior(prior)
@@ -312,6 +308,7 @@ class TwoStage:
         or the file of a mask picture, white where it is kept. particles: drawn for each completion, to choose one by the density
         of the latents and pixels that are kept. tell: takes what is to be said of them, last the effective sample size.
         """
+        check_from_one(count=count, particles=particles, batch_size=batch_size)
         shape, network = self.image_shape, self.prior("learned")
         if not isinstance(network, LearnedPrior):
             raise UserError(f"completion needs a learned prior that is autoregressive, which that of {self.run.folder} is not")
@@ -381,6 +378,13 @@ class TwoStage:
             expected = ", ".join(map(str, self.image_shape))
             raise UserError(f"images are uint8, of shape (N, {expected}), not {tuple(images.shape)} of {images.dtype}")
         return images.split(BATCH)
+
+
+def check_from_one(**numbers: int) -> None:
+    """Raises UserError for an argument, by its name, that is no number from 1 up."""
+    for name, number in numbers.items():
+        if number < 1:
+            raise UserError(f"{name} is a number from 1 up, not {number}")
 
 
 def sampling(temperature: float, top_k: int | None, top_p: float, guidance: float, autoguidance: float) -> Sampling:

@@ -313,6 +313,18 @@ def test_what_a_killed_writer_left_is_deleted_by_the_next_and_what_is_being_writ
     assert not [*tmp_path.iterdir()]
 
 
+def test_a_folder_of_many_images_is_listed_once(tmp_path, monkeypatch):
+    """A listing for each image would take a time that grows with the square of their number. What killed writers left goes."""
+    images, listed, iterdir = torch.zeros(30, 1, 2, 2, dtype=torch.uint8), [], Path.iterdir
+    (tmp_path / ".00007.png.0123abcd.partial").touch()
+    (tmp_path / ".another.png.0123abcd.partial").touch()
+    monkeypatch.setattr(Path, "iterdir", lambda path: listed.append(path) or iterdir(path))
+    write_images(tmp_path, images, texts=["a"] * 30)
+    assert listed == [tmp_path]
+    names = sorted(path.name for path in iterdir(tmp_path))
+    assert names == [".another.png.0123abcd.partial", *(f"{number:05}.png" for number in range(30)), "captions.jsonl"]
+
+
 def test_what_is_not_a_checkpoint_of_ours_is_left_alone_and_a_damaged_one_is_moved(tmp_path, capsys):
     for name in ("step-mine", "step-7", "step-0000003.backup"):
         (tmp_path / name).mkdir()

@@ -3,16 +3,17 @@
 import math
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass, replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, get_args, get_type_hints
 
 import pytest
 import torch
 
-from pipelines import generate
+from pipelines import benchmark, compare, export, generate, likelihood, score
 from pipelines.console import UserError
 from pipelines.runs import phases
-from pipelines.runs.config import RunConfig, check_ranges, interval_of, replaced, to_dict
+from pipelines.runs.config import RunConfig, check_ranges, interval_of, replaced, to_dict, with_settings
 from pipelines.runs.kinds import kinds_of
 from pipelines.runs.names import DATA, RECIPES, preset_name
 from pipelines.runs.recipes import preset
@@ -127,3 +128,70 @@ def test_where_images_go_is_looked_at_before_they_are_drawn(tmp_path, monkeypatc
     for out, what in (("file/x.png", "file is a file"), ("file", "file is a file"), ("folder.png", "folder.png is a folder")):
         with pytest.raises(UserError, match=f"--out .* cannot be written: .*{what}"):
             generate.main(["mnist5k", "--out", str(tmp_path / out)])
+
+
+@pytest.mark.parametrize(
+    ("command", "option"),
+    [
+        (score, ["mnist5k", "--out", "scores.csv"]),
+        (compare, ["mnist5k", "mnist", "--out", "page.html"]),
+        (likelihood, ["mnist5k", "--json", "bounds.json"]),
+        (export, ["mnist5k", "--out", "export"]),
+        (benchmark, ["batches", "mnist5k", "--json", "rows.json"]),
+    ],
+)
+def test_where_results_go_is_looked_at_before_work_begins(tmp_path, monkeypatch, command, option):
+    *others, name, path = option
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("pipelines.runs.parts.load_autoencoder", lambda run: pytest.fail("the work has begun"))
+    for module in ("judging.scores", "judging.likelihood", "pages.report", "pages.exports", "benchmarks.batches"):
+        monkeypatch.setattr(f"pipelines.{module}.load_autoencoder", lambda run: pytest.fail("begun"), raising=False)
+    monkeypatch.setattr("pipelines.benchmarks.batches.BenchmarkBatches.rows", lambda asked: pytest.fail("the work has begun"))
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=f"^{name} file/{path} cannot be written: .*file is a file$"):
+        command.main([*others, name, f"file/{path}"])
+    (tmp_path / "there").mkdir(0o555)
+    monkeypatch.setattr("pipelines.files.os.access", lambda place, how: "there" not in str(place))  # root may write anywhere
+    with pytest.raises(UserError, match="there is read only$"):
+        command.main([*others, name, f"there/{path}"])
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"stage2.step": 5}, "no setting 'step' in 'stage2.step' - did you mean 'steps'"),
+        ({"stag2.steps": 5}, "no setting 'stag2' in 'stag2.steps' - did you mean 'stage2'"),
+        ({"stage2.steps.more": 5}, "no setting 'more' in 'stage2.steps.more': what it is to be a part of is"),
+        ({"refine.steps": 5}, "no setting 'steps' in 'refine.steps': what it is to be a part of is None"),
+        ({"stage2.steps": "5"}, "stage2.steps is a whole number, not '5'"),
+        ({"stage2.steps": 5.0}, "stage2.steps is a whole number, not 5.0"),
+        ({"seed": True}, "seed is a whole number, not True"),
+        ({"mirror": 1}, "mirror is True or False, not 1"),
+        ({"stage1.learning_rate": "1e-3"}, "stage1.learning_rate is a number, not '1e-3'"),
+        ({"metrics.extractor": "incption"}, "metrics.extractor is one of 'classifier', 'inception', 'dinov2', not 'incption'"),
+        ({"metrics.weights": 3}, "metrics.weights is a path or None, not 3"),
+        ({"prior.backbone": "transformer"}, "prior.backbone is a PixelCNNConfig or .*TransformerConfig.*, not 'transformer'"),
+    ],
+)
+def test_a_setting_in_python_that_there_is_not_or_of_another_type_is_refused(settings, says):
+    with pytest.raises(UserError, match=says):
+        TwoStage.train("mnist5k", "nowhere/run", settings)
+
+
+def test_every_setting_takes_the_value_that_it_has():
+    """So the check of types knows the type of every setting there is."""
+
+    def parts(config: Any, path: str = "") -> Iterator[str]:
+        for entry in fields(config):
+            yield f"{path}{entry.name}"
+            if is_dataclass(getattr(config, entry.name)):
+                yield from parts(getattr(config, entry.name), f"{path}{entry.name}.")
+
+    for config in every_config():
+        for path in parts(config):
+            value: Any = config
+            for name in path.split("."):
+                value = getattr(value, name)
+            assert with_settings(config, {path: value}) == config
+    config = preset("folder")
+    assert with_settings(config, {"data.root": "images", "stage1.learning_rate": 1}).data.root == Path("images")

@@ -133,7 +133,10 @@ def test_a_picture_is_completed_from_a_tensor_as_from_a_file(run, model, tmp_pat
 @pytest.mark.parametrize(
     ("ask", "says"),
     [
-        (lambda model: model.sample(0), "number of images is from 1 up, not 0"),
+        (lambda model: model.sample(0), "count is a number from 1 up, not 0"),
+        (lambda model: model.sample(2, batch_size=0), "batch_size is a number from 1 up, not 0"),
+        (lambda model: model.complete(model.sample(1)[0], count=0), "count is a number from 1 up, not 0"),
+        (lambda model: model.complete(model.sample(1)[0], particles=0), "particles is a number from 1 up, not 0"),
         (lambda model: model.sample(2, label=["1", "2", "3"]), "3 labels for 2 images"),
         (lambda model: model.sample(2, label=7), "no label number 7; labels are numbers from 0 to 3"),
         (lambda model: model.sample(2, label="1", caption="a 1"), "a label or a caption, not both"),
@@ -151,7 +154,7 @@ def test_a_picture_is_completed_from_a_tensor_as_from_a_file(run, model, tmp_pat
         (lambda model: model.decode([]), "a list of 1 tensors"),
         (lambda model: model.decode([torch.zeros(2, 1, 7, 7)]), "a level of latents is N × .4, 7, 7., not"),
         (lambda model: model.complete(torch.zeros(1, 28, 28, dtype=torch.uint8), torch.ones(28, 28)), "boolean, .28, 28., not"),
-        (lambda model: model.log_likelihood(model.sample(1), 0), "number of draws is from 1 up"),
+        (lambda model: model.log_likelihood(model.sample(1), 0), "samples is a number from 1 up, not 0"),
         (lambda model: TwoStage.open("no such run"), "there is no run 'no such run'"),
         (lambda model: TwoStage.train(model.run.config), "give the run one"),
     ],

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pipelines.benchmarks.measuring import Rows, median_seconds, peak_bytes
-from pipelines.console import UserError, nearest, say
+from pipelines.console import UserError, check_least, nearest, say
 from pipelines.runs.names import Device
 from stage2_prior.autoregressive import AutoregressiveConfig, AutoregressivePrior, BackboneConfig
 from stage2_prior.heads import Categorical, GaussianMixture, HeadConfig
@@ -78,8 +78,9 @@ class BenchmarkSampling:
         grids = [grid_of(grid) for grid in self.grid]
         if len(grids) != len(self.batch) or min(self.batch, default=0) < 1:
             raise UserError(f"--batch needs one number from 1 up for each of the {len(grids)} grids")
-        if min(self.threads, default=0) < 1 or min(self.growth, default=1) < 1:
-            raise UserError("--threads and --growth are numbers from 1 up")
+        if not self.threads:
+            raise UserError("--threads needs a number")
+        check_least(self, threads=1, growth=1)
         rows = []
         for threads in self.threads:
             torch.set_num_threads(threads)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from pipelines.console import UserError
-from pipelines.files import aside, flush, found_shards, read_tensors, write_flushed
+from pipelines.files import aside, check_writable, flush, found_shards, read_tensors, write_flushed
 from pipelines.judging.comparison import Comparison, read_comparison
 from pipelines.judging.tradeoffs import as_options, departures
 from pipelines.pages.report import report_folder
@@ -70,6 +70,7 @@ def export(
         raise UserError(f"--license is an identifier such as mit or cc-by-4.0, not {license!r}")
     if folder.exists():
         raise UserError(f"{folder} is there already: give another folder with --out, or delete it")
+    check_writable("--out", folder, folder=True)
     kept = {"config.json": as_json(to_dict(without_places(run.config)))}
     # Of images in files, the stamp says when those of this machine were written.
     kept[FACTS] = as_json(vars(replace(read_facts(run), stamp=None)))

@@ -4,15 +4,17 @@ import functools
 import json
 import operator
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, get_args, get_type_hints
+from types import UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import cattrs
 from annotated_types import Interval
 from cattrs.strategies import configure_tagged_union
 
-from pipelines.console import UserError
+from pipelines.console import UserError, nearest
 from pipelines.data.sets import DataConfig
 from pipelines.files import structured
 from pipelines.runs.names import ExtractorName, Pixels
@@ -159,6 +161,63 @@ def read_config(path: Path) -> RunConfig:
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} cannot be read as the config.json of a run ({error}); mend the file, or name another") from error
     return config
+
+
+def with_settings(config: RunConfig, settings: Mapping[str, Any]) -> RunConfig:
+    """A config with other values of some settings, by their dotted paths. A path may be given as a text, and a list for a tuple.
+
+    Raises UserError for a setting that there is not, and for a value of another type.
+    """
+    for path, value in settings.items():
+        config = replaced(config, path, fitting(config, path, value))
+    return config
+
+
+def fitting(config: RunConfig, path: str, value: Any) -> Any:
+    """A value as the setting takes it. Raises UserError as `with_settings`."""
+    part: Any = config
+    *parents, last = path.split(".")
+    for name in (*parents, last):
+        known = [entry.name for entry in fields(part)] if is_dataclass(part) else []
+        if name not in known:
+            hint = nearest(name, known) if known else f": what it is to be a part of is {part!r}"
+            raise UserError(f"there is no setting {name!r} in {path!r}{hint}")
+        hint, part = get_type_hints(type(part), include_extras=True)[name], getattr(part, name)
+    for fits in (value, Path(value) if isinstance(value, str) else value, tuple(value) if isinstance(value, list) else value):
+        if takes(hint, fits):
+            return fits
+    raise UserError(f"the setting {path} is {in_words(hint)}, not {value!r}")
+
+
+def takes(hint: Any, value: Any) -> bool:
+    """Whether a setting of a type takes a value."""
+    kind, inner = get_origin(hint), get_args(hint)
+    if kind is Annotated:
+        return takes(inner[0], value)
+    if kind in (Union, UnionType):
+        return any(takes(one, value) for one in inner)
+    if kind is Literal:
+        return isinstance(value, str | int) and value in inner
+    if kind is tuple:
+        return isinstance(value, tuple) and all(takes(inner[0], each) for each in value)
+    if isinstance(value, bool):
+        return hint is bool
+    return isinstance(value, int | float if hint is float else hint)
+
+
+def in_words(hint: Any) -> str:
+    """What a setting of a type takes."""
+    kind, inner = get_origin(hint), get_args(hint)
+    if kind is Annotated:
+        return in_words(inner[0])
+    if kind in (Union, UnionType):
+        return " or ".join(dict.fromkeys(map(in_words, inner)))
+    if kind is Literal:
+        return "one of " + ", ".join(map(repr, inner))
+    if kind is tuple:
+        return f"a tuple, of which each is {in_words(inner[0])}"
+    names = {int: "a whole number", float: "a number", bool: "True or False", str: "a text", Path: "a path", type(None): "None"}
+    return names.get(hint) or f"a {hint.__name__}"
 
 
 def replaced(config: Any, path: str, value: Any) -> Any:

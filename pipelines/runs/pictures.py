@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from pipelines.console import UserError, escaped
 from pipelines.data.layout import DRAWN
-from pipelines.files import write_file
+from pipelines.files import write_files
 
 GREY = 128
 LETTERS = (9, 14)  # pixels: the least and the largest size of text
@@ -135,8 +135,7 @@ def write_images(path: Path, images: Tensor, scale: int = 1, texts: Sequence[str
     """
     made = encoded_files(path, images, scale, texts)
     try:
-        for file, content in made.items():
-            write_file(file, content)
+        write_files(made)
     except OSError as error:
         raise UserError(f"{path} cannot be written ({error.strerror}); {elsewhere(path, made)}") from error
 
@@ -145,8 +144,7 @@ def elsewhere(path: Path, made: dict[Path, bytes]) -> str:
     """Write files to a new folder for temporary files instead; what to say of it."""
     try:
         folder = Path(tempfile.mkdtemp())
-        for file, content in made.items():
-            write_file(folder / file.relative_to(path.parent), content)
+        write_files({folder / file.relative_to(path.parent): content for file, content in made.items()})
     except OSError as error:
         return (
             f"nor can it be under {tempfile.gettempdir()} ({error.strerror}), so what was drawn is lost: make room and draw again"

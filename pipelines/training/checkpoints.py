@@ -261,5 +261,5 @@ def prune(folder: Path, checkpoints: list[Checkpoint]) -> list[Checkpoint]:
             set_aside(path)
     for path in known - {each.folder for each in kept}:
         shutil.rmtree(path, ignore_errors=True)
-    clear_partial(folder, r"step-\d+")
+    clear_partial(folder, re.compile(r"step-\d+").fullmatch)
     return kept
