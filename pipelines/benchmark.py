@@ -1,14 +1,15 @@
-"""python -m pipelines.benchmark training | data | sampling | batches | metrics | device: speed, as ratios in one run; sameness.
+"""python -m pipelines.benchmark training | data | sampling | batches | metrics | device: ratios of speeds, and reproducibility.
 
-Medians over repeats that alternate between what is compared: the ratios hold on a noisy machine where seconds do not.
+Figures are medians over repeats that alternate between the things compared. So ratios are reliable on a noisy machine, where
+seconds are not.
 
-    training   how near training, encoding and scoring come to a bare loop over one fixed batch; what a checkpoint costs
-    data       training from a folder of many small files against training from memory; how soon the first batch comes
-    sampling   how near drawing a grid comes to one teacher-forced forward pass over the same batch, which does all the
-               arithmetic that sampling needs; and the loop that runs the whole network for every position, beside it
-    batches    how many images are the same at two batch sizes
+    training   time of training, encoding and scoring relative to a bare loop over one fixed batch; cost of a checkpoint
+    data       training from a folder of many small files relative to training from memory; time to the first batch
+    sampling   time of drawing a grid relative to one teacher-forced forward pass over the same batch, which does all the
+               arithmetic that sampling needs; and of a loop that runs the whole network for every position
+    batches    number of images that are the same at two batch sizes
     metrics    seconds and memory of the figures of one row of a comparison
-    device     what a GPU can do: training, sampling, the same images as a CPU's, sharded weights, torch.compile
+    device     a GPU: training, sampling, whether its images are those of a CPU, sharded weights, torch.compile
 """
 
 import sys

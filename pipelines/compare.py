@@ -1,4 +1,4 @@
-"""python -m pipelines.compare RUN: one frozen decoder, every prior side by side."""
+"""python -m pipelines.compare RUN: compare all priors of a run through its frozen decoder."""
 
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -11,27 +11,27 @@ from pipelines.runs.names import Device, ExtractorName
 
 @dataclass(frozen=True)
 class Judging:
-    """What images are compared in, where it is not as the run's config says."""
+    """How samples are judged, where not as the run's config says."""
 
     extractor: ExtractorName | None = None
-    """classifier, inception or dinov2"""
+    """the network whose features images are compared in: classifier, inception or dinov2"""
     weights: Path | None = None
     """file of inception's or dinov2's weights, where they cannot be downloaded"""
     images: int | None = None
-    """images in every row"""
+    """number of images in every row"""
 
 
 @dataclass(frozen=True)
 class Arguments:
-    """Compare every prior of a run, through one frozen decoder; of several runs, on one page."""
+    """Compare all priors of a run through its frozen decoder. Several runs are also put on one page."""
 
     runs: tyro.conf.Positional[tuple[str, ...]]
-    """runs, by their names under checkpoints/ or their paths"""
+    """names of runs under checkpoints/, or their paths"""
     seed: int = 0
     """seed of the samples"""
     metrics: Judging = field(default_factory=Judging)
     out: Path = Path("comparison.html")
-    """the page of several runs, with .json and .csv beside it; that of each lies in its folder"""
+    """file for the page of several runs, with a .json and a .csv beside it; the page of each run is in its folder"""
     device: Device = "auto"
     """the device to run on; auto takes the fastest that is there"""
 

@@ -38,7 +38,7 @@ class UserError(ValueError):
 
 
 class NotThere(UserError):
-    """The data are not where they were looked for. what: says so; remedy: how an option of train_all mends it."""
+    """The data are not where they were looked for. what: the message; remedy: its end, which names an option of train_all."""
 
     def __init__(self, what: str, remedy: str = ""):
         super().__init__(what + remedy)
@@ -91,12 +91,12 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 
 def counted(number: int, one: str, many: str | None = None) -> str:
-    """`1 image` or `3 images`; many: what is said of several, where it is not `one` and an s."""
+    """`1 image` or `3 images`; many: the plural, where it is not `one` and an s."""
     return f"{number} {one if number == 1 else many or one + 's'}"
 
 
 def first_line(error: Exception) -> str:
-    """What a library says, for a sentence of ours."""
+    """The first line of a library's message, to be quoted in one of ours."""
     return (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
 
 
@@ -187,7 +187,7 @@ def unread(stream: TextIO) -> None:
 
 
 def say(*lines: str) -> None:
-    """Lines for the person, and for the log; a newline in one of them is part of a name, and is shown as \\n.
+    """Print lines; a newline within one of them is part of a name, and is shown as \\n.
 
     Raises Stopped where nobody reads it any more; a training goes on to its next checkpoint first.
     """
@@ -206,9 +206,9 @@ def say(*lines: str) -> None:
 
 
 class Progress:
-    """A bar on a terminal; elsewhere a line soon, and then now and then; nothing where there is no label.
+    """A bar on a terminal; elsewhere about LINES lines; nothing without a label.
 
-    values passed to `update` stand behind the bar; they are only read (a tensor fetched from its device) when shown.
+    The values passed to `update` are shown behind the bar. They are read (fetched from a device) only when they are shown.
     """
 
     LINES = 10  # at most about so many lines where the output is no terminal

@@ -1,4 +1,4 @@
-"""python -m pipelines.explore [RUN]: a page in the browser to draw from trained runs and look into them."""
+"""python -m pipelines.explore [RUN]: a page in the browser to sample and inspect trained runs."""
 
 import errno
 import os
@@ -14,14 +14,14 @@ from pipelines.runs.names import Device
 
 @dataclass(frozen=True)
 class Arguments:
-    """Draw from trained runs and look into them, in the browser."""
+    """Sample and inspect trained runs in the browser."""
 
     run: Annotated[str, tyro.conf.Positional] = "mnist5k"
-    """the run shown first: a name under checkpoints/, a path, or a trained model that comes with the software"""
+    """the run that is shown first: a name under checkpoints/, a path, or a trained model that comes with the software"""
     port: int = 7860
-    """where the page is served"""
+    """port of the page"""
     host: str = "127.0.0.1"
-    """who may open the page: 127.0.0.1 for this machine alone, 0.0.0.0 for whoever can reach it"""
+    """address to serve the page on: 127.0.0.1 for this machine only, 0.0.0.0 for every machine that can reach it"""
     device: Device = "auto"
     """the device to run on; auto takes the fastest that is there"""
 

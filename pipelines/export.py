@@ -1,4 +1,4 @@
-"""python -m pipelines.export RUN --out FOLDER: what drawing from a run needs, as a folder to hand on."""
+"""python -m pipelines.export RUN --out FOLDER: a trained model as a folder to share."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,22 +11,22 @@ from pipelines.runs.names import Device
 
 @dataclass(frozen=True)
 class Arguments:
-    """Write what drawing from a run needs, its figures and a card to a folder. Every command takes that as a run."""
+    """Export a trained model: a folder with its weights, its figures and a model card. Every command takes it as a run."""
 
     run: tyro.conf.Positional[str]
     """a run's name under checkpoints/, or its path"""
     out: Path
     """a new folder"""
     half: bool = False
-    """weights in float16: half the size, and samples that differ a little; statistics and codebooks stay float32"""
+    """store weights in float16: half the size, and slightly different samples; statistics and codebooks stay float32"""
     latents: bool = False
-    """also the latents of the training images, which baselines are fitted to; else they are encoded again where needed"""
+    """include the latents of the training images, which baselines are fitted to; without, they are encoded again where needed"""
     autoguidance: bool = True
-    """with an earlier state of the prior, which autoguidance needs: as large as the prior itself"""
+    """include the earlier weights of the prior that autoguidance needs: as large as the prior itself"""
     license: str | None = None
-    """licence of the weights, by its identifier on the Hugging Face hub, such as mit or cc-by-4.0; as on the card of an export"""
+    """licence of the weights, by its identifier on the Hugging Face hub, such as mit or cc-by-4.0; an export keeps its own"""
     device: Device = "auto"
-    """the device to draw the samples of the card on"""
+    """the device to sample the images of the card on"""
 
 
 def main(arguments: list[str] | None = None) -> None:

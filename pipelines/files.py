@@ -233,7 +233,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def cached(path: Path, key: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Tensors from a file made once; made again when the file is not there, is unreadable, or was made under another key.
+    """Tensors that are made once and kept in a file; made again where it is missing, unreadable, or was written with another key.
 
     Of several runs that need it, one makes it. Called by all processes of a run together, and so is `make`.
     """
@@ -252,7 +252,7 @@ def cached(path: Path, key: str, make: Callable[[], dict[str, Tensor]]) -> dict[
 
 
 def key_of(path: Path) -> str | None:
-    """What a file of tensors was made under, "" where it does not say; None where there is no such file, or it cannot be read."""
+    """The key that a file of tensors was written with, or "" where it has none; None where the file is missing or unreadable."""
     try:
         with safetensors.safe_open(path, "pt") as file:
             return (file.metadata() or {}).get("key", "")

@@ -22,38 +22,40 @@ class Arguments:
     run: tyro.conf.Positional[str]
     """a run's name under checkpoints/, or its path"""
     count: int | None = None
-    """number of images; 64 when not given, or one for each caption of --captions"""
+    """number of images; by default 64, or with --captions one for each caption"""
     prior: PriorName = "learned"
-    """what to draw z from: standard is N(0, I), or uniform codes; posterior is no generator: it reconstructs training images"""
+    """the prior that z is sampled from: standard is N(0, I), or uniform codes; posterior reconstructs training images"""
     label: str | None = None
-    """class to draw, by its name, from a prior that was trained with class labels; all classes when not given"""
+    """name of the class to draw, for a prior conditioned on class labels; by default classes are drawn as often as in training"""
     keep_best: float = 1.0
-    """of what is drawn, keep the share that a classifier is surest to read the asked label off (VQ-VAE-2); --count is kept"""
+    """rejection sampling (VQ-VAE-2): draw count / keep-best images, and keep those that a classifier assigns to their label most
+    confidently"""
     complete: Path | None = None
-    """picture whose hidden part is to be drawn anew, --count times"""
+    """file of a picture to complete, --count times: its hidden part is sampled anew"""
     keep: str = "top-half"
-    """which part of the picture to complete is kept: top-half, bottom-half, left-half, right-half, or a mask picture's file"""
+    """the part of the picture to complete that is kept: top-half, bottom-half, left-half, right-half, or the file of a mask that
+    is white there"""
     particles: int = 64
-    """drawn for each completion, to choose one by the density of the latents and pixels that are kept"""
+    """particles for each completion, one of which is chosen by its importance weight; with more, completions fit better"""
     caption: str | None = None
-    """caption of what to draw, for a prior that was trained with captions"""
+    """caption of the images, for a prior conditioned on captions"""
     captions: Path | None = None
-    """text file with a caption on each line, which the images take in turn"""
+    """text file with one caption a line; the images take them in turn"""
     seed: int = 0
-    """sample i under one seed is always the same image"""
+    """random seed; sample i of a seed is always the same image"""
     out: Path = Path("samples.png")
-    """.png for one picture of all images; .npz for one array arr_0, uint8, N H W C; DIR/ for a .png of each image"""
+    """a .png with all images in one picture, a .npz with the array arr_0 (uint8, N H W C), or DIR/ with a .png for each"""
     scale: int = 1
-    """enlarges pictures so many times, with sharp pixels; an array stays as it is"""
+    """factor by which pictures are enlarged, without smoothing; a .npz is not enlarged"""
     texts: bool = True
-    """the label or caption that each image was drawn with stands below it; in a folder of images, in its captions.jsonl"""
+    """write the label or caption of each image below it; for DIR/, into its captions.jsonl"""
     pixels: Pixels = "mean"
-    """the mean of p(x|z), or a draw from it"""
+    """decode to the mean of p(x|z), or to a sample from it"""
     how: Annotated[Sampling, tyro.conf.arg(name="")] = AS_FITTED
     batch_size: int = 256
     """images sampled at once"""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """of the learned prior's backbone; its densities and the decoder stay float32"""
+    """precision of the learned prior's backbone; its densities and the decoder stay float32"""
     device: Device = "auto"
     """the device to run on; auto takes the fastest that is there"""
 
@@ -98,7 +100,7 @@ def write_asked(asked: Arguments) -> None:
     # Slow to import, and --help needs none of it.
     import torch
 
-    from pipelines.runs.completion import known_pixels, with_hidden_grey
+    from pipelines.runs.completion import SIDES, known_pixels, with_hidden_grey
     from pipelines.runs.pictures import write_images
     from pipelines.two_stage import TwoStage
 
@@ -137,13 +139,14 @@ def write_asked(asked: Arguments) -> None:
     )
     given = with_hidden_grey(picture, known)[None]
     write_images(asked.out, torch.cat([given, images]) if asked.out.suffix == ".png" else images, asked.scale)
-    say(f"{counted(count, 'completion')} of {asked.complete}, with its {asked.keep} kept: {asked.out}")
+    kept = f"its {asked.keep}" if asked.keep in SIDES else f"what is white in {asked.keep}"
+    say(f"{counted(count, 'completion')} of {asked.complete}, keeping {kept}: {asked.out}")
 
 
 def texts_of(model: "TwoStage", asked: Arguments, count: int, caption: str | list[str] | None) -> list[str]:
-    """The label or caption that each image was drawn with; none where they are not wanted, or the images were drawn without.
+    """The label or caption of each image; none where they are not wanted, or the prior is not conditioned on any.
 
-    Nor are there any for images that were drawn with labels of their own, and of which a classifier kept some.
+    Nor are there any where each image was drawn with its own label and a classifier has kept some of them.
     """
     chosen = asked.keep_best < 1 and asked.label is None
     if not asked.texts or asked.out.suffix == ".npz" or asked.prior != "learned" or chosen:

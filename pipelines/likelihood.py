@@ -13,22 +13,22 @@ from pipelines.runs.names import PRIORS, Device
 
 @dataclass(frozen=True)
 class Arguments:
-    """Bounds on log p(x) of held-out images with every prior, and where the rate goes."""
+    """Bound log p(x) of held-out images under each prior, and say what the rate consists of."""
 
     run: tyro.conf.Positional[str]
     """a run's name under checkpoints/, or its path"""
     samples: int = 64
-    """draws of z an image, for the importance-weighted bound; of codes there is only one"""
+    """draws of z for each image, for the importance-weighted bound; codes have a single z"""
     images: int = 1000
-    """images of the test split; fewer where it has fewer"""
+    """number of images of the test split, at most"""
     prior: Annotated[tuple[str, ...], tyro.conf.arg(metavar="[{" + ",".join(PRIORS) + "} …]")] = ()
-    """which priors; all but posterior when not given"""
+    """priors to use; by default all but posterior"""
     naive: int = 1000
     """draws from each prior for the naive estimate; 0 leaves it out"""
     seed: int = 0
-    """seed of the choice of images and of every draw"""
+    """random seed of the choice of images and of every draw"""
     json: Path | None = None
-    """file for the figures"""
+    """file to write the figures to"""
     device: Device = "auto"
     """the device to run on; auto takes the fastest that is there"""
 
@@ -60,7 +60,7 @@ def main(arguments: list[str] | None = None) -> None:
     if asked.json is not None:
         write_json(asked.json, {"run": run.title, **result})
         say(f"figures: {asked.json}")
-    say(counted(round(time.monotonic() - started), "second"))
+    say(f"finished in {counted(round(time.monotonic() - started), 'second')}")
 
 
 if __name__ == "__main__":

@@ -67,16 +67,23 @@ def on_each(action: Callable[[], object]) -> None:
             raise other
 
 
-def in_batches(work: Callable[[Tensor], T], indices: Tensor, size: int, label: str | None = None, alone: bool = False) -> list[T]:
+def in_batches(
+    work: Callable[[Tensor], T],
+    indices: Tensor,
+    size: int,
+    label: str | None = None,
+    alone: bool = False,
+    unit: str = "images",
+) -> list[T]:
     """What `work` makes of each batch of `size` indices, in order; the processes take turns, and all get all.
 
-    What is made does not depend on the number of processes, if `work` depends on its indices alone. label: of the progress.
+    What is made does not depend on the number of processes, if `work` depends on its indices alone. label, unit: of the progress.
     alone: of its own indices, each process for itself.
     """
     batches = indices.split(size)
     turns, own = (1, 0) if alone else (count(), rank())
     made: list[T] = []
-    with Progress(label, len(indices), "images") as progress:
+    with Progress(label, len(indices), unit) as progress:
         for start in range(0, len(batches), turns):
             number = start + own
             # Sharded weights are brought together by all processes at once: with no batch left, one works in vain.

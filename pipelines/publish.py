@@ -1,4 +1,4 @@
-"""python -m pipelines.publish RUN owner/name: a run as a model on the Hugging Face hub, which hub:owner/name then names."""
+"""python -m pipelines.publish RUN owner/name: a trained model on the Hugging Face hub, whose name as a run is hub:owner/name."""
 
 import tempfile
 from dataclasses import dataclass
@@ -12,20 +12,20 @@ from pipelines.runs.names import Device
 
 @dataclass(frozen=True)
 class Arguments:
-    """Put what drawing from a run needs, its figures and a card on the Hugging Face hub, where you are logged in."""
+    """Publish a trained model on the Hugging Face hub: its weights, its figures and a model card. Log in to the hub first."""
 
     run: tyro.conf.Positional[str]
     """a run's name under checkpoints/, or its path"""
     repository: tyro.conf.Positional[str]
-    """owner/name on the hub; made where it is not there, else its next version"""
+    """owner/name on the hub: a new repository, or a new version of it"""
     private: bool = False
-    """only for you and your organization, where it is made now"""
+    """make a new repository private: visible to you and your organization only"""
     license: str | None = None
     """licence of the weights, by its identifier on the hub, such as mit or cc-by-4.0"""
     half: bool = False
-    """weights in float16: half the size, and samples that differ a little; statistics and codebooks stay float32"""
+    """store weights in float16: half the size, and slightly different samples; statistics and codebooks stay float32"""
     device: Device = "auto"
-    """the device to draw the samples of the card on"""
+    """the device to sample the images of the card on"""
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -50,17 +50,17 @@ DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "results.md", ROOT / "docs" / "
 
 @dataclass(frozen=True)
 class Arguments:
-    """Train presets on several seeds, compare, and make the tables of README and docs of the figures."""
+    """Train presets with several seeds, compare them, and write the tables of README and docs from the figures."""
 
     commands: tyro.conf.Positional[tuple[str, ...]] = ()
-    """presets, each with its overrides in one pair of quotes; all that README and docs report where none is named"""
+    """presets, each with its overrides in quotes; by default all that README and docs report"""
     seeds: tuple[int, ...] | None = None
-    """of each; those that README and docs report where none are given"""
+    """seeds of each preset; by default those that README and docs report"""
     data: Path | None = None
-    """where the images lie or are downloaded to: the --data.root of each training that has one; for
-    `folder` that is its subfolder cifar10-jpg, CIFAR-10 as JPEG files in train/LABEL/ and test/LABEL/"""
+    """folder with the images, or to download them to: the --data.root of each training that has one; for `folder` its subfolder
+    cifar10-jpg, with CIFAR-10 as JPEG files in train/LABEL/ and test/LABEL/"""
     tables: bool = False
-    """train nothing: only make the tables anew from docs/results.json"""
+    """train nothing: only write the tables again from docs/results.json"""
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -15,18 +15,18 @@ Split = Literal["train", "validation", "test"]
 
 @dataclass(frozen=True)
 class Arguments:
-    """Score images by their bits under a trained model. Writes a table, and a page with the most unusual images first."""
+    """Score how unusual images are under a trained model. Writes a table, and a page with the most unusual images first."""
 
     run: tyro.conf.Positional[str]
     """a run's name under checkpoints/, or its path"""
     images: tyro.conf.Positional[Annotated[tuple[str, ...], tyro.conf.arg(metavar="IMAGE|FOLDER …")]] = ()
-    """pictures, and folders of pictures; images of the run's own data where none are named"""
+    """files of images, and folders of them; by default images of the run's own data"""
     split: Split = "test"
-    """which of the run's own images are scored, where none are named"""
+    """the split of the run's own data that is scored by default"""
     shown: int = 32
-    """images on the page"""
+    """number of images on the page"""
     out: Path = Path("scores.csv")
-    """file of the table; the page lies beside it, as .html"""
+    """file for the table; the page is the .html beside it"""
     device: Device = "auto"
     """the device to run on; auto takes the fastest that is there"""
 
@@ -71,7 +71,7 @@ def score(asked: Arguments) -> None:
             f"{auroc(usually, values):.2f} by {name}"
             for (name, usually), values in zip(usual.every(held_out).items(), usual.every(scores).values())
         ]
-        say(f"AUROC against held-out images: {first}, the order here; {', '.join(others)}. 0.5 is chance.")
+        say(f"AUROC against held-out images: {first}, which orders the table; {', '.join(others)}. 0.5 is chance.")
     say(f"table: {asked.out}; look at {asked.out.with_suffix('.html')}; {counted(round(time.monotonic() - started), 'second')}")
 
 

@@ -1,12 +1,12 @@
-"""python -m pipelines.study NAME: questions that people ask about VAEs, answered by running one.
+"""python -m pipelines.study NAME: questions that people ask about VAEs, answered with a trained run.
 
-    samples-per-image    how many z for each image? What is averaged?
+    samples-per-image    how many samples of z for each image? What is averaged?
     mean-or-sample       decode the posterior's mean, or a sample?
     evidence             how can one z explain an image, and what does p(x) = ∫ p(x|z) p(z) dz cost to estimate?
     aggregate-posterior  is q(z) really N(0, I)?
-    unusual-images       does a likelihood tell which images are unusual?
+    unusual-images       does the likelihood detect unusual images?
 
-Each runs on a trained run, in minutes on 2 cores, and writes a plot, the numbers and what they say into its folder `studies`.
+Each takes minutes on 2 cores, and writes a plot, the numbers and their conclusions to the folder `studies` of the run.
 
 x an image, z a latent, L draws of z; all likelihoods in nats.
 """
@@ -27,12 +27,12 @@ STUDIES = ("samples-per-image", "mean-or-sample", "evidence", "aggregate-posteri
 
 @dataclass(frozen=True)
 class Arguments:
-    """Answer a question about VAEs by running one."""
+    """Answer a question about VAEs with a trained run."""
 
     study: tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="{" + ",".join(STUDIES) + "}")]]
-    """which question"""
+    """the question to answer"""
     run: str = DEFAULT_PRESET
-    """a run's name under checkpoints/, its path, or a trained model that comes with the software, as mnist5k does"""
+    """a run's name under checkpoints/, its path, or a trained model that comes with the software, such as mnist5k"""
     device: Device = "auto"
     """the device to run on; auto takes the fastest that is there"""
 

@@ -1,6 +1,6 @@
 """python -m pipelines.train_all [PRESET]: train stage 1, encode, fit stage 2, sample and compare.
 
-The same command again goes on where it was: finished parts are skipped, an interrupted one resumes from its checkpoint.
+The same command again continues: finished parts are skipped, an interrupted one resumes from its checkpoint.
 """
 
 import difflib
@@ -33,15 +33,14 @@ DATA
 RECIPE
 {{recipes}}
 
---run NAME       name of the run, a folder under checkpoints/, or a path; the preset's name where none is given.
-                 Without a PRESET, a run of that name goes on as it was begun; a new one begins with the preset of
-                 that name, or with {DEFAULT_PRESET} where NAME is no preset's
---config FILE    take the config.json of any run in place of a preset
---stage1-from RUN  take over the stage 1 of another run and train only the prior; without a PRESET, with RUN's settings
---no-compare     train only; python -m pipelines.compare RUN compares, several runs together
+--run NAME       name of the run's folder under checkpoints/, or a path; by default the preset's name. Without a PRESET,
+                 an existing run is continued, and a new one begins with the preset of that name, or {DEFAULT_PRESET}
+--config FILE    use the config.json of any run in place of a preset
+--stage1-from RUN  reuse the stage 1 of another run and train only the prior; without a PRESET, with RUN's settings
+--no-compare     train only; python -m pipelines.compare RUN compares later, also several runs
 --device {{{{auto,cpu,cuda,mps}}}}   --tracker {{{{none,csv,tensorboard,wandb}}}}   --on-nan {{{{stop,skip,rewind}}}}
 --seed, --mirror, --stage1.steps, --stage2.steps, --autoencoder.bottleneck KIND, --prior.backbone KIND, and so on:
-python -m pipelines.train_all PRESET --help   says every setting with its meaning, unit and default, and all kinds of parts"""
+python -m pipelines.train_all PRESET --help   lists every setting with its meaning, unit and default, and all kinds of parts"""
 
 
 def parse(arguments: list[str]) -> "tuple[str, RunConfig, Options]":
@@ -60,7 +59,7 @@ def parse(arguments: list[str]) -> "tuple[str, RunConfig, Options]":
     class Arguments:
         config: Annotated[RunConfig, tyro.conf.arg(name="")] = default
         run: str = name
-        """name of the run, a folder under checkpoints/, or a path; the preset's name when not given"""
+        """name of the run's folder under checkpoints/, or a path; by default the preset's name"""
         options: Annotated[Options, tyro.conf.arg(name="")] = DEFAULTS
 
     kinds = "\n".join(f"  --{path.replace('_', '-')} {{{','.join(kinds)}}}" for path, kinds in choices(default).items())

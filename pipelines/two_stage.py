@@ -1,6 +1,6 @@
-"""A trained run from Python: draw, encode, decode, complete, judge.
+"""A trained run in Python: sample, encode, decode, complete, evaluate.
 
-N images, C colour channels, H×W pixels, c latent channels, h×w latent grid. Tensors come and go on the CPU.
+N images, C colour channels, H×W pixels, c latent channels, h×w latent grid. Tensors are taken and returned on the CPU.
 """
 
 import math
@@ -49,12 +49,14 @@ class TwoStage:
         model = TwoStage.open("mnist5k")
         images = model.sample(16, label="3", seed=0)  # uint8, 16 1 28 28
 
-    A mistake in what is asked raises UserError, a ValueError whose message says what to do.
+    Wrong arguments raise UserError, a ValueError whose message says what to do.
     """
 
     def __init__(self, run: Run, dtype: Dtype = "float32"):
-        """dtype: of the learned prior's backbone; its densities and the decoder stay float32. Raises UserError for a run whose
-        stage 1 is not finished."""
+        """dtype: precision of the learned prior's backbone; its densities and the decoder stay float32.
+
+        Raises UserError for a run whose stage 1 is not finished.
+        """
         self.run, self.dtype = run, {"float32": torch.float32, "bfloat16": torch.bfloat16}[dtype]
         self.autoencoder = load_autoencoder(run)
         self.specs = specs_of(self.autoencoder)
@@ -63,7 +65,10 @@ class TwoStage:
 
     @classmethod
     def open(cls, name: str | Path, device: str = "auto", dtype: Dtype = "float32") -> "TwoStage":
-        """A run by its name under checkpoints/, or by its path. device: auto, cpu, cuda or mps."""
+        """Open a run by its name under checkpoints/, by its path, or by the name of a trained model that comes with the software.
+
+        device: auto, cpu, cuda or mps. dtype: see `__init__`.
+        """
         return cls(Run.open(str(name), device), dtype)
 
     @classmethod
@@ -77,21 +82,20 @@ class TwoStage:
         dataset: "Dataset[Any] | None" = None,
         held_out: "Dataset[Any] | None" = None,
     ) -> "TwoStage":
-        """Train both stages of a run, or what is not finished of it, as `python -m pipelines.train_all` does.
+        """Train both stages of a run, or continue it where it is not finished, as `python -m pipelines.train_all` does.
 
         config: the name of a preset, such as "mnist5k-vqvae", or a config. run: a name under checkpoints/, or a path; the
-        preset's name when None. settings: by dotted path, what is to be otherwise than the config says, such as
-        {"stage2.steps": 500}.
+        preset's name when None. settings: values that replace those of the config, by dotted path, such as {"stage2.steps": 500}.
 
-        dataset: trained on in place of the config's data: a torch Dataset of images, or of pairs of an image and a class number.
-        An image is one of Pillow, or a tensor C H W or H W with 1 or 3 channels, of uint8 or of numbers from 0 to 1; all have
-        one size. held_out: likewise, the test images; a tenth of the dataset when None. Both are copied to the run's folder, so
-        every command knows them. A preset whose prior is conditioned on labels needs them.
+        dataset: training images in place of the config's data: a torch Dataset of images, or of pairs of an image and a class
+        number. An image is a Pillow image, or a tensor C H W or H W with 1 or 3 channels, uint8 or floats from 0 to 1; all images
+        have the same size. held_out: the test images, likewise; a tenth of the dataset when None. Both are copied to the run's
+        folder, where every command finds them. A preset whose prior is conditioned on labels needs class numbers.
 
-        Raises UserError where the run has begun with another config.
+        Raises UserError where the run has begun with another config, or a setting does not exist or has another type.
 
-        The places that the config names, where data lie or what program brings them, are believed: your program has named them.
-        So read a config that comes from someone else before you pass it.
+        The paths and URLs in the config are trusted, and a URL may be a shell command (`pipe:`). Read a config that comes from
+        someone else before you pass it.
         """
         if isinstance(config, str):
             run = preset_name(*parts_of(config)) if run is None else run
@@ -124,21 +128,21 @@ class TwoStage:
 
     @property
     def labels(self) -> list[str]:
-        """The names of the data set's labels; empty where it has none."""
+        """Names of the data set's labels; empty where it has none."""
         return read_facts(self.run).label_names
 
     @property
     def captions(self) -> list[str]:
-        """Some captions of training images, where the prior is conditioned on captions."""
+        """Some captions of training images, where the prior is conditioned on captions; else empty."""
         return read_facts(self.run).caption_examples if self.run.conditioned_on == "caption" else []
 
     @property
     def priors(self) -> list[str]:
-        """The names of the priors to draw from, the learned one last."""
+        """Names of the priors that can be sampled, the learned one last."""
         return densities(self.run, self.specs)
 
     def prior(self, name: PriorName = "learned") -> Prior:
-        """A prior by its name, loaded once. Raises UserError for an unknown one."""
+        """A prior by name; it is loaded once. Raises UserError for an unknown name."""
         if name not in self.opened:
             prior = open_prior(self.run, name, self.specs)
             if isinstance(prior, LearnedPrior):
@@ -166,17 +170,18 @@ class TwoStage:
         keep_best: float = 1.0,
         batch_size: int = 256,
     ) -> Tensor:
-        """Images drawn from a prior and decoded, uint8 N C H W. Image i under one seed is the same whatever the count.
+        """Sample latents from a prior and decode them; uint8 N C H W. Image i of a seed does not depend on the count.
 
-        prior: learned; or standard, which is N(0, I) or uniform codes; or another of `priors`; or posterior, which is no
-            generator: it reconstructs training images
-        label: a label's name or number, for all images or one for each; drawn as often as in training when None
-        caption: likewise, for a prior conditioned on captions; none when None
-        temperature, top_k, top_p, guidance, autoguidance: how draws depart from the density as fitted: see `Sampling`
-        pixels: the mean of p(x|z), or a sample from it
-        keep_best: of what is drawn, keep the share off which a classifier reads the label most surely
-        batch_size: images drawn at once
-        Raises UserError for what the prior has no meaning for.
+        prior: learned; standard, which is N(0, I) or uniform codes; another of `priors`; or posterior, which reconstructs
+            training images
+        label: name or number of a label, for all images, or a list with one for each; drawn as often as in training when None
+        caption: likewise, for a prior conditioned on captions; sampled without a caption when None
+        temperature, top_k, top_p, guidance, autoguidance: see `Sampling`
+        pixels: decode to the mean of p(x|z), or to a sample from it
+        keep_best: rejection sampling: draw count / keep_best images, and keep those that a classifier assigns to their label most
+            confidently
+        batch_size: images sampled at once
+        Raises UserError for an argument that makes no sense for the prior.
         """
         check_from_one(count=count, batch_size=batch_size)
         if not 0 < keep_best <= 1:
@@ -188,7 +193,9 @@ class TwoStage:
             raise UserError("guidance goes toward a caption: say which")
         if keep_best < 1:
             if not isinstance(network, LearnedPrior) or not isinstance(self.run.condition, ClassLabel):
-                raise UserError("keep-best needs a learned prior conditioned on labels, to know what the classifier should read")
+                raise UserError(
+                    "keep-best needs a learned prior conditioned on labels: a classifier compares each image with its label"
+                )
             if contexts is None:
                 contexts = network.draw_contexts(torch.arange(drawn, device=self.device), seed)
         samples = generate(
@@ -205,14 +212,18 @@ class TwoStage:
         if warning := samples.warning():
             say(f"warning: {warning}")
         if keep_best < 1:
-            from pipelines.judging.features import kept_best, surety_of, trained_classifier  # slow to import, and seldom needed
+            from pipelines.judging.features import (  # slow to import, and seldom needed
+                label_log_prob,
+                rejection_sampled,
+                trained_classifier,
+            )
 
             assert contexts is not None
             run = self.run
             classifier, _ = trained_classifier(run.fabric, run.config.metrics, load_data(run), run.classifiers, seed=1)
             labels = contexts.cpu()
-            surety = surety_of(run.fabric, classifier, samples.images, labels)
-            return samples.images[kept_best(surety, labels, keep_best)][:count]
+            confidence = label_log_prob(run.fabric, classifier, samples.images, labels)
+            return samples.images[rejection_sampled(confidence, labels, keep_best)][:count]
         return samples.images.clone()  # no tensor of the inference mode, which could not be changed in place
 
     def told(
@@ -223,8 +234,8 @@ class TwoStage:
         caption: str | Sequence[str] | None = None,
         seed: int = 0,
     ) -> list[str]:
-        """What each image that `sample` draws under the same arguments is conditioned on: names of labels, or captions. Empty
-        for an unconditional prior."""
+        """The condition of each image that `sample` returns for the same arguments: a label's name, or a caption. Empty for an
+        unconditional prior."""
         if caption is not None:
             return [caption] * count if isinstance(caption, str) else [*caption]
         prior, contexts = self.prior("learned"), self.contexts(count, "learned", label, caption)
@@ -234,17 +245,17 @@ class TwoStage:
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> list[Tensor]:
-        """The latents of images: the mean of q(z|x), or codes.
+        """Encode images to latents: the mean of q(z|x), or codes.
 
         images: uint8 N C H W. Returns one tensor for each level, coarse to fine: float N c h w, or int64 codes N h w.
-        `model.autoencoder.encode` gives q(z|x) itself.
+        `model.autoencoder.encode` returns q(z|x) itself.
         """
         parts = [self.autoencoder.mean(self.autoencoder.encode(batch.to(self.device))) for batch in self.batches(images)]
         return [torch.cat(level).cpu() for level in zip(*parts)]
 
     @torch.no_grad()
     def decode(self, latents: Sequence[Tensor]) -> Tensor:
-        """The mean of p(x|z), uint8 N C H W. latents: one tensor for each level, as `encode` gives them."""
+        """Decode latents to the mean of p(x|z), uint8 N C H W. latents: one tensor for each level, as `encode` returns them."""
         for spec, level in zip(self.specs, latents):
             if level.shape[1:] != spec.shape or (spec.vocabulary is None) != level.dtype.is_floating_point:
                 raise UserError(f"a level of latents is N × {spec.shape}, not {tuple(level.shape)} of {level.dtype}")
@@ -268,10 +279,10 @@ class TwoStage:
     ) -> Tensor:
         """The importance-weighted bound on log p(x) of each image, N, in nats (Burda et al. 2016). Higher is better.
 
-        images: uint8 N C H W. samples: draws of z an image; 1 gives the ELBO, and of codes there is only one. label, caption:
-        as in `sample`; then the bound is on log p(x|label). Without one, it is under the distribution that `sample` draws from.
-        `python -m pipelines.likelihood` says in what sense a figure is a log-likelihood: most decoders give a density of pixels.
-        Raises UserError where the encoder has no density q(z|x).
+        images: uint8 N C H W. samples: draws of z for each image; 1 gives the ELBO, and codes have a single z. label, caption: as
+        in `sample`; the bound is then on log p(x|label). Without a label, p(x) is the mixture over labels; without a caption, it
+        is conditioned on the empty caption. Most decoders give a density of pixels, not a probability of 8-bit images:
+        `python -m pipelines.likelihood` says which. Raises UserError where the encoder has no density q(z|x).
         """
         check_from_one(samples=samples)
         if not self.autoencoder.bottleneck.has_density:
@@ -302,11 +313,16 @@ class TwoStage:
         batch_size: int = 256,
         tell: Callable[[str], None] = say,
     ) -> Tensor:
-        """Pictures whose hidden part is drawn anew, under the learned prior; uint8 N C H W.
+        """Complete a picture: keep a part of it, and sample the rest under the learned prior; uint8 N C H W.
 
-        picture: uint8 C H W, or a file. keep: what is kept of it: boolean H W, or top-half, bottom-half, left-half, right-half,
-        or the file of a mask picture, white where it is kept. particles: drawn for each completion, to choose one by the density
-        of the latents and pixels that are kept. tell: takes what is to be said of them, last the effective sample size.
+        picture: uint8 C H W, or a file
+        keep: the part that is kept: boolean H W; top-half, bottom-half, left-half, right-half; or the file of a mask that is
+            white there
+        count: number of completions
+        label, caption, seed, pixels, batch_size: as in `sample`
+        particles: for each completion so many are drawn, and one is chosen by its importance weight, the density of the latents
+            and pixels that are kept
+        tell: is called with each message, the last of which is the effective sample size
         """
         check_from_one(count=count, particles=particles, batch_size=batch_size)
         shape, network = self.image_shape, self.prior("learned")
@@ -334,7 +350,8 @@ class TwoStage:
         return made.clone()
 
     def score(self, images: Tensor) -> "Scores":
-        """How unusual each image is under both stages, in bits, and where; see `Scores`. Compare with those of usual images.
+        """Score how unusual images are: their bits under both stages, and where in the image these are; see `Scores`. To be
+        compared with the scores of usual images.
 
         images: uint8 N C H W. A conditional prior is used without its condition. Raises UserError where the prior is not
         autoregressive, or the encoder has no density.
@@ -344,12 +361,11 @@ class TwoStage:
         return Scorer.of(self.run)(ImageSet(torch.cat(self.batches(images))))
 
     def read(self, picture: str | Path) -> Tensor:
-        """A picture from a file as the model takes them, uint8 C H W: cropped and resized. Raises UserError for another file."""
+        """Read an image file as the model's input, cropped and resized: uint8 C H W. Raises UserError where it is no image."""
         return picture_to_complete(Path(picture), self.image_shape, background_of(self.run))
 
     def compare(self) -> "Comparison":
-        """The comparison of all priors that the run's config asks for, as data: read from the run's folder where it is there
-        already, else made, with its page; that takes minutes."""
+        """The comparison of all priors, as data: read from the run's folder, or made, with its page, which takes minutes."""
         from pipelines.pages.report import finished_comparison  # slow to import, and drawing needs none of it
 
         splits = load_data(self.run)
@@ -367,7 +383,7 @@ class TwoStage:
         label: str | int | Sequence[str | int] | None,
         caption: str | Sequence[str] | None,
     ) -> Tensor | None:
-        """The contexts of `count` images; None where neither label nor caption is given."""
+        """The condition of each of `count` images as the prior takes it; None where neither label nor caption is given."""
         if prior != "learned" and (label is not None or caption is not None):
             raise UserError(f"the {prior} prior takes neither label nor caption; the learned prior may")
         return contexts_asked(self.run, count, label, caption)
@@ -388,7 +404,7 @@ def check_from_one(**numbers: int) -> None:
 
 
 def sampling(temperature: float, top_k: int | None, top_p: float, guidance: float, autoguidance: float) -> Sampling:
-    """Raises UserError for a setting out of range."""
+    """`Sampling`, but raises UserError for a setting that is out of range."""
     try:
         return Sampling(temperature, top_k, top_p, guidance, autoguidance)
     except CannotSample as error:
@@ -396,7 +412,7 @@ def sampling(temperature: float, top_k: int | None, top_p: float, guidance: floa
 
 
 def marginal(prior: Prior) -> LogPrior:
-    """log p(z) where no context is given: of the mixture over labels, Σ p(label) p(z|label); else under the null caption."""
+    """log p(z) without a condition: of the mixture over labels, Σ p(label) p(z|label); of captions, under the empty caption."""
 
     def log_prob(levels: list[Tensor], _: Tensor | None) -> Tensor:
         if not isinstance(prior, LearnedPrior):

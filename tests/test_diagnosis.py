@@ -40,7 +40,7 @@ def made(reconstruction: float = 0.6, learned: float = 1.2, mixture: float = 20.
         reconstruction=row(reconstruction, 1.0, 0.9),
         priors=priors,
         gap_closed=0.9,
-        told=None,
+        conditioned_on=None,
         images=1000,
         images_of=ImagesOf(5000),
         seed=0,
@@ -55,7 +55,7 @@ def made(reconstruction: float = 0.6, learned: float = 1.2, mixture: float = 20.
 
 
 def test_too_few_images_to_choose_a_way_to_draw_are_named():
-    says = ["tuned: no; 49 images, too few to judge a way to draw by: at least 50 are needed."]
+    says = ["tuned: not used; 49 images are too few to choose a way to sample: at least 50 are needed."]
     assert about_sampling(made(images=49)) == about_sampling(made(images_of=ImagesOf(49))) == says
     alone = made(images=49)
     del alone.priors["learned"]
@@ -67,7 +67,7 @@ def said(comparison: Comparison) -> str:
 
 
 def test_what_limits_is_named_with_what_to_do_next():
-    assert said(made()).startswith("Nothing limits")
+    assert said(made()).startswith("By these figures, neither the decoder nor the prior limits")
     decoder = said(made(reconstruction=20.0, learned=22.0, mixture=60.0))
     assert decoder.startswith("The decoder limits: real images lie at 0.10 ± 0.50, reconstructions at 20.00 ± 0.50")
     assert f"python -m pipelines.train_all --run nowhere/run --stage1.steps {2 * RUN.config.stage1.steps};" in decoder
@@ -83,7 +83,7 @@ def test_what_limits_is_named_with_what_to_do_next():
     for name, kind in (("folder", "--prior.backbone transformer"), ("folder-vqvae2", "--prior.top.backbone transformer")):
         assert kind in another_prior(replace(RUN, config=preset(name)), without)
     few = replace(made(), real=row(None), reconstruction=row(None), priors={"standard": row(None), "learned": row(None)})
-    assert said(few).startswith("Nothing can be said") and few.recommended is None
+    assert said(few).startswith("What limits this run cannot be told") and few.recommended is None
 
 
 def test_a_rival_that_is_better_beyond_the_error_is_recommended():
@@ -164,7 +164,7 @@ def test_figures_that_fail_a_check_are_flagged():
     fooled = replace(made(), reconstruction=row(1.0, kid=9.5, precision=0.05))
     assert "kid: does not count here. N(0, I) scores 9.00" in said(fooled) and "precision: does not count here" in said(fooled)
     weak = replace(made(), features=replace(made().features, accuracy=0.839), commonest=0.6)
-    assert "reads 83.9 % of test images right, and always guessing the commonest label 60.0 %" in said(weak)
+    assert "its accuracy on test images is 83.9 %, and always guessing the commonest label reaches 60.0 %" in said(weak)
     assert "--metrics.classifier.steps 800" in said(weak)
     assert "only 379 training images" in said(replace(made(), images_of=ImagesOf(379)))
     points = {"kid": 1.0, "precision": 1.0, "recall": 1.0, "density": 1.0, "coverage": 1.0, "images": 76, "fd": 1.0}

@@ -214,7 +214,7 @@ def test_a_run_of_ones_own_comes_before_one_that_comes_with_the_software(run, co
     assert not Run.open("digits", "cpu").exported
     shutil.rmtree("checkpoints/digits/stage2")  # as while it is trained
     with pytest.raises(
-        UserError, match="digits is unfinished: stage2 has not .* with the software, name it by its path: "
+        UserError, match="digits is unfinished: stage 2 has not .* with the software, name it by its path: "
     ) as raised:
         score.main(["digits", "--device", "cpu"])
     path = str(raised.value).rpartition(": ")[2]

@@ -154,6 +154,20 @@ def test_a_training_that_diverged_says_so(train, held_out, warns, capsys):
     assert bool(out) == warns
 
 
+def test_a_training_that_diverged_says_so_once(tmp_path, monkeypatch, capsys):
+    """Not each time that it is loaded again."""
+    monkeypatch.setattr("pipelines.training.fit.warn_of_divergence", lambda label, history: print("diverged"))
+    for _ in range(3):
+        fit(Fabric(accelerator="cpu"), Noisy(), Points(30), Points(10), CONFIG, 0, tmp_path, "test")
+    assert capsys.readouterr().out.count("diverged") == 1
+
+
+def test_of_a_large_batch_that_is_not_a_number_some_images_are_named(tmp_path):
+    config = dataclasses.replace(CONFIG, batch_size=20)
+    with pytest.raises(UserError, match=r"is not a number \(images (\d+, ){7}\d+ and 12 more\)"):
+        fit(Fabric(accelerator="cpu"), Breaks([0]), Points(30), Points(10), config, 0, tmp_path, "test")
+
+
 @pytest.mark.parametrize(("length", "batch"), [(10, 4), (10, 10), (3, 8), (7, 1)])
 def test_every_epoch_sees_every_example_once(length, batch):
     order = Order(length, batch, seed=3)

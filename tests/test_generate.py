@@ -317,7 +317,7 @@ def test_a_stage_1_trained_anew_is_not_mixed_with_an_older_stage_2(runs, tmp_pat
     run = Run.create(shutil.copytree(runs["mnist-vqvae"], tmp_path / "run"), config, "cpu")
     shutil.rmtree(tmp_path / "run" / "stage1")
     monkeypatch.setattr(type(config.data), "load", lambda self, report=None: small_splits((1, 28, 28), 4, count=260))
-    with pytest.raises(UserError, match="stage2 was trained after another stage1.*delete"):
+    with pytest.raises(UserError, match="stage2 was trained after another stage 1.*delete"):
         train_all(run)
     before = (tmp_path / "run/compare/metrics.json").read_text()
     shutil.rmtree(tmp_path / "run" / "stage2")
@@ -336,7 +336,7 @@ def test_the_comparison_of_a_conditional_prior_of_codes(runs):
         best = lowest_fd(comparison.sampling).sampling
         assert ("tuned" in comparison.priors) == (best != AS_FITTED)
         assert [point.sampling for point in comparison.sampling] == ways_to_sample(contexts=True, weaker=True)
-        named = described(best) if "tuned" in comparison.priors else f"no; {described(best)}"
+        named = described(best) if "tuned" in comparison.priors else f"not used; sampling {described(best)}"
         assert any(note.startswith(f"tuned: {named} has the lowest fd") for note in notes(comparison))
 
 
@@ -359,7 +359,7 @@ def test_with_few_images_sampling_is_not_tuned(runs):
     run = Run.open(runs["mnist-vqvae"], "cpu")
     splits = load_data(run)
     comparison = compared(run, dataclasses.replace(splits, test=splits.test.subset(torch.arange(50))))
-    few = "tuned: no; 50 samples of each way to draw, too few for a Fréchet distance."
+    few = "tuned: not used; 50 samples for each way to sample are too few for a Fréchet distance."
     assert few in notes(comparison) and "tuned" not in comparison.priors
 
 

@@ -12,7 +12,7 @@ from pipelines import likelihood as command
 from pipelines.console import Stopped, UserError
 from pipelines.judging import likelihood
 from pipelines.judging.likelihood import active_units, mutual_information, rate_maps
-from pipelines.pages.likelihood import columns_of, notes_of
+from pipelines.pages.likelihood import columns_of, in_nats, notes_of
 from pipelines.runs.dataset import load_data
 from pipelines.runs.latents import encode
 from pipelines.runs.parts import load_autoencoder, load_prior, specs_of
@@ -74,11 +74,11 @@ def test_a_stopped_measurement_goes_on_and_ends_the_same(run, monkeypatch, batch
     of_images, calls = likelihood.Measurement.of_images, []
     before = set((run.folder / "likelihood").glob("*"))
 
-    def stopping(self, batch, blind):
+    def stopping(self, batch, prior_draws, advance):
         calls.append(len(batch))
         if len(calls) == batch_of_signal:
             os.kill(os.getpid(), signal.SIGTERM)
-        return of_images(self, batch, blind)
+        return of_images(self, batch, prior_draws, advance)
 
     monkeypatch.setattr(likelihood.Measurement, "of_images", stopping)
     with pytest.raises(Stopped, match=f"{5 * batch_of_signal} of 20 images"):
@@ -90,6 +90,28 @@ def test_a_stopped_measurement_goes_on_and_ends_the_same(run, monkeypatch, batch
     kept.unlink()
     assert measured(run, **asked) == resumed
     assert measured(run, **asked, images=25)["images"] == 25 and len(calls) == 9  # more images: only those are new
+
+
+def test_the_progress_advances_within_a_batch_of_images(run, monkeypatch):
+    """A batch may take minutes."""
+    shown = []
+
+    class Watched(likelihood.Progress):
+        def update(self, count, values=None):
+            super().update(count, values)
+            shown.append((self.label, self.done))
+
+    monkeypatch.setattr(likelihood, "Progress", Watched)
+    monkeypatch.setattr("stage1_vae.bounds.DECODED_AT_ONCE", 16)
+    monkeypatch.setattr(likelihood, "DECODED_AT_ONCE", 16)
+    measured(run, seed=95, images=20, priors=["standard", "gaussian"])
+    done = [count for _, count in shown]
+    assert done == sorted(done) and done[-1] == 120 and len({*done}) > 10, "one batch of all test images"
+
+
+def test_the_interval_in_the_table_is_that_of_95_percent():
+    value = likelihood.estimate(torch.arange(100.0))
+    assert value["error"] == pytest.approx(2.9, abs=0.01) and in_nats(value) == "49.50 ± 5.69"
 
 
 def test_the_figure_of_an_image_does_not_depend_on_what_was_measured_before(run, monkeypatch):

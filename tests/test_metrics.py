@@ -32,7 +32,7 @@ from pipelines.console import UserError
 from pipelines.data.images import ImageSet
 from pipelines.judging import compare, features, quality, rows
 from pipelines.judging.comparison import SURELY, Verdict, from_dict, read_comparison, verdict_of, write_comparison
-from pipelines.judging.features import FIGURES, Classifier, FeatureSpace, Judge, feature_space, kept_best, surety_of
+from pipelines.judging.features import FIGURES, Classifier, FeatureSpace, Judge, feature_space, label_log_prob, rejection_sampled
 from pipelines.judging.published import PUBLISHED, DinoV2, published, resized
 from pipelines.judging.quality import (
     Cloud,
@@ -449,12 +449,12 @@ def test_the_share_kept_is_the_surest_of_each_label():
     labels = torch.tensor([0, 1, 0, 1, 0, 1, 0, 1])
     images = brightness.to(torch.uint8).view(-1, 1, 1, 1).expand(-1, 1, 4, 4)
     fabric = fabric_for("cpu", "float32")
-    surety = surety_of(fabric, Reader(), images, labels)
-    assert kept_best(surety, labels, 0.5).tolist() == [0, 1, 2, 5]
-    assert kept_best(surety, labels, 1.0).tolist() == list(range(8))
-    assert kept_best(surety, labels, 0.1).tolist() == [0, 5]
+    confidence = label_log_prob(fabric, Reader(), images, labels)
+    assert rejection_sampled(confidence, labels, 0.5).tolist() == [0, 1, 2, 5]
+    assert rejection_sampled(confidence, labels, 1.0).tolist() == list(range(8))
+    assert rejection_sampled(confidence, labels, 0.1).tolist() == [0, 5]
     for share in (0.3, 0.4, 0.6):
-        assert len(kept_best(surety, torch.tensor([0, 0, 0, 1, 1, 1, 1, 1]), share)) >= share * len(images)
+        assert len(rejection_sampled(confidence, torch.tensor([0, 0, 0, 1, 1, 1, 1, 1]), share)) >= share * len(images)
 
 
 def made_by_a_second_run(make: Callable[[], Any], path: Path, lock: Path, capsys) -> Any:

@@ -19,7 +19,7 @@ from PIL import Image
 
 from pipelines import compare
 from pipelines.judging.compare import with_labels_read
-from pipelines.judging.comparison import ROWS, from_dict, read_comparison
+from pipelines.judging.comparison import ROWS, from_dict, read_comparison, to_dict
 from pipelines.judging.features import FIGURES
 from pipelines.judging.together import Entry, names_of
 from pipelines.pages.page import labels_read
@@ -167,7 +167,7 @@ def test_priors_of_one_kind_are_told_apart_by_what_they_are_told_or_else_by_thei
     first = read_comparison(compared / "mnist5k/compare/metrics.json")
     runs = {"a": first, "b": first, "c": replace(first, prior="Transformer")}
     assert names_of(runs) == {"a": "PixelSNAIL (a)", "b": "PixelSNAIL (b)", "c": "Transformer"}
-    runs |= {"none": replace(first, told=None), "captions": replace(first, told="caption")}
+    runs |= {"none": replace(first, conditioned_on=None), "captions": replace(first, conditioned_on="caption")}
     assert names_of(runs) == {
         **{run: f"PixelSNAIL with labels ({run})" for run in ("a", "b")},
         "c": "Transformer",
@@ -236,3 +236,19 @@ def test_the_name_of_a_run_is_no_formula_in_a_plot():
     history = [{"step": 1, "train": {"loss": 1.0}, "held_out": {"loss": 1.0}}]
     for figure in (training_curves({name: history}), lines([(name, 1.0, torch.zeros(2, 1, 4, 4, dtype=torch.uint8))])):
         assert png(figure).startswith(b"\x89PNG")
+
+
+def test_a_learned_prior_that_is_worse_than_the_standard_one_is_not_said_to_be_nearer():
+    comparison = read_comparison(TRAINED / "mnist5k" / "compare" / "metrics.json")
+    assert "times nearer" in verdict_in_words(comparison)
+    worse = replace(comparison.priors["learned"], fd=2 * comparison.priors["standard"].fd)
+    says = verdict_in_words(replace(comparison, priors=comparison.priors | {"learned": worse}, gap_closed=-1.0))
+    assert "2.0 times as far" in says and "closes none of the gap" in says and "nearer" not in says
+
+
+def test_the_condition_of_a_prior_has_an_older_name_in_files():
+    for name, told in (("mnist5k", "label"), ("mnist5k-dalle", "caption"), ("mnist5k-2d", None)):
+        comparison = read_comparison(TRAINED / name / "compare" / "metrics.json")
+        written = to_dict(comparison)
+        assert comparison.conditioned_on == written["told"] == told and "conditioned_on" not in written
+        assert from_dict(written) == comparison

@@ -156,7 +156,7 @@ def test_a_rival_is_trained_and_saved_as_other_priors_are(run, name):
     if name == "second-vae":
         found = compared(other, load_data(other))
         assert [key for key, row in found.priors.items() if row.nll_is_bound] == ["learned"] and found.prior == "second VAE"
-        assert math.isfinite(found.priors["learned"].nll) and found.told is None
+        assert math.isfinite(found.priors["learned"].nll) and found.conditioned_on is None
         assert math.isfinite(found.reconstruction.fd_perturbed) and found.reconstruction.fd_perturbed != found.reconstruction.fd
 
 

@@ -79,7 +79,7 @@ def test_a_stage_1_that_does_not_fit_is_refused_in_one_sentence(run, monkeypatch
     unfinished = run.folder.parent / "unfinished"
     (unfinished / "stage1").mkdir(parents=True)
     shutil.copy(run.folder / "config.json", unfinished)
-    refused("unfinished: stage1 has not been trained. Run its train_all command again", source=str(unfinished))
+    refused("unfinished: stage 1 has not been trained. Run its train_all command again", source=str(unfinished))
 
     own = Run.create(run.folder.parent / "own", replaced(run.config, "seed", 5), "cpu")
     phases.train(own)

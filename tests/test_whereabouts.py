@@ -51,7 +51,7 @@ def test_an_imported_config_runs_nothing_and_writes_and_reads_nowhere(run, tmp_p
     shutil.copytree(run.folder, "friend")
     config = json.loads(Path("friend/config.json").read_text())
     Path("friend/config.json").write_text(json.dumps(config | {"data": HOSTILE[kind]}))
-    with pytest.raises(UserError, match="which no command on this machine has named"):
+    with pytest.raises(UserError, match="a place that you have not confirmed on this machine"):
         COMMANDS[command]("./friend")
     assert not Path("executed").exists() and not Path("another").exists()
 

@@ -108,7 +108,7 @@ def begins_as_image(path: str) -> bool:
 
 
 def beginning_of(path: str, count: int) -> bytes:
-    """Of a file, so many bytes; none where it cannot be read."""
+    """The first `count` bytes of a file; none where it cannot be read."""
     try:
         with open(path, "rb") as file:
             return file.read(count)

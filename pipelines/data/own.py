@@ -31,21 +31,21 @@ FEWEST_GROUPS = 3  # for training, validation and test
 
 @dataclass(frozen=True, kw_only=True)
 class OwnImages:
-    """What all of the user's own images are told, wherever they lie."""
+    """Settings that all data sets of the user's own images share."""
 
     size: Annotated[int, Interval(ge=1, le=16_384)] = 64
     """height and width of an image, in pixels"""
     channels: Literal[1, 3] = 3
     """1 for grey, 3 for colour"""
     background: str = "white"
-    """colour behind transparent pixels, by its name or as #rrggbb"""
+    """colour behind transparent pixels, by name or as #rrggbb"""
     split_by: SplitBy = "file"
-    """what the split keeps together: nothing but each file, the images of each folder, or in a folder those whose names begin
-    alike, up to the first `-`, `_`, space or dot"""
+    """the groups of images that the split keeps together: each image is a group of its own, or each folder, or in each folder the
+    images whose names begin alike, up to the first `-`, `_`, space or dot"""
     skip_unreadable: bool = False
-    """use the readable images when some cannot be read"""
+    """leave out images that cannot be read"""
     in_memory: Annotated[float, Interval(ge=0, le=1_000_000)] = 1.0
-    """GiB of decoded images up to which they are all read first and kept in memory; above, each is read whenever it is used"""
+    """GiB of decoded images up to which all are kept in memory; of larger sets, images are read from disk when they are used"""
 
     @property
     def image_shape(self) -> tuple[int, int, int]:

@@ -37,11 +37,11 @@ class Parquet(OwnImages):
     root: Path | None = None
     """a Parquet file, or a folder of them"""
     image: str | None = None
-    """column of the images; the one that holds pictures when not given"""
+    """column of the images; by default the one that holds images"""
     label: str | None = None
-    """column of the labels, texts or whole numbers; the one that is called label, or the like, when not given"""
+    """column of the labels, texts or whole numbers; by default the one named label, or similar"""
     caption: str | None = None
-    """column of the captions; the one that is called text, caption, or the like, when not given"""
+    """column of the captions; by default the one named text, caption, or similar"""
 
     def load(self, report: Path | None = None) -> Splits:
         """report: file to name the unreadable images in."""

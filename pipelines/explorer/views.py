@@ -20,12 +20,11 @@ from pipelines.judging.comparison import read_comparison, title
 from pipelines.judging.features import FeatureSpace, feature_space
 from pipelines.judging.quality import nearest_neighbours
 from pipelines.judging.scores import Scorer, Usual
-from pipelines.judging.tradeoffs import described
+from pipelines.judging.tradeoffs import described, has_weaker
 from pipelines.pages.scores import BRIGHTEST, heat
 from pipelines.runs.dataset import load_data
 from pipelines.runs.latents import training_latents
 from pipelines.two_stage import TwoStage, marginal
-from stage2_prior.autoregressive import LearnedPrior
 from stage2_prior.sampling import AS_FITTED, Sampling
 
 TILES = 20  # images of the decoded plane, along either side
@@ -96,8 +95,7 @@ class Views:
     @property
     def autoguided(self) -> bool:
         """Whether there is a weaker copy of the learned prior to be led away from."""
-        prior = self.model.prior("learned") if self.run.learned else None
-        return isinstance(prior, LearnedPrior) and prior.levels[0].weaker is not None
+        return has_weaker(self.model.prior("learned") if self.run.learned else None)
 
     @cached_property
     def plane(self) -> Plane:
@@ -209,13 +207,12 @@ class Views:
         scores, usual = self.scorer(ImageSet(picture[None])), self.usual
         size = (picture.shape[1], picture.shape[2])
         maps = [heat(level, size) for level in usual.excess(scores)]
-        bits = f"{float(scores.bits_of_z):.0f} bits of z, {float(scores.bits_of_x):.0f} of x given z"
         percent = float(100 * usual.more_usual(scores))
         verdict = f"{percent:.0f} % of {len(usual.distances)} held-out images are more usual than it"
         order = " From the coarse grid to the fine one." if len(maps) > 1 else ""
         again = self.model.decode(self.model.encode(picture[None]))
         return [
-            Strip("the picture, and its reconstruction", torch.cat([picture[None], again]), f"{verdict}: {bits}."),
+            Strip("the picture, and its reconstruction", torch.cat([picture[None], again]), f"{verdict}: {scores.in_words(0)}."),
             Strip(
                 "where its bits of z lie",
                 torch.cat(maps),

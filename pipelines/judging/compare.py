@@ -15,7 +15,7 @@ from pipelines.judging.health import health_of
 from pipelines.judging.likelihood import likelihood, rate_maps
 from pipelines.judging.quality import intervals, nearest_neighbours
 from pipelines.judging.rows import BATCH, Rows, Subject
-from pipelines.judging.tradeoffs import Tradeoff, choose_sampling, described, rejection, ways_to_sample
+from pipelines.judging.tradeoffs import Tradeoff, choose_sampling, described, has_weaker, rejection, ways_to_sample
 from pipelines.runs.config import MetricsConfig, judged_by
 from pipelines.runs.kinds import name_of_prior
 from pipelines.runs.parts import weights_of
@@ -120,8 +120,7 @@ def tuned_sampling(subject: Subject, rows: Rows) -> tuple[Sampling, list[Tradeof
 
     run = subject.run
     space = choosing_space(run.fabric, subject.judging, subject.splits, run.classifiers)
-    weaker = isinstance(learned, LearnedPrior) and learned.levels[0].weaker is not None
-    ways = ways_to_sample(contexts=subject.contexts is not None, weaker=weaker)
+    ways = ways_to_sample(contexts=subject.contexts is not None, weaker=has_weaker(learned))
     return choose_sampling(space, ways, len(subject.chosen), drawn)
 
 
@@ -161,7 +160,7 @@ def with_nats(subject: Subject, nats: dict[str, Tensor], figures: dict[str, Row]
 
 
 def with_labels_read(subject: Subject, rows: Rows, figures: dict[str, Row]) -> dict[str, Row]:
-    """The figures, with how often the classifier reads the label asked for, where the learned prior is conditioned on one."""
+    """The figures, with how often the classifier predicts the requested label, where the learned prior is conditioned on one."""
     labels = subject.labels
     if labels is None:
         return figures
@@ -180,9 +179,9 @@ def comparison_of(subject: Subject, rows: Rows, judged: Judged, tried: list[Trad
     priors = {name: row for name, row in figures.items() if name not in ("real", "reconstruction")}
     rejected = []
     if subject.labels is not None:
-        surety = rows.seen["learned"].surety
-        assert surety is not None
-        rejected = rejection(subject.space, surety, judged.features["learned"], subject.labels)
+        confidence = rows.seen["learned"].confidence
+        assert confidence is not None
+        rejected = rejection(subject.space, confidence, judged.features["learned"], subject.labels)
     codes, withheld = subject.codes, None
     if not run.learned:
         withheld = NO_LEARNED_PRIOR
@@ -210,7 +209,7 @@ def comparison_of(subject: Subject, rows: Rows, judged: Judged, tried: list[Trad
         gap_closed_tuned=verdict.tuned,
         gap_closed_tuned_plus_minus=verdict.tuned_plus_minus,
         prior=name_of_prior(run.config.prior) if run.learned else "learned prior",
-        told=run.conditioned_on,
+        conditioned_on=run.conditioned_on,
         images=len(subject.chosen),
         images_of=ImagesOf(len(subject.space.reference)),
         seed=subject.seed,

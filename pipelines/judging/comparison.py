@@ -73,7 +73,7 @@ class Row:
     parameters: int | None = None
     """of a prior: numbers that were trained or fitted"""
     label_read: float | None = None
-    """share of images off which the classifier reads the label that was asked for"""
+    """label accuracy: share of images for which the classifier predicts the requested label"""
     labels_read: dict[str, float] = field(default_factory=dict)
     """the same of the images of each label; none in files of an earlier version"""
     sampling: Sampling | None = None
@@ -133,8 +133,8 @@ class Comparison:
     gap_closed_tuned_plus_minus: float | None = None
     prior: str = "learned prior"
     """what the learned prior is, such as PixelSNAIL"""
-    told: Literal["label", "caption"] | None
-    """what the learned prior is conditioned on"""
+    conditioned_on: Literal["label", "caption"] | None
+    """what the learned prior is conditioned on; `told` in files"""
     images: int
     """in every row"""
     images_of: ImagesOf
@@ -198,12 +198,13 @@ def converter() -> cattrs.Converter:
     made = cattrs.Converter()
     for kind in (Sampling, Row, Features, Tradeoff):
         made.register_unstructure_hook(kind, make_dict_unstructure_fn(kind, made, _cattrs_omit_if_default=True))
-    # The schema is written though it is what is expected; what is missing stands among the priors.
+    # The schema is written though it is what is expected; what is missing stands among the priors; files keep an older name.
     written = make_dict_unstructure_fn(
-        Comparison, made, _cattrs_omit_if_default=True, schema=override(omit_if_default=False), missing=override(omit=True)
-    )
+        Comparison, made, _cattrs_omit_if_default=True, schema=override(omit_if_default=False), missing=override(omit=True),
+        conditioned_on=override(rename="told"),
+    )  # fmt: skip
     made.register_unstructure_hook(Comparison, written)
-    made.register_structure_hook(Comparison, make_dict_structure_fn(Comparison, made))
+    made.register_structure_hook(Comparison, make_dict_structure_fn(Comparison, made, conditioned_on=override(rename="told")))
     return made
 
 

@@ -332,18 +332,19 @@ def choosing_space(fabric: Fabric, config: MetricsConfig, splits: Splits, cache:
     return feature_space(fabric, replace(config, extractor="classifier"), splits, cache, seed=1)
 
 
-def surety_of(fabric: Fabric, classifier: Classifier, images: Tensor, labels: Tensor) -> Tensor:
-    """How sure a classifier is to read each image's label: log p, N. images uint8 N C H W, labels N."""
+def label_log_prob(fabric: Fabric, classifier: Classifier, images: Tensor, labels: Tensor) -> Tensor:
+    """log p(label|image) of a classifier, for the label of each image, N. images uint8 N C H W, labels N."""
     return logits_of(fabric, classifier, images).log_softmax(-1).gather(1, labels[:, None]).squeeze(1)
 
 
-def kept_best(surety: Tensor, labels: Tensor, share: float) -> Tensor:
-    """Which images to keep, in order: of each label, the share, rounded up, in which a classifier is surest to read it.
+def rejection_sampled(confidence: Tensor, labels: Tensor, share: float) -> Tensor:
+    """Which images to keep, in order: of each label, the share, rounded up, that a classifier assigns to it most confidently.
 
-    Rejection sampling as in VQ-VAE-2 (Razavi et al. 2019, section 3.3). surety: of `surety_of`, N, labels N; returns indices.
+    Rejection sampling as in VQ-VAE-2 (Razavi et al. 2019, section 3.3). confidence: what `label_log_prob` gives, N; labels N;
+    returns indices.
     """
     kept = []
     for label in labels.unique():
         members = torch.nonzero(labels == label).squeeze(1)
-        kept.append(members[surety[members].topk(math.ceil(share * len(members) - 1e-9)).indices])
+        kept.append(members[confidence[members].topk(math.ceil(share * len(members) - 1e-9)).indices])
     return torch.cat(kept).sort().values

@@ -19,8 +19,8 @@ from pipelines.judging.features import (
     Classifier,
     FeatureSpace,
     feature_space,
+    label_log_prob,
     logits_of,
-    surety_of,
     trained_classifier,
 )
 from pipelines.runs.config import MetricsConfig
@@ -113,9 +113,9 @@ class Seen:
     images: Tensor
     """those at the places `Subject.kept`, uint8 C H W each"""
     read: Tensor | None = None
-    """the labels that the classifier reads, N"""
-    surety: Tensor | None = None
-    """how sure the other classifier is of the labels that were asked for, N"""
+    """the labels that the classifier predicts, N"""
+    confidence: Tensor | None = None
+    """log p of the requested labels under the other classifier, N"""
     errors: Tensor | None = None
     """squared error a pixel from the held-out images, N"""
 
@@ -140,7 +140,7 @@ class Rows:
         """of each prior, -log p(z) of the chosen images' latents, N"""
         self.warnings: list[str] = []
         self.reader: Classifier | None = None
-        """what reads labels, where they are told: the network that judges, or a classifier where that is none"""
+        """the classifier that predicts labels, where the prior is conditioned on them: the one that judges, where one does"""
         self.other_reader: Classifier | None = None
         """another classifier than any that judges"""
         if subject.labels is not None:
@@ -157,13 +157,13 @@ class Rows:
 
     def look(self, row: str, places: Tensor, images: Tensor) -> Seen:
         """At a batch of a row: images uint8 B C H W, at these places in it."""
-        fabric, labels, read, surety = self.subject.run.fabric, self.subject.labels, None, None
+        fabric, labels, read, confidence = self.subject.run.fabric, self.subject.labels, None, None
         if self.reader is not None and row in ("real", "reconstruction", "learned", "tuned"):
             read = logits_of(fabric, self.reader, images).argmax(1)
         if self.other_reader is not None and labels is not None and row == "learned":
-            surety = surety_of(fabric, self.other_reader, images, labels[places])
+            confidence = label_log_prob(fabric, self.other_reader, images, labels[places])
         kept = images[torch.isin(places, self.subject.kept)]
-        return Seen(self.subject.space.of_batch(images), kept, read, surety)
+        return Seen(self.subject.space.of_batch(images), kept, read, confidence)
 
     @property
     def images(self) -> dict[str, Tensor]:

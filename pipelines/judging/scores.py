@@ -63,6 +63,10 @@ class Scores:
         """All three, float64 N 3."""
         return torch.stack([self.bits_of_z, self.bits_of_x, self.bits_of_png], 1).double()
 
+    def in_words(self, number: int) -> str:
+        """The bits of one image under both stages."""
+        return f"{float(self.bits_of_z[number]):.0f} bits of z, {float(self.bits_of_x[number]):.0f} of x given z"
+
     def __len__(self) -> int:
         return len(self.bits_of_z)
 

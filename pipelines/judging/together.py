@@ -74,12 +74,12 @@ def sharing(comparisons: Mapping[str, Comparison]) -> list[list[str]]:
 
 
 def names_of(comparisons: Mapping[str, Comparison]) -> dict[str, str]:
-    """Of each run's learned prior: what it is; where another is of that kind, what it is told, or else the run as well."""
-    told: dict[str, set[str | None]] = {}  # by kind
+    """Of each run's learned prior: its kind; where others are of that kind, also what it is conditioned on, or else the run."""
+    conditions: dict[str, set[str | None]] = {}  # by kind
     for comparison in comparisons.values():
-        told.setdefault(comparison.prior, set()).add(comparison.told)
+        conditions.setdefault(comparison.prior, set()).add(comparison.conditioned_on)
     names = {
-        run: f"{found.prior} with {found.told}s" if found.told and len(told[found.prior]) > 1 else found.prior
+        run: found.prior + (f" with {found.conditioned_on}s" if found.conditioned_on and len(conditions[found.prior]) > 1 else "")
         for run, found in comparisons.items()
     }
     return {run: name if [*names.values()].count(name) == 1 else f"{name} ({run})" for run, name in names.items()}

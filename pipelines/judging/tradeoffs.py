@@ -11,8 +11,10 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from pipelines.judging.features import FeatureSpace, kept_best
+from pipelines.judging.features import FeatureSpace, rejection_sampled
 from pipelines.judging.quality import ENOUGH, Cloud, likeness
+from stage2_prior.autoregressive import LearnedPrior
+from stage2_prior.prior import Prior
 from stage2_prior.sampling import AS_FITTED, Sampling
 
 T = TypeVar("T")
@@ -51,6 +53,11 @@ def ways_to_sample(contexts: bool, weaker: bool) -> list[Sampling]:
     return ways + [Sampling(autoguidance=strength) for strength in AUTOGUIDANCE if weaker]
 
 
+def has_weaker(prior: Prior | None) -> bool:
+    """Whether a prior has a weaker copy, which autoguidance leads away from."""
+    return isinstance(prior, LearnedPrior) and prior.levels[0].weaker is not None
+
+
 def described(how: Sampling) -> str:
     """A way to draw, in words."""
     return ", ".join(f"{name} {value:g}" for name, value in departures(how).items()) or "as fitted"
@@ -85,12 +92,14 @@ def choose_sampling(
     return (best.sampling if best and best.sampling else AS_FITTED), tried
 
 
-def rejection(space: FeatureSpace, surety: Tensor, features: Tensor, labels: Tensor) -> list[Tradeoff]:
-    """Of the samples, the SHARES that a classifier other than the one that judges is surest of (Razavi et al. 2019, section 3.3).
+def rejection(space: FeatureSpace, confidence: Tensor, features: Tensor, labels: Tensor) -> list[Tradeoff]:
+    """Figures of the SHARES of the samples that another classifier than the one that judges assigns to their labels most
+    confidently (Razavi et al. 2019, section 3.3).
 
-    surety: of `surety_of`, N; the images' features N F, labels N: what each was drawn as. Empty where there are too few images.
+    confidence: what `label_log_prob` gives, N; the images' features N F; labels N, which each was drawn as. Empty where there
+    are too few images.
     """
-    kept = {share: kept_best(surety, labels, share) for share in SHARES}
+    kept = {share: rejection_sampled(confidence, labels, share) for share in SHARES}
     number = min(len(indices) for indices in kept.values())
     some = {
         share: features[indices[torch.randperm(len(indices), generator=seeded())[:number]]] for share, indices in kept.items()

@@ -34,7 +34,7 @@ def limit(run: Run, comparison: Comparison) -> str:
     real, reconstruction = comparison.real, comparison.reconstruction
     best = comparison.recommended
     if best is None or real.fd is None or reconstruction.fd is None:
-        return "Nothing can be said of what limits this run: there are too few images for a Fréchet distance."
+        return "What limits this run cannot be told: there are too few images for a Fréchet distance."
     row = comparison.priors[best]
     assert row.fd is not None
     decoder, prior = reconstruction.fd - real.fd, row.fd - reconstruction.fd
@@ -60,7 +60,7 @@ def limit(run: Run, comparison: Comparison) -> str:
         return (
             f"The prior limits: {where}, {samples}. {advice}. Another prior on the same decoder: {another_prior(run, comparison)}"
         )
-    return f"Nothing limits, as far as these figures tell: {where}, {samples}."
+    return f"By these figures, neither the decoder nor the prior limits: {where}, {samples}."
 
 
 def error(one: Row, other: Row) -> float:
@@ -161,15 +161,15 @@ def data(run: Run, comparison: Comparison) -> list[str]:
 
 
 def weak(comparison: Comparison) -> str:
-    """What to say of a classifier that reads little more than the commonest label; empty where it is good."""
+    """What to say of a classifier that is little better than always guessing the commonest label; empty where it is good."""
     accuracy, commonest = comparison.features.accuracy, comparison.commonest
     if accuracy is None or commonest is None or commonest == 1:
         return ""
     if (accuracy - commonest) / (1 - commonest) >= LEAST_LEARNED:
         return ""
     return (
-        f"The classifier is weak: it reads {100 * accuracy:.1f} % of test images right, and always guessing the commonest label"
-        f" {100 * commonest:.1f} %. Distances in its features say little."
+        f"The classifier is weak: its accuracy on test images is {100 * accuracy:.1f} %, and always guessing the commonest label"
+        f" reaches {100 * commonest:.1f} %. Distances in its features say little."
     )
 
 
@@ -188,7 +188,7 @@ def flags(comparison: Comparison) -> list[str]:
                 f" {cell(reconstruction, figure)}, though fd tells them apart."
             )
     if weak(comparison) and any(row.label_read is not None for row in comparison.rows.values()):
-        lines.append("labels read: do not count here, the classifier is weak.")
+        lines.append("label accuracy: does not count here, since the classifier is weak.")
     tuned = comparison.priors.get("tuned")
     tried = [point for point in comparison.sampling if point.sampling is not None]
     if tuned is not None and tried and tried[0].images < FEW_PER_FEATURE * comparison.features.dimensions:

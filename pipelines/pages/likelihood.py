@@ -4,6 +4,7 @@ from typing import Any
 
 from pipelines.console import counted
 from pipelines.judging.comparison import ROWS, title
+from pipelines.judging.quality import DEVIATIONS
 from pipelines.pages.tables import Row, Table
 
 
@@ -30,25 +31,26 @@ def cells_of(result: dict[str, Any], prior: str) -> list[str]:
 
 
 def in_nats(value: dict[str, Any]) -> str:
-    return f"{value['nats']:.2f}" + ("" if value["error"] is None else f" ± {value['error']:.2f}")
+    """A figure with half of its 95 % interval."""
+    return f"{value['nats']:.2f}" + ("" if value["error"] is None else f" ± {DEVIATIONS * value['error']:.2f}")
 
 
 MEASURES = {
     "probability": "a probability of the images as they are stored",
-    "density": "a density of pixels in [0, 1] and no probability of 8-bit images, so bits per dimension have no meaning:"
-    " compare figures of this likelihood with each other only",
-    "pseudo-likelihood": "a pseudo-likelihood: these images are no values that it is a probability of, so the figures are no"
-    " log-likelihoods, and bits per dimension have no meaning",
+    "density": "a density of pixels in [0, 1], not a probability of 8-bit images, so bits per dimension have no meaning:"
+    " compare these figures only with others of this likelihood",
+    "pseudo-likelihood": "a pseudo-likelihood: pixels of these images take values that this distribution gives no probability,"
+    " so the figures are no log-likelihoods, and bits per dimension have no meaning",
 }
 
 
 def notes_of(result: dict[str, Any]) -> list[str]:
-    """What the figures are, and the accounting of the rate."""
+    """What the figures are, and what the rate consists of."""
     images, samples, priors = result["images"], result["samples"], result["priors"]
-    draws = f"{samples} draws of z an image" if samples > 1 else "one z an image"
+    draws = f"{samples} draws of z for each image" if samples > 1 else "One z for each image"
     lines = [
-        f"nats an image, of -log p(x): bounds from above, ± a standard error over {counted(images, 'image')} of the"
-        f" {result['images_of']}; {draws}, the same for every prior. -ELBO = distortion + rate; the distortion, -log p(x|z), is"
+        f"nats an image, of -log p(x): bounds from above; ±: half of the 95 % interval over {counted(images, 'image')} of the"
+        f" {result['images_of']}. {draws}, the same for every prior. -ELBO = distortion + rate; the distortion, -log p(x|z), is"
         f" {in_nats(result['distortion'])}. p(x|z): {result['likelihood']}, {MEASURES[result['measure']]}."
     ]
     if context := result["told"]:
@@ -60,14 +62,14 @@ def notes_of(result: dict[str, Any]) -> list[str]:
         most = max(values["naive"]["effective_samples"] for values in priors.values() if "naive" in values)
         lines.append(
             f"naive: minus the logarithm of the average of p(x|z) over {counted(result['naive_samples'], 'draw')} from the prior."
-            f" It effectively rests on {most:.1f} of them at best; near 1 it is one lucky draw, and no estimate."
+            f" Effective sample size: {most:.1f} at best. Near 1, a single draw dominates the average, which then is no estimate."
         )
     if {"standard", "learned"} <= priors.keys():
         standard, learned = priors["standard"]["rate"], priors["learned"]["rate"]
         lines.append(
             f"rate: {standard['nats']:.2f} under {title('standard', 'codes' in result)},"
             f" {learned['nats']:.2f} under the learned prior. The difference,"
-            f" {in_nats(priors['learned']['negative_elbo']['below_standard'])} nats, is what stage 2 buys; the ELBO gains it."
+            f" {in_nats(priors['learned']['negative_elbo']['below_standard'])} nats, is what stage 2 gains in the ELBO."
         )
     if "latents" in result and "standard" in priors:
         latents = result["latents"]

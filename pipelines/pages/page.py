@@ -119,17 +119,17 @@ def section_of(name: str, comparison: Comparison, exhibits: Exhibits, config: Ru
 
 
 def labels_read(comparison: Comparison) -> Table | None:
-    """How often the classifier reads each label, in percent: off real images this is its accuracy."""
+    """Label accuracy for each label, in percent: for real images this is the accuracy of the classifier."""
     read = {name: row.labels_read for name, row in comparison.rows.items() if row.labels_read}
     if not read:
         return None
     rows = [
         Row("label", label, [f"{100 * shares[label]:.1f}" for shares in read.values()]) for label in next(iter(read.values()))
     ]
-    note = "Of the images of each label, the percentage off which the classifier reads it."
+    note = "Of the images of each label, the percentage for which the classifier predicts it."
     if comparison.commonest is not None:
         note += f" Always guessing the commonest label would be right for {100 * comparison.commonest:.1f} % of test images."
-    return Table("Labels read, one by one", [comparison.title(name) for name in read], rows, [note])
+    return Table("Label accuracy by label", [comparison.title(name) for name in read], rows, [note])
 
 
 def section_of_several(
@@ -190,7 +190,7 @@ def samples(comparison: Comparison, exhibits: Exhibits) -> list[Picture]:
             made.append(images_picture(f"Samples: {comparison.title(name)}", caption, images))
     if exhibits.by_label:
         best = comparison.title("tuned" if "tuned" in comparison.priors else "learned")
-        caption = f"A row for each {comparison.told}: {', '.join(exhibits.by_label)}. Drawn from: {best}."
+        caption = f"A row for each {comparison.conditioned_on}: {', '.join(exhibits.by_label)}. Drawn from: {best}."
         made.append(images_picture("Samples by label", caption, torch.cat([*exhibits.by_label.values()])))
     return made
 
@@ -242,7 +242,7 @@ def tradeoffs(comparison: Comparison) -> list[Picture]:
             caption = f"Samples of the learned prior. {explained} Judged in the features of another network than the table's."
             made.append(chart_picture(f"Diversity traded for fidelity: {kind}", caption, tradeoff_plot(points, kind)))
     if comparison.rejection:
-        caption = "Of the learned prior's samples, the share that a second classifier is surest of; judged by the first."
+        caption = "The share of the learned prior's samples that a second classifier is most confident of; judged by the first."
         points = {point.kept: point for point in comparison.rejection if point.kept is not None}
         made.append(
             chart_picture("Diversity traded for fidelity: rejection", caption, tradeoff_plot(points, "share of samples kept"))

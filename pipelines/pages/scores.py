@@ -59,9 +59,8 @@ def cards_of(scorer: Scorer, images: ImageSet, names: list[str], scores: Scores,
     cards = []
     for place, number in enumerate(numbers.tolist()):
         share = f"{float(100 * more_usual[place]):.0f} % of held-out images are more usual"
-        bits = f"{float(scores.bits_of_z[number]):.0f} bits of z, {float(scores.bits_of_x[number]):.0f} of x given z"
         pictures = [uri(some[place]), uri(again[place]), *(uri(level[place]) for level in maps)]
-        cards.append(Card(names[place], pictures, f"{share}; {bits}"))
+        cards.append(Card(names[place], pictures, f"{share}; {scores.in_words(number)}"))
     return cards
 
 

@@ -136,7 +136,7 @@ def about_priors(comparison: Comparison) -> list[str]:
 
 
 def about_condition(comparison: Comparison) -> list[str]:
-    return [f"Only the learned prior is conditioned on the {comparison.told}."] if comparison.told else []
+    return [f"Only the learned prior is conditioned on the {comparison.conditioned_on}."] if comparison.conditioned_on else []
 
 
 def about_codes(comparison: Comparison) -> list[str]:
@@ -167,8 +167,8 @@ def about_labels(comparison: Comparison) -> list[str]:
     read = {name: f"{100 * share:.1f} %" for name, share in shares.items()}
     tuned = f", {read['tuned']} with {described_tuned(comparison)}" if "tuned" in read else ""
     return [
-        f"labels read: the classifier reads the right label off {read['learned']} of the learned prior's samples{tuned},"
-        f" {read['reconstruction']} of reconstructions and {read['real']} of real images."
+        f"label accuracy: the classifier predicts the requested label for {read['learned']} of the learned prior's"
+        f" samples{tuned}, for {read['reconstruction']} of reconstructions and {read['real']} of real images."
     ]
 
 
@@ -183,16 +183,20 @@ def about_sampling(comparison: Comparison) -> list[str]:
     tried = [point for point in comparison.sampling if point.sampling is not None]
     judged = min(comparison.images, comparison.images_of.reference)
     if "learned" in comparison.priors and not tried and judged < ENOUGH:
-        return [f"tuned: no; {counted(judged, 'image')}, too few to judge a way to draw by: at least {ENOUGH} are needed."]
+        return [
+            f"tuned: not used; {counted(judged, 'image')} are too few to choose a way to sample: at least {ENOUGH} are needed."
+        ]
     if not tried:
         return []
     ways, count = "; ".join(described(point.sampling) for point in tried if point.sampling), tried[0].images
     best = lowest_fd(tried)
     if best is None or best.sampling is None:
-        return [f"tuned: no; {counted(count, 'sample')} of each way to draw, too few for a Fréchet distance."]
-    named = described(best.sampling) if "tuned" in comparison.priors else f"no; {described(best.sampling)}"
+        return [f"tuned: not used; {counted(count, 'sample')} for each way to sample are too few for a Fréchet distance."]
+    chosen = f"tuned: {described(best.sampling)}"
+    if "tuned" not in comparison.priors:
+        chosen = f"tuned: not used; sampling {described(best.sampling)}"
     return [
-        f"tuned: {named} has the lowest fd of {len(tried)} ways to draw, on {count} samples of another seed, in the features of"
+        f"{chosen} has the lowest fd of the {len(tried)} ways tried, on {count} samples of another seed, in the features of"
         f" another network. Tried: {ways}."
     ]
 
@@ -240,7 +244,7 @@ def about_several(comparisons: Mapping[str, Comparison]) -> list[str]:
         " interval, over the same draws of the same held-out images.",
         "s to train: of stage 2 alone. parameters: numbers trained or fitted.",
     ]
-    conditions = [f"{run} on the {found.told}" for run, found in comparisons.items() if found.told]
+    conditions = [f"{run} on the {found.conditioned_on}" for run, found in comparisons.items() if found.conditioned_on]
     return lines + ([f"Some priors are conditioned: {', '.join(conditions)}."] if conditions else [])
 
 
@@ -287,15 +291,17 @@ def about_nearness(comparison: Comparison) -> str:
             f" {standard} from the training images, its reconstructions at {best}."
         )
     if comparison.gap_closed is None:
-        return f"Nothing can be said of what the learned prior buys here: {comparison.gap_closed_reason}."
+        return f"What the learned prior gains cannot be measured here: {comparison.gap_closed_reason}."
     distances, tuned = [priors[name].fd for name in ("standard", "learned")], ""
     assert distances[0] is not None and distances[1] is not None
     if comparison.gap_closed_tuned is not None:
         share = percent(comparison.gap_closed_tuned, comparison.gap_closed_tuned_plus_minus)
         tuned = f", and {share} % drawn with {described_tuned(comparison)}"
+    ratio = distances[0] / distances[1]
+    nearer = f"{ratio:.1f} times nearer" if ratio >= 1 else f"{1 / ratio:.1f} times as far"
+    share = f"{percent(comparison.gap_closed, comparison.gap_closed_plus_minus)} %" if comparison.gap_closed > 0 else "none"
     return (
         f"Drawn from {start}, samples lie at a Fréchet distance of {standard} from the training images; drawn from the learned"
-        f" prior, at {cell(priors['learned'], 'fd')}: {distances[0] / distances[1]:.1f} times nearer. The decoder's own"
-        f" reconstructions lie at {best}, so the learned prior closes"
-        f" {percent(comparison.gap_closed, comparison.gap_closed_plus_minus)} % of the gap that {start} leaves{tuned}."
+        f" prior, at {cell(priors['learned'], 'fd')}: {nearer}. The decoder's own reconstructions lie at {best}, so the learned"
+        f" prior closes {share} of the gap that {start} leaves{tuned}."
     )

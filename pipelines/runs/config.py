@@ -35,12 +35,12 @@ class MetricsConfig:
     """How samples are judged."""
 
     images: Annotated[int, Interval(ge=1, le=10_000_000)] = 10_000
-    """images in every row of the comparison; fewer where the test set has fewer"""
+    """number of images in every row of the comparison, at most"""
     pixels: Pixels = "mean"
-    """what of p(x|z) is judged: its mean, or a draw from it, where images are black and white"""
+    """judge the mean of p(x|z), or a sample from it, as for black-and-white images"""
     extractor: ExtractorName = "classifier"
-    """what images are compared in the features of: a small classifier trained on the data set's labels, or a network of
-    published figures: inception of FID, dinov2 of the Fréchet distances of Stein et al. 2023"""
+    """the network whose features images are compared in: classifier, a small one trained on the data set's labels; inception
+    (FID); dinov2 (Stein et al. 2023)"""
     weights: Path | None = None
     """file of inception's or dinov2's weights, where they cannot be downloaded"""
     classifier: FitConfig = CLASSIFIER
@@ -49,24 +49,24 @@ class MetricsConfig:
 
 @dataclass(frozen=True)
 class RunConfig:
-    """Everything that a run's weights and figures depend on."""
+    """The settings that a run's weights and figures depend on."""
 
     data: DataConfig
     stage1: FitConfig
     stage2: FitConfig
     mirror: bool = False
-    """train both stages on every image and its mirror image, left to right: for scenes and objects, not for writing. Where
-    captions say left and right, they are of the image alone"""
+    """augment the training images with their mirror images, left to right: for scenes and objects, not for writing. Captions are
+    not changed: where they say left or right, they are wrong for the mirror image"""
     autoencoder: AutoencoderConfig = field(default_factory=AutoencoderConfig)
     prior: PriorConfig = field(default_factory=AutoregressiveConfig)
     refine: FitConfig | None = None
-    """a third phase, which trains both stages on together toward the ELBO under the learned prior; None, or 0 steps, for two"""
+    """a third phase that fine-tunes both stages jointly, for the ELBO under the learned prior; None or 0 steps leaves it out"""
     metrics: MetricsConfig = field(default_factory=MetricsConfig)
     seed: Annotated[int, Interval(ge=0, le=2**32 - 1)] = 0
-    """seed of the weights, the data order and every draw in training"""
+    """random seed of the weights, the data order and every draw in training"""
     precision: Precision = "auto"
-    """of the convolutions in training: bfloat16, float32, or auto: bfloat16 where the device multiplies in it. Densities,
-    weights and everything after training are float32 always"""
+    """precision of the convolutions in training: float32, bfloat16, or auto, which is bfloat16 where the device supports it
+    natively. Densities, weights and everything after training are always float32"""
 
 
 def check_ranges(config: Any, name: str = "") -> None:

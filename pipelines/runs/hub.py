@@ -103,4 +103,4 @@ def explained(repository: str, revision: str | None = None) -> Iterator[None]:
             raise
         refused = getattr(getattr(error, "response", None), "status_code", None) in (401, 403)
         remedy = "log in with hf auth login, as someone who may" if refused else "run the same command again later"
-        raise UserError(f"the hub did not do it ({first_line(error)}): {remedy}") from error
+        raise UserError(f"the request to the hub failed ({first_line(error)}): {remedy}") from error

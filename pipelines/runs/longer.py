@@ -11,12 +11,11 @@ from pathlib import Path
 from pipelines import files
 from pipelines.console import UserError, say
 from pipelines.runs.config import read_config
-from pipelines.runs.run import Run, longer
+from pipelines.runs.run import PHASE_TITLES, Run, longer
 from pipelines.runs.sharing import link
 from pipelines.training import checkpoints
 
 FOLDERS = {"stage1": "stage1", "stage2": "stage2", "refine": "refined"}  # in the order of training
-PHASE_TITLES = {"stage1": "stage 1", "stage2": "stage 2", "refine": "refining"}
 AFTER = ("baselines", "compare", "likelihood", "studies")  # what is made of the weights of any phase
 
 
@@ -44,8 +43,8 @@ def keep_shorter(run: Run) -> None:
             shutil.rmtree(run.folder / name)
         now = getattr(run.config, phase).steps
         say(
-            f"{run.folder} is trained longer, {PHASE_TITLES[phase]} from {steps} to {now} steps. As it was it stays as {aside};"
-            f" made anew: {', '.join(gone) or 'nothing'}"
+            f"{run.folder}: {PHASE_TITLES[phase]} is trained on from {steps} to {now} steps. The run as it was is kept as"
+            f" {aside}; to be made again: {', '.join(gone) or 'nothing'}"
         )
         return
 

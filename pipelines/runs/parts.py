@@ -11,7 +11,7 @@ from torch import nn
 from pipelines import files, processes
 from pipelines.console import UserError, say
 from pipelines.runs.dataset import read_facts
-from pipelines.runs.run import Run
+from pipelines.runs.run import PHASE_TITLES, Run
 from pipelines.training import checkpoints
 from pipelines.training.fit import early_step, seed_of
 from stage1_vae.autoencoder import Autoencoder
@@ -129,7 +129,7 @@ def finished(run: Run, phase: Phase) -> checkpoints.Checkpoint:
     whole = run.exported or taken_over(run, phase)  # an export has the best checkpoint alone
     if not found or (found[-1].step < config.steps and not whole):
         done = f"is at step {found[-1].step} of {config.steps}" if found else "has not been trained"
-        raise run.unfinished(f"{phase} {done}")
+        raise run.unfinished(f"{PHASE_TITLES[phase]} {done}")
     return checkpoints.best(found)
 
 
@@ -155,8 +155,8 @@ def follow(run: Run, phase: Phase, before: Phase) -> None:
             files.write_json(path, now)
         elif files.read_json(path) != now:
             raise UserError(
-                f"{path.parent} was trained after another {before} than the one that is there now: delete {path.parent} too,"
-                " to train it anew"
+                f"{path.parent} was trained after another {PHASE_TITLES[before]} than the one that is there now: delete"
+                f" {path.parent} too, to train it again"
             )
 
     processes.on_first(check)

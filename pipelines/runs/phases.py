@@ -16,7 +16,7 @@ from pipelines.runs.latents import encode, encode_training
 from pipelines.runs.longer import keep_shorter
 from pipelines.runs.options import DEFAULTS, Options
 from pipelines.runs.parts import EARLY_PRIOR, finished, follow, new_autoencoder, new_prior, specs_of, taken_over
-from pipelines.runs.run import Run
+from pipelines.runs.run import PHASE_TITLES, Run
 from pipelines.runs.sharing import check_source, share_stage1
 from pipelines.training.config import OnNan
 from pipelines.training.devices import devices, resolved
@@ -68,7 +68,7 @@ def train(run: Run, options: Options = DEFAULTS) -> Splits:
         if run.learned:
             phases.train_prior(prior, *latents, autoencoder, prior_fabric)
         else:
-            say("stage 2: none, stage2.steps is 0")
+            say("stage 2: skipped, since stage2.steps is 0")
         if run.config.refine is not None:
             phases.refine(autoencoder, prior)
     return splits
@@ -177,7 +177,7 @@ class Phases:
 
         tracker = self.tracking.stage("refined", both)
         images = examples_of(run, self.splits.train), self.splits.validation
-        model, where = BothStages(autoencoder, prior), (run.folder / "refined", "refining both")
+        model, where = BothStages(autoencoder, prior), (run.folder / "refined", PHASE_TITLES["refined"])
         fit(run.fabric, model, *images, run.config.refine, run.config.seed, *where, on_nan=self.on_nan, tracker=tracker)
         encode_training(run, autoencoder, self.splits.train)
 

@@ -27,6 +27,8 @@ UNREADABLE = "unreadable.json"
 GIVEN = "images.safetensors"
 """images that a Python program gave"""
 PHASES = ("stage1", "stage2", "refine")
+PHASE_TITLES = {"stage1": "stage 1", "stage2": "stage 2"} | dict.fromkeys(("refine", "refined"), "joint fine-tuning")
+"""In messages, of the phases by their names in a config, and as folders."""
 FREE = (
     *("data.root:", "data.urls:", "data.test_urls:", "data.cache:", "data.in_memory:", "data.skip_unreadable:", "metrics."),
     *(f"{phase}.{setting}:" for phase in PHASES for setting in ("compile", "checkpoint_steps")),

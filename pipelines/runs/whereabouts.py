@@ -63,8 +63,8 @@ def check(config: RunConfig, run: Path, given: Collection[str] | None = None) ->
                 f"add {named}" if given is not None else f"python -m pipelines.train_all --run {shlex.quote(str(run))} {named}"
             )
             raise UserError(
-                f"the config of {run} says {option} {str(place)!r}, which no command on this machine has named; a config may come"
-                f" from anyone. If you trust it: {remedy}"
+                f"the config of {run} says {option} {str(place)!r}, a place that you have not confirmed on this machine; a config"
+                f" may come from anyone. If you trust it: {remedy}"
             )
 
 

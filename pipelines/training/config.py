@@ -20,10 +20,10 @@ class FitConfig:
     steps: Annotated[int, Interval(ge=0, le=1_000_000_000)]
     """optimizer steps"""
     batch_size: Annotated[int, Interval(ge=1, le=1_000_000)] = 128
-    """images a step, over all devices"""
+    """images in the batch of a step, over all devices"""
     microbatches: Annotated[int, Interval(ge=1, le=1_000_000)] = 1
-    """parts of a device's share of the batch, one after the other, whose gradients are summed: for what memory cannot hold at
-    once. The step is that of the whole batch; but codebooks, normalizations and a learned σ take in one part at a time"""
+    """gradient accumulation: a device's share of the batch is processed in so many parts, for a batch that memory cannot hold at
+    once. Codebooks, normalizations and a learned σ see one part at a time"""
     learning_rate: Annotated[float, Interval(gt=0, le=10)] = 1e-3
     """peak learning rate of AdamW, after a linear warm-up and before a cosine decay to 0"""
     warmup_steps: Annotated[int, Interval(ge=0, le=1_000_000_000)] = 100
@@ -33,12 +33,12 @@ class FitConfig:
     gradient_clip: Annotated[float, Interval(gt=0, le=1_000_000_000)] = 100.0
     """largest norm of the gradient, in nats an image"""
     average_decay: Annotated[float, Interval(ge=0, lt=1)] = 0.999
-    """decay a step of the running average of the weights, which is what is kept; 0 keeps the raw weights"""
+    """decay of the exponential moving average of the weights, which are the weights to use; 0 uses the raw weights"""
     checkpoint_steps: Annotated[int, Interval(ge=1, le=1_000_000_000)] = 500
-    """steps between checkpoints; the held-out loss is measured at each, and the best one is kept"""
+    """steps between checkpoints; the held-out loss is measured at each, and the checkpoint with the lowest is used"""
     compile: bool = False
-    """compile the model with torch.compile, which takes minutes before it saves any time; without, where it does not work or the
-    training has fewer than 2,000 steps"""
+    """compile the model with torch.compile, which takes minutes at first; not done where torch.compile does not work, or for
+    fewer than 2,000 steps"""
 
 
 def check_batches(config: FitConfig) -> None:
@@ -47,5 +47,5 @@ def check_batches(config: FitConfig) -> None:
     if config.batch_size % shares:
         raise UserError(
             f"batches of {config.batch_size} do not divide into {config.microbatches} microbatches in each of {processes.count()}"
-            f" processes; a batch size that is a multiple of {max(shares, processes.count())} does"
+            f" processes; a multiple of {shares} does"
         )

@@ -42,6 +42,7 @@ SAVE_SHARE = 0.02  # of the time at most goes into such checkpoints: large ones 
 EARLY = 1 / 8  # of the steps: when the weights are kept that autoguidance leads away from
 WORTH_COMPILING = 2000  # steps of a training: compiling takes minutes, which a shorter one does not win back
 CURVE_STEPS = 50  # between two points of a tracker's curves
+NAMED = 8  # images of a batch that a message names
 
 
 class Source(Protocol):
@@ -226,9 +227,9 @@ def fit(
         trained = copy.deepcopy(model) if isinstance(fabric.strategy, ModelParallelStrategy) else model
         parts = fabric, trained, train, held_out, config, seed, folder, label
         done = Training(*parts, on_nan=on_nan, tracker=tracker, early=early).run(done)
+        warn_of_divergence(label, done[-1].record["history"])
     elif says_skipped:
         say(f"{label}: finished, skipped")
-    warn_of_divergence(label, done[-1].record["history"])
     chosen = checkpoints.best(processes.on_first(lambda: checkpoints.prune(folder, done)))
     chosen.load_into(model)
     fabric.to_device(model).eval()
@@ -335,7 +336,7 @@ class Training:
         return processes.largest(signals.received or number, self.fabric.device)
 
     def own(self, step: int) -> list[Tensor]:
-        """What this process takes of a step's batch, in microbatches: indices of examples."""
+        """The indices of the examples of a step's batch that this process trains on, one tensor for each microbatch."""
         shares = self.order.indices(step).tensor_split(self.config.microbatches * processes.count())
         return list(shares[processes.rank() :: processes.count()])
 
@@ -405,7 +406,8 @@ class Training:
             if parameter.grad is not None and not sharding.whole(parameter.grad).isfinite().all()
         ]
         wrong.append("the norm of the gradient")  # where every part of it is a number still
-        what = f"{self.label}, step {step}: {wrong[0]} is not a number (images {', '.join(map(str, images))})"
+        more = f" and {len(images) - NAMED} more" if len(images) > NAMED else ""
+        what = f"{self.label}, step {step}: {wrong[0]} is not a number (images {', '.join(map(str, images[:NAMED]))}{more})"
         if self.on_nan != "skip":
             raise NotANumber(what)
         say(f"warning: {what}; the step is left out")
