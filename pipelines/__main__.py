@@ -8,15 +8,15 @@ from pipelines.console import UserError, first_process, nearest, run_command
 COMMANDS = {
     "train_all": "train both stages, sample, compare",
     "generate": "draw images from a trained run, or complete a picture",
-    "compare": "all priors of one run, or several runs on one page",
+    "compare": "compare all priors of one run, or several runs on one page",
     "likelihood": "bounds on log p(x) of held-out images",
-    "explore": "all of this in the browser",
-    "export": "what drawing needs, as a folder to hand on",
-    "publish": "the same to the Hugging Face hub",
+    "explore": "sample and inspect trained runs in the browser",
+    "export": "a trained model as a folder to share",
+    "publish": "a trained model on the Hugging Face hub",
     "score": "how unusual images are under a model",
     "study": "common questions about VAEs, answered by experiments",
     "benchmark": "measure speed",
-    "reproduce": "train what the tables report, and make them",
+    "reproduce": "train the presets of the tables in README and docs, and write these tables",
 }
 
 

@@ -117,7 +117,7 @@ BAD = [
     ("data --repeats 0", "--repeats is a number from 1 up"),
     ("data --steps -1", "--steps is a number from 0 up"),
     ("data --folder nowhere", "--folder is a folder that is there"),
-    ("sampling --growth 0 2", "--threads and --growth are numbers from 1 up"),
+    ("sampling --growth 0 2", "--growth is a number from 1 up, not 0"),
     ("sampling --grid 8", "a grid is HxW"),
     ("sampling --grid 8x8 --batch 1 2", "--batch needs one number"),
     ("training --repeats 0 --preset mnist5k", "--repeats is a number from 1 up"),

@@ -22,7 +22,7 @@ class BenchmarkBatches:
     run: tyro.conf.Positional[str]
     """a run's name under checkpoints/, or its path"""
     count: int = 512
-    """images drawn"""
+    """number of images"""
     batch: tuple[int, int] = (1, 256)
     """the two batch sizes"""
     json: Path | None = None

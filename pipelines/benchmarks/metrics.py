@@ -20,16 +20,16 @@ from pipelines.judging.quality import FEWEST, RESAMPLES, Cloud, FrechetDistance,
 
 @dataclass(frozen=True)
 class BenchmarkMetrics:
-    """What judging one row of a comparison costs, from random features, the errors from resampling included."""
+    """Measure the cost of the figures of one row of a comparison, with their bootstrap intervals, from random features."""
 
     images: int = 10_000
-    """generated images, and as many real ones"""
+    """number of generated images, and of real ones"""
     features: int = 64
-    """numbers that the extractor gives for an image: 64 of the classifier, 2048 of inception, 1024 of dinov2"""
+    """dimension of the features of an image: 64 of the classifier, 2048 of inception, 1024 of dinov2"""
     training: int = 57_000
-    """training images, of which the nearest is looked for; as many as MNIST's"""
+    """number of training images among which the nearest is looked for; by default that of MNIST"""
     size: int | None = None
-    """height and width of images: the peak memory of the whole comparison of an untrained run on such images as well"""
+    """measure also the peak memory of a whole comparison of an untrained run, on images of this height and width"""
     json: Path | None = None
     """file to write the rows to"""
 

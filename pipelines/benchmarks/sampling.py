@@ -36,24 +36,25 @@ HEADS: dict[str, tuple[HeadConfig, Callable[[tuple[int, int]], LatentSpec]]] = {
 
 @dataclass(frozen=True)
 class BenchmarkSampling:
-    """Drawing latents against one teacher-forced forward pass of the same batch."""
+    """Compare drawing latents with one teacher-forced forward pass of the same batch."""
 
     backbone: str = "pixelcnn"
-    """the causal network"""
+    """the causal network of the prior"""
     head: str = "mixture"
-    """mixture: four continuous channels a position; categorical: one of 512 codes; wide: the same, of 512 features"""
+    """mixture: four continuous channels at each position; categorical: one of 512 codes; wide: the same, from 512 features"""
     grid: tuple[str, ...] = ("7x7", "8x8", "16x16", "32x32")
     """latent grids, h×w"""
     batch: tuple[int, ...] = (256, 256, 64, 16)
-    """grids drawn at once, one number for each grid"""
+    """batch size, one number for each grid"""
     threads: tuple[int, ...] = (1, 2)
-    """CPU threads, each measured"""
+    """numbers of CPU threads to measure"""
     growth: tuple[int, ...] = (8, 16, 32, 64)
-    """sides of the square grids over which the growth of time with positions is fitted, at batch 16; none for one side"""
+    """sides of the square grids on which the growth of time with the number of positions is fitted, at batch size 16; fewer than
+    two leave it out"""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """of the backbone"""
+    """precision of the backbone"""
     repeats: int = 5
-    """measured repeats; medians are stated"""
+    """measured repeats; the medians are printed"""
     json: Path | None = None
     """file to write the rows to"""
     device: Device = "auto"

@@ -21,12 +21,12 @@ if TYPE_CHECKING:  # slow to import, and --help needs none of it
 
 @dataclass(frozen=True)
 class BenchmarkTraining:
-    """The training loop against a bare loop over one fixed batch."""
+    """Compare the training loop with a bare loop over one fixed batch."""
 
     preset: str = "mnist5k"
-    """whose networks and batch sizes"""
+    """the preset whose networks and batch sizes are used"""
     repeats: int = 30
-    """measured steps of each stage; medians are stated"""
+    """measured steps of each stage; the medians are printed"""
     json: Path | None = None
     """file to write the rows to"""
     device: Device = "auto"

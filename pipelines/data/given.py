@@ -29,7 +29,7 @@ TRAIN, TEST = ("train", "trainval", "training"), ("test", "val", "valid")
 
 @dataclass(frozen=True)
 class Given:
-    """Images that a Python program gave as a Dataset, and which lie in a file of the run since."""
+    """Images of a Dataset that a Python program passed to `TwoStage.train`, copied to a file of the run."""
 
     root: Path | None = None
     """the file, images.safetensors in the run's folder"""
@@ -129,12 +129,12 @@ def names_of(dataset: Any, labels: Iterable[Tensor]) -> list[str]:
 
 @dataclass(frozen=True)
 class TorchvisionByName:
-    """Any data set of torchvision with one picture in each item: resized and cropped to squares, in memory."""
+    """Any data set of torchvision with one image in each item; images are resized and cropped to squares, and held in memory."""
 
     name: str | None = None
     """torchvision's name of the data set, such as SVHN or Flowers102"""
     root: Path = Path("data")
-    """folder with the data in torchvision's layout, or to download it to"""
+    """folder with the data in torchvision's layout, or to download them to"""
     size: Annotated[int, Interval(ge=1, le=16_384)] = 64
     """height and width of an image, in pixels"""
     channels: Literal[1, 3] = 3

@@ -2,9 +2,9 @@
 
 N images, C colour channels, H×W pixels.
 
-train is what both stages learn from and the reference of the Fréchet distance; validation picks checkpoints; test is what
-every figure is measured on. Splits are stratified by label and seeded. Images are in memory, or `Stored` when they are too
-many. To add a data set: a function that returns `Splits`, its config, and its name in the union at the end.
+Both stages are trained on `train`, which is also the reference of the Fréchet distance; checkpoints are chosen on `validation`;
+every figure is measured on `test`. Splits are stratified by label and seeded. Images are in memory, or `Stored` when they are
+too many. To add a data set: a function that returns `Splits`, its config, and its name in the union at the end.
 """
 
 from dataclasses import dataclass

@@ -5,7 +5,7 @@ nearer      share of held-out images that lie farther from the training set than
 copied      share of samples that lie as near to the training set as the nearest percent of held-out images do: about 0.01
             without memorization
 nll         -E_q[log p(z)] of held-out images' latents under a prior, in nats an image
-gap_closed  (fd(standard) - fd(learned)) / (fd(standard) - fd(reconstruction)): 0 where the learned prior buys nothing,
+gap_closed  (fd(standard) - fd(learned)) / (fd(standard) - fd(reconstruction)): 0 where the learned prior gains nothing,
             1 where its samples are as near to the data as the decoder's own reconstructions; gap_closed_tuned is of
             samples that are drawn in the best way that was tried; plus_minus is half of the 95 % interval, over resamples
             of the images of all rows at once
