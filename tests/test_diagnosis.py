@@ -89,7 +89,7 @@ def test_what_limits_is_named_with_what_to_do_next():
 def test_a_rival_that_is_better_beyond_the_error_is_recommended():
     better = made(learned=68.0, mixture=53.7)
     assert better.recommended == "mixture"
-    assert said(better).startswith("A rival beats the learned prior: samples drawn from Gaussian mixture at 53.70")
+    assert said(better).startswith("Another prior is better than the learned one: samples drawn from Gaussian mixture at 53.70")
     assert "--prior mixture" in said(better) and "68.00" in said(better)
     assert made(learned=9.0, mixture=8.6).recommended == "learned"  # within the error
 

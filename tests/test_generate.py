@@ -428,7 +428,7 @@ def test_words_of_no_training_caption_are_named(tmp_path, capsys):
     CaptionTokenizer.train(captions, 260, path)
     assert CaptionTokenizer(path, 260).unknown_words(["the two"]) == [], "a full vocabulary splits words of training captions"
     contexts_asked(Run.open("mnist5k-dalle", "cpu"), 2, caption=["the two", "the 2"])
-    assert "warning: in no training caption, so the prior cannot know what they mean: two\n" in capsys.readouterr().out
+    assert "warning: words of no training caption, which the prior cannot know: two\n" in capsys.readouterr().out
 
 
 def test_own_captions_are_read_and_wrong_ones_named(tmp_path):

@@ -116,7 +116,7 @@ def test_a_run_goes_on_in_the_precision_that_it_was_begun_in(copy, monkeypatch, 
     assert again.config.precision == "bfloat16" and "bf16" in again.fabric._precision.precision
     train(again)
     said = capsys.readouterr()
-    assert "trained in bfloat16, which this device does not multiply in" in said.out
+    assert "trained in bfloat16, which this device does not support natively" in said.out
     assert "Mixed Precision" not in said.out + said.err
     with pytest.raises(UserError, match="precision: bfloat16 in the run, float32 asked for"):
         Run.create(copy.folder, replaced(copy.config, "precision", "float32"), "cpu")

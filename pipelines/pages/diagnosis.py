@@ -1,4 +1,4 @@
-"""What limits a run, in plain words, and what to do next; and which figures of its comparison do not count. All computed."""
+"""What limits a run, what to do next, and which figures of its comparison are not reliable. All of it is computed."""
 
 import shlex
 
@@ -30,7 +30,7 @@ def diagnosis(run: Run, comparison: Comparison) -> list[str]:
 
 
 def limit(run: Run, comparison: Comparison) -> str:
-    """Whether the decoder limits, or the prior, or a rival does better than the learned prior."""
+    """Whether the decoder limits, or the prior, or another prior is better than the learned one."""
     real, reconstruction = comparison.real, comparison.reconstruction
     best = comparison.recommended
     if best is None or real.fd is None or reconstruction.fd is None:
@@ -42,8 +42,9 @@ def limit(run: Run, comparison: Comparison) -> str:
     samples = f"samples drawn from {comparison.title(best)} at {cell(row, 'fd')}"
     if comparison.generator == "learned" and best not in ("learned", "tuned"):
         return (
-            f"A rival beats the learned prior: {samples}, from the learned prior at {cell(comparison.priors['learned'], 'fd')}."
-            f" Draw with --prior {best}; or train another prior on the same decoder: {another_prior(run, comparison)}"
+            f"Another prior is better than the learned one: {samples}, from the learned prior at"
+            f" {cell(comparison.priors['learned'], 'fd')}. Draw with --prior {best}; or train another prior on the"
+            f" same decoder: {another_prior(run, comparison)}"
         )
     if decoder > max(prior, error(reconstruction, real)):
         finer = "a finer grid or more channels under another --run"

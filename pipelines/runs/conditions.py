@@ -88,7 +88,7 @@ def contexts_asked(
         tokenizer = CaptionTokenizer(run.folder / "tokenizer.json", run.condition.vocabulary)
         captions = [str(one) for one in each]
         if unknown := tokenizer.unknown_words([*dict.fromkeys(captions)]):
-            say(f"warning: in no training caption, so the prior cannot know what they mean: {some(unknown)}")
+            say(f"warning: words of no training caption, which the prior cannot know: {some(unknown)}")
         return tokenizer.tokens(captions, run.condition.length)
     names = read_facts(run).label_names
     return torch.tensor([label_number(one, names) for one in each])

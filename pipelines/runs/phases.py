@@ -95,8 +95,8 @@ def check_room(run: Run, autoencoder: Autoencoder, prior: Prior, splits: Splits)
 def warn_of_slow_precision(run: Run, device: str) -> None:
     if run.config.precision == "bfloat16" and resolved("auto", device) != "bfloat16":
         say(
-            f"warning: {run.folder} is trained in bfloat16, which this device does not multiply in: it goes on in it, but slowly."
-            " Another run with --precision float32 is faster here."
+            f"warning: {run.folder} is trained in bfloat16, which this device does not support natively: it goes on in it, but"
+            " slowly. Another run with --precision float32 is faster here."
         )
 
 

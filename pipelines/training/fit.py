@@ -277,9 +277,9 @@ class Training:
         check_batches(config)
         self.draw_anew(rewinds=0)
         if config.compile and config.steps < WORTH_COMPILING:
-            say(f"{label}: not compiled, since so few steps do not win back the minutes that compiling takes")
+            say(f"{label}: not compiled, which would take longer than it saves in so few steps")
         elif config.compile and can_compile(fabric):
-            say(f"{label}: compiling, which takes some minutes before the first step")
+            say(f"{label}: compiling, which takes minutes before the first step")
             # As without: gradients of what is computed in full precision are not rounded (pytorch issue 153044).
             torch._functorch.config.backward_pass_autocast = "off"
             model.compile()
@@ -419,8 +419,8 @@ class Training:
         where = f"the last good checkpoint is {last.folder}" if last else "no checkpoint was written before"
         if self.on_nan != "rewind" or last is None:
             raise UserError(
-                f"{error}; {where}. {REMEDY}; --on-nan skip leaves such steps out, --on-nan rewind goes back and on with other"
-                " draws."
+                f"{error}; {where}. {REMEDY}; --on-nan skip leaves such steps out, --on-nan rewind goes on from the last"
+                " checkpoint with another data order."
             ) from error
         rewinds = self.rewinds + 1
         step = self.restore(last)
@@ -428,7 +428,7 @@ class Training:
             raise UserError(f"{error}, after {REWINDS} rewinds to {last.folder}, too. {REMEDY}.") from error
         self.draw_anew(rewinds)
         self.tracker.begin(step)
-        say(f"warning: {error}; rewound to {last.folder}, and on with another data order and other noise")
+        say(f"warning: {error}; rewound to {last.folder}, going on with another data order and other noise")
         return step
 
     def draw_anew(self, rewinds: int) -> None:
