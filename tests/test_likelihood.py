@@ -148,7 +148,7 @@ def test_codes_over_all_levels(tmp_path):
     [
         (likelihoods.DiscretizedLogistic(components=2), "a probability"),
         (likelihoods.Bernoulli(), "pseudo-likelihood"),
-        (likelihoods.Gaussian(), "no probability of 8-bit"),
+        (likelihoods.Gaussian(), "not a probability of 8-bit"),
     ],
 )
 def test_bits_per_dimension_of_probabilities_only(tmp_path, kind, says):

@@ -62,7 +62,7 @@ def test_a_longer_stage_1_makes_all_that_depends_on_it_anew_and_keeps_the_run_as
     before, latents = weights_of(copy), (copy.folder / "latents" / "stage1-train.safetensors").read_bytes()
     longer = trained(copy, {"stage1.steps": 60})
     said = capsys.readouterr().out
-    assert "stage 1: going on from step 40" in said and "stage 1 from 40 to 60 steps" in said
+    assert "stage 1: going on from step 40" in said and "stage 1 is trained on from 40 to 60 steps" in said
     kept = Run.open(str(copy.folder) + "-stage1-40", "cpu")
     assert weights_of(kept) == before and (kept.folder / "compare" / "metrics.json").is_file()
     assert str(kept.folder) in said and "stage2, compare" in said
