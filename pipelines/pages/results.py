@@ -169,8 +169,9 @@ def overview(trainings: list[Training]) -> list[list[str]]:
 
 
 def quality(trainings: list[Training]) -> list[list[str]]:
-    """One row a command: precision, recall, coverage and labels read."""
-    rows = [["preset", "precision", "recall", "coverage", "labels read", "tuned: precision", "recall", "coverage", "labels read"]]
+    """One row a command: precision, recall, coverage and label accuracy."""
+    judged = ["precision", "recall", "coverage", "label accuracy"]
+    rows = [["preset", *judged, *(f"tuned: {name}" for name in judged)]]
     for command, some in by_command(trainings).items():
         pairs = [(row, name) for row in ("learned", "tuned") for name in FIGURES[1:]]
         cells = [over_seeds(some, of_row(row, name), 2) for row, name in pairs]
