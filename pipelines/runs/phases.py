@@ -68,7 +68,7 @@ def train(run: Run, options: Options = DEFAULTS) -> Splits:
         if run.learned:
             phases.train_prior(prior, *latents, autoencoder, prior_fabric)
         else:
-            say("stage 2: skipped, since stage2.steps is 0")
+            say("stage 2: not trained, since stage2.steps is 0")
         if run.config.refine is not None:
             phases.refine(autoencoder, prior)
     return splits
