@@ -74,9 +74,23 @@ class Killed(Exception):
     pass
 
 
+class ChannelsLast(Noisy):
+    """With a kernel whose numbers lie in memory in another order than a checkpoint has them."""
+
+    def __init__(self):
+        super().__init__()
+        self.convolution = nn.Conv2d(3, 4, 2).to(memory_format=torch.channels_last)
+
+    def forward(self, x, progress=0.0):
+        terms = super().forward(x, progress)
+        images = torch.arange(len(x) * 27.0).reshape(len(x), 3, 3, 3).sin()
+        return terms | {"loss": terms["loss"] + self.convolution(images).square().mean()}
+
+
+@pytest.mark.parametrize("model", [Noisy, ChannelsLast])
 @pytest.mark.parametrize("saves", [1, 2])
-def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, monkeypatch, saves):
-    _, whole = train(tmp_path / "whole")
+def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, monkeypatch, saves, model):
+    _, whole = train(tmp_path / "whole", model=model())
     save, count = checkpoints.save, 0
 
     def killed_after(*arguments):
@@ -89,9 +103,9 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, monkeypatch, saves)
 
     monkeypatch.setattr(checkpoints, "save", killed_after)
     with pytest.raises(Killed):
-        train(tmp_path / "killed")
+        train(tmp_path / "killed", model=model())
     monkeypatch.setattr(checkpoints, "save", save)
-    _, resumed = train(tmp_path / "killed")
+    _, resumed = train(tmp_path / "killed", model=model())
     assert_equal(whole, resumed)
 
 

@@ -236,6 +236,11 @@ def fit(
     return chosen
 
 
+def like(weight: Tensor, moment: Tensor) -> Tensor:
+    """A moment of the optimizer, of the weight's shape, with its numbers in the weight's order in memory."""
+    return torch.empty_like(weight, requires_grad=False).copy_(moment)
+
+
 def warn_of_divergence(label: str, history: list[dict[str, Any]]) -> None:
     """Say so where the loss ends far above where it has been, in training and held out: half of what was gained is lost again.
 
@@ -500,8 +505,9 @@ class Training:
             shape = parameters[index].shape if index in parameters else None
             if {name: tensor.shape for name, tensor in moments.items()} != {"step": (), "exp_avg": shape, "exp_avg_sq": shape}:
                 raise UserError(f"{last.folder / 'training.safetensors'} is of another training: optimizer.{index} does not fit")
+            # The fused optimizer takes numbers in the order they have in memory, so moments lie there as their weights do.
             state[int(index)] = {
-                name: tensor if name == "step" else sharding.as_split(tensor, parameters[index])
+                name: tensor if name == "step" else like(parameters[index], sharding.as_split(tensor, parameters[index]))
                 for name, tensor in moments.items()
             }
         self.optimizer.load_state_dict({"state": state, "param_groups": self.optimizer.state_dict()["param_groups"]})
