@@ -291,7 +291,7 @@ def test_an_unfinished_run_says_so(finished, tmp_path, monkeypatch):
         load_autoencoder(run)
     run = copied(finished, monkeypatch)
     shutil.rmtree(run.folder / "stage2")
-    with pytest.raises(UserError, match="unfinished: stage2"):
+    with pytest.raises(UserError, match="unfinished: stage 2"):
         generate.main(["mnist5k", "--device", "cpu"])
 
 
