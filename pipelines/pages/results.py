@@ -127,14 +127,17 @@ def in_place(old: list[Made], new: Made) -> list[Made]:
 # Tables
 
 
-def over_seeds(trainings: list[Training], of: Callable[[Training], float | None], digits: int) -> str:
-    """The mean over trainings, and ± their standard deviation where there are several; a dash where one has no figure."""
+def over_seeds(trainings: list[Training], of: Callable[[Training], float | None], digits: int, spread: bool = True) -> str:
+    """The mean over trainings, and ± their standard deviation where there are several; a dash where one has no figure.
+
+    spread: whether the standard deviation is shown.
+    """
     values = [of(training) for training in trainings]
     known = [value for value in values if value is not None]
     if len(known) < len(values):
         return "–"
-    spread = f" ± {stdev(known):.{digits}f}" if len(known) > 1 else ""
-    return f"{mean(known):.{digits}f}{spread}"
+    deviation = f" ± {stdev(known):.{digits}f}" if spread and len(known) > 1 else ""
+    return f"{mean(known):.{digits}f}{deviation}"
 
 
 def of_row(row: str, figure: str) -> Callable[[Training], float | None]:
@@ -164,7 +167,7 @@ def overview(trainings: list[Training]) -> list[list[str]]:
     for command, some in by_command(trainings).items():
         columns = [(of_row(row, "fd"), 2) for row in ("standard", "mixture", "learned", "tuned", "reconstruction")]
         columns += [(lambda one: one.gap_closed, 3), (lambda one: sum(one.seconds.values()) / 60, 0)]
-        rows.append([f"`{command}`", *(over_seeds(some, of, digits).partition(" ±")[0] for of, digits in columns)])
+        rows.append([f"`{command}`", *(over_seeds(some, of, digits, spread=False) for of, digits in columns)])
     return rows
 
 
