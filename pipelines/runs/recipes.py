@@ -107,7 +107,7 @@ TUNED: dict[str, dict[str, Any]] = {
     },
     "fashion-dalle": {"stage1.steps": 6000, "stage2.steps": 8000},
     "cifar10-vqvae2": {
-        "stage1.steps": 8000,
+        "stage1.steps": 12_000,
         "stage1.batch_size": 16,
         "stage2.steps": 5000,
         "stage2.batch_size": 32,
