@@ -28,7 +28,7 @@ from pipelines.runs.run import GIVEN, Run, folder_of
 from pipelines.runs.sampling import generate
 from stage1_vae.bounds import LogPrior, draws, importance_weighted_bound
 from stage2_prior.autoregressive import LearnedPrior
-from stage2_prior.conditions import ClassLabel, LabelCondition
+from stage2_prior.conditions import LabelCondition
 from stage2_prior.prior import Prior
 from stage2_prior.sampling import CannotSample, Sampling
 
@@ -192,7 +192,7 @@ class TwoStage:
         if guidance and isinstance(network, LearnedPrior) and self.run.conditioned_on == "caption" and not caption:
             raise UserError("guidance goes toward a caption: say which")
         if keep_best < 1:
-            if not isinstance(network, LearnedPrior) or not isinstance(self.run.condition, ClassLabel):
+            if not isinstance(network.given_condition, LabelCondition):
                 raise UserError(
                     "keep-best needs a learned prior conditioned on labels: a classifier compares each image with its label"
                 )
@@ -239,7 +239,7 @@ class TwoStage:
         if caption is not None:
             return [caption] * count if isinstance(caption, str) else [*caption]
         prior, contexts = self.prior("learned"), self.contexts(count, "learned", label, caption)
-        if contexts is None and isinstance(prior, LearnedPrior) and self.run.conditioned_on == "label":
+        if contexts is None and isinstance(prior.given_condition, LabelCondition):
             contexts = prior.draw_contexts(torch.arange(count, device=self.device), seed)
         return [] if contexts is None else [self.labels[number] for number in contexts.tolist()]
 
@@ -415,11 +415,11 @@ def marginal(prior: Prior) -> LogPrior:
     """log p(z) without a condition: of the mixture over labels, Σ p(label) p(z|label); of captions, under the empty caption."""
 
     def log_prob(levels: list[Tensor], _: Tensor | None) -> Tensor:
-        if not isinstance(prior, LearnedPrior):
+        condition = prior.given_condition
+        if condition is None:
             return prior.log_prob(levels)
-        condition = prior.levels[0].condition
         if not isinstance(condition, LabelCondition):
-            return prior.log_prob(levels, prior.levels[0].null_contexts(len(levels[0])))
+            return prior.log_prob(levels, condition.null(len(levels[0])))
         labels, log_shares = condition.frequencies.nonzero().flatten(), condition.frequencies.log()
         each = [log_shares[label] + prior.log_prob(levels, label.expand(len(levels[0]))) for label in labels]
         return torch.stack(each).logsumexp(0)

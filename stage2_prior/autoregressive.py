@@ -104,12 +104,8 @@ class AutoregressivePrior(Prior):
 
     @property
     def given_condition(self) -> LabelCondition | CaptionCondition | None:
-        """The condition on labels or captions, which callers give. None for clusters, which are a function of the latent."""
+        """None also for clusters, which are a function of the latent."""
         return None if isinstance(self.condition, ClusterCondition) else self.condition
-
-    def null_contexts(self, batch: int) -> Tensor | None:
-        """Null contexts, B …, with which the prior is unconditional; None where it takes no contexts."""
-        return None if self.given_condition is None else self.given_condition.null(batch)
 
     @property
     def weaker(self) -> "AutoregressivePrior | None":
@@ -148,9 +144,7 @@ class AutoregressivePrior(Prior):
     def forward(self, levels: list[Tensor], contexts: Tensor | None = None, progress: float = 0.0) -> dict[str, Tensor]:
         """The loss, with what training adds: contexts are dropped (see conditions.py) and inputs get noise."""
         noise = self.input_noise * max(0.0, 1 - progress / NOISE_ENDS) if self.training else 0.0
-        if self.training and self.given_condition is not None and contexts is not None:
-            contexts = self.given_condition.with_dropout(contexts)
-        return {"loss": -self.log_prob_by_position(levels, contexts, noise).flatten(1).sum(1).mean()}
+        return {"loss": -self.log_prob_by_position(levels, self.with_dropout(contexts), noise).flatten(1).sum(1).mean()}
 
     def log_prob_by_position(self, levels: list[Tensor], contexts: Tensor | None = None, noise: float = 0.0) -> Tensor:
         """log p(z_i | z_<i, coarser levels, context) in nats of raw latents, B h w.
@@ -253,6 +247,10 @@ class Cascade(Prior):
         priors = [AutoregressivePrior(specs[: level + 1], config, classes) for level, config in enumerate(configs)]
         self.levels: list[AutoregressivePrior] = nn.ModuleList(priors)  # type: ignore[assignment]
         self.bounded = priors[0].bounded
+
+    @property
+    def given_condition(self) -> LabelCondition | CaptionCondition | None:
+        return self.levels[0].given_condition
 
     def estimate(self, dataset: LatentDataset) -> None:
         for prior in self.levels:

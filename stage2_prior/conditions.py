@@ -277,4 +277,6 @@ class CoarserLevel(nn.Module):
         return rearrange(self.unfold(x), "b (d r c) h w -> b d (h r) (w c)", r=self.rows, c=self.columns)
 
 
-ConditionConfig = Unconditional | ClassLabel | Cluster | Caption
+RivalCondition = Unconditional | ClassLabel
+"""Conditions of priors that ignore the grid."""
+ConditionConfig = RivalCondition | Cluster | Caption

@@ -1,22 +1,24 @@
-"""The flattened, standardized latent, for priors that ignore the grid.
+"""Priors of the whole flattened latent, which ignore the grid: what they have in common.
 
-B batch, D all numbers of one latent.
+B batch, D all numbers of one latent, E numbers that say the label.
 """
+
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
-from stage2_prior.conditions import ConditionConfig, Unconditional
+from stage2_prior.conditions import LabelCondition, RivalCondition, Unconditional
 from stage2_prior.latents import LatentDataset, LatentSpec, moments
-from stage2_prior.prior import only
+from stage2_prior.prior import Prior, only
+from stage2_prior.sampling import CannotSample, Sampling
 
 
+@dataclass(frozen=True)
 class FlattenedConfig:
-    """Base of the configs of these priors, which are unconditional."""
+    """Base of the configs of these priors."""
 
-    @property
-    def condition(self) -> ConditionConfig:
-        return Unconditional()
+    condition: RivalCondition = field(default_factory=Unconditional)
 
 
 class Flattened(nn.Module):
@@ -54,3 +56,57 @@ class Flattened(nn.Module):
     def log_volume(self) -> Tensor:
         """log p(values) - log p(latent): the log of the product of all scales."""
         return self.scale.log().sum()
+
+
+class FlattenedPrior(Prior):
+    """A prior of the standardized values, given the label if its config says so."""
+
+    def __init__(self, specs: list[LatentSpec], name: str, config: FlattenedConfig, classes: int, embedded: int):
+        """name: of the prior, for error messages. embedded: E.
+
+        Raises ValueError for codes, for several levels, and for labels of a data set that has none.
+        """
+        super().__init__()
+        self.flattened = Flattened(specs, name)
+        one_position = LatentSpec((1, 1, 1))  # so that the label has one embedding, not a map
+        self.condition = config.condition.build(embedded, [one_position], classes)
+
+    @property
+    def given_condition(self) -> LabelCondition | None:
+        return self.condition
+
+    def estimate(self, dataset: LatentDataset) -> None:
+        """Standardize, and count the labels. Raises ValueError for missing contexts."""
+        self.flattened.estimate(dataset)
+        if self.condition is not None:
+            if dataset.contexts is None:
+                raise ValueError("a conditional prior needs a data set with contexts")
+            self.condition.estimate(dataset.contexts)
+
+    def forward(self, levels: list[Tensor], contexts: Tensor | None = None, progress: float = 0.0) -> dict[str, Tensor]:
+        return super().forward(levels, self.with_dropout(contexts), progress)
+
+    def embedded(self, contexts: Tensor | None) -> Tensor | None:
+        """B E; None for an unconditional prior. Raises CannotSample for a conditional prior without contexts."""
+        if self.condition is None:
+            return None
+        if contexts is None:
+            raise CannotSample("this prior is conditional: give a context for each latent, such as a label")
+        map = self.condition(contexts).map
+        assert map is not None
+        return map.flatten(1)
+
+    def draw_contexts(self, indices: Tensor, seed: int) -> Tensor | None:
+        return None if self.condition is None else self.condition.draw(indices.to(self.flattened.scale.device), seed)
+
+    def contexts_to_sample(self, indices: Tensor, seed: int, how: Sampling, contexts: Tensor | None) -> Tensor | None:
+        """Contexts for these sample numbers, B: those given, or drawn ones.
+
+        Raises CannotSample for contexts and settings in `how` that the prior does not have.
+        """
+        if how.guidance and self.condition is not None:
+            raise CannotSample("only an autoregressive prior is guided toward a label: set a temperature instead")
+        how.check(codes=False, contexts=False)
+        if self.condition is None and contexts is not None:
+            raise CannotSample("this prior takes no context")
+        return self.draw_contexts(indices, seed) if contexts is None else contexts.to(self.flattened.scale.device)

@@ -6,5 +6,5 @@ from stage2_prior.second_vae import SecondVaeConfig
 from stage2_prior.vamp import VampConfig
 
 RivalConfig = FlowConfig | SecondVaeConfig | VampConfig
-"""Unconditional priors of the whole flattened latent at once: what an autoregressive prior is compared with."""
+"""Priors of the whole flattened latent at once: what an autoregressive prior is compared with."""
 PriorConfig = AutoregressiveConfig | CascadeConfig | RivalConfig

@@ -21,6 +21,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from stage2_prior.conditions import CaptionCondition, LabelCondition
 from stage2_prior.latents import LatentDataset
 from stage2_prior.sampling import AS_FITTED, Sampling
 
@@ -32,6 +33,21 @@ class Prior(nn.Module, ABC):
 
     bounded = False
     """whether `log_prob` is a lower bound on the log density, not the log density itself"""
+
+    @property
+    def given_condition(self) -> LabelCondition | CaptionCondition | None:
+        """The condition on labels or captions, which callers give as contexts; None for a prior that takes no contexts."""
+        return None
+
+    def null_contexts(self, batch: int) -> Tensor | None:
+        """Null contexts, B …, with which the prior is unconditional; None where it takes no contexts."""
+        return None if self.given_condition is None else self.given_condition.null(batch)
+
+    def with_dropout(self, contexts: Tensor | None) -> Tensor | None:
+        """In training, the contexts with some of them replaced by the null context; otherwise as they are."""
+        if not self.training or self.given_condition is None or contexts is None:
+            return contexts
+        return self.given_condition.with_dropout(contexts)
 
     def forward(self, levels: list[Tensor], contexts: Tensor | None = None, progress: float = 0.0) -> dict[str, Tensor]:
         return {"loss": -self.log_prob(levels, contexts).mean()}

@@ -335,7 +335,7 @@ def test_the_comparison_of_a_conditional_prior_of_codes(runs):
         assert shares == sorted(shares, reverse=True) and len({point.images for point in comparison.rejection}) == 1
         best = lowest_fd(comparison.sampling).sampling
         assert ("tuned" in comparison.priors) == (best != AS_FITTED)
-        assert [point.sampling for point in comparison.sampling] == ways_to_sample(contexts=True, weaker=True)
+        assert [point.sampling for point in comparison.sampling] == ways_to_sample(guided=True, weaker=True)
         named = described(best) if "tuned" in comparison.priors else f"not used; sampling {described(best)}"
         assert any(note.startswith(f"tuned: {named} has the lowest fd") for note in notes(comparison))
 
@@ -370,7 +370,7 @@ def test_the_comparison_finds_the_best_way_to_draw(runs, monkeypatch, best):
     Several levels, of which samples take longest, are drawn with guidance.
     """
     run = Run.open(runs["fashion-vqvae2" if best.guidance else "mnist-vqvae"], "cpu")
-    ways, judges = ways_to_sample(contexts=True, weaker=True), []
+    ways, judges = ways_to_sample(guided=True, weaker=True), []
     distances = itertools.cycle([1.0 + (how != best) for how in ways])
 
     def distance_of(space, features):

@@ -224,7 +224,7 @@ def test_what_too_few_images_cannot_say_is_withheld_with_the_reason(tmp_path):
 
 
 def test_nothing_is_drawn_to_choose_by_where_there_are_too_few_images(tmp_path):
-    made, ways = space(tmp_path, 100), ways_to_sample(contexts=True, weaker=True)
+    made, ways = space(tmp_path, 100), ways_to_sample(guided=True, weaker=True)
     assert choose_sampling(made, ways, 49, lambda how, count: pytest.fail("they are drawn")) == (AS_FITTED, [])
 
 

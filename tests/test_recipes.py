@@ -18,10 +18,13 @@ from pipelines.runs.priors import open_prior
 from pipelines.runs.recipes import DATA_SETS, MADE_BY, TUNED, parts_of, preset
 from pipelines.runs.run import Run
 from pipelines.train_all import main, parse, short_help
-from stage2_prior.autoregressive import AutoregressiveConfig
+from stage2_prior.autoregressive import AutoregressiveConfig, CascadeConfig
 from stage2_prior.baselines import CODE_BASELINES, CONTINUOUS_BASELINES
 from stage2_prior.conditions import ClassLabel, Cluster, Unconditional
+from stage2_prior.flow import FlowConfig
 from stage2_prior.latents import LatentSpec
+from stage2_prior.second_vae import SecondVaeConfig
+from stage2_prior.vamp import VampConfig
 from tests.parts import BACKBONES, HEADS, LEARNED, shrunk, small_splits
 
 NAMED = json.loads((Path(__file__).parent / "presets.json").read_text())
@@ -193,6 +196,24 @@ def test_a_chosen_kind_takes_overrides_and_the_same_kind_keeps_its_settings():
         choose_kinds(preset("mnist"), ["--prior.backbone", "transfomer"])
     with pytest.raises(UserError, match="--prior.backbone needs a kind: pixelcnn, pixelsnail, transformer"):
         choose_kinds(preset("mnist"), ["--prior.backbone"])
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "kind", "condition"),
+    [
+        ("mnist5k", ["--prior", "flow"], FlowConfig, ClassLabel()),
+        ("mnist5k", ["--prior", "vamp", "--prior.condition", "none"], VampConfig, Unconditional()),
+        ("mnist5k-dalle", ["--prior", "flow"], FlowConfig, Unconditional()),
+        ("folder", ["--prior", "second-vae"], SecondVaeConfig, Unconditional()),
+        ("folder-vqvae2", ["--prior", "autoregressive"], AutoregressiveConfig, Cluster()),
+        ("folder", ["--prior", "cascade"], CascadeConfig, Cluster()),
+    ],
+)
+def test_another_kind_of_prior_keeps_the_condition_where_it_takes_such_a_one(name, arguments, kind, condition):
+    config, left = choose_kinds(preset(name), arguments)
+    assert isinstance(config.prior, kind) and config.prior.condition == condition and left == []
+    if kind is CascadeConfig:
+        assert config.prior.bottom.condition == condition
 
 
 # Where a config comes from

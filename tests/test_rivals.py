@@ -1,5 +1,6 @@
 """Rivals of the autoregressive prior: their densities against brute force, and that they learn. See also test_priors.py."""
 
+import dataclasses
 import math
 import sys
 
@@ -8,9 +9,11 @@ import torch
 from scipy import stats
 from torch import distributions
 
+from pipelines import TwoStage
 from pipelines.console import UserError
 from pipelines.runs.dataset import load_data
 from pipelines.runs.parts import load_autoencoder, load_prior, specs_of
+from stage2_prior.conditions import ClassLabel
 from stage2_prior.latents import LatentDataset, LatentSpec
 from stage2_prior.sampling import CannotSample, Sampling
 from stage2_prior.second_vae import SecondVaeConfig
@@ -18,6 +21,7 @@ from tests.parts import RIVALS, compared, random_latents, randomized
 from tests.test_sharing import sharing
 
 SPEC = LatentSpec((1, 1, 2))
+LABELLED = {name: dataclasses.replace(config, condition=ClassLabel()) for name, config in RIVALS.items()}
 
 
 @pytest.mark.parametrize("name", RIVALS)
@@ -78,6 +82,76 @@ def test_vamp_is_the_mixture_of_its_components():
     points = 3 * torch.randn(7, 1, 1, 2)
     each = distributions.Normal(means, stds).log_prob(points.flatten(1)[:, None]).sum(2)
     assert torch.allclose(prior.log_prob([points]), each.logsumexp(1) - math.log(5), atol=1e-3)
+
+
+@pytest.mark.parametrize("name", LABELLED)
+def test_a_rival_with_labels_learns_which_cluster_a_label_means(name):
+    """It gains log 2 nats from the label; samples of a label lie in its cluster, and labels are drawn as often as in training."""
+    torch.manual_seed(0)
+    labels = (torch.rand(4000) < 0.3).long()
+    points = (labels * 8.0 - 4)[:, None, None, None] + 0.5 * torch.randn(4000, *SPEC.shape)
+    prior = LABELLED[name].build([SPEC], classes=2)
+    dataset = LatentDataset([{"mean": points, "std": torch.full_like(points, 0.1)}], labels)
+    prior.estimate(dataset)
+    optimizer = torch.optim.AdamW(prior.parameters(), lr=2e-2)
+    for step in range(250):
+        rows = torch.arange(step * 64, (step + 1) * 64) % 4000
+        optimizer.zero_grad()
+        prior([points[rows]], labels[rows])["loss"].backward()
+        optimizer.step()
+    prior.eval()
+    with torch.no_grad():
+        right, wrong = prior.log_prob([points], labels).mean(), prior.log_prob([points], 1 - labels).mean()
+        either = prior.log_prob([points], prior.null_contexts(4000)).mean()
+        (samples,) = prior.sample(torch.arange(500), 0, contexts=torch.ones(500, dtype=torch.int64))
+        drawn = prior.draw_contexts(torch.arange(2000), 0)
+        (same,), (also,) = prior.sample(torch.arange(5), 3), prior.sample(torch.arange(5), 3, contexts=drawn_for(prior, 5))
+    assert right > either + 0.2 and right > wrong + 5
+    assert float((samples > 0).flatten(1).all(1).float().mean()) > 0.9
+    assert 0.25 < float(drawn.float().mean()) < 0.35
+    assert torch.equal(same, also)
+
+
+def drawn_for(prior, count: int) -> torch.Tensor:
+    return prior.draw_contexts(torch.arange(count), 3)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["flow", "vamp"])
+def test_a_density_given_a_label_integrates_to_one(name):
+    prior = randomized(LABELLED[name].build([SPEC], classes=2).double(), 0.3).eval()
+    edge = torch.linspace(-12, 12, 481, dtype=torch.float64)
+    middle = (edge[1:] + edge[:-1]) / 2
+    points = torch.cartesian_prod(middle, middle).view(-1, *SPEC.shape)
+    densities = [prior.log_prob([points], torch.full((len(points),), label)).exp() for label in (0, 1, 2)]  # 2 is the null label
+    for density in densities:
+        assert float(density.sum()) * 0.05**2 == pytest.approx(1, abs=2e-3)
+    assert not torch.allclose(densities[0], densities[1], rtol=0.05)
+
+
+def test_labels_weigh_the_components_of_vamp():
+    prior = randomized(LABELLED["vamp"].build([SPEC], classes=3)).eval()
+    labels, points = torch.tensor([0, 2, 1, 0]), 3 * torch.randn(4, *SPEC.shape)
+    means, stds = (prior.flattened.latent(prior.means)[0].flatten(1), prior.stds() * prior.flattened.scale)
+    each = distributions.Normal(means, stds).log_prob(points.flatten(1)[:, None]).sum(2)
+    weights = prior.condition.maps[labels].flatten(1).softmax(1)
+    assert torch.allclose(prior.log_prob([points], labels), (weights.log() + each).logsumexp(1), atol=1e-3)
+
+
+@pytest.mark.parametrize("name", LABELLED)
+def test_what_a_rival_takes_is_asked_for(name):
+    labelled, plain = LABELLED[name].build([SPEC], classes=2), RIVALS[name].build([SPEC])
+    points, numbers = torch.zeros(2, *SPEC.shape), torch.arange(2)
+    with pytest.raises(CannotSample, match="give a context for each latent"):
+        labelled.log_prob([points])
+    with pytest.raises(CannotSample, match="takes no context"):
+        plain.sample(numbers, 0, contexts=torch.zeros(2, dtype=torch.int64))
+    with pytest.raises(CannotSample, match="only an autoregressive prior is guided"):
+        labelled.sample(numbers, 0, Sampling(guidance=1.0))
+    with pytest.raises(ValueError, match="needs images with labels"):
+        LABELLED[name].build([SPEC])
+    with pytest.raises(ValueError, match="needs a data set with contexts"):
+        labelled.estimate(random_latents(20, SPEC))
 
 
 @pytest.fixture(scope="module")
@@ -158,6 +232,22 @@ def test_a_rival_is_trained_and_saved_as_other_priors_are(run, name):
         assert [key for key, row in found.priors.items() if row.nll_is_bound] == ["learned"] and found.prior == "second VAE"
         assert math.isfinite(found.priors["learned"].nll) and found.conditioned_on is None
         assert math.isfinite(found.reconstruction.fd_perturbed) and found.reconstruction.fd_perturbed != found.reconstruction.fd
+
+
+@pytest.mark.usefixtures("small_data")
+def test_a_rival_with_labels_is_compared_and_drawn_from_by_label(run):
+    """No guidance is tried, which such a prior does not have; log p(x) is that of the mixture over labels."""
+    other = sharing(run, "labelled", prior=LABELLED["vamp"], prior__backbone=None)
+    found = compared(other, load_data(other))
+    assert found.conditioned_on == "label" and found.priors["learned"].label_read is not None
+    assert not any(tried.sampling.strength for tried in found.sampling if tried.sampling)
+    model = TwoStage.open(str(other.folder), "cpu")
+    images = model.sample(6, label=2, seed=1)
+    assert torch.equal(images, model.sample(6, label=[2] * 6, seed=1))
+    assert model.told(3, label="2") == ["2"] * 3 and {*model.told(40)} <= {*model.labels}
+    assert model.log_likelihood(images, samples=2).isfinite().all()
+    with pytest.raises(UserError, match="only an autoregressive prior is guided"):
+        model.sample(2, label=2, guidance=1.0)
 
 
 @pytest.mark.usefixtures("small_data")

@@ -25,6 +25,7 @@ from pipelines.pages.scores import BRIGHTEST, heat
 from pipelines.runs.dataset import load_data
 from pipelines.runs.latents import training_latents
 from pipelines.two_stage import TwoStage, marginal
+from stage2_prior.kinds import RivalConfig
 from stage2_prior.sampling import AS_FITTED, Sampling
 
 TILES = 20  # images of the decoded plane, along either side
@@ -89,8 +90,8 @@ class Views:
 
     @property
     def guided(self) -> bool:
-        """Whether guidance has a meaning: the learned prior takes a label or a caption."""
-        return self.run.conditioned_on is not None
+        """Whether guidance has a meaning: the learned prior is autoregressive, and takes a label or a caption."""
+        return self.run.conditioned_on is not None and not isinstance(self.run.config.prior, RivalConfig)
 
     @property
     def autoguided(self) -> bool:

@@ -120,7 +120,8 @@ def tuned_sampling(subject: Subject, rows: Rows) -> tuple[Sampling, list[Tradeof
 
     run = subject.run
     space = choosing_space(run.fabric, subject.judging, subject.splits, run.classifiers)
-    ways = ways_to_sample(contexts=subject.contexts is not None, weaker=has_weaker(learned))
+    guided = isinstance(learned, LearnedPrior) and learned.given_condition is not None
+    ways = ways_to_sample(guided, weaker=has_weaker(learned))
     return choose_sampling(space, ways, len(subject.chosen), drawn)
 
 

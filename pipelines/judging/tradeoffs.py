@@ -43,13 +43,13 @@ class Tradeoff:
     images: int
 
 
-def ways_to_sample(contexts: bool, weaker: bool) -> list[Sampling]:
+def ways_to_sample(guided: bool, weaker: bool) -> list[Sampling]:
     """The ways to draw from a learned prior that are tried, as it was fitted first.
 
-    contexts: whether it takes any; weaker: whether it has a weaker copy.
+    guided: whether it can be guided toward a label or a caption; weaker: whether it has a weaker copy.
     """
     ways = [AS_FITTED, *(Sampling(temperature) for temperature in TEMPERATURES)]
-    ways += [Sampling(guidance=strength) for strength in GUIDANCE if contexts]
+    ways += [Sampling(guidance=strength) for strength in GUIDANCE if guided]
     return ways + [Sampling(autoguidance=strength) for strength in AUTOGUIDANCE if weaker]
 
 

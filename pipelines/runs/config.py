@@ -23,7 +23,7 @@ from stage1_vae.autoencoder import AutoencoderConfig, BottleneckConfig
 from stage1_vae.likelihoods import LikelihoodConfig
 from stage1_vae.networks import NetworkConfig
 from stage2_prior.autoregressive import AutoregressiveConfig, BackboneConfig
-from stage2_prior.conditions import ConditionConfig
+from stage2_prior.conditions import ConditionConfig, RivalCondition
 from stage2_prior.heads import HeadConfig
 from stage2_prior.kinds import PriorConfig
 
@@ -115,7 +115,7 @@ def converter() -> cattrs.Converter:
     made.register_structure_hook(str, lambda value, _: name_of_file(value))
     made.register_structure_hook(Path, lambda value, _: Path(name_of_file(value)))
     stage1 = (NetworkConfig, BottleneckConfig, LikelihoodConfig)
-    stage2 = (BackboneConfig, HeadConfig, ConditionConfig, PriorConfig)
+    stage2 = (BackboneConfig, HeadConfig, ConditionConfig, RivalCondition, PriorConfig)
     for union in (DataConfig, *stage1, *stage2):
         configure_tagged_union(union, made, tag_name="kind")
     return made

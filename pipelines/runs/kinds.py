@@ -12,7 +12,7 @@ from pipelines.runs.config import RunConfig, replaced
 from stage1_vae.bottlenecks import Deterministic, Gaussian
 from stage1_vae.hierarchy import Hierarchical
 from stage2_prior.autoregressive import AutoregressiveConfig, CascadeConfig
-from stage2_prior.conditions import Cluster, Unconditional
+from stage2_prior.conditions import Cluster, RivalCondition, Unconditional
 from stage2_prior.heads import Categorical, GaussianMixture, HeadConfig
 from stage2_prior.kinds import PriorConfig, RivalConfig
 
@@ -78,12 +78,22 @@ def choose_kinds(config: RunConfig, arguments: list[str]) -> tuple[RunConfig, li
             for name in path.split("."):
                 part = vars(part)[name]
             if type(part) is not found.kind:
-                config = replaced(config, path, found.kind())
+                config = replaced(config, path, like(config.prior, found.kind()) if path == PRIOR else found.kind())
             chosen.add(path)
         del left[found.start : found.stop]
     if BOTTLENECK in chosen:
         config = replace(config, prior=fitting_prior(config, chosen))
     return config, left
+
+
+def like(before: PriorConfig, prior: PriorConfig) -> PriorConfig:
+    """A prior of another kind with the condition of the one before, where it takes such a condition."""
+    condition = before.condition
+    if isinstance(prior, CascadeConfig):
+        return replace(prior, top=replace(prior.top, condition=condition), bottom=replace(prior.bottom, condition=condition))
+    if isinstance(prior, AutoregressiveConfig):
+        return replace(prior, condition=condition)
+    return replace(prior, condition=condition) if isinstance(condition, RivalCondition) else prior
 
 
 class Choice(NamedTuple):

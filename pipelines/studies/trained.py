@@ -15,7 +15,6 @@ from pipelines.runs.priors import open_prior
 from pipelines.runs.run import Run
 from stage1_vae.autoencoder import Autoencoder
 from stage1_vae.bottlenecks import Gaussian, gaussian_rate
-from stage2_prior.autoregressive import LearnedPrior
 from stage2_prior.prior import Prior
 from stage2_prior.sampling import AS_FITTED, Sampling
 
@@ -36,14 +35,11 @@ class WithoutContext(Prior):
         super().__init__()
         self.prior = prior
 
-    def null_contexts(self, batch: int) -> Tensor | None:
-        return self.prior.levels[0].null_contexts(batch) if isinstance(self.prior, LearnedPrior) else None
-
     def log_prob(self, levels: list[Tensor], contexts: Tensor | None = None) -> Tensor:
-        return self.prior.log_prob(levels, self.null_contexts(len(levels[0])))
+        return self.prior.log_prob(levels, self.prior.null_contexts(len(levels[0])))
 
     def sample(self, indices: Tensor, seed: int, how: Sampling = AS_FITTED, contexts: Tensor | None = None) -> list[Tensor]:
-        return self.prior.sample(indices, seed, how, self.null_contexts(len(indices)))
+        return self.prior.sample(indices, seed, how, self.prior.null_contexts(len(indices)))
 
 
 @dataclass(frozen=True)
