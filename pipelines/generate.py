@@ -45,8 +45,9 @@ class Arguments:
     """random seed; sample i of a seed is always the same image"""
     out: Path = Path("samples.png")
     """a .png with all images in one picture, a .npz with the array arr_0 (uint8, N H W C), or DIR/ with a .png for each"""
-    scale: int = 1
-    """factor by which pictures are enlarged, without smoothing; a .npz is not enlarged"""
+    scale: int | None = None
+    """factor by which images are enlarged, without smoothing; by default, small images in one picture are made at least 64 pixels
+    wide. A .npz is not enlarged"""
     texts: bool = True
     """write the label or caption of each image below it; for DIR/, into its captions.jsonl"""
     pixels: Pixels = "mean"

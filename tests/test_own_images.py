@@ -229,7 +229,7 @@ def test_what_a_run_has_drawn_is_no_data(tmp_path, capsys):
     fill(tmp_path / "checkpoints" / "one" / "compare", 3)
     (tmp_path / "checkpoints" / "one" / "stage1").mkdir()
     (tmp_path / "checkpoints" / "one" / "config.json").write_text("{}")
-    write_images(tmp_path / "samples.png", torch.arange(5 * 48, dtype=torch.uint8).view(5, 3, 4, 4))
+    write_images(tmp_path / "samples.png", torch.arange(5 * 48, dtype=torch.uint8).view(5, 3, 4, 4), scale=1)
     assert sum(loaded(tmp_path).sizes.values()) == 12
     assert f"left out of {tmp_path}: 1 run folder, 1 drawn image\n" in capsys.readouterr().out
     drawn = np.asarray(Image.open(tmp_path / "samples.png"))

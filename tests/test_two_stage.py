@@ -12,7 +12,7 @@ from PIL import Image
 
 from pipelines import TwoStage, generate
 from pipelines.console import UserError
-from pipelines.runs.pictures import tiled
+from pipelines.runs.pictures import enlarged, tiled, write_images
 from stage1_vae.bounds import draws, elbo
 from stage2_prior.baselines import baselines
 from stage2_prior.sampling import Sampling
@@ -69,17 +69,28 @@ def test_images_are_files_of_a_folder_and_enlarged_with_sharp_pixels(run, model,
         assert sheet.size == (2 * 112 + 3, 2 * 112 + 3)
 
 
+@pytest.mark.parametrize(("size", "count", "scale"), [(28, 2, 3), (32, 2, 2), (63, 2, 2), (64, 2, 1), (200, 2, 1), (28, 1, 1)])
+def test_small_images_are_enlarged_in_one_picture_of_several(tmp_path, size, count, scale):
+    """To 64 pixels at least; not in files of their own."""
+    images = torch.randint(0, 256, (count, 1, size, size), dtype=torch.uint8)
+    write_images(tmp_path / "sheet.png", images)
+    assert (tmp_path / "sheet.png").read_bytes() == tiled(enlarged(images, scale), 1)
+    write_images(tmp_path / "apart", images)
+    with Image.open(tmp_path / "apart" / "00000.png") as made:
+        assert made.size == (size, size)
+
+
 def test_the_label_of_each_image_stands_below_it_in_one_picture(run, model, tmp_path):
     told = model.told(4, seed=2)
     assert len({*told}) > 1 and torch.equal(model.sample(4, label=told, seed=2), model.sample(4, seed=2))
     assert model.told(2, label=3) == ["3", "3"]
     asked = [str(run.folder), "--count", "4", "--seed", "2", "--device", "cpu", "--out", str(tmp_path / "x.png")]
     generate.main(asked)
-    assert (tmp_path / "x.png").read_bytes() == tiled(model.sample(4, seed=2), 2, told)
+    assert (tmp_path / "x.png").read_bytes() == tiled(enlarged(model.sample(4, seed=2), 3), 2, told)
     generate.main([*asked, "--label", "1"])
-    assert (tmp_path / "x.png").read_bytes() == tiled(model.sample(4, seed=2, label="1"), 2, ["1"] * 4)
+    assert (tmp_path / "x.png").read_bytes() == tiled(enlarged(model.sample(4, seed=2, label="1"), 3), 2, ["1"] * 4)
     generate.main([*asked, "--prior", "standard"])
-    assert (tmp_path / "x.png").read_bytes() == tiled(model.sample(4, seed=2, prior="standard"), 2)
+    assert (tmp_path / "x.png").read_bytes() == tiled(enlarged(model.sample(4, seed=2, prior="standard"), 3), 2)
 
 
 def test_each_image_is_told_its_own_label(model):

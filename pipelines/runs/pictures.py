@@ -21,6 +21,7 @@ from pipelines.files import write_files
 
 GREY = 128
 LETTERS = (9, 14)  # pixels: the least and the largest size of text
+LEGIBLE = 64  # pixels: the least width of an image among others in one picture, so that the text below it is read
 MOST_LINES = 3  # of text below an image
 
 
@@ -92,13 +93,18 @@ def enlarged(images: Tensor, scale: int) -> Tensor:
     return images.repeat_interleave(scale, 2).repeat_interleave(scale, 3)
 
 
-def encoded_files(path: Path, images: Tensor, scale: int, texts: Sequence[str]) -> dict[Path, bytes]:
+def legible(images: Tensor) -> int:
+    """The factor to enlarge images N C H W by that are shown in one picture, if there are several."""
+    return max(1, -(-LEGIBLE // images.shape[3])) if len(images) > 1 else 1
+
+
+def encoded_files(path: Path, images: Tensor, scale: int | None, texts: Sequence[str]) -> dict[Path, bytes]:
     """What `write_images` writes, by file."""
     if path.suffix == ".npz":
         buffer = io.BytesIO()
         np.savez_compressed(buffer, arr_0=images.permute(0, 2, 3, 1).contiguous().numpy())
         return {path: buffer.getvalue()}
-    images = enlarged(images, scale)
+    images = enlarged(images, scale or (legible(images) if path.suffix == ".png" else 1))
     if path.suffix == ".png":
         return {path: tiled(images, max(1, round(len(images) ** 0.5)), texts)}
     made = {path / f"{number:05}.png": tiled(image[None], columns=1) for number, image in enumerate(images)}
@@ -124,11 +130,11 @@ def image_named(line: bytes) -> str | None:
         return None
 
 
-def write_images(path: Path, images: Tensor, scale: int = 1, texts: Sequence[str] = ()) -> None:
+def write_images(path: Path, images: Tensor, scale: int | None = None, texts: Sequence[str] = ()) -> None:
     """images uint8 N C H W as one picture (.png), as the array arr_0, N H W C (.npz), or each as a file in a folder.
 
-    scale: enlarges pictures with sharp pixels; an array stays as it is. texts: stand below images in one picture; in a folder,
-    they are in its captions.jsonl.
+    scale: enlarges pictures with sharp pixels; an array stays as it is. None enlarges small images in one picture. texts: stand
+    below images in one picture; in a folder, they are in its captions.jsonl.
 
     Each file is there whole or not at all. Raises UserError where one cannot be written, and says where the images lie instead:
     drawing them may have taken hours.
