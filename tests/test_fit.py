@@ -16,8 +16,10 @@ from pipelines.console import Progress, Signals, Stopped, UserError, say
 from pipelines.files import read_tensors
 from pipelines.training import checkpoints
 from pipelines.training import fit as fitting
+from pipelines.training.average import Average
 from pipelines.training.config import FitConfig
-from pipelines.training.fit import REWINDS, UNTRACKED, Average, Order, Training, fit, learning_rate, seed_of, warn_of_divergence
+from pipelines.training.fit import REWINDS, UNTRACKED, Training, fit, learning_rate, warn_of_divergence
+from pipelines.training.order import Order, seed_of
 
 CONFIG = FitConfig(steps=12, batch_size=4, checkpoint_steps=4, warmup_steps=2, learning_rate=0.05)
 

@@ -91,7 +91,7 @@ class BenchmarkData:
     def measured(self, folder: Path) -> dict[str, Any]:
         from pipelines.runs.recipes import preset
         from pipelines.training.devices import devices
-        from pipelines.training.fit import Order
+        from pipelines.training.order import Order
 
         config = preset(self.preset)
         fabric = devices(self.device, config.precision)

@@ -16,7 +16,7 @@ if TYPE_CHECKING:  # slow to import, and --help needs none of it
     from pipelines.data.images import ImageSet
     from pipelines.judging.scores import Scorer
     from pipelines.runs.run import Run
-    from pipelines.training.fit import Source
+    from pipelines.training.order import Source
 
 
 @dataclass(frozen=True)

@@ -37,7 +37,8 @@ from pipelines.judging.quality import (
 from pipelines.runs.config import MetricsConfig
 from pipelines.training.config import FitConfig
 from pipelines.training.fabric import Fabric
-from pipelines.training.fit import evaluate, fit, in_order
+from pipelines.training.fit import evaluate, fit
+from pipelines.training.order import in_order
 from stage1_vae.statistics import BatchNorm
 from stage2_prior.latents import Joined
 

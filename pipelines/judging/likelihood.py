@@ -37,7 +37,7 @@ from pipelines.runs.latents import encode
 from pipelines.runs.parts import load_autoencoder, specs_of
 from pipelines.runs.priors import densities, open_prior
 from pipelines.runs.run import Run
-from pipelines.training.fit import seed_of
+from pipelines.training.order import seed_of
 from stage1_vae.autoencoder import Autoencoder
 from stage1_vae.bounds import (
     DECODED_AT_ONCE,

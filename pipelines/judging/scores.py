@@ -32,7 +32,7 @@ from pipelines.judging.quality import share_below
 from pipelines.runs.dataset import read_facts
 from pipelines.runs.parts import load_autoencoder, load_prior, specs_of, weights_of
 from pipelines.runs.run import Run
-from pipelines.training.fit import in_order, seed_of
+from pipelines.training.order import in_order, seed_of
 from stage1_vae.autoencoder import Autoencoder
 from stage2_prior.autoregressive import LearnedPrior
 from stage2_prior.heads import gaussian_log_prob

@@ -14,7 +14,7 @@ from pipelines.runs.dataset import load_data, read_facts
 from pipelines.runs.parts import Phase, finished, last_phase, load_autoencoder, specs_of
 from pipelines.runs.run import Run
 from pipelines.training.fabric import Fabric
-from pipelines.training.fit import in_order
+from pipelines.training.order import in_order
 from stage1_vae.autoencoder import Autoencoder
 from stage2_prior.latents import Joined, LatentDataset, LatentSpec
 

@@ -13,7 +13,8 @@ from pipelines.console import UserError, say
 from pipelines.runs.dataset import read_facts
 from pipelines.runs.run import PHASE_TITLES, Run
 from pipelines.training import checkpoints
-from pipelines.training.fit import early_step, seed_of
+from pipelines.training.fit import early_step
+from pipelines.training.order import seed_of
 from stage1_vae.autoencoder import Autoencoder
 from stage2_prior.autoregressive import LearnedPrior
 from stage2_prior.baselines import baselines

@@ -8,7 +8,7 @@ from pipelines.console import Progress, UserError, nearest
 from pipelines.runs.latents import training_latents
 from pipelines.runs.parts import finished, last_phase, load_prior
 from pipelines.runs.run import Run
-from pipelines.training.fit import seed_of
+from pipelines.training.order import seed_of
 from stage2_prior.baselines import baselines
 from stage2_prior.gaussians import AggregatePosterior
 from stage2_prior.latents import LatentSpec

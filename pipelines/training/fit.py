@@ -16,11 +16,10 @@ import logging
 import math
 import signal
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, SupportsFloat
+from typing import Any, SupportsFloat
 
 import torch
 import torch._functorch.config
@@ -32,8 +31,10 @@ from pipelines import processes
 from pipelines.console import Progress, Signals, Stopped, UserError, say
 from pipelines.files import write_tensors
 from pipelines.training import checkpoints, sharding
+from pipelines.training.average import Average
 from pipelines.training.config import FitConfig, OnNan, check_batches
 from pipelines.training.fabric import Fabric, ModelParallelStrategy
+from pipelines.training.order import Order, Source, in_order, prefetch, seed_of
 
 REMEDY = "A lower learning rate, under another --run, may help"
 REWINDS = 3  # from one checkpoint, before it is given up
@@ -43,31 +44,6 @@ EARLY = 1 / 8  # of the steps: when the weights are kept that autoguidance leads
 WORTH_COMPILING = 2000  # steps of a training: compiling takes minutes, which a shorter one does not win back
 CURVE_STEPS = 50  # between two points of a tracker's curves
 NAMED = 8  # images of a batch that a message names
-
-
-class Source(Protocol):
-    """Examples: `source[indices]` are the positional arguments of the model for a batch.
-
-    One that reads from disk has a method `prefetch(indices)` as well, which starts on the batch that is asked for next.
-    """
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, indices: Any) -> tuple: ...
-
-
-def prefetch(source: Any, indices: Any) -> None:
-    if hasattr(source, "prefetch"):
-        source.prefetch(indices)
-
-
-def in_order(source: Any, rows: Tensor, batch_size: int, alone: bool = False) -> Any:
-    """The examples of a batch that `processes.in_batches` gives; of those on disk, the next of this process begin to be read."""
-    turns = 1 if alone else processes.count()
-    start, after = int(rows[0]), int(rows[0]) + turns * batch_size
-    batch = source[start : start + len(rows)]
-    prefetch(source, slice(after, after + batch_size))
-    return batch
 
 
 class Tracker:
@@ -115,69 +91,6 @@ def can_compile(fabric: Fabric) -> bool:
 
 def shortened(error: Exception) -> str:
     return " ".join(str(error).split()[:20])
-
-
-class Order:
-    """Which examples step s sees: consecutive slices of one permutation an epoch, a function of (seed, step) alone."""
-
-    def __init__(self, length: int, batch_size: int, seed: int):
-        self.length, self.batch_size, self.seed = length, batch_size, seed
-        self.epoch, self.permutation = -1, torch.empty(0)
-
-    def permuted(self, epoch: int) -> Tensor:
-        if epoch != self.epoch:
-            generator = torch.Generator().manual_seed(seed_of(self.seed, epoch))
-            self.epoch, self.permutation = epoch, torch.randperm(self.length, generator=generator)
-        return self.permutation
-
-    def indices(self, step: int) -> Tensor:
-        position, stop = step * self.batch_size, (step + 1) * self.batch_size
-        parts = []
-        while position < stop:  # a batch may cross the end of an epoch, or of several when the data set is tiny
-            epoch, start = divmod(position, self.length)
-            parts.append(self.permuted(epoch)[start : start + stop - position])
-            position += len(parts[-1])
-        return torch.cat(parts)
-
-
-def seed_of(*numbers: int) -> int:
-    """One 63-bit seed from several numbers, so that neighbours share nothing."""
-    state = 0
-    for number in numbers:  # the finalizer of splitmix64 (Steele et al. 2014)
-        state = (state + number + 0x9E3779B97F4A7C15) & (2**64 - 1)
-        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & (2**64 - 1)
-        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & (2**64 - 1)
-        state ^= state >> 31
-    return state >> 1
-
-
-class Average:
-    """An exponential average of the weights, whose window grows with the step, so that it forgets the initial weights early."""
-
-    def __init__(self, model: nn.Module, decay: float):
-        self.decay = decay
-        self.current = [sharding.own_part(parameter.detach()) for parameter in model.parameters()]
-        self.averaged = [weights.clone() for weights in self.current]
-
-    def update(self, step: int) -> None:
-        """Take in the weights after this step."""
-        decay = min(self.decay, (1 + step) / (10 + step)) if step else 0.0
-        torch._foreach_lerp_(self.averaged, self.current, 1 - decay)
-
-    @contextmanager
-    def in_use(self) -> Iterator[None]:
-        """Inside, the model has the averaged weights."""
-        self.exchange()
-        try:
-            yield
-        finally:
-            self.exchange()
-
-    def exchange(self) -> None:
-        for averaged, current in zip(self.averaged, self.current):
-            held = current.clone()
-            current.copy_(averaged)
-            averaged.copy_(held)
 
 
 @torch.no_grad()
