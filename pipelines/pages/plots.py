@@ -17,9 +17,11 @@ from pipelines.judging.tradeoffs import Tradeoff, lowest_fd
 
 matplotlib.use("Agg")
 from matplotlib import pyplot  # noqa: E402
+from matplotlib.axes import Axes  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
 
 DPI = 110
+WIDTH = 5.5  # inches, of a plot in one of the page's two columns
 COLOURS = {
     "real": "black",
     "standard": "tab:red",
@@ -36,7 +38,7 @@ COLOURS = {
 
 def nearest_plot(distances: dict[str, Tensor], comparison: Comparison) -> Figure:
     """The cumulative distribution of distances to the nearest training image, one curve a row."""
-    figure, axis = pyplot.subplots(figsize=(5.5, 3.2), layout="constrained")
+    figure, axis = pyplot.subplots(figsize=(WIDTH, 3.2), layout="constrained")
     for (name, values), style in zip(distances.items(), ("--", "-", ":")):
         axis.ecdf(values, label=comparison.title(name), linestyle=style, color=COLOURS[name])
     axis.set(xlabel="distance to the nearest training image", ylabel="share of images", xlim=(0, None))
@@ -57,21 +59,20 @@ def histogram(levels: list[Tensor], comparison: Comparison) -> Figure:
 
 def rate_plot(levels: list[dict[str, Tensor]], comparison: Comparison) -> Figure:
     """Where on the latent grid the rate lies: maps h w by name for each level, those of whole priors on one scale."""
-    wide = max(len(maps) for maps in levels)
-    figure, axes = pyplot.subplots(
-        len(levels), wide, figsize=(2.2 * wide + 1, 2.4 * len(levels)), squeeze=False, layout="constrained"
-    )
-    for row, maps in zip(axes, levels):
-        priors = [name for name in maps if name in ROWS]
-        for names in (priors, [name for name in maps if name not in ROWS]):
-            shown = [row[list(maps).index(name)] for name in names]
-            top = max((float(maps[name].max()) for name in names), default=0.0)
-            for axis, name in zip(shown, names):
-                drawn = axis.imshow(maps[name].numpy(), vmin=0, vmax=top, cmap="viridis")
-                heading = comparison.title(name) if name in ROWS else name
-                axis.set_title(f"{heading}\n{float(maps[name].sum()):.1f} nats", fontsize=9)
-            if shown:
-                figure.colorbar(drawn, ax=shown, shrink=0.8)
+    lines = []
+    for maps in levels:
+        of_priors = {name: rate for name, rate in maps.items() if name in ROWS}
+        of_channels = {name: rate for name, rate in maps.items() if name not in ROWS}
+        lines += [line for line in (of_priors, of_channels) if line]
+    wide = max(map(len, lines))
+    figure, axes = pyplot.subplots(len(lines), wide, figsize=(WIDTH, 2.1 * len(lines)), squeeze=False, layout="constrained")
+    for row, line in zip(axes, lines):
+        top = max(float(rate.max()) for rate in line.values())
+        for axis, (name, rate) in zip(row, line.items()):
+            drawn = axis.imshow(rate.numpy(), vmin=0, vmax=top, cmap="viridis")
+            heading = comparison.title(name) if name in ROWS else "\n".join(name.rsplit(", ", 1))
+            axis.set_title(f"{heading}\n{float(rate.sum()):.1f} nats", fontsize=9)
+        figure.colorbar(drawn, ax=[*row], shrink=0.8)
         for axis in row:
             axis.set(xticks=[], yticks=[])
             axis.set_visible(bool(axis.images))
@@ -81,19 +82,20 @@ def rate_plot(levels: list[dict[str, Tensor]], comparison: Comparison) -> Figure
 def tradeoff_plot(points: dict[float, Tradeoff], label: str) -> Figure:
     """Precision, recall and fd against what is varied, from the most diverse samples on, the lowest fd marked."""
     values, tried = list(points), list(points.values())
-    figure, axis = pyplot.subplots(figsize=(5.5, 3.6), layout="constrained")
+    figure, axis = pyplot.subplots(figsize=(WIDTH, 3.6), layout="constrained")
     axis.plot(values, [point.precision for point in tried], color="tab:purple", marker="o", label="precision")
     axis.plot(values, [point.recall for point in tried], color="tab:olive", marker="s", label="recall")
     margin = 0.03 * (values[-1] - values[0])
-    axis.set(xlabel=label, ylabel="precision, recall", xlim=(values[0] - margin, values[-1] + margin), ylim=(0, 1))
+    axis.set(xlabel=label, xticks=values, ylabel="precision, recall", xlim=(values[0] - margin, values[-1] + margin), ylim=(0, 1))
     axis.set_title(f"{tried[0].images} images a point", fontsize=10)
     if best := lowest_fd(tried):
         distances, at = [point.fd or 0.0 for point in tried], values[tried.index(best)]
         right = axis.twinx()
         right.plot(values, distances, color="tab:green", marker="^", label="fd")
+        inward = {values[0]: "left", values[-1]: "right"}.get(at, "center")  # so that the text stays inside
         right.annotate(
             f"lowest fd {best.fd:.2f}\nat {at:.2f}", (at, best.fd), xytext=(0, 12),
-            textcoords="offset points", ha="center", fontsize=9, color="tab:green",
+            textcoords="offset points", ha=inward, fontsize=9, color="tab:green",
         )  # fmt: skip
         right.set(ylabel="fd", ylim=(0, 1.3 * max(distances)))
     figure.legend(loc="outside lower center", ncols=3, fontsize=9)
@@ -137,6 +139,17 @@ def plain(name: str) -> str:
     return escaped(name).replace("$", r"\$")
 
 
+def panels(count: int, height: float, abreast: int, shared: bool = False) -> tuple[Figure, list[Axes]]:
+    """A figure of `count` panels, each `height` inches high, at most `abreast` side by side. shared: they have one scale."""
+    columns = min(count, abreast)
+    rows = -(-count // columns)
+    size = WIDTH, height * rows
+    figure, axes = pyplot.subplots(rows, columns, figsize=size, sharex=shared, sharey=shared, squeeze=False, layout="constrained")
+    for axis in axes.flat[count:]:
+        axis.set_visible(False)
+    return figure, [*axes.flat[:count]]
+
+
 def png(figure: Figure) -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, dpi=DPI)
@@ -146,8 +159,8 @@ def png(figure: Figure) -> bytes:
 
 def training_curves(histories: dict[str, list[dict[str, Any]]]) -> Figure:
     """Held-out loss against the step, one panel a stage."""
-    figure, axes = pyplot.subplots(1, len(histories), figsize=(4.2 * len(histories), 3), squeeze=False, layout="constrained")
-    for axis, (stage, history) in zip(axes[0], histories.items()):
+    figure, axes = panels(len(histories), 2.5, abreast=2)
+    for axis, (stage, history) in zip(axes, histories.items()):
         for part, key, row in (("held out", "held_out", "real"), ("training", "train", "posterior")):
             losses = [entry[key]["loss"] for entry in history]
             axis.plot([entry["step"] for entry in history], losses, marker=".", label=part, color=COLOURS[row])
@@ -159,12 +172,11 @@ def training_curves(histories: dict[str, list[dict[str, Any]]]) -> Figure:
 def projections(points: dict[str, Tensor], comparison: Comparison) -> Figure:
     """Each prior's draws, N 2, over those of q(z), which are `posterior`'s."""
     others = [name for name in points if name != "posterior"]
-    figure, axes = pyplot.subplots(
-        1, len(others), figsize=(2.7 * len(others), 2.9), sharex=True, sharey=True, squeeze=False, layout="constrained"
-    )
-    for axis, name in zip(axes[0], others):
+    figure, axes = panels(len(others), 2.0, abreast=3, shared=True)
+    for axis, name in zip(axes, others):
         for which in ("posterior", name):
-            axis.scatter(*points[which].T, s=3, color=COLOURS[which], linewidths=0)
+            across, up = points[which].T
+            axis.scatter(across, up, s=3, color=COLOURS[which], linewidths=0)
         axis.set_title(comparison.title(name), fontsize=10)
         axis.set(xticks=[], yticks=[])
     return figure
