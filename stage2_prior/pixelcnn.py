@@ -78,10 +78,10 @@ class GatedLayer(nn.Module):
         return v + self.dropout(gate(above)), h + self.output(self.dropout(gate(before)))
 
     def step_weights(self) -> StepWeights:
-        """The weights as matrices, for the cached steps of steps.py."""
+        """The weights as matrices, for the cached steps of steps.py. StepWeights explains the factors 2 and the sign."""
         vertical, across, horizontal = self.vertical.conv, self.vertical_to_horizontal, self.horizontal.conv
         ones = self.output.weight.new_ones(self.output.in_channels)
-        twice = torch.cat([2 * ones, ones])
+        twice = torch.cat([2 * ones, ones])  # for a and b of the gate; what is read from a vertical stack so scaled is halved
         return StepWeights(
             vertical_norm=self.vertical_norm.step_weights(),
             vertical=rearrange(vertical.weight, "o d m k -> m (k d) o") * twice,
