@@ -4,7 +4,10 @@ All of them run the same program. The first alone writes and prints; everything 
 where there is one process it costs nothing.
 """
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
 from typing import TypeVar
 
 import torch
@@ -15,9 +18,16 @@ from stage1_vae.statistics import world_size as count
 
 T = TypeVar("T")
 
+AGES = timedelta(days=10_000)
+
 
 def rank() -> int:
     return distributed.get_rank() if count() > 1 else 0
+
+
+def on_this_machine() -> tuple[int, int]:
+    """The number of this process among those of its machine, and how many these are."""
+    return (int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])) if count() > 1 else (0, 1)
 
 
 def on_first(action: Callable[[], T]) -> T:
@@ -46,25 +56,60 @@ def largest(number: int, device: torch.device) -> int:
     return int(tensor)
 
 
-def gathered(value: T) -> list[T]:
-    """The values of all processes, first to last."""
+def gathered(value: T, group: "distributed.ProcessGroup | None" = None) -> list[T]:
+    """The values of all processes, first to last. group: through which they are connected; as in training, when None."""
     if count() == 1:
         return [value]
     values: list = [None] * count()
-    distributed.all_gather_object(values, value)
+    distributed.all_gather_object(values, value, group)
     return values
 
 
-def on_each(action: Callable[[], object]) -> None:
-    """An action of each process; what one raises of a user's mistake or a disk is raised on all."""
+@contextmanager
+def patient() -> Iterator["distributed.ProcessGroup | None"]:
+    """A group of all processes in which one waits for the others for ages, where that of training gives up after minutes."""
+    if count() == 1:
+        yield None
+        return
+    group = distributed.new_group(timeout=AGES, backend="gloo")
+    try:
+        yield group
+    finally:
+        distributed.destroy_process_group(group)
+
+
+def on_each(action: Callable[[], object], group: "distributed.ProcessGroup | None" = None) -> None:
+    """An action of each process; what one raises of a user's mistake or a disk is raised on all. group: as of `gathered`."""
     failure = None
     try:
         action()
     except (UserError, OSError) as error:
         failure = error
-    for other in gathered(failure):
+    for other in gathered(failure, group):
         if other is not None:
             raise other
+
+
+def shared(work: Callable[[T], object], items: Sequence[T], label: str, unit: str) -> None:
+    """Work on each of some items, however long it takes, by turns of the processes.
+
+    work: leaves something on disk, and looks first whether it is there. Where machines share a disk, each item is worked on
+    once. Where they do not, a machine does not see what others have left; then its own processes do what is missing there.
+    What one raises of a user's mistake or a disk is raised on all. label, unit: of the progress.
+    """
+
+    def by_turns(own: int, turns: int, label: str) -> None:
+        with Progress(label, len(items), unit) as progress:
+            for start in range(0, len(items), turns):
+                if start + own < len(items):
+                    work(items[start + own])
+                progress.update(min(turns, len(items) - start))
+
+    with patient() as group:
+        on_each(lambda: by_turns(rank(), count(), label), group)
+        own, here = on_this_machine()
+        if here < count():
+            on_each(lambda: by_turns(own, here, f"{label}, what this machine lacks"), group)
 
 
 def in_batches(

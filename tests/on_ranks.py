@@ -4,22 +4,34 @@ The processes leave what they found in FOLDER/found-RANK.pt.
 """
 
 import dataclasses
+import io
 import os
 import signal
 import sys
+import time
+from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from lightning_fabric import Fabric
+from PIL import Image
 from torch import Tensor, distributed, nn
+from torch.distributed.constants import default_pg_timeout
+from torch.distributed.distributed_c10d import _set_pg_timeout
+from webdataset import TarWriter
 
 from pipelines import files, processes
 from pipelines.console import Stopped, UserError
+from pipelines.data import shard_index
 from pipelines.data.images import ImageSet, Splits
 from pipelines.data.sets import TorchvisionSet
+from pipelines.data.shards import Shards
 from pipelines.runs import latents
-from pipelines.runs.dataset import write_facts
+from pipelines.runs.dataset import load_data, write_facts
 from pipelines.runs.latents import encoded
 from pipelines.runs.parts import new_autoencoder
 from pipelines.runs.recipes import preset
@@ -40,6 +52,7 @@ from stage2_prior.latents import LatentSpec
 from tests.parts import BACKBONES, cheaper_comparisons, random_latents, shrunk, small_splits
 
 STEPS = 50
+SHARDS = 5
 CONFIG = FitConfig(steps=STEPS, batch_size=8, learning_rate=3e-3, warmup_steps=5, checkpoint_steps=10, gradient_clip=10.0)
 FIXED = bottlenecks.VectorQuantized(codes=6, channels=3, revival=0.0, rate_weight=2.0)
 WITHOUT_DRAWS = {
@@ -210,6 +223,72 @@ def writers_of_latents(folder: Path) -> dict[str, list[str]]:
     return found
 
 
+def write_shards(folder: Path) -> None:
+    """SHARDS tar files of 12 small pictures each."""
+    folder.mkdir(parents=True)
+    for shard in range(SHARDS):
+        pixels = np.random.default_rng(shard).integers(0, 256, (12, 8, 8, 3), np.uint8)
+        with TarWriter(str(folder / f"{shard}.tar")) as tar:
+            for index, image in enumerate(pixels):
+                file = io.BytesIO()
+                Image.fromarray(image).save(file, "png")
+                tar.write({"__key__": f"{shard}-{index}", "png": file.getvalue(), "cls": str(index % 3)})
+
+
+def shards_in(folder: Path) -> Shards:
+    return Shards(f"{folder}/{{0..{SHARDS - 1}}}.tar", size=8, cache=folder / "cache")
+
+
+def indexed(folder: Path) -> dict[str, dict[str, Any]]:
+    """What this process is given of shards, and which of them it reads to index them; or what is said of one that is no good."""
+    read: list[str] = []
+    entries_of, seconds = shard_index.entries_of, 0.0
+
+    def entries(path: str, *given: Any) -> Any:
+        read.append(Path(path).name)
+        time.sleep(seconds)
+        return entries_of(path, *given)
+
+    def changed(change: Callable[[], object]) -> None:
+        if processes.rank() == 0:
+            change()
+        distributed.barrier()
+
+    def loaded(shards: Path) -> dict[str, Any]:
+        run = Run.create(folder / "run", dataclasses.replace(preset("webdataset"), data=shards_in(shards)), "cpu")
+        read.clear()
+        distributed.barrier()
+        _set_pg_timeout(timedelta(seconds=1))  # of what training does together; indexing may take longer
+        try:
+            train = load_data(run).train
+        except UserError as error:
+            return {"read": read[:], "said": f"{type(error).__name__}: {error}"}
+        finally:
+            _set_pg_timeout(default_pg_timeout)
+        return {"read": read[:], "images": train.images, "labels": train.labels}
+
+    shards, own = folder / "on a shared disk", folder / f"of machine {processes.rank()}"
+    patch = pytest.MonkeyPatch()
+    patch.setattr(shard_index, "entries_of", entries)
+    changed(lambda: write_shards(shards))
+    seconds = 1.0 * processes.rank()
+    found = {"first": loaded(shards)}
+    seconds = 0.0
+    found["again"] = loaded(shards)
+    changed(lambda: (os.utime(shards / "3.tar", (0, 0)), (shards / "0.tar.index").write_bytes(b"damaged")))
+    found["changed"] = loaded(shards)
+    changed(lambda: (shards / "1.tar").write_bytes((shards / "1.tar").read_bytes()[:1000]))
+    found["cut off"] = loaded(shards)
+    changed(lambda: (shards / "1.tar").unlink())
+    found["gone"] = loaded(shards)
+    write_shards(own)
+    patch.setenv("LOCAL_RANK", "0")
+    patch.setenv("LOCAL_WORLD_SIZE", "1")
+    found["two machines"] = loaded(own)
+    patch.undo()
+    return found
+
+
 def main(folder: Path) -> None:
     torch.set_num_threads(1)
     torch.set_default_dtype(torch.float64)
@@ -232,6 +311,7 @@ def main(folder: Path) -> None:
     torch.set_default_dtype(torch.float32)
     TorchvisionSet.load = made  # type: ignore[method-assign]
     found["wrote"] = writers_of_latents(folder / "latents")
+    found["indexed"] = indexed(folder / "shards")
     run_of_codes(folder / "run")
     torch.save(found, folder / f"found-{processes.rank()}.pt")
 

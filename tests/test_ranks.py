@@ -1,6 +1,7 @@
 """Several processes against one: two that torchrun starts, connected by gloo, do the work of tests/on_ranks.py."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -89,6 +90,26 @@ def test_each_process_writes_latents_of_its_own(found, folder):
     run = Run.open(str(folder / "latents"), "cpu")
     (whole,) = load_autoencoder(run).encode(small_splits((1, 28, 28), 4).train.images[:11])
     assert torch.allclose(torch.cat([part["0.mean"] for part in several]), whole["mean"], atol=1e-5)
+
+
+def test_processes_share_the_indexing_of_shards(found, folder, tmp_path):
+    """Each shard is read once to index it, on one disk or one of each machine; the images are those of one process."""
+    on_ranks.write_shards(tmp_path / "shards")
+    one = on_ranks.shards_in(tmp_path / "shards").load().train
+    several = [of_one["indexed"] for of_one in found]
+    assert [of_one["first"]["read"] for of_one in several] == [["0.tar", "2.tar", "4.tar"], ["1.tar", "3.tar"]]
+    assert [of_one["again"]["read"] for of_one in several] == [[], []]
+    assert [of_one["changed"]["read"] for of_one in several] == [["0.tar"], ["3.tar"]]
+    for of_one in several:
+        assert sorted(of_one["two machines"]["read"]) == [f"{shard}.tar" for shard in range(on_ranks.SHARDS)]
+        for case in ("first", "again", "changed", "two machines"):
+            assert torch.equal(of_one[case]["images"], one.images) and torch.equal(of_one[case]["labels"], one.labels)
+
+
+def test_a_shard_that_is_no_good_is_said_by_all_processes(found):
+    for case, name in (("cut off", "1.tar cannot be read as a tar file"), ("gone", "NotThere: there is no shard .*1.tar")):
+        said = {of_one["indexed"][case]["said"] for of_one in found}
+        assert len(said) == 1 and re.search(name, said.pop())
 
 
 def test_all_leave_out_a_step_that_is_not_a_number_on_one(found, tmp_path):

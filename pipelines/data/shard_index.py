@@ -114,29 +114,35 @@ def split(content: bytes, lengths: Numbers) -> list[bytes | None]:
 def index_of(paths: list[str], split_name: SplitName, left_out: Counter[str], cache: Path) -> Index:
     """The samples with an image in WebDataset shards, in the order in which they begin there. No image is read.
 
-    A shard's index is kept in a file beside it, or in a folder of the cache where nothing can be written beside it. It counts as
-    long as the shard has the same size and age.
-
-    split_name: into the key of the sample and the kind; left_out: takes the number of what is left out, by its kind. Raises
-    UserError for a file that is not a tar file, is compressed, or is cut off.
+    split_name: into the key of the sample and the kind; left_out: takes the number of what is left out, by its kind; cache, and
+    what is raised: as of `index_of_shard`.
     """
     parts = []
     with Progress("reading the index of the shards", len(paths), "shards") as progress:
         for path in paths:
-            state = size_and_mtime(path)
-            places = places_for(path, cache)
-            kept = next((found for place in places if (found := OfShard.unpacked(place, state)) is not None), None)
-            if kept is None:
-                kept = read_shard(path, split_name)
-                keep(places, kept.packed(state))
-            parts.append(kept)
-            left_out.update(kept.left_out)
+            parts.append(index_of_shard(path, split_name, cache))
+            left_out.update(parts[-1].left_out)
             progress.update(1)
     offsets, sizes = np.concatenate([part.places for part in parts], 1)
     numbers = np.repeat(np.arange(len(parts)), [len(part.keys) for part in parts])
     annotations = {kind: [content for part in parts for content in part.annotations[kind]] for kind in ANNOTATIONS}
     repeated = sum(len(part.keys) - len({*part.keys}) for part in parts)
     return Index([key for part in parts for key in part.keys], numbers, offsets, sizes, annotations, repeated)
+
+
+def index_of_shard(path: str, split_name: SplitName, cache: Path) -> OfShard:
+    """Of one shard: read from the file that keeps it, or made and kept there.
+
+    That file lies beside the shard, or in a folder of the cache where nothing can be written beside it. It counts as long as
+    the shard has the same size and age. Raises UserError for a shard that is not a tar file, is compressed, or is cut off.
+    """
+    state = size_and_mtime(path)
+    places = places_for(path, cache)
+    kept = next((found for place in places if (found := OfShard.unpacked(place, state)) is not None), None)
+    if kept is None:
+        kept = read_shard(path, split_name)
+        keep(places, kept.packed(state))
+    return kept
 
 
 def places_for(path: str, cache: Path) -> list[Path]:

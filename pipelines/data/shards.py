@@ -7,14 +7,15 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
+from pipelines import processes
 from pipelines.console import UserError, counted, say
 from pipelines.data.captions import usable_text
 from pipelines.data.images import ImageSet, Splits
 from pipelines.data.layout import listed, some
 from pipelines.data.own import FEWEST_IMAGES, OwnImages, labels_of
 from pipelines.data.reading import Stored
-from pipelines.data.shard_index import Index, index_of
-from pipelines.data.tars import TarFiles
+from pipelines.data.shard_index import Index, index_of, index_of_shard
+from pipelines.data.tars import SplitName, TarFiles
 
 
 @dataclass(frozen=True)
@@ -33,10 +34,8 @@ class Shards(OwnImages):
 
     def load(self, report: Path | None = None) -> Splits:
         """report: file to name the unreadable images in."""
-        if self.urls is None:
-            raise UserError("the preset webdataset needs your shards: --data.urls 'data/train-{000..099}.tar'")
+        patterns = self.patterns()
         self.check()
-        patterns = {"all": self.urls} if self.test_urls is None else {"train": self.urls, "test": self.test_urls}
         found = [self.samples(pattern) for pattern in patterns.values()]
         texts = [(index.keys, [*map(text_of, index.annotations["cls"])]) for _, index in found]
         labels, label_names = labels_of(texts, "samples", "cls")
@@ -47,27 +46,36 @@ class Shards(OwnImages):
             sets[split] = ImageSet(images, part_labels, captions_in(index))
         return self.splits(sets, " and ".join(patterns.values()), label_names, report)
 
+    def index_together(self) -> None:
+        """Copy and index the shards as `load` does, but by all processes together, each some of them."""
+        patterns = self.patterns()
+        self.check()
+        urls = dict.fromkeys(url for pattern in patterns.values() for url in urls_of(pattern))
+        split = split_name()
+        processes.shared(lambda url: index_of_shard(self.local(url), split, self.cache), [*urls], "indexing the shards", "shards")
+
+    def patterns(self) -> dict[str, str]:
+        """By the split that they are for, or `all`."""
+        if self.urls is None:
+            raise UserError("the preset webdataset needs your shards: --data.urls 'data/train-{000..099}.tar'")
+        return {"all": self.urls} if self.test_urls is None else {"train": self.urls, "test": self.test_urls}
+
+    def local(self, url: str) -> str:
+        """The local file of a shard, copied where it is not there."""
+        if not REMOTE.match(url):
+            return url.removeprefix("file://").removeprefix("file:")
+        from webdataset.cache import FileCache
+
+        try:
+            return FileCache(str(self.cache), url_to_name=cache_name, validator=None).get_file(url)
+        except (OSError, ValueError) as error:
+            raise UserError(f"the shard {url} cannot be copied to {self.cache}/ ({error})") from error
+
     def samples(self, pattern: str) -> tuple[list[str], Index]:
         """The local files of a pattern, and what is in them."""
-        try:
-            from webdataset.cache import FileCache
-            from webdataset.shardlists import expand_urls
-            from webdataset.tariterators import base_plus_ext
-        except ImportError as error:
-            raise UserError(NEEDS_WEBDATASET) from error
-        cache = FileCache(str(self.cache), url_to_name=cache_name, validator=None)
-        try:
-            urls = expand_urls(pattern)
-        except (ValueError, AssertionError) as error:  # of braces, or of a variable that is not set
-            raise UserError(f"{pattern!r} names no shards ({error}): write it like 'data/train-{{000..099}}.tar'") from error
-        paths = []
-        for url in urls:
-            try:
-                paths.append(cache.get_file(url) if REMOTE.match(url) else url.removeprefix("file://").removeprefix("file:"))
-            except (OSError, ValueError) as error:
-                raise UserError(f"the shard {url} cannot be copied to {self.cache}/ ({error})") from error
+        paths = [self.local(url) for url in urls_of(pattern)]
         left_out: Counter[str] = Counter()
-        index = index_of(paths, base_plus_ext, left_out, self.cache)
+        index = index_of(paths, split_name(), left_out, self.cache)
         if left_out:
             say(f"left out of {pattern}: {listed(left_out)}")
         if index.repeated:
@@ -80,6 +88,25 @@ class Shards(OwnImages):
 
 NEEDS_WEBDATASET = "shards need the library `webdataset`: pip install -e '.[webdataset]'"
 REMOTE = re.compile(r"(?!file:)\w{2,}:")  # a URL, or a pipe: command
+
+
+def urls_of(pattern: str) -> list[str]:
+    """The shards of a pattern. Raises UserError where it names none, or the library is missing."""
+    try:
+        from webdataset.shardlists import expand_urls
+    except ImportError as error:
+        raise UserError(NEEDS_WEBDATASET) from error
+    try:
+        return expand_urls(pattern)
+    except (ValueError, AssertionError) as error:  # of braces, or of a variable that is not set
+        raise UserError(f"{pattern!r} names no shards ({error}): write it like 'data/train-{{000..099}}.tar'") from error
+
+
+def split_name() -> SplitName:
+    """WebDataset's way to split the name of a member into the key of its sample and its kind."""
+    from webdataset.tariterators import base_plus_ext
+
+    return base_plus_ext
 
 
 def cache_name(url: str) -> str:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from pipelines import files
+from pipelines import files, processes
 from pipelines.console import NotThere, UserError
 from pipelines.data.captions import captions_of
 from pipelines.data.decoding import MOST_PIXELS
@@ -114,9 +114,12 @@ def load_data(run: Run) -> Splits:
     data = run.config.data
     if (place := place_of_own_images(run)) is not None and isinstance(data, Folder | Parquet):
         data = replace(data, root=place)
-    with LOADING, run.fabric.rank_zero_first(local=True):  # which may download it, or read it whole
+    with LOADING:
         try:
-            splits = data.load(run.work / UNREADABLE)
+            if isinstance(data, Shards) and processes.count() > 1:
+                data.index_together()
+            with run.fabric.rank_zero_first(local=True):  # which may download it, or read it whole
+                splits = data.load(run.work / UNREADABLE)
         except NotThere as error:
             if not (run.folder / "config.json").is_file():
                 raise
