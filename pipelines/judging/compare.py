@@ -70,8 +70,6 @@ class Judged:
     """The figures of each row, and what they were made of."""
 
     rows: dict[str, Row]
-    features: dict[str, Tensor]
-    """N F each"""
     nearest: dict[str, tuple[Tensor, Tensor]]
     """for each image the distance to its nearest training image, and which it is, N each; mirror images come after all others"""
     fd: dict[str, Tensor]
@@ -127,13 +125,14 @@ def tuned_sampling(subject: Subject, rows: Rows) -> tuple[Sampling, list[Tradeof
 
 def judge(subject: Subject, rows: Rows) -> Judged:
     space = subject.space
-    features = {name: space.scaled(seen.features) for name, seen in rows.seen.items()}
     learned_from = space.reference
     if subject.run.config.mirror:  # a copy may be of either
         learned_from = OfTraining([learned_from, space.of_training(mirror=True)], space.scale)
-    nearest = {name: nearest_neighbours(values, learned_from) for name, values in features.items()}
+    nearest = {name: nearest_neighbours(space.scaled(seen.features), learned_from) for name, seen in rows.seen.items()}
     judge = Judge(space, nearest["real"][0], subject.seed)
-    values = {name: judge.under_resamples(points, nearest[name][0]) for name, points in features.items()}
+    values = {
+        name: judge.under_resamples(space.scaled(seen.features), nearest[name][0]) for name, seen in rows.seen.items()
+    }  # features of one row at a time in float64
     figures = {name: Row(**judge.figures(found, nearest[name][0])) for name, found in values.items()}
     errors = rows.seen["reconstruction"].errors
     assert errors is not None
@@ -145,7 +144,7 @@ def judge(subject: Subject, rows: Rows) -> Judged:
         note = f"{len(mixture.weights)} components with {kind} covariances, the best of {', '.join(map(str, mixture.tried))}"
         figures["mixture"] = replace(figures["mixture"], note=note)
     distances = {name: found["fd"] for name, found in values.items() if "fd" in found}
-    return Judged(figures, features, nearest, distances, judge.withheld)
+    return Judged(figures, nearest, distances, judge.withheld)
 
 
 def with_nats(subject: Subject, nats: dict[str, Tensor], figures: dict[str, Row]) -> dict[str, Row]:
@@ -180,9 +179,9 @@ def comparison_of(subject: Subject, rows: Rows, judged: Judged, tried: list[Trad
     priors = {name: row for name, row in figures.items() if name not in ("real", "reconstruction")}
     rejected = []
     if subject.labels is not None:
-        confidence = rows.seen["learned"].confidence
-        assert confidence is not None
-        rejected = rejection(subject.space, confidence, judged.features["learned"], subject.labels)
+        learned = rows.seen["learned"]
+        assert learned.confidence is not None
+        rejected = rejection(subject.space, learned.confidence, subject.space.scaled(learned.features), subject.labels)
     codes, withheld = subject.codes, None
     if not run.learned:
         withheld = NO_LEARNED_PRIOR

@@ -38,6 +38,7 @@ T = TypeVar("T")
 
 GRID = 64  # images kept of each row, to show them
 A_LABEL, MOST_LABELS = 16, 12  # samples shown of a label, and labels
+BY_LABEL = ("learned", "tuned")  # rows whose samples are shown by label
 POINTS = 1000  # draws in a scatter plot
 BATCH = 500
 SAMPLED_AT_ONCE = 256
@@ -94,10 +95,10 @@ class Subject:
         found = {name: torch.nonzero(self.labels == number).squeeze(1)[:A_LABEL] for number, name in named}
         return {name: places for name, places in found.items() if len(places) == A_LABEL}
 
-    @cached_property
-    def kept(self) -> Tensor:
-        """The places in a row of the images that are kept: the first GRID, and those shown by label."""
-        return torch.cat([torch.arange(min(GRID, len(self.chosen))), *self.shown.values()]).unique()
+    def kept(self, row: str) -> Tensor:
+        """The places in a row of the images that are kept: the first GRID, and those of the learned prior shown by label."""
+        by_label = self.shown.values() if row in BY_LABEL else ()
+        return torch.cat([torch.arange(min(GRID, len(self.chosen))), *by_label]).unique()
 
 
 def classifier(subject: Subject, seed: int) -> Classifier:
@@ -111,7 +112,7 @@ class Seen:
     features: Tensor
     """as `FeatureSpace.unscaled` gives them, N F"""
     images: Tensor
-    """those at the places `Subject.kept`, uint8 C H W each"""
+    """those at the places that `Subject.kept` says, uint8 C H W each"""
     read: Tensor | None = None
     """the labels that the classifier predicts, N"""
     confidence: Tensor | None = None
@@ -162,17 +163,17 @@ class Rows:
             read = logits_of(fabric, self.reader, images).argmax(1)
         if self.other_reader is not None and labels is not None and row == "learned":
             confidence = label_log_prob(fabric, self.other_reader, images, labels[places])
-        kept = images[torch.isin(places, self.subject.kept)]
+        kept = images[torch.isin(places, self.subject.kept(row))]
         return Seen(self.subject.space.of_batch(images), kept, read, confidence)
 
     @property
     def images(self) -> dict[str, Tensor]:
         """The first GRID of each row, uint8 C H W each."""
-        return {name: seen.images[torch.isin(self.subject.kept, torch.arange(GRID))] for name, seen in self.seen.items()}
+        return {name: seen.images[self.subject.kept(name) < GRID] for name, seen in self.seen.items()}
 
     def by_label(self, row: str) -> dict[str, Tensor]:
-        """The first A_LABEL samples of each label, where there are as many, uint8 A_LABEL C H W."""
-        images, kept = self.seen[row].images, self.subject.kept
+        """Of a row of BY_LABEL, the first A_LABEL samples of each label, where there are as many, uint8 A_LABEL C H W."""
+        images, kept = self.seen[row].images, self.subject.kept(row)
         return {name: images[torch.searchsorted(kept, places)] for name, places in self.subject.shown.items()}
 
     def held_out(self) -> Seen:
