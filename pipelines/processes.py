@@ -72,6 +72,7 @@ def patient() -> Iterator["distributed.ProcessGroup | None"]:
         yield None
         return
     group = distributed.new_group(timeout=AGES, backend="gloo")
+    assert isinstance(group, distributed.ProcessGroup)  # all are in it
     try:
         yield group
     finally:
