@@ -53,6 +53,7 @@ from pipelines.runs.config import MetricsConfig
 from pipelines.runs.dataset import load_data
 from pipelines.runs.recipes import preset
 from pipelines.training.devices import fabric_for
+from stage1_vae import autoencoder
 from stage2_prior.sampling import AS_FITTED
 from tests.parts import compared, shrunk, small_splits
 
@@ -544,6 +545,27 @@ def test_memory_of_the_rows_grows_with_features_but_not_with_images(run, monkeyp
     growth = (peak(120) - peak(40)) / 80
     of_features, of_pixels = 4 * subject.space.model.dimensions, math.prod(subject.splits.image_shape)
     assert growth < of_features * (len(subject.priors) + 3) + of_pixels / 2  # the other rows, and a copy of one
+
+
+@pytest.mark.usefixtures("small_data")
+def test_the_noise_of_pixels_is_not_held_of_a_whole_batch(run, monkeypatch):
+    """Of a batch of reconstructions so few are rendered at once that the noise of their pixels takes no more with more images."""
+    monkeypatch.setattr(autoencoder, "PIXELS_AT_ONCE", 2 * 28 * 28)
+    monkeypatch.setattr(Classifier, "pixels", 2 * 28 * 28)
+    subject = rows.Subject.of(run, load_data(run), run.config.metrics, 0)
+    reader = rows.classifier(subject, seed=1)
+    monkeypatch.setattr(rows, "classifier", lambda subject, seed: reader)
+
+    def growth(pixels: str) -> float:
+        judging = dataclasses.replace(subject.judging, pixels=pixels)
+        parts = {count: (subject.chosen[:count], subject.contexts[:count]) for count in (40, 120)}
+        few, many = (
+            rows.Rows(dataclasses.replace(subject, judging=judging, chosen=chosen, contexts=contexts))
+            for chosen, contexts in parts.values()
+        )
+        return (peak_bytes(many.reconstructions, torch.device("cpu")) - peak_bytes(few.reconstructions, torch.device("cpu"))) / 80
+
+    assert growth("sample") < growth("mean") + 28 * 28  # float32 noise would take four times as much
 
 
 @pytest.mark.usefixtures("small_data")

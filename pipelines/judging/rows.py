@@ -189,14 +189,17 @@ class Rows:
         exchanged: share of the positions whose latent is that of another image at the same position, so drawn from its marginal.
         """
 
+        def rendered(numbers: Tensor, levels: list[Tensor]) -> Tensor:
+            noise = pixel_noise(subject.judging.pixels, 0, fabric.to_device(numbers), autoencoder.image_shape)
+            return autoencoder.render(levels, noise).cpu()
+
         @torch.inference_mode()
         def seen(places: Tensor) -> Seen:
             batch = subject.chosen[places]
             posteriors = fabric.to_device(subject.latents.posteriors(batch))
             torch.manual_seed(int(batch[0]))
-            noise = pixel_noise(subject.judging.pixels, 0, fabric.to_device(batch), autoencoder.image_shape)
-            levels = [exchange(level, exchanged) for level in autoencoder.sample(posteriors)]
-            images = autoencoder.render(levels, noise).cpu()
+            levels = [exchange(level, exchanged).split(at_once) for level in autoencoder.sample(posteriors)]
+            images = torch.cat([rendered(numbers, [*part]) for numbers, *part in zip(batch.split(at_once), *levels)])
             found = self.look("perturbed" if exchanged else "reconstruction", places, images)
             if exchanged:
                 return found
