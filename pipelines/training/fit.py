@@ -198,8 +198,10 @@ class Training:
             say(f"{label}: not compiled, which would take longer than it saves in so few steps")
         elif config.compile and can_compile(fabric):
             say(f"{label}: compiling, which takes minutes before the first step")
-            # As without: gradients of what is computed in full precision are not rounded (pytorch issue 153044).
-            torch._functorch.config.backward_pass_autocast = "off"
+            # As without: gradients of what is computed in full precision are not rounded (pytorch issue 153044). Versions of
+            # torch before that setting round them.
+            if hasattr(torch._functorch.config, "backward_pass_autocast"):
+                torch._functorch.config.backward_pass_autocast = "off"
             model.compile()
         self.wrapped = fabric.setup_module(model)
         self.optimizer = torch.optim.AdamW(
