@@ -19,7 +19,9 @@ from pipelines import TwoStage, score, train_all
 from pipelines import export as command
 from pipelines.console import NotThere, UserError
 from pipelines.data.sets import TorchvisionSet
+from pipelines.explorer.views import Views
 from pipelines.judging.comparison import read_comparison
+from pipelines.judging.tradeoffs import Tradeoff
 from pipelines.pages import exports
 from pipelines.pages.exports import SAMPLES, first_samples, halved, networks_of
 from pipelines.runs import run as runs
@@ -31,6 +33,7 @@ from pipelines.runs.recipes import preset
 from pipelines.runs.run import TRAINED, Run
 from pipelines.training.checkpoints import checksum
 from stage2_prior.conditions import ClassLabel
+from stage2_prior.sampling import AS_FITTED, Sampling
 
 ROOT = Path(__file__).parents[1]
 
@@ -99,6 +102,29 @@ def test_the_cards_of_the_trained_models_are_as_export_writes_them(folder):
     assert early or "--autoguidance" not in written
     assert (folder / CARD).read_text() == written and "library_name: two-stage-latent-prior\nlicense: mit\n" in written
     assert json.loads((folder / LIST).read_text())["files"][CARD] == checksum(folder / CARD)
+
+
+def test_without_a_weaker_copy_a_card_names_the_best_way_to_draw_that_needs_none():
+    run = Run.open(str(TRAINED / "mnist5k-dalle"), "cpu")
+    tried = [(AS_FITTED, 5.0), (Sampling(0.9), 4.0), (Sampling(guidance=1.0), 2.5), (Sampling(autoguidance=1.0), 2.0)]
+    found = read_comparison(run.folder / "compare/metrics.json")
+    figures = {"kid": 0.0, "precision": 0.0, "recall": 0.0, "density": 0.0, "coverage": 0.0, "images": 1000}
+    ways = [Tradeoff(sampling=how, fd=fd, **figures) for how, fd in tried]
+    row = dataclasses.replace(found.priors["learned"], fd=1.0, sampling=Sampling(autoguidance=1.0))
+    comparison = dataclasses.replace(found, sampling=ways, priors=found.priors | {"tuned": row})
+    whole, small = (exports.card(run, comparison, "x", True, None, autoguidance=known) for known in (True, False))
+    assert "`--autoguidance 1`" in whole and "| learned, autoguidance 1 | 1.00 |" in whole
+    assert "`--guidance 1 --caption " in small and "autoguidance" not in small
+    assert dataclasses.replace(comparison, sampling=ways[:1]).tuned(weaker=False) == AS_FITTED
+    assert dataclasses.replace(comparison, sampling=[]).tuned(weaker=False) == AS_FITTED
+
+
+@pytest.mark.parametrize("name", ["mnist5k-2d", "mnist5k-dalle"])
+def test_of_a_trained_model_without_a_weaker_copy_the_explorer_begins_with_what_can_be_drawn(name):
+    views = Views(TwoStage.open(name, "cpu"))
+    found = read_comparison(TRAINED / name / "compare/metrics.json")
+    assert found.priors["tuned"].sampling.autoguidance and not views.autoguided
+    assert views.tuned() == exports.best_way_to_draw(found, False) and not views.tuned().autoguidance
 
 
 def test_where_the_images_of_an_export_are_looked_for_is_said(monkeypatch):

@@ -108,10 +108,9 @@ class Views:
         return feature_space(run.fabric, replace(run.config.metrics, extractor="classifier"), data, run.classifiers)
 
     def tuned(self) -> Sampling:
-        """How the comparison of the run draws from the learned prior; as fitted where there is none."""
+        """How the learned prior is drawn best, by the comparison of the run; as fitted where there is none."""
         path = self.run.folder / "compare" / "metrics.json"
-        row = read_comparison(path).priors.get("tuned") if path.is_file() else None
-        return AS_FITTED if row is None or row.sampling is None else row.sampling
+        return read_comparison(path).tuned(self.autoguided) if path.is_file() else AS_FITTED
 
     @cached_property
     def scorer(self) -> Scorer:

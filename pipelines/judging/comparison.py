@@ -24,8 +24,8 @@ from pipelines.files import read_json, structured, write_json
 from pipelines.judging.features import Features
 from pipelines.judging.health import Health
 from pipelines.judging.quality import error
-from pipelines.judging.tradeoffs import Tradeoff, described
-from stage2_prior.sampling import Sampling
+from pipelines.judging.tradeoffs import Tradeoff, described, lowest_fd
+from stage2_prior.sampling import AS_FITTED, Sampling
 
 SCHEMA = 1
 SURELY = 0.01
@@ -180,6 +180,19 @@ class Comparison:
         first = min(own, key=own.__getitem__)
         errors = [known[name].plus_minus.get("fd", 0.0) for name in (best, first)]
         return best if own[first] - distances[best] > sum(error**2 for error in errors) ** 0.5 else first
+
+    def tuned(self, weaker: bool) -> Sampling:
+        """The best of the ways to draw from the learned prior that were tried; as fitted where none is better.
+
+        weaker: whether the prior still has its weaker copy. Without, the best way is that of the lowest Fréchet distance among
+        those that need none.
+        """
+        row = self.priors.get("tuned")
+        how = AS_FITTED if row is None or row.sampling is None else row.sampling
+        if weaker or not how.autoguidance:
+            return how
+        best = lowest_fd([point for point in self.sampling if point.sampling is None or not point.sampling.autoguidance])
+        return best.sampling if best is not None and best.sampling is not None else AS_FITTED
 
     def title(self, name: str) -> str:
         """Of a row."""

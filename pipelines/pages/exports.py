@@ -226,23 +226,23 @@ def card(run: Run, comparison: Comparison | None, name: str, half: bool, license
         nearest = f"Samples are nearest to the training images with `sample(64, {', '.join(values)})`"
         lines += [f"{nearest}, or `{options}` on the command line.", ""]
     if comparison is not None:
-        lines += figures(comparison, half)
+        lines += figures(comparison, half, autoguidance)
     return "\n".join(lines) + "\n"
 
 
 def best_way_to_draw(comparison: Comparison | None, autoguidance: bool) -> Sampling:
     """From the learned prior; as fitted where nothing else is known to be better and can be done."""
-    how = comparison.priors["tuned"].sampling if comparison is not None and comparison.recommended == "tuned" else None
-    return AS_FITTED if how is None or (how.autoguidance and not autoguidance) else how
+    return comparison.tuned(autoguidance) if comparison is not None and comparison.recommended == "tuned" else AS_FITTED
 
 
 def labels_table(names: list[str]) -> str:
     return markdown([["number", "label"], *([str(number), name.replace("|", r"\|")] for number, name in enumerate(names))])
 
 
-def figures(comparison: Comparison, half: bool) -> list[str]:
-    """What the comparison says, and how it was measured."""
-    rows = [[comparison.title(name), "" if row.fd is None else f"{row.fd:.2f}"] for name, row in comparison.rows.items()]
+def figures(comparison: Comparison, half: bool, autoguidance: bool) -> list[str]:
+    """What the comparison says of what can be drawn, and how it was measured."""
+    shown = {name: row for name, row in comparison.rows.items() if autoguidance or not (row.sampling or AS_FITTED).autoguidance}
+    rows = [[comparison.title(name), "" if row.fd is None else f"{row.fd:.2f}"] for name, row in shown.items()]
     reference = comparison.images_of.reference
     return [
         markdown([["images", "Fréchet distance"], *rows]),
