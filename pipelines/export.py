@@ -18,11 +18,12 @@ class Arguments:
     out: Path
     """a new folder"""
     half: bool = False
-    """store weights in float16: half the size, and slightly different samples; statistics and codebooks stay float32"""
+    """store weights in float16, and those that autoguidance leads away from in 8 bits: half the size or less, and slightly
+    different samples; statistics and codebooks stay float32"""
     latents: bool = False
     """include the latents of the training images, which baselines are fitted to; without, they are encoded again where needed"""
     autoguidance: bool = True
-    """include the earlier weights of the prior that autoguidance needs: as large as the prior itself"""
+    """include the earlier weights of the prior that autoguidance needs: as large as the prior, with --half half as large"""
     license: str | None = None
     """licence of the weights, by its identifier on the Hugging Face hub, such as mit or cc-by-4.0; an export keeps its own"""
     device: Device = "auto"

@@ -23,7 +23,8 @@ class Arguments:
     license: str | None = None
     """licence of the weights, by its identifier on the hub, such as mit or cc-by-4.0"""
     half: bool = False
-    """store weights in float16: half the size, and slightly different samples; statistics and codebooks stay float32"""
+    """store weights in float16, and those that autoguidance leads away from in 8 bits: half the size or less, and slightly
+    different samples; statistics and codebooks stay float32"""
     device: Device = "auto"
     """the device to sample the images of the card on"""
 

@@ -46,7 +46,8 @@ from stage2_prior.sampling import AS_FITTED, Sampling
 
 SAMPLES = "samples.png"
 SHOWN = 16  # samples on the card
-ROUNDING = 2.0**-11  # the largest relative error of float16, of numbers from 6e-5 to 65,504
+ROUNDING = {torch.float16: 2.0**-11, torch.float8_e4m3fn: 2.0**-4}
+"""The largest relative error of each type: of numbers from 6e-5 to 65,504, and from 0.016 to 448."""
 LICENSE = re.compile(r"[a-z0-9][a-z0-9.-]*")  # an identifier on the hub
 
 
@@ -61,10 +62,11 @@ def export(
 ) -> None:
     """Write an export of a finished run to a new folder; it is there whole or not at all.
 
-    half: weights in float16, but statistics and codebooks as they are; then samples differ a little. latents: also those of the
-    training images, which the baselines are fitted to. autoguidance: whether the earlier state of the prior, which it needs, goes
-    along. name: to open it by, the folder's when None. license: its identifier on
-    the hub; that of the run's card when None. Raises UserError where the run is not finished, or the folder is there.
+    half: weights in float16, the matrices of the earlier state of the prior in 8 bits, but statistics and codebooks as they are;
+    then samples differ a little. latents: also those of the training images, which the baselines are fitted to. autoguidance:
+    whether the earlier state of the prior, which it needs, goes along. name: to open it by, the folder's when None. license: its
+    identifier on the hub; that of the run's card when None. Raises UserError where the run is not finished, or the folder is
+    there.
     """
     if license is not None and not LICENSE.fullmatch(license):
         raise UserError(f"--license is an identifier such as mit or cc-by-4.0, not {license!r}")
@@ -84,7 +86,7 @@ def export(
         half = half or halves
         kept |= {f"{place}/model.safetensors": model, f"{place}/config.json": (best / "config.json").read_bytes()}
     if autoguidance and (early := early_prior(run)) is not None:
-        kept[EARLY_PRIOR], _ = stored(early, trained)
+        kept[EARLY_PRIOR], _ = stored(early, trained, matrices=torch.float8_e4m3fn)  # it is meant to be weak
     if run.conditioned_on == "caption":
         kept["tokenizer.json"] = (run.folder / "tokenizer.json").read_bytes()
     comparison = None
@@ -95,7 +97,7 @@ def export(
     if trained:  # samples of the weights that are handed on
         with torch.no_grad():
             for parameter in (*autoencoder.parameters(), *prior.parameters()):
-                parameter.copy_(halved(parameter))
+                parameter.copy_(rounded(parameter, torch.float16))
     kept[SAMPLES] = tiled(first_samples(run, autoencoder, prior), 4)
     license = license or license_of(run.folder / CARD)
     kept[CARD] = card(run, comparison, name or folder.name, half, license, EARLY_PRIOR in kept).encode()
@@ -139,12 +141,17 @@ def parameters_of(run: Run, autoencoder: Autoencoder, prior: Prior) -> set[str]:
     return {f"{part}.{name}" if run.config.refine else name for part, name in named}
 
 
-def stored(path: Path, trained: set[str]) -> tuple[bytes, bool]:
-    """A file of weights, those by these names in half precision, and whether any are."""
+def stored(path: Path, trained: set[str], matrices: torch.dtype = torch.float16) -> tuple[bytes, bool]:
+    """A file of weights, those by these names in half precision, and whether any are.
+
+    matrices: the type of those among them that have more than one dimension, which nearly all numbers are in.
+    """
     tensors = read_tensors(path)
     if not trained:
         return path.read_bytes(), in_half(tensors)
-    tensors = {name: halved(tensor) if name in trained else tensor for name, tensor in tensors.items()}
+    for name in trained & tensors.keys():
+        half = rounded(tensors[name], torch.float16)
+        tensors[name] = rounded(half, matrices) if half.ndim > 1 else half
     return safetensors.torch.save(tensors), in_half(tensors)
 
 
@@ -152,11 +159,16 @@ def in_half(tensors: dict[str, Tensor]) -> bool:
     return any(tensor.dtype == torch.float16 for tensor in tensors.values())
 
 
-def halved(tensor: Tensor) -> Tensor:
-    """float16, of as many bits as bfloat16 and eight times as exact; the same tensor where it has numbers out of its range."""
-    small = tensor.half()
+def rounded(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """In a type of ROUNDING; the same tensor where it has numbers out of that type's range, or no more bits than it.
+
+    float16 has as many bits as bfloat16 and is eight times as exact.
+    """
+    if tensor.dtype.itemsize <= dtype.itemsize:
+        return tensor
+    small = tensor.to(dtype)
     error = (small.double() - tensor.double()).norm()
-    return small if error <= ROUNDING * tensor.double().norm() else tensor
+    return small if error <= ROUNDING[dtype] * tensor.double().norm() else tensor
 
 
 def first_samples(run: Run, autoencoder: Autoencoder, prior: Prior) -> Tensor:

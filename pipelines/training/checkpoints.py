@@ -30,17 +30,19 @@ from pipelines.files import aside, clear_partial, flush, packed, read_tensors, s
 from pipelines.training import sharding
 
 CHECKSUMS = "checksums.json"
+STORED = (torch.float16, torch.float8_e4m3fn)
+"""types of fewer bits, which weights are stored in and never computed with"""
 SETTLED_SECONDS = 2.0  # since the last change of a file: only then would its times tell of another one
 TRAINING = "training.safetensors"
 
 
 def fill(model: nn.Module, tensors: dict[str, Tensor], path: Path) -> None:
-    """Set a model's state; half precision is for storing alone.
+    """Set a model's state; types of fewer bits are for storing alone.
 
     Raises UserError when names, shapes or types are not the model's own.
     """
     expected = model.state_dict()
-    tensors = {name: tensor.float() if tensor.dtype == torch.float16 else tensor for name, tensor in tensors.items()}
+    tensors = {name: tensor.float() if tensor.dtype in STORED else tensor for name, tensor in tensors.items()}
     for name in sorted(expected.keys() | tensors.keys()):
         if name not in tensors or name not in expected:
             wrong = f"{name} is {'missing' if name in expected else 'not one of its tensors'}"
