@@ -47,7 +47,7 @@ def test_what_is_published_is_what_stands_in_the_results():
     results = read_results(reproduce.RESULTS)
     found = {(training.command, training.seed) for training in results.trainings}
     assert found == {(command, seed) for command, seeds in reproduce.PUBLISHED.items() for seed in seeds}
-    assert [ranking.command for ranking in results.rankings] == [*reproduce.RIVALS]
+    assert [(ranking.command, ranking.seed) for ranking in results.rankings] == [*reproduce.RIVALS]
 
 
 @pytest.mark.parametrize("name", TABLES)
