@@ -568,7 +568,7 @@ def test_shards_that_cannot_be_used(tmp_path, monkeypatch, urls, message):
 
 
 def test_without_the_library_the_extra_is_named(monkeypatch):
-    monkeypatch.setitem(sys.modules, "webdataset.cache", None)
+    monkeypatch.setitem(sys.modules, "webdataset.shardlists", None)
     with pytest.raises(UserError, match=r"\[webdataset\]"):
         Shards("x.tar").load()
 
