@@ -23,7 +23,7 @@ def resolved(precision: Precision, device: str) -> Precision:
         return "bfloat16" if torch.cuda.is_bf16_supported() else "float32"
     if device == "mps" or (device == "auto" and torch.backends.mps.is_available()):
         return "float32"  # MPS has bfloat16 from macOS 14 on, but multiplies no faster in it on every chip
-    cpu = getattr(torch.cpu, "get_capabilities", dict)()  # older versions of torch do not say
+    cpu: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()  # older versions of torch do not say
     return "bfloat16" if cpu.get("avx512_bf16") or cpu.get("amx_bf16") else "float32"
 
 
