@@ -24,7 +24,7 @@ PUBLISHED = {
     "mnist5k": (0, 1, 2),
     "mnist5k --prior.condition cluster": (0, 1, 2),
     "mnist5k --prior.condition none": (0, 1),
-    "fashion-mnist": (0,),
+    "fashion-mnist": (0, 1),
     "mnist": (0, 1),
     "mnist5k-vqvae": (0,),
     "fashion-vqvae2": (0,),
@@ -47,6 +47,13 @@ RIVALS = {
         "--prior vamp --stage2.steps 24000",
         "--prior second-vae --stage2.steps 24000",
         "--prior flow",
+    ),
+    ("fashion-mnist", 1): (
+        "--prior.backbone pixelcnn",
+        "--prior.backbone transformer --stage2.learning-rate 1e-3",
+        "--prior vamp --stage2.steps 24000",
+        "--prior second-vae --stage2.steps 24000",
+        "--prior flow --stage2.steps 3000",
     ),
 }
 """By command and seed, priors that are trained on its decoder, too: by what stands after train_all --stage1-from."""
