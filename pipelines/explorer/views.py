@@ -20,12 +20,11 @@ from pipelines.judging.comparison import read_comparison, title
 from pipelines.judging.features import FeatureSpace, feature_space
 from pipelines.judging.quality import nearest_neighbours
 from pipelines.judging.scores import Scorer, Usual
-from pipelines.judging.tradeoffs import described, has_weaker
+from pipelines.judging.tradeoffs import described, has_weaker, takes_guidance
 from pipelines.pages.scores import BRIGHTEST, heat
 from pipelines.runs.dataset import load_data
 from pipelines.runs.latents import training_latents
 from pipelines.two_stage import TwoStage, marginal
-from stage2_prior.kinds import RivalConfig
 from stage2_prior.sampling import AS_FITTED, Sampling
 
 TILES = 20  # images of the decoded plane, along either side
@@ -90,8 +89,8 @@ class Views:
 
     @property
     def guided(self) -> bool:
-        """Whether guidance has a meaning: the learned prior is autoregressive, and takes a label or a caption."""
-        return self.run.conditioned_on is not None and not isinstance(self.run.config.prior, RivalConfig)
+        """Whether guidance has a meaning."""
+        return takes_guidance(self.model.prior("learned") if self.run.learned else None)
 
     @property
     def autoguided(self) -> bool:

@@ -15,7 +15,15 @@ from pipelines.judging.health import health_of
 from pipelines.judging.likelihood import likelihood, rate_maps
 from pipelines.judging.quality import intervals, nearest_neighbours
 from pipelines.judging.rows import BATCH, Rows, Subject
-from pipelines.judging.tradeoffs import Tradeoff, choose_sampling, described, has_weaker, rejection, ways_to_sample
+from pipelines.judging.tradeoffs import (
+    Tradeoff,
+    choose_sampling,
+    described,
+    has_weaker,
+    rejection,
+    takes_guidance,
+    ways_to_sample,
+)
 from pipelines.runs.config import MetricsConfig, judged_by
 from pipelines.runs.kinds import name_of_prior
 from pipelines.runs.parts import weights_of
@@ -118,8 +126,7 @@ def tuned_sampling(subject: Subject, rows: Rows) -> tuple[Sampling, list[Tradeof
 
     run = subject.run
     space = choosing_space(run.fabric, subject.judging, subject.splits, run.classifiers)
-    guided = isinstance(learned, LearnedPrior) and learned.given_condition is not None
-    ways = ways_to_sample(guided, weaker=has_weaker(learned))
+    ways = ways_to_sample(takes_guidance(learned), has_weaker(learned))
     return choose_sampling(space, ways, len(subject.chosen), drawn)
 
 

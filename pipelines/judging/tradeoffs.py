@@ -53,6 +53,11 @@ def ways_to_sample(guided: bool, weaker: bool) -> list[Sampling]:
     return ways + [Sampling(autoguidance=strength) for strength in AUTOGUIDANCE if weaker]
 
 
+def takes_guidance(prior: Prior | None) -> bool:
+    """Whether a prior can be guided toward a label or a caption: the autoregressive ones that take one."""
+    return isinstance(prior, LearnedPrior) and prior.given_condition is not None
+
+
 def has_weaker(prior: Prior | None) -> bool:
     """Whether a prior has a weaker copy, which autoguidance leads away from."""
     return isinstance(prior, LearnedPrior) and prior.levels[0].weaker is not None

@@ -235,8 +235,8 @@ def card(run: Run, comparison: Comparison | None, name: str, half: bool, license
         if how.guidance and context == "caption":  # there is no guidance without one
             values.insert(0, f'caption="{example}"')
             options += f" --caption {shlex.quote(example)}"
-        nearest = f"Samples are nearest to the training images with `sample(64, {', '.join(values)})`"
-        lines += [f"{nearest}, or `{options}` on the command line.", ""]
+        lines += ["Samples are nearest to the training images with these settings:", ""]
+        lines += [f"- in Python: `sample(64, {', '.join(values)})`", f"- on the command line: `{options}`", ""]
     if comparison is not None:
         lines += figures(comparison, half, autoguidance)
     return "\n".join(lines) + "\n"

@@ -48,8 +48,8 @@ def nearest_plot(distances: dict[str, Tensor], comparison: Comparison) -> Figure
 
 def histogram(levels: list[Tensor], comparison: Comparison) -> Figure:
     """How often each code is used, most used first, one panel a level. levels: counts, K each."""
-    figure, axes = pyplot.subplots(1, len(levels), figsize=(5 * len(levels), 3), squeeze=False, layout="constrained")
-    for axis, counts, use in zip(axes[0], levels, comparison.codes):
+    figure, axes = panels(len(levels), 2.5, abreast=1)
+    for axis, counts, use in zip(axes, levels, comparison.codes):
         ordered = counts.sort(descending=True).values
         axis.fill_between(range(len(ordered)), ordered / ordered.sum(), step="mid", color=COLOURS["posterior"])
         axis.set(xlabel="codes, most used first", ylabel="share of positions", yscale="log")
