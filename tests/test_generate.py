@@ -349,8 +349,9 @@ def test_the_best_way_to_draw_that_is_guidance_is_named_with_a_caption(runs, tmp
     assert guided.recommended == "tuned"
     command = shlex.split(command_to_draw(run, guided).removeprefix("python -m pipelines.generate "))
     drawn(*command[: command.index("--count")], tmp_path=tmp_path)
-    (line,) = [line for line in card(run, guided, "boots", False, None).splitlines() if line.startswith("Samples are nearest")]
-    call, options = re.findall("`(.*?)`", line)
+    lines = card(run, guided, "boots", False, None).splitlines()
+    start = next(number for number, line in enumerate(lines) if line.startswith("Samples are nearest"))
+    call, options = (re.search("`(.*)`", line)[1] for line in lines[start + 2 : start + 4])
     assert len(eval(f"model.{call}".replace("64", "2"), {"model": TwoStage.open(run.folder, "cpu")})) == 2
     drawn(str(run.folder), *shlex.split(options), tmp_path=tmp_path)
 
