@@ -125,6 +125,8 @@ def write_asked(asked: Arguments) -> None:
         say(f"{counted(count, 'image')} from the {asked.prior} prior of {model.run.known_as}: {asked.out}")
         if asked.prior == "learned" and caption is None and (examples := model.captions):
             say(f"they were drawn without a caption; with one they are better, such as --caption {shlex.quote(examples[0])}")
+        elif asked.prior == "learned" and asked.how == AS_FITTED and asked.keep_best == 1 and (options := tuned_options(model)):
+            say(f"they were drawn as fitted; by the comparison of this run, samples are better with {options}")
         return
     picture, known = model.read(asked.complete), known_pixels(asked.keep, model.image_shape)
     images = model.complete(
@@ -142,6 +144,16 @@ def write_asked(asked: Arguments) -> None:
     write_images(asked.out, torch.cat([given, images]) if asked.out.suffix == ".png" else images, asked.scale)
     kept = f"its {asked.keep}" if asked.keep in SIDES else f"what is white in {asked.keep}"
     say(f"{counted(count, 'completion')} of {asked.complete}, keeping {kept}: {asked.out}")
+
+
+def tuned_options(model: "TwoStage") -> str:
+    """The options that draw best from the learned prior; empty where none are known."""
+    from pipelines.judging.tradeoffs import as_options
+
+    try:
+        return as_options(Sampling(**model.tuned))
+    except UserError:  # a damaged comparison is no reason to complain here
+        return ""
 
 
 def texts_of(model: "TwoStage", asked: Arguments, count: int, caption: str | list[str] | None) -> list[str]:

@@ -141,6 +141,19 @@ class TwoStage:
         """Names of the priors that can be sampled, the learned one last."""
         return densities(self.run, self.specs)
 
+    @property
+    def tuned(self) -> dict[str, Any]:
+        """The settings that the comparison of the run draws the learned prior best with: `model.sample(**model.tuned)`.
+
+        Empty for a run that was not compared, or where none are better than as fitted. Raises UserError for a damaged comparison.
+        """
+        from pipelines.judging.comparison import comparison_file, read_comparison  # slow to import
+        from pipelines.judging.tradeoffs import departures, has_weaker
+
+        if not self.run.learned or not (path := comparison_file(self.run)).is_file():
+            return {}
+        return departures(read_comparison(path).tuned(has_weaker(self.prior("learned"))))
+
     def prior(self, name: PriorName = "learned") -> Prior:
         """A prior by name; it is loaded once. Raises UserError for an unknown name."""
         if name not in self.opened:

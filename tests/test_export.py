@@ -15,7 +15,7 @@ import safetensors.torch
 import torch
 from PIL import Image
 
-from pipelines import TwoStage, score, train_all
+from pipelines import TwoStage, generate, score, train_all
 from pipelines import export as command
 from pipelines.console import NotThere, UserError
 from pipelines.data.sets import TorchvisionSet
@@ -124,7 +124,32 @@ def test_of_a_trained_model_without_a_weaker_copy_the_explorer_begins_with_what_
     views = Views(TwoStage.open(name, "cpu"))
     found = read_comparison(TRAINED / name / "compare/metrics.json")
     assert found.priors["tuned"].sampling.autoguidance and not views.autoguided
-    assert views.tuned() == exports.best_way_to_draw(found, False) and not views.tuned().autoguidance
+    assert Sampling(**views.model.tuned) == found.tuned(weaker=False) and "autoguidance" not in views.model.tuned
+
+
+def test_of_a_run_that_was_compared_the_best_settings_are_known(tmp_path, capsys):
+    model = TwoStage.open("mnist5k", "cpu")
+    (option,) = model.tuned.items()
+    assert torch.equal(model.sample(2, **model.tuned), model.sample(2, autoguidance=option[1]))
+    generate.main(["mnist5k", "--count", "1", "--device", "cpu", "--out", str(tmp_path / "x.png")])
+    assert f"samples are better with --{option[0]} {option[1]:g}" in capsys.readouterr().out
+    generate.main(["mnist5k", "--count", "1", "--device", "cpu", "--temperature", "0.9", "--out", str(tmp_path / "x.png")])
+    assert "better" not in capsys.readouterr().out
+
+
+def test_where_there_is_no_comparison_or_a_damaged_one_nothing_is_advised(tmp_path, capsys):
+    run, listing = tmp_path / "run", json.loads((TRAINED / "mnist5k" / LIST).read_text())
+    shutil.copytree(TRAINED / "mnist5k", run)
+    metrics = run / "compare/metrics.json"
+    metrics.write_text("{")
+    listing["files"]["compare/metrics.json"] = checksum(metrics)
+    (run / LIST).write_text(json.dumps(listing))
+    generate.main([str(run), "--count", "1", "--device", "cpu", "--out", str(tmp_path / "x.png")])
+    assert "better" not in capsys.readouterr().out and (tmp_path / "x.png").is_file()
+    metrics.unlink()
+    del listing["files"]["compare/metrics.json"]
+    (run / LIST).write_text(json.dumps(listing))
+    assert TwoStage.open(run, "cpu").tuned == {}
 
 
 def test_where_the_images_of_an_export_are_looked_for_is_said(monkeypatch):

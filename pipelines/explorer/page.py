@@ -150,7 +150,7 @@ class Page:
             views = self.views(name)
         except UserError:  # which drawing says
             return [gr.update(visible=False)] * 2 + [gr.update()] * 3
-        told, how = views.run.conditioned_on, views.tuned()
+        told, how = views.run.conditioned_on, Sampling(**views.model.tuned)
         return [
             gr.update(choices=[ANY, *views.model.labels], value=ANY, visible=told == "label"),
             # There is no guidance without a caption; and that of another run says nothing here.

@@ -16,7 +16,7 @@ from torch import Tensor
 from pipelines.console import UserError
 from pipelines.data.images import ImageSet, Splits
 from pipelines.judging.compare import nearest_training_images
-from pipelines.judging.comparison import read_comparison, title
+from pipelines.judging.comparison import title
 from pipelines.judging.features import FeatureSpace, feature_space
 from pipelines.judging.quality import nearest_neighbours
 from pipelines.judging.scores import Scorer, Usual
@@ -25,7 +25,7 @@ from pipelines.pages.scores import BRIGHTEST, heat
 from pipelines.runs.dataset import load_data
 from pipelines.runs.latents import training_latents
 from pipelines.two_stage import TwoStage, marginal
-from stage2_prior.sampling import AS_FITTED, Sampling
+from stage2_prior.sampling import Sampling
 
 TILES = 20  # images of the decoded plane, along either side
 POINTS = 4000  # latents shown on the plane
@@ -105,11 +105,6 @@ class Views:
     def space(self) -> FeatureSpace:
         data, run = self.data, self.run
         return feature_space(run.fabric, replace(run.config.metrics, extractor="classifier"), data, run.classifiers)
-
-    def tuned(self) -> Sampling:
-        """How the learned prior is drawn best, by the comparison of the run; as fitted where there is none."""
-        path = self.run.folder / "compare" / "metrics.json"
-        return read_comparison(path).tuned(self.autoguided) if path.is_file() else AS_FITTED
 
     @cached_property
     def scorer(self) -> Scorer:

@@ -25,6 +25,7 @@ from pipelines.judging.features import Features
 from pipelines.judging.health import Health
 from pipelines.judging.quality import error
 from pipelines.judging.tradeoffs import Tradeoff, described, lowest_fd
+from pipelines.runs.run import Run
 from stage2_prior.sampling import AS_FITTED, Sampling
 
 SCHEMA = 1
@@ -182,13 +183,14 @@ class Comparison:
         return best if own[first] - distances[best] > sum(error**2 for error in errors) ** 0.5 else first
 
     def tuned(self, weaker: bool) -> Sampling:
-        """The best of the ways to draw from the learned prior that were tried; as fitted where none is better.
+        """How the learned prior is drawn best, of the ways that were tried; as fitted where that, or another prior, is better.
 
         weaker: whether the prior still has its weaker copy. Without, the best way is that of the lowest Fréchet distance among
         those that need none.
         """
-        row = self.priors.get("tuned")
-        how = AS_FITTED if row is None or row.sampling is None else row.sampling
+        how = self.priors["tuned"].sampling if self.recommended == "tuned" else None
+        if how is None:
+            return AS_FITTED
         if weaker or not how.autoguidance:
             return how
         best = lowest_fd([point for point in self.sampling if point.sampling is None or not point.sampling.autoguidance])
@@ -252,6 +254,12 @@ def read_comparison(path: Path) -> Comparison:
         raise
     except ValueError as error:
         raise UserError(f"{path} cannot be read ({error}); delete it, to have it made again") from error
+
+
+def comparison_file(run: Run) -> Path:
+    """Where the comparison of a run is: made here, or as it came with an export."""
+    made_here = run.work / "compare" / "metrics.json"
+    return made_here if made_here.is_file() else run.folder / "compare" / "metrics.json"
 
 
 @dataclass(frozen=True)

@@ -15,9 +15,8 @@ from torch import Tensor, nn
 
 from pipelines.console import UserError
 from pipelines.files import aside, check_writable, flush, found_shards, read_tensors, write_flushed
-from pipelines.judging.comparison import Comparison, read_comparison
+from pipelines.judging.comparison import Comparison, comparison_file, read_comparison
 from pipelines.judging.tradeoffs import as_options, departures
-from pipelines.pages.report import report_folder
 from pipelines.pages.tables import markdown
 from pipelines.runs.conditions import contexts_asked
 from pipelines.runs.config import to_dict
@@ -42,7 +41,7 @@ from pipelines.runs.whereabouts import without_places
 from pipelines.training.checkpoints import CHECKSUMS, checksum
 from stage1_vae.autoencoder import Autoencoder
 from stage2_prior.prior import Prior
-from stage2_prior.sampling import AS_FITTED, Sampling
+from stage2_prior.sampling import AS_FITTED
 
 SAMPLES = "samples.png"
 SHOWN = 16  # samples on the card
@@ -90,9 +89,7 @@ def export(
     if run.conditioned_on == "caption":
         kept["tokenizer.json"] = (run.folder / "tokenizer.json").read_bytes()
     comparison = None
-    made_here = report_folder(run, run.config.metrics) / "metrics.json"
-    metrics = made_here if made_here.is_file() else run.folder / "compare" / "metrics.json"  # of an export, as it came
-    if metrics.is_file():
+    if (metrics := comparison_file(run)).is_file():
         comparison, kept["compare/metrics.json"] = read_comparison(metrics), metrics.read_bytes()
     if trained:  # samples of the weights that are handed on
         with torch.no_grad():
@@ -228,7 +225,7 @@ def card(run: Run, comparison: Comparison | None, name: str, half: bool, license
         *([f'The prior is conditioned on the {context}: `sample(64, {context}="{example}")`.', ""] if context else []),
         *([labels_table(facts.label_names), ""] if context == "label" else []),
     ]
-    how = best_way_to_draw(comparison, autoguidance)
+    how = AS_FITTED if comparison is None else comparison.tuned(autoguidance)
     if how != AS_FITTED:
         values = [f"{name}={value:g}" for name, value in departures(how).items()]
         options = as_options(how)
@@ -240,11 +237,6 @@ def card(run: Run, comparison: Comparison | None, name: str, half: bool, license
     if comparison is not None:
         lines += figures(comparison, half, autoguidance)
     return "\n".join(lines) + "\n"
-
-
-def best_way_to_draw(comparison: Comparison | None, autoguidance: bool) -> Sampling:
-    """From the learned prior; as fitted where nothing else is known to be better and can be done."""
-    return comparison.tuned(autoguidance) if comparison is not None and comparison.recommended == "tuned" else AS_FITTED
 
 
 def labels_table(names: list[str]) -> str:
