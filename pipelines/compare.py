@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Annotated
 
 import tyro
 
@@ -25,8 +26,8 @@ class Judging:
 class Arguments:
     """Compare all priors of a run through its frozen decoder. Several runs are also put on one page."""
 
-    runs: tyro.conf.Positional[tuple[str, ...]]
-    """names of runs under checkpoints/, or their paths"""
+    runs: tyro.conf.Positional[Annotated[tuple[str, ...], tyro.conf.arg(metavar="RUN [RUN …]")]]
+    """each a name under checkpoints/, a trained model, a path, or hub:owner/name"""
     seed: int = 0
     """seed of the samples"""
     metrics: Judging = field(default_factory=Judging)

@@ -16,7 +16,8 @@ from pipelines.runs.names import Device
 class Arguments:
     """Sample and inspect trained runs in the browser."""
 
-    run: Annotated[str, tyro.conf.Positional] = "mnist5k"
+    run: tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="[RUN]")]] = "mnist5k"
+    """the run that is shown first: a name under checkpoints/, a trained model, a path, or hub:owner/name"""
     """the run that is shown first: a name under checkpoints/, a path, or a trained model that comes with the software"""
     port: int = 7860
     """port of the page"""

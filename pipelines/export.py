@@ -6,15 +6,14 @@ from pathlib import Path
 import tyro
 
 from pipelines.console import first_process, run_command, say
-from pipelines.runs.names import Device
+from pipelines.runs.names import Device, RunName
 
 
 @dataclass(frozen=True)
 class Arguments:
     """Export a trained model: a folder with its weights, its figures and a model card. Every command takes it as a run."""
 
-    run: tyro.conf.Positional[str]
-    """a run's name under checkpoints/, or its path"""
+    run: tyro.conf.Positional[RunName]
     out: Path
     """a new folder"""
     half: bool = False

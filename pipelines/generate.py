@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 
 from pipelines.console import UserError, check_least, counted, first_process, run_command, say
-from pipelines.runs.names import Device, Pixels, PriorName
+from pipelines.runs.names import Device, Pixels, PriorName, RunName
 from stage2_prior.sampling import AS_FITTED, CannotSample, Sampling
 
 if TYPE_CHECKING:
@@ -19,8 +19,7 @@ if TYPE_CHECKING:
 class Arguments:
     """Draw latents from a prior, decode them, and write the images."""
 
-    run: tyro.conf.Positional[str]
-    """a run's name under checkpoints/, or its path"""
+    run: tyro.conf.Positional[RunName]
     count: int | None = None
     """number of images; by default 64, or with --captions one for each caption"""
     prior: PriorName = "learned"

@@ -8,15 +8,14 @@ from typing import Annotated
 import tyro
 
 from pipelines.console import check_least, check_seed, counted, first_process, run_command, say
-from pipelines.runs.names import PRIORS, Device
+from pipelines.runs.names import PRIORS, Device, RunName
 
 
 @dataclass(frozen=True)
 class Arguments:
     """Bound log p(x) of held-out images under each prior, and say what the rate consists of."""
 
-    run: tyro.conf.Positional[str]
-    """a run's name under checkpoints/, or its path"""
+    run: tyro.conf.Positional[RunName]
     samples: int = 64
     """draws of z for each image, for the importance-weighted bound; codes have a single z"""
     images: int = 1000

@@ -3,20 +3,20 @@
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import tyro
 
 from pipelines.console import UserError, first_process, run_command, say
-from pipelines.runs.names import Device
+from pipelines.runs.names import Device, RunName
 
 
 @dataclass(frozen=True)
 class Arguments:
     """Publish a trained model on the Hugging Face hub: its weights, its figures and a model card. Log in to the hub first."""
 
-    run: tyro.conf.Positional[str]
-    """a run's name under checkpoints/, or its path"""
-    repository: tyro.conf.Positional[str]
+    run: tyro.conf.Positional[RunName]
+    repository: tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="OWNER/NAME")]]
     """owner/name on the hub: a new repository, or a new version of it"""
     private: bool = False
     """make a new repository private: visible to you and your organization only"""

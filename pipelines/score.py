@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 import tyro
 
 from pipelines.console import UserError, check_least, counted, first_process, run_command, say
-from pipelines.runs.names import Device
+from pipelines.runs.names import Device, RunName
 
 Split = Literal["train", "validation", "test"]
 
@@ -17,8 +17,7 @@ Split = Literal["train", "validation", "test"]
 class Arguments:
     """Score how unusual images are under a trained model. Writes a table, and a page with the most unusual images first."""
 
-    run: tyro.conf.Positional[str]
-    """a run's name under checkpoints/, or its path"""
+    run: tyro.conf.Positional[RunName]
     images: tyro.conf.Positional[Annotated[tuple[str, ...], tyro.conf.arg(metavar="IMAGE|FOLDER …")]] = ()
     """files of images, and folders of them; by default images of the run's own data"""
     split: Split = "test"

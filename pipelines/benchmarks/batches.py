@@ -8,7 +8,7 @@ from torch import Tensor
 
 from pipelines.benchmarks.measuring import Rows
 from pipelines.console import UserError, counted
-from pipelines.runs.names import Device
+from pipelines.runs.names import Device, RunName
 
 
 @dataclass(frozen=True)
@@ -19,8 +19,7 @@ class BenchmarkBatches:
     on the edge between two outcomes can fall to the other side.
     """
 
-    run: tyro.conf.Positional[str]
-    """a run's name under checkpoints/, or its path"""
+    run: tyro.conf.Positional[RunName]
     count: int = 512
     """number of images"""
     batch: tuple[int, int] = (1, 256)

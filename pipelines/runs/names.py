@@ -34,6 +34,9 @@ DEVICES = ("auto", "cpu", "cuda", "mps")
 PRIORS = ("standard", "gaussian", "mixture", "unigram", "order2", "learned", "posterior")
 
 Device = Annotated[str, tyro.conf.arg(metavar="{" + ",".join(DEVICES) + "}")]
+RunName = Annotated[
+    str, tyro.conf.arg(metavar="RUN", help="a name under checkpoints/, a trained model, a path, or hub:owner/name")
+]
 PriorName = Annotated[str, tyro.conf.arg(metavar="{" + ",".join(PRIORS) + "}")]
 
 
