@@ -267,12 +267,13 @@ class Breaks(Noisy):
             raise Killed
         loss = super().forward(x, progress)["loss"]
         if broken:
-            first = self.layers[0].weight.sum()
-            loss = loss * float("nan") if self.where == "loss" else loss + (first - first.detach()).sqrt()  # √0: infinite slope
+            last = self.layers[-1].bias.sum()
+            slope = 0 * (last - last.detach()).sqrt()  # NaN: 0 times the infinite slope of √0
+            loss = loss * float("nan") if self.where == "loss" else loss + slope
         return {"loss": loss}
 
 
-@pytest.mark.parametrize(("where", "named"), [("loss", "loss"), ("gradient", "the gradient of layers.0.weight")])
+@pytest.mark.parametrize(("where", "named"), [("loss", "loss"), ("gradient", "the gradient of layers.2.bias")])
 def test_what_is_not_a_number_stops_before_it_touches_anything(tmp_path, where, named):
     with pytest.raises(UserError, match=rf"test, step 6: {named} is not a number \(images .*step-0000004"):
         train(tmp_path, model=Breaks([6], where))

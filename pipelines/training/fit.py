@@ -26,6 +26,7 @@ import torch._functorch.config
 from torch import Tensor, nn
 from torch._dynamo.exc import TorchDynamoException
 from torch._inductor.runtime.cache_dir_utils import cache_dir
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from pipelines import processes
 from pipelines.console import Progress, Signals, Stopped, UserError, say
@@ -274,11 +275,12 @@ class Training:
             self.put_back(buffers)
             self.stop_compiling(error)
             return self.step(step)
-        norm = self.fabric.clip_gradients(
-            self.wrapped, self.wrapped_optimizer, max_norm=self.config.gradient_clip, error_if_nonfinite=False
-        )
+        parameters = list(self.model.parameters())
+        norm = get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
         terms = self.mean(found)
-        if bool(terms["loss"].isfinite()) and norm is not None and bool(norm.isfinite()):
+        if bool(terms["loss"].isfinite()) and bool(norm.isfinite()):
+            # Only a finite norm clips: NaN would make every gradient NaN, and `not_a_number` looks for those that are.
+            clip_grads_with_norm_(parameters, self.config.gradient_clip, norm)
             self.wrapped_optimizer.step()
             self.average.update(step)
         else:
