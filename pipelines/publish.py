@@ -32,7 +32,7 @@ class Arguments:
 def main(arguments: list[str] | None = None) -> None:
     asked = tyro.cli(Arguments, prog="python -m pipelines.publish", args=arguments, console_outputs=first_process())
     # Slow to import, and --help needs none of it.
-    from pipelines.pages.exports import export
+    from pipelines.pages.exports import FOLDERS, export
     from pipelines.runs import hub
     from pipelines.runs.run import Run
 
@@ -44,7 +44,7 @@ def main(arguments: list[str] | None = None) -> None:
     with tempfile.TemporaryDirectory() as folder:
         made = Path(folder) / "export"
         export(Run.open(asked.run, asked.device), made, asked.half, name=name, license=asked.license)
-        commit = hub.publish(made, repository, asked.private)
+        commit = hub.publish(made, repository, FOLDERS, asked.private)
     say(f"https://huggingface.co/{repository}; to draw from it: python -m pipelines.generate {name}@{commit}")
 
 

@@ -16,7 +16,7 @@ from pipelines import TwoStage, generate, publish, train_all
 from pipelines import export as exporting
 from pipelines.console import UserError
 from pipelines.runs.exported import CARD, LIST
-from tests.parts import compared, small_splits
+from tests.parts import compared, small_splits, trained_run
 
 hub = pytest.importorskip("huggingface_hub")
 COMMIT, OTHER = "a" * 40, "b" * 40
@@ -32,8 +32,11 @@ class Hub:
     def create_repo(self, _, repository: str, private: bool | None, exist_ok: bool) -> None:
         self.made.append((repository, private))
 
-    def upload_folder(self, _, repo_id: str, folder_path: Path, **how) -> SimpleNamespace:
+    def upload_folder(self, _, repo_id: str, folder_path: Path, delete_patterns: list[str], **how) -> SimpleNamespace:
         to = self.folder / repo_id / COMMIT
+        there = {path.relative_to(to).as_posix() for path in to.rglob("*") if path.is_file()} - {".gitattributes"}
+        for name in hub.utils.filter_repo_objects(there, allow_patterns=delete_patterns):
+            (to / name).unlink()
         shutil.copytree(folder_path, to, dirs_exist_ok=True)
         (to / ".gitattributes").write_text("*.safetensors filter=lfs")
         (to / "LICENSE").write_text("as anybody adds on the hub")
@@ -84,6 +87,18 @@ def test_a_published_run_is_the_same_model(run, remote, published, small_data, c
     assert not [*remote.cache.rglob("LICENSE")]
     exporting.main(["hub:friend/digits", "--out", "again", "--device", "cpu"])
     assert torch.equal(TwoStage.open("again", "cpu").sample(3, seed=1, label="2"), images)
+
+
+def test_the_next_version_of_a_model_leaves_no_file_of_the_last_but_what_its_owner_added(run, remote, published, tmp_path):
+    (published / "README.de.md").write_text("as its owner adds")
+    refined = trained_run(tmp_path, "mnist-binary")
+    publish.main([str(refined.folder), "friend/digits", "--device", "cpu"])
+    assert [*published.glob("refined/step-*/model.safetensors")]
+    for again in (refined, run):
+        publish.main([str(again.folder), "friend/digits", "--device", "cpu"])
+        listed = json.loads((published / LIST).read_text())["files"]
+        there = {path.relative_to(published).as_posix() for path in published.rglob("*") if path.is_file()}
+        assert there - {*listed} == {LIST, "README.de.md", "LICENSE", ".gitattributes"}
 
 
 def test_the_card_is_read_by_the_hubs_own_loader_and_says_what_was_measured(run, remote, published, tmp_path, monkeypatch):

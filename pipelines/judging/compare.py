@@ -27,7 +27,7 @@ from pipelines.judging.tradeoffs import (
 from pipelines.runs.config import MetricsConfig, judged_by
 from pipelines.runs.kinds import name_of_prior
 from pipelines.runs.parts import weights_of
-from pipelines.runs.run import Run
+from pipelines.runs.run import PHASES, Run
 from pipelines.runs.sampling import Samples
 from pipelines.training import checkpoints
 from stage1_vae.bottlenecks import perplexity
@@ -237,7 +237,7 @@ def exhibits_of(subject: Subject, rows: Rows, judged: Judged, comparison: Compar
     if subject.autoencoder.bottleneck.has_density and isinstance(learned, LearnedPrior):
         maps = rate_maps(run, subject.latents, learned, subject.chosen[:BATCH], subject.seed)
     lines = len(subject.specs) == 1 and not subject.codes and len(subject.chosen) > 1
-    made = {phase: checkpoints.usable(run.folder / phase) for phase in ("stage1", "stage2", "refined")}
+    made = {phase: checkpoints.usable(run.folder / phase) for phase in PHASES}
     records = {phase: found[-1].record for phase, found in made.items() if found}  # an export has only what is used
     return Exhibits(
         images=rows.images,

@@ -22,20 +22,11 @@ from pipelines.runs.conditions import contexts_asked
 from pipelines.runs.config import to_dict
 from pipelines.runs.dataset import FACTS, read_facts
 from pipelines.runs.exported import CARD, FORMAT, LIBRARY, LIST, files_of, metadata_of
-from pipelines.runs.parts import (
-    EARLY_PRIOR,
-    Part,
-    Phase,
-    early_prior,
-    finished,
-    last_phase,
-    load_autoencoder,
-    specs_of,
-)
+from pipelines.runs.parts import EARLY_PRIOR, Part, early_prior, finished, last_phase, load_autoencoder, specs_of
 from pipelines.runs.pictures import tiled
 from pipelines.runs.priors import open_prior
 from pipelines.runs.recipes import DATA_SETS
-from pipelines.runs.run import Run
+from pipelines.runs.run import PHASES, Phase, Run
 from pipelines.runs.sampling import generate
 from pipelines.runs.whereabouts import without_places
 from pipelines.training.checkpoints import CHECKSUMS, checksum
@@ -43,6 +34,8 @@ from stage1_vae.autoencoder import Autoencoder
 from stage2_prior.prior import Prior
 from stage2_prior.sampling import AS_FITTED
 
+FOLDERS = (*PHASES, "latents", "compare")
+"""all that an export may have; the next version of a model on the hub replaces them"""
 SAMPLES = "samples.png"
 SHOWN = 16  # samples on the card
 ROUNDING = {torch.float16: 2.0**-11, torch.float8_e4m3fn: 2.0**-4}

@@ -5,7 +5,7 @@ What is fetched lies in the cache of huggingface_hub, which serves it where ther
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
@@ -15,8 +15,6 @@ from pipelines.runs.exported import LIST, check
 
 PREFIX = "hub:"
 NAME = re.compile(r"[\w.-]+/[\w.-]+")
-OURS = ("stage1/*", "stage2/*", "refine/*", "latents/*", "compare/*")
-"""folders of an export, which a later one replaces"""
 
 
 def library() -> ModuleType:
@@ -62,16 +60,19 @@ def names_in(path: Path) -> list[str]:
         return []
 
 
-def publish(folder: Path, repository: str, private: bool = False) -> str:
-    """Make an export a model on the hub, or the next version of one. Returns the commit's name. Raises UserError where the hub
-    cannot be reached, or does not let this user write there."""
+def publish(folder: Path, repository: str, folders: Iterable[str], private: bool = False) -> str:
+    """Make an export a model on the hub, or the next version of one. Returns the commit's name.
+
+    folders: those that any export may have; what the hub has of an earlier version in them is deleted. Raises UserError where
+    the hub cannot be reached, or does not let this user write there.
+    """
     api = library().HfApi()
     with explained(repository):
         api.create_repo(repository, private=private or None, exist_ok=True)
         commit = api.upload_folder(
             repo_id=repository,
             folder_path=folder,
-            delete_patterns=[*OURS],
+            delete_patterns=[f"{name}/*" for name in folders],
             commit_message="Publish with two-stage-latent-prior",
         )
     return str(commit.oid)

@@ -11,8 +11,8 @@ from pipelines.console import UserError
 from pipelines.data.images import ImageSet, Mirrored
 from pipelines.runs.conditions import contexts_of
 from pipelines.runs.dataset import load_data, read_facts
-from pipelines.runs.parts import Phase, finished, last_phase, load_autoencoder, specs_of
-from pipelines.runs.run import Run
+from pipelines.runs.parts import finished, last_phase, load_autoencoder, specs_of
+from pipelines.runs.run import Phase, Run
 from pipelines.training.fabric import Fabric
 from pipelines.training.order import in_order
 from stage1_vae.autoencoder import Autoencoder

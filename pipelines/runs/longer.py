@@ -11,11 +11,10 @@ from pathlib import Path
 from pipelines import files
 from pipelines.console import UserError, say
 from pipelines.runs.config import read_config
-from pipelines.runs.run import PHASE_TITLES, Run, longer
+from pipelines.runs.run import PHASES, Run, longer, training_of
 from pipelines.runs.sharing import link
 from pipelines.training import checkpoints
 
-FOLDERS = {"stage1": "stage1", "stage2": "stage2", "refine": "refined"}  # in the order of training
 AFTER = ("baselines", "compare", "likelihood", "studies")  # what is made of the weights of any phase
 
 
@@ -29,21 +28,22 @@ def keep_shorter(run: Run) -> None:
         return
     before = read_config(path)
     for phase in longer(before, run.config):
-        steps, made = getattr(before, phase).steps, checkpoints.usable(run.folder / FOLDERS[phase])
+        earlier, now = training_of(before, phase), training_of(run.config, phase)
+        assert earlier is not None and now is not None
+        steps, made = earlier.steps, checkpoints.usable(run.folder / phase)
         if steps and not (made and made[-1].step >= steps):
             continue
-        aside = run.folder.with_name(f"{run.folder.name}-{phase}-{steps}")
+        aside = run.folder.with_name(f"{run.folder.name}-{PHASES[phase].config}-{steps}")
         if aside.exists() and not same(aside, run.folder):
             raise UserError(f"{run.folder} as it was would be kept as {aside}, which is there already: rename or delete that")
         if not aside.exists():
             keep(run.folder, aside)
-        later = [*FOLDERS.values()][[*FOLDERS].index(phase) + 1 :]
+        later = [*PHASES][[*PHASES].index(phase) + 1 :]
         gone = [name for name in (*later, *AFTER) if (run.folder / name).is_dir()]
         for name in gone:
             shutil.rmtree(run.folder / name)
-        now = getattr(run.config, phase).steps
         say(
-            f"{run.folder}: {PHASE_TITLES[phase]} is trained on from {steps} to {now} steps. The run as it was is kept as"
+            f"{run.folder}: {PHASES[phase].title} is trained on from {steps} to {now.steps} steps. The run as it was is kept as"
             f" {aside}; to be made again: {', '.join(gone) or 'nothing'}"
         )
         return

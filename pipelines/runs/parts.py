@@ -11,7 +11,7 @@ from torch import nn
 from pipelines import files, processes
 from pipelines.console import UserError, say
 from pipelines.runs.dataset import read_facts
-from pipelines.runs.run import PHASE_TITLES, Run
+from pipelines.runs.run import PHASES, Phase, Run, training_of
 from pipelines.training import checkpoints
 from pipelines.training.fit import early_step
 from pipelines.training.order import seed_of
@@ -22,7 +22,6 @@ from stage2_prior.latents import LatentSpec
 from stage2_prior.prior import Prior
 
 Part = Literal["autoencoder", "prior"]
-Phase = Literal["stage1", "stage2", "refined"]
 EARLY_PRIOR = "stage2/early.safetensors"  # what autoguidance leads away from
 TAKEN_OVER = "taken-over.json"
 """in the folder of a stage 1 that came from an export"""
@@ -124,13 +123,13 @@ def last_phase(run: Run, part: Part) -> Phase:
 
 def finished(run: Run, phase: Phase) -> checkpoints.Checkpoint:
     """The best checkpoint of a phase. Raises UserError when it is not trained to the end."""
-    config = {"stage1": run.config.stage1, "stage2": run.config.stage2, "refined": run.config.refine}[phase]
+    config = training_of(run.config, phase)
     assert config is not None
     found = checkpoints.usable(run.folder / phase)
     whole = run.exported or taken_over(run, phase)  # an export has the best checkpoint alone
     if not found or (found[-1].step < config.steps and not whole):
         done = f"is at step {found[-1].step} of {config.steps}" if found else "has not been trained"
-        raise run.unfinished(f"{PHASE_TITLES[phase]} {done}")
+        raise run.unfinished(f"{PHASES[phase].title} {done}")
     return checkpoints.best(found)
 
 
@@ -156,7 +155,7 @@ def follow(run: Run, phase: Phase, before: Phase) -> None:
             files.write_json(path, now)
         elif files.read_json(path) != now:
             raise UserError(
-                f"{path.parent} was trained after another {PHASE_TITLES[before]} than the one that is there now: delete"
+                f"{path.parent} was trained after another {PHASES[before].title} than the one that is there now: delete"
                 f" {path.parent} too, to train it again"
             )
 

@@ -16,7 +16,7 @@ from pipelines.runs.latents import encode, encode_training
 from pipelines.runs.longer import keep_shorter
 from pipelines.runs.options import DEFAULTS, Options
 from pipelines.runs.parts import EARLY_PRIOR, finished, follow, new_autoencoder, new_prior, specs_of, taken_over
-from pipelines.runs.run import PHASE_TITLES, Run
+from pipelines.runs.run import PHASES, Run
 from pipelines.runs.sharing import check_source, share_stage1
 from pipelines.training.config import OnNan
 from pipelines.training.devices import devices, resolved
@@ -132,7 +132,7 @@ class Phases:
             return
         tracker = self.tracking.stage("stage1", self.reconstructions)
         images = examples_of(run, self.splits.train), self.splits.validation
-        where = run.folder / "stage1", "stage 1"
+        where = run.folder / "stage1", PHASES["stage1"].title
         fit(run.fabric, autoencoder, *images, run.config.stage1, run.config.seed, *where, on_nan=self.on_nan, tracker=tracker)
 
     def encode(self, autoencoder: Autoencoder) -> tuple[LatentDataset, LatentDataset]:
@@ -163,8 +163,9 @@ class Phases:
         # Autoguidance is for autoregressive priors; and refined, it would be away from a prior of other latents.
         guided = isinstance(prior, LearnedPrior) and run.config.refine is None
         early = run.folder / EARLY_PRIOR if guided else None
-        what = fabric, prior, train, validation, run.config.stage2, run.config.seed, run.folder / "stage2", "stage 2"
-        fit(*what, on_nan=self.on_nan, tracker=tracker, early=early)
+        latents = train, validation
+        where = run.folder / "stage2", PHASES["stage2"].title
+        fit(fabric, prior, *latents, run.config.stage2, run.config.seed, *where, on_nan=self.on_nan, tracker=tracker, early=early)
 
     def refine(self, autoencoder: Autoencoder, prior: Prior) -> None:
         """Train both on together, and encode the training images anew."""
@@ -177,7 +178,7 @@ class Phases:
 
         tracker = self.tracking.stage("refined", both)
         images = examples_of(run, self.splits.train), self.splits.validation
-        model, where = BothStages(autoencoder, prior), (run.folder / "refined", PHASE_TITLES["refined"])
+        model, where = BothStages(autoencoder, prior), (run.folder / "refined", PHASES["refined"].title)
         fit(run.fabric, model, *images, run.config.refine, run.config.seed, *where, on_nan=self.on_nan, tracker=tracker)
         encode_training(run, autoencoder, self.splits.train)
 

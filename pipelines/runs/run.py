@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple, cast
 
 from filelock import FileLock, Timeout
 
@@ -15,7 +15,7 @@ from pipelines.console import UserError, nearest
 from pipelines.runs import exported, hub
 from pipelines.runs.config import RunConfig, check_ranges, differences, read_config, to_dict
 from pipelines.training.checkpoints import checksum
-from pipelines.training.config import check_batches
+from pipelines.training.config import FitConfig, check_batches
 from pipelines.training.devices import devices, resolved
 from pipelines.training.fabric import Fabric
 from stage2_prior.conditions import ClassLabel, Cluster, ConditionConfig, Unconditional
@@ -26,12 +26,27 @@ TRAINED = Path(__file__).parents[1] / "trained"
 UNREADABLE = "unreadable.json"
 GIVEN = "images.safetensors"
 """images that a Python program gave"""
-PHASES = ("stage1", "stage2", "refine")
-PHASE_TITLES = {"stage1": "stage 1", "stage2": "stage 2"} | dict.fromkeys(("refine", "refined"), "joint fine-tuning")
-"""In messages, of the phases by their names in a config, and as folders."""
+
+Phase = Literal["stage1", "stage2", "refined"]
+"""a phase of training, by the name of its folder in a run"""
+
+
+class PhaseNames(NamedTuple):
+    config: str
+    """its name in a config"""
+    title: str
+    """in messages"""
+
+
+PHASES: dict[Phase, PhaseNames] = {
+    "stage1": PhaseNames("stage1", "stage 1"),
+    "stage2": PhaseNames("stage2", "stage 2"),
+    "refined": PhaseNames("refine", "joint fine-tuning"),
+}
+"""In the order of training."""
 FREE = (
     *("data.root:", "data.urls:", "data.test_urls:", "data.cache:", "data.in_memory:", "data.skip_unreadable:", "metrics."),
-    *(f"{phase}.{setting}:" for phase in PHASES for setting in ("compile", "checkpoint_steps")),
+    *(f"{phase.config}.{setting}:" for phase in PHASES.values() for setting in ("compile", "checkpoint_steps")),
 )
 """Settings of the same images and the same training: a run goes on under others."""
 
@@ -211,10 +226,15 @@ def refuse_links(folder: Path) -> None:
             )
 
 
-def longer(before: RunConfig, now: RunConfig) -> list[str]:
+def training_of(config: RunConfig, phase: Phase) -> FitConfig | None:
+    """How a phase is trained; None where the config does not ask for the phase."""
+    return cast(FitConfig | None, getattr(config, PHASES[phase].config))
+
+
+def longer(before: RunConfig, now: RunConfig) -> list[Phase]:
     """The phases that are to take more steps than before."""
-    steps = {phase: [part and part.steps for part in (getattr(before, phase), getattr(now, phase))] for phase in PHASES}
-    return [phase for phase, (old, new) in steps.items() if old is not None and new is not None and new > old]
+    pairs = {phase: (training_of(before, phase), training_of(now, phase)) for phase in PHASES}
+    return [phase for phase, (old, new) in pairs.items() if old is not None and new is not None and new.steps > old.steps]
 
 
 def refuse_another(path: Path, config: RunConfig) -> None:
@@ -222,7 +242,7 @@ def refuse_another(path: Path, config: RunConfig) -> None:
     before = read_config(path)
     if before.precision == "auto":  # an earlier version did not put down what it used
         before = replace(before, precision=config.precision)
-    free = FREE + tuple(f"{phase}.steps:" for phase in longer(before, config))
+    free = FREE + tuple(f"{PHASES[phase].config}.steps:" for phase in longer(before, config))
     changed = [change for change in differences(to_dict(before), to_dict(config)) if not change.startswith(free)]
     if changed:
         folder = shlex.quote(str(path.parent))
