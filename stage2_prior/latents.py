@@ -87,7 +87,9 @@ class Joined:
         return int(self.ends[-1])
 
     def __getitem__(self, indices: Tensor | slice) -> Tensor:
-        indices = torch.arange(len(self))[indices] if isinstance(indices, slice) else indices
+        if isinstance(indices, slice):
+            start, stop, step = indices.indices(len(self))
+            indices = torch.arange(start, max(start, stop), step)
         part = torch.bucketize(indices.contiguous(), self.ends, right=True)
         rows = self.parts[0].new_empty(len(indices), *self.parts[0].shape[1:])
         for number in part.unique().tolist():

@@ -26,11 +26,19 @@ def test_joined_tensors_are_indexed_as_one(lengths):
     for indices in (
         slice(None),
         slice(2, 8),
+        slice(-3, 20),
+        slice(8, 2),
         slice(None, None, 3),
         torch.tensor([9, 0, 4, 4, 5]),
         torch.tensor([], dtype=torch.int64),
     ):
         assert torch.equal(joined[indices], whole[indices])
+
+
+def test_a_slice_of_joined_tensors_needs_no_memory_for_the_rest():
+    rows = 10**15  # whose numbers fit in no memory
+    joined = Joined([torch.zeros(1).expand(rows), torch.ones(1).expand(rows)])
+    assert joined[rows - 2 : rows + 1].tolist() == [0, 0, 1]
 
 
 @pytest.mark.parametrize("told", [True, False])
