@@ -176,7 +176,7 @@ class AutoregressivePrior(Prior):
 
     def draw_contexts(self, indices: Tensor, seed: int) -> Tensor | None:
         """A context for each sample number, with the frequencies of the training set; None for an unconditional prior."""
-        return None if self.condition is None else self.condition.draw(indices.to(self.position.device), seed)
+        return None if self.condition is None else self.condition.draw(indices, seed)
 
     def sample(
         self,
@@ -202,10 +202,7 @@ class AutoregressivePrior(Prior):
             dtype = self.position.dtype if self.spec.vocabulary is None else torch.int64
             return [self.position.new_empty(0, *self.spec.shape, dtype=dtype)]
         coarser = [] if coarser is None else coarser
-        device = self.position.device
-        indices, coarser = indices.to(device), [codes.to(device) for codes in coarser]
-        if self.condition is not None:
-            contexts = self.draw_contexts(indices, seed) if contexts is None else contexts.to(device)
+        contexts = self.draw_contexts(indices, seed) if contexts is None else contexts
         weaker: Conditioned | None = None
         if how.guidance:
             weaker = self.conditioned(coarser, self.null_contexts(batch))

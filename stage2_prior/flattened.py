@@ -97,7 +97,7 @@ class FlattenedPrior(Prior):
         return map.flatten(1)
 
     def draw_contexts(self, indices: Tensor, seed: int) -> Tensor | None:
-        return None if self.condition is None else self.condition.draw(indices.to(self.flattened.scale.device), seed)
+        return None if self.condition is None else self.condition.draw(indices, seed)
 
     def contexts_to_sample(self, indices: Tensor, seed: int, how: Sampling, contexts: Tensor | None) -> Tensor | None:
         """Contexts for these sample numbers, B: those given, or drawn ones.
@@ -109,4 +109,4 @@ class FlattenedPrior(Prior):
         how.check(codes=False, contexts=False)
         if self.condition is None and contexts is not None:
             raise CannotSample("this prior takes no context")
-        return self.draw_contexts(indices, seed) if contexts is None else contexts.to(self.flattened.scale.device)
+        return self.draw_contexts(indices, seed) if contexts is None else contexts

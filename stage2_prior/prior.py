@@ -9,10 +9,11 @@ A prior always takes all levels as a list, so that its callers need no loop over
     sample(indices, seed, how, …)       -> levels, without gradients
     estimate(dataset)                   -> fits what has no gradient, into buffers
 
-Sample i under a seed is the same in any batch, up to rounding. contexts, B …, are the condition of a conditional prior, such as
-labels; other priors ignore them in `forward` and `log_prob`. `log_prob` raises CannotSample for a conditional prior without
-contexts. `sample` raises it for settings in `how` that the prior does not have: top-k and top-p need codes, guidance needs a
-context.
+levels, indices and contexts are on the prior's device. Sample i under a seed is the same in any batch, up to rounding.
+
+contexts, B …, are the condition of a conditional prior, such as labels; other priors ignore them in `forward` and `log_prob`.
+`log_prob` raises CannotSample for a conditional prior without contexts. `sample` raises it for settings in `how` that the prior
+does not have: top-k and top-p need codes, guidance needs a context.
 """
 
 from abc import ABC, abstractmethod

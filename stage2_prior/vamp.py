@@ -73,8 +73,8 @@ class VampPrior(FlattenedPrior):
 
     def log_prob(self, levels: list[Tensor], contexts: Tensor | None = None) -> Tensor:
         values = self.flattened.values(levels)
-        densities = gaussian_log_probs(values, self.means, self.stds())
-        return (densities + self.log_weights(contexts)).logsumexp(1).to(values) - self.flattened.log_volume()
+        densities = gaussian_log_probs(values, self.means, self.stds())  # of MPS, on the CPU
+        return (densities + self.log_weights(contexts).to(densities.device)).logsumexp(1).to(values) - self.flattened.log_volume()
 
     @torch.no_grad()
     def sample(self, indices: Tensor, seed: int, how: Sampling = AS_FITTED, contexts: Tensor | None = None) -> list[Tensor]:

@@ -4,7 +4,6 @@ import pytest
 import torch
 from scipy import stats
 
-from stage2_prior import autoregressive
 from stage2_prior.autoregressive import AutoregressiveConfig, CascadeConfig
 from stage2_prior.conditions import Caption, ClassLabel, CoarserLevel, ConditionConfig
 from stage2_prior.heads import Categorical, truncated
@@ -96,19 +95,6 @@ def test_sampling_forgets_no_label_in_training_mode_either():
     indices, labels = torch.arange(200), torch.arange(200) % 3
     expected = prior.eval().sample(indices, seed=0, contexts=labels)
     assert torch.equal(prior.train().sample(indices, seed=0, contexts=labels)[0], expected[0])
-
-
-def test_what_is_sampled_for_lies_where_the_prior_does():
-    """Numbers and labels from the CPU, as in the README's example, for a prior that lies elsewhere."""
-    prior = conditional("pixelcnn", "categorical", spec_for("categorical", (2, 2))).to("meta").train()
-    seen = []
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(autoregressive, "sample_grid", lambda told, grid, indices, *_, **__: seen.extend([indices, told.map]))
-        patch.setattr(prior.condition, "draw", lambda indices, seed: seen.append(indices))
-        patch.setattr(prior.head, "latent", lambda values: values)
-        prior.sample(torch.arange(4), seed=0, contexts=torch.arange(4) % 3)
-        prior.draw_contexts(torch.arange(4), seed=0)
-    assert [tensor.device.type for tensor in seen] == ["meta"] * 3
 
 
 @pytest.mark.parametrize(("backbone", "head"), LEARNED)

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,10 +19,14 @@ from pipelines.runs.recipes import preset
 from pipelines.runs.run import Run
 from pipelines.train_all import train_all
 from pipelines.training.devices import devices, resolved
-from stage2_prior.baselines import CONTINUOUS_BASELINES
+from stage2_prior.autoregressive import AutoregressiveConfig, CascadeConfig
+from stage2_prior.baselines import CODE_BASELINES, CONTINUOUS_BASELINES
+from stage2_prior.conditions import Caption, ClassLabel, Cluster
+from stage2_prior.heads import Categorical
+from stage2_prior.latents import LatentSpec
 from stage2_prior.sampling import inverse_normal_cdf
 from tests.mps import DEVICE, Device, Refused
-from tests.parts import shrunk, small_splits
+from tests.parts import BACKBONES, RIVALS, shrunk, small_splits
 
 
 @pytest.fixture
@@ -59,6 +64,32 @@ def test_codes(device, tmp_path, monkeypatch):
     for prior in PRIORS:
         if prior not in CONTINUOUS_BASELINES:
             generate.main(["fashion-vqvae2", "--count", "3", "--prior", prior])
+
+
+CONTINUOUS, COARSE, FINE = LatentSpec((2, 2, 2)), LatentSpec((2, 2), 5), LatentSpec((4, 4), 6)
+PRIORS_ON_DEVICE = {
+    **{name: ([CONTINUOUS], replace(config, condition=ClassLabel())) for name, config in RIVALS.items()},
+    **{f"{name} of continuous latents": ([CONTINUOUS], make) for name, make in CONTINUOUS_BASELINES.items()},
+    **{f"{name} of codes": ([COARSE, FINE], make) for name, make in CODE_BASELINES.items()},
+    **{
+        name: ([COARSE, FINE], CascadeConfig(*[AutoregressiveConfig(BACKBONES["pixelcnn"], Categorical(), condition)] * 2))
+        for name, condition in {"labels": ClassLabel(), "clusters": Cluster(3), "captions": Caption(length=4)}.items()
+    },
+}
+
+
+@pytest.mark.parametrize("name", PRIORS_ON_DEVICE)
+@torch.no_grad()
+def test_every_prior_samples_and_scores_on_its_device(device, name):
+    specs, make = PRIORS_ON_DEVICE[name]
+    prior = make(specs) if callable(make) else make.build(specs, 3)
+    prior.to(device).eval()
+    indices = torch.arange(3, device=device)
+    contexts = prior.draw_contexts(indices, seed=0)
+    drawn = prior.sample(indices, 0)
+    assert [level.device for level in (*drawn, prior.log_prob(drawn, contexts))] == [device] * (len(specs) + 1)
+    again = prior.sample(indices, 0, contexts=contexts)
+    assert all(torch.equal(level.cpu(), same.cpu()) for level, same in zip(drawn, again))
 
 
 def test_float32_is_float32_also_in_convolutions_on_cuda(monkeypatch):
