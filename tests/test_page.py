@@ -7,7 +7,9 @@ import json
 import re
 import shutil
 import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -17,13 +19,13 @@ from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 from PIL import Image
 
-from pipelines import compare
+from pipelines import compare, studies
 from pipelines.judging.compare import with_labels_read
 from pipelines.judging.comparison import ROWS, from_dict, read_comparison, to_dict
 from pipelines.judging.features import FIGURES
 from pipelines.judging.together import Entry, names_of
 from pipelines.pages.page import labels_read
-from pipelines.pages.plots import COLOURS, lines, nearest_plot, plain, png, projections, pyplot, training_curves
+from pipelines.pages.plots import COLOURS, lines, nearest_plot, plain, png, projections, training_curves
 from pipelines.pages.words import between_runs, notes, verdict_in_words, verdict_of_several
 from pipelines.runs.config import replaced
 from pipelines.runs.options import Options
@@ -81,7 +83,6 @@ def test_a_prior_has_one_colour_in_all_plots():
         drawn = [tuple(points.get_facecolor()[0]) for points in axis.collections]
         assert drawn == [to_rgba(COLOURS["posterior"]), to_rgba(COLOURS[name])]
     assert len({COLOURS[name] for name in (*priors, "posterior", "real")}) == 7
-    pyplot.close("all")
 
 
 def test_json_csv_and_page_say_the_same(compared):
@@ -208,8 +209,19 @@ def test_a_browser_renders_it(compared, tmp_path, width):
     assert len(np.unique(np.asarray(Image.open(shot).convert("L")))) > 20  # not a blank page
 
 
+def test_plots_leave_the_backend_of_a_notebook_alone():
+    """In a new process, which has imported no plots yet."""
+    code = "import matplotlib; matplotlib.use('svg'); from matplotlib import pyplot; import torch, pipelines.pages.report, "
+    code += ", ".join(f"pipelines.studies.{path.stem}" for path in Path(studies.__path__[0]).glob("[a-z]*.py"))
+    code += "; from pipelines.pages.plots import lines, png; print(png(lines([('a', 1.0, torch.zeros(2, 1, 4, 4).byte())]))[1:4])"
+    code += "; print(matplotlib.get_backend(), pyplot.get_fignums())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == ["b'PNG'", "svg []"]
+
+
 def test_a_name_in_a_plot_is_no_formula():
-    figure, axis = pyplot.subplots()
+    figure = Figure()
+    axis = figure.subplots()
     axis.scatter([0], [0], label=plain("$\\frac$ \x1b"))
     axis.legend()
     assert png(figure).startswith(b"\x89PNG")

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import jinja2
 import torch
+from matplotlib.figure import Figure
 from torch import Tensor
 
 from pipelines.console import counted
@@ -19,7 +20,6 @@ from pipelines.judging.together import Entry, above_best, candidates
 from pipelines.judging.tradeoffs import departures
 from pipelines.pages.likelihood import as_table
 from pipelines.pages.plots import (
-    Figure,
     histogram,
     lines,
     lines_of,

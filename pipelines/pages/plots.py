@@ -1,11 +1,12 @@
-"""Figures and pictures, by matplotlib."""
+"""Figures and pictures, by matplotlib; without pyplot, which is the user's in a notebook."""
 
 import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from torch import Tensor
 from torchvision.utils import make_grid
 
@@ -14,11 +15,6 @@ from pipelines.files import write_file
 from pipelines.judging.compare import SHOWN, Exhibits
 from pipelines.judging.comparison import ROWS, Comparison
 from pipelines.judging.tradeoffs import Tradeoff, lowest_fd
-
-matplotlib.use("Agg")
-from matplotlib import pyplot  # noqa: E402
-from matplotlib.axes import Axes  # noqa: E402
-from matplotlib.figure import Figure  # noqa: E402
 
 DPI = 110
 WIDTH = 5.5  # inches, of a plot in one of the page's two columns
@@ -38,7 +34,8 @@ COLOURS = {
 
 def nearest_plot(distances: dict[str, Tensor], comparison: Comparison) -> Figure:
     """The cumulative distribution of distances to the nearest training image, one curve a row."""
-    figure, axis = pyplot.subplots(figsize=(WIDTH, 3.2), layout="constrained")
+    figure = Figure(figsize=(WIDTH, 3.2), layout="constrained")
+    axis = figure.subplots()
     for (name, values), style in zip(distances.items(), ("--", "-", ":")):
         axis.ecdf(values, label=comparison.title(name), linestyle=style, color=COLOURS[name])
     axis.set(xlabel="distance to the nearest training image", ylabel="share of images", xlim=(0, None))
@@ -65,8 +62,8 @@ def rate_plot(levels: list[dict[str, Tensor]], comparison: Comparison) -> Figure
         of_channels = {name: rate for name, rate in maps.items() if name not in ROWS}
         lines += [line for line in (of_priors, of_channels) if line]
     wide = max(map(len, lines))
-    figure, axes = pyplot.subplots(len(lines), wide, figsize=(WIDTH, 2.1 * len(lines)), squeeze=False, layout="constrained")
-    for row, line in zip(axes, lines):
+    figure = Figure(figsize=(WIDTH, 2.1 * len(lines)), layout="constrained")
+    for row, line in zip(figure.subplots(len(lines), wide, squeeze=False), lines):
         top = max(float(rate.max()) for rate in line.values())
         for axis, (name, rate) in zip(row, line.items()):
             drawn = axis.imshow(rate.numpy(), vmin=0, vmax=top, cmap="viridis")
@@ -82,7 +79,8 @@ def rate_plot(levels: list[dict[str, Tensor]], comparison: Comparison) -> Figure
 def tradeoff_plot(points: dict[float, Tradeoff], label: str) -> Figure:
     """Precision, recall and fd against what is varied, from the most diverse samples on, the lowest fd marked."""
     values, tried = list(points), list(points.values())
-    figure, axis = pyplot.subplots(figsize=(WIDTH, 3.6), layout="constrained")
+    figure = Figure(figsize=(WIDTH, 3.6), layout="constrained")
+    axis = figure.subplots()
     axis.plot(values, [point.precision for point in tried], color="tab:purple", marker="o", label="precision")
     axis.plot(values, [point.recall for point in tried], color="tab:olive", marker="s", label="recall")
     margin = 0.03 * (values[-1] - values[0])
@@ -117,7 +115,8 @@ def lines(rows: Sequence[tuple[str, float | None, Tensor]]) -> Figure:
     columns = max(len(images) for _, _, images in shown)
     beside = max(2.3, 0.078 * max(len(title) for title, _, _ in shown))  # inches, for the titles
     width = beside + 0.57 * columns
-    figure, axes = pyplot.subplots(len(shown), 1, figsize=(width, 0.68 * len(shown)), squeeze=False)
+    figure = Figure(figsize=(width, 0.68 * len(shown)))
+    axes = figure.subplots(len(shown), 1, squeeze=False)
     for axis, (title, fd, images) in zip(axes[:, 0], shown):
         grid = make_grid(images, nrow=columns, padding=1, pad_value=128)
         axis.imshow(grid.permute(1, 2, 0).numpy(), interpolation="nearest")
@@ -143,8 +142,8 @@ def panels(count: int, height: float, abreast: int, shared: bool = False) -> tup
     """A figure of `count` panels, each `height` inches high, at most `abreast` side by side. shared: they have one scale."""
     columns = min(count, abreast)
     rows = -(-count // columns)
-    size = WIDTH, height * rows
-    figure, axes = pyplot.subplots(rows, columns, figsize=size, sharex=shared, sharey=shared, squeeze=False, layout="constrained")
+    figure = Figure(figsize=(WIDTH, height * rows), layout="constrained")
+    axes = figure.subplots(rows, columns, sharex=shared, sharey=shared, squeeze=False)
     for axis in axes.flat[count:]:
         axis.set_visible(False)
     return figure, [*axes.flat[:count]]
@@ -153,7 +152,6 @@ def panels(count: int, height: float, abreast: int, shared: bool = False) -> tup
 def png(figure: Figure) -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, dpi=DPI)
-    pyplot.close(figure)
     return buffer.getvalue()
 
 

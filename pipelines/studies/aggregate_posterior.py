@@ -7,10 +7,12 @@ from dataclasses import dataclass
 import torch
 from einops import rearrange
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Circle
 from torch import Tensor
 
 from pipelines.judging.likelihood import mutual_information
-from pipelines.pages.plots import COLOURS, plain, pyplot
+from pipelines.pages.plots import COLOURS, plain
 from pipelines.runs.dataset import read_facts
 from pipelines.runs.latents import encode, encode_training, encoded, latent_dataset
 from pipelines.runs.parts import specs_of
@@ -47,7 +49,8 @@ def aggregate_posterior(trained: Trained) -> Findings:
         (z,), _ = test[torch.arange(len(test))]
         flat = z.flatten(1)
     cap = math.log(len(test))
-    figure, axes = pyplot.subplots(2, 3, figsize=(12.5, 7), layout="constrained")
+    figure = Figure(figsize=(12.5, 7), layout="constrained")
+    axes = figure.subplots(2, 3)
     shown = [name for name in PRIOR_NAMES if name in rates]
     colours = [COLOURS.get(name, "tab:green") for name in shown]  # green: a Gaussian for each label, which is no row's
     axes[0, 0].barh([PRIOR_NAMES[name] for name in shown], [rates[name] for name in shown], color=colours)
@@ -227,7 +230,7 @@ def plane_of_images(trained: Trained, swept: Swept, scatter: Axes, plane: Axes) 
     if labels is not None:
         scatter.legend(fontsize=7, loc="upper left", markerscale=3)
     for radius in (1, 2, 3):
-        scatter.add_patch(pyplot.Circle((0, 0), radius, fill=False, linestyle=":"))
+        scatter.add_patch(Circle((0, 0), radius, fill=False, linestyle=":"))
     scatter.set(xlim=(-5, 5), ylim=(-5, 5), aspect="equal")
     scatter.set_title("means of q(z|x) by label; circles: N(0, I) at 1, 2, 3 σ", fontsize=10)
     side = 15

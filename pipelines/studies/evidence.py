@@ -3,9 +3,10 @@
 import math
 
 import torch
+from matplotlib.figure import Figure
 
 from pipelines.console import Progress
-from pipelines.pages.plots import COLOURS, pyplot
+from pipelines.pages.plots import COLOURS
 from pipelines.studies.trained import CHUNK, Findings, Trained
 from stage1_vae.bounds import draws, importance_weighted_bound, log_likelihoods
 
@@ -42,7 +43,8 @@ def evidence(trained: Trained) -> Findings:
             "best_of_naive": float(naive.max()),
             "decades": (float(log_likelihood.mean()) - float(importance_weighted_bound(weights))) / math.log(10),
         }
-    figure, axes = pyplot.subplots(1, 2, figsize=(10, 4.6), layout="constrained")
+    figure = Figure(figsize=(10, 4.6), layout="constrained")
+    axes = figure.subplots(1, 2)
     for name, values in curves.items():
         axis = axes[0 if name.startswith("naive") else 1]
         colour = COLOURS["standard" if name.endswith("N(0, I)") else "learned"]

@@ -3,9 +3,9 @@
 from dataclasses import replace
 
 import torch
+from matplotlib.figure import Figure
 
 from pipelines.judging.features import feature_space
-from pipelines.pages.plots import pyplot
 from pipelines.runs.dataset import examples_of
 from pipelines.studies.trained import CHUNK, Findings, Trained
 from pipelines.training.fit import fit
@@ -49,9 +49,9 @@ def mean_or_sample(trained: Trained) -> Findings:
             ("point posterior: z from N(0, I)", point.render(noise)),
         ]
         rate = float(gaussian_rate(posterior["mean"], posterior["std"].log()).mean())
-    figure, axes = pyplot.subplots(len(shown), 1, figsize=(11, 0.6 * len(shown)))
+    figure = Figure(figsize=(11, 0.6 * len(shown)))
     figure.subplots_adjust(left=0.22, right=0.995, top=0.99, bottom=0.01, hspace=0.06)
-    for axis, (name, row) in zip(axes, shown):
+    for axis, (name, row) in zip(figure.subplots(len(shown), 1), shown):
         axis.imshow(torch.cat(list(row.cpu().movedim(1, -1)), 1).squeeze(-1).numpy(), cmap="gray", vmin=0, vmax=255)
         axis.set_title(name, x=-0.01, y=0.5, ha="right", va="center", fontsize=9)
         axis.axis("off")

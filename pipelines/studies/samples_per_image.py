@@ -2,10 +2,10 @@
 
 import torch
 from einops import rearrange
+from matplotlib.figure import Figure
 from torch import Tensor
 
 from pipelines.console import Progress
-from pipelines.pages.plots import pyplot
 from pipelines.studies.trained import CHUNK, Findings, Trained
 from stage1_vae.bounds import draws, elbo, grouped, importance_weighted_bound
 from stage2_prior.heads import gaussian_log_prob
@@ -31,7 +31,8 @@ def samples_per_image(trained: Trained) -> Findings:
         error = float((pictures - pixels).square().mean((1, 2, 3)).mean().sqrt())
         average = float((pictures.mean(0, keepdim=True) - pixels).square().mean().sqrt())
         apart = float((pictures[:100] - pictures[100:]).square().mean((1, 2, 3)).mean().sqrt())
-    figure, axes = pyplot.subplot_mosaic("AB;CD;EE", figsize=(9, 8), height_ratios=(3, 3, 1), layout="constrained")
+    figure = Figure(figsize=(9, 8), layout="constrained")
+    axes = figure.subplot_mosaic("AB;CD;EE", height_ratios=(3, 3, 1))
     left, right, lower_left, lower_right, below = axes.values()
     row = torch.cat([pixels, pictures[:10], pictures.mean(0, keepdim=True)]).cpu()
     below.imshow(rearrange(row, "n c h w -> h (n w) c").clamp(0, 1).numpy(), cmap="gray", vmin=0, vmax=1)

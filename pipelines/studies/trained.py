@@ -4,11 +4,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from matplotlib.figure import Figure
 from torch import Tensor
 
 from pipelines.console import UserError
 from pipelines.data.images import Splits
-from pipelines.pages.plots import Figure
 from pipelines.runs.dataset import load_data
 from pipelines.runs.parts import load_autoencoder, specs_of
 from pipelines.runs.priors import open_prior

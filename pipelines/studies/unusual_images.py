@@ -1,12 +1,12 @@
 """Does a likelihood tell which images are unusual?"""
 
 import torch
+from matplotlib.figure import Figure
 from torch import Tensor
 from torchvision.transforms.v2.functional import gaussian_blur
 
 from pipelines.data.images import ImageSet
 from pipelines.judging.scores import Scorer, Usual, auroc
-from pipelines.pages.plots import Figure, pyplot
 from pipelines.studies.trained import Findings, Trained
 
 COUNT = 500  # images of each kind
@@ -71,7 +71,8 @@ def exchanged(images: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def plotted(kinds: dict[str, Tensor], told: dict[str, dict[str, float]]) -> Figure:
-    figure, (pictures, axis) = pyplot.subplots(1, 2, figsize=(11, 0.6 * len(kinds) + 1), width_ratios=(1, 1.4))
+    figure = Figure(figsize=(11, 0.6 * len(kinds) + 1))
+    pictures, axis = figure.subplots(1, 2, width_ratios=(1, 1.4))
     rows = [torch.cat([*some[:8].movedim(1, -1)], 1) for some in kinds.values()]
     picture = torch.cat(rows).numpy()
     pictures.imshow(picture if picture.shape[-1] == 3 else picture[..., 0], cmap="gray", vmin=0, vmax=255, aspect="auto")
