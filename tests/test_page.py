@@ -19,11 +19,12 @@ from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 from PIL import Image
 
-from pipelines import compare, studies
+from pipelines import compare, processes, studies
 from pipelines.judging.compare import with_labels_read
 from pipelines.judging.comparison import ROWS, from_dict, read_comparison, to_dict
 from pipelines.judging.features import FIGURES
 from pipelines.judging.together import Entry, names_of
+from pipelines.pages import report
 from pipelines.pages.page import labels_read
 from pipelines.pages.plots import COLOURS, lines, nearest_plot, plain, png, projections, training_curves
 from pipelines.pages.words import between_runs, notes, verdict_in_words, verdict_of_several
@@ -83,6 +84,17 @@ def test_a_prior_has_one_colour_in_all_plots():
         drawn = [tuple(points.get_facecolor()[0]) for points in axis.collections]
         assert drawn == [to_rgba(COLOURS["posterior"]), to_rgba(COLOURS[name])]
     assert len({COLOURS[name] for name in (*priors, "posterior", "real")}) == 7
+
+
+def test_of_several_processes_the_first_alone_draws_and_deletes(compared, monkeypatch):
+    run = Run.open(str(compared / "mnist5k"), "cpu")
+    there = {path: path.stat().st_mtime_ns for path in (run.folder / "compare").iterdir()}
+    done = read_comparison(run.folder / "compare/metrics.json"), SimpleNamespace(seconds={}, training_seconds={})
+    monkeypatch.setattr(report, "compare", lambda *given: done)
+    monkeypatch.setattr(processes, "on_first", lambda action: None)  # as on another
+    monkeypatch.setenv("RANK", "1")
+    report.write_report(run, small_splits((1, 28, 28), 4), run.config.metrics)
+    assert {path: path.stat().st_mtime_ns for path in (run.folder / "compare").iterdir()} == there
 
 
 def test_json_csv_and_page_say_the_same(compared):

@@ -56,19 +56,23 @@ class Timing:
 
 
 def write_report(run: Run, splits: Splits, judging: MetricsConfig, seed: int = 0) -> Report:
-    """Compare, and write metrics.json, metrics.csv, timing.json, samples.png and page.html."""
+    """Compare, and write metrics.json, metrics.csv, timing.json, samples.png and page.html; the first process alone draws them."""
     beginning = time.perf_counter()
     folder, name = report_folder(run, judging, seed), run.title
     comparison, exhibits = compare(run, splits, judging, seed)
-    metrics = folder / "metrics.json"
-    metrics.unlink(missing_ok=True)  # with it, a comparison is finished
-    write_picture(folder / "samples.png", comparison, exhibits)
     report = Report(run, comparison, exhibits, replace(run.config, metrics=judging))
-    write_csv(folder / "metrics.csv", {name: comparison})
-    timing = Timing(exhibits.seconds, exhibits.training_seconds, time.perf_counter() - beginning)
-    files.write_json(folder / "timing.json", vars(timing))
-    write_page(folder / "page.html", [report.section(name)], comparison.versions)
-    write_comparison(metrics, comparison)
+
+    def write() -> None:
+        metrics = folder / "metrics.json"
+        metrics.unlink(missing_ok=True)  # with it, a comparison is finished
+        write_picture(folder / "samples.png", comparison, exhibits)
+        write_csv(folder / "metrics.csv", {name: comparison})
+        timing = Timing(exhibits.seconds, exhibits.training_seconds, time.perf_counter() - beginning)
+        files.write_json(folder / "timing.json", vars(timing))
+        write_page(folder / "page.html", [report.section(name)], comparison.versions)
+        write_comparison(metrics, comparison)
+
+    processes.on_first(write)
     return report
 
 
