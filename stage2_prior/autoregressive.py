@@ -33,7 +33,7 @@ from stage2_prior.latents import LatentDataset, LatentSpec
 from stage2_prior.pixelcnn import PixelCNNConfig
 from stage2_prior.pixelsnail import PixelSNAILConfig
 from stage2_prior.prior import Prior
-from stage2_prior.sampling import AS_FITTED, CannotSample, Sampling
+from stage2_prior.sampling import AS_FITTED, Sampling
 from stage2_prior.transformer import TransformerConfig
 
 BackboneConfig = PixelCNNConfig | PixelSNAILConfig | TransformerConfig
@@ -103,11 +103,6 @@ class AutoregressivePrior(Prior):
         return [self]
 
     @property
-    def given_condition(self) -> LabelCondition | CaptionCondition | None:
-        """None also for clusters, which are a function of the latent."""
-        return None if isinstance(self.condition, ClusterCondition) else self.condition
-
-    @property
     def weaker(self) -> "AutoregressivePrior | None":
         """The weaker copy for autoguidance, or None."""
         return self._weaker[0] if self._weaker else None
@@ -118,28 +113,19 @@ class AutoregressivePrior(Prior):
 
     def estimate(self, dataset: LatentDataset) -> None:
         """Fit the head's scales, and frequencies of labels or clusters. Raises ValueError for missing contexts."""
+        super().estimate(dataset)
         self.head.estimate(dataset.sample()[self.level])
-        if isinstance(self.condition, ClusterCondition):
-            self.condition.fit(dataset)
-        elif self.condition is not None:
-            if dataset.contexts is None:
-                raise ValueError("a conditional prior needs a data set with contexts")
-            self.condition.estimate(dataset.contexts)
 
     def conditioned(self, coarser: list[Tensor], contexts: Tensor | None) -> Conditioned:
         """Backbone and head with their conditions: the position on the grid, the coarser levels, and the context.
 
         Raises CannotSample for a conditional prior without contexts.
         """
-        map, prefix = self.position, None
+        map = self.position
         for embed, codes in zip(self.coarser, coarser, strict=True):
             map = map + embed(codes)
-        if self.condition is not None:
-            if contexts is None:
-                raise CannotSample("this prior is conditional: give a context for each latent, such as a label")
-            context = self.condition(contexts)
-            map, prefix = map if context.map is None else map + context.map, context.prefix
-        return Conditioned(self.backbone, self.head, map, prefix)
+        context = self.embedded_contexts(contexts)
+        return Conditioned(self.backbone, self.head, map if context.map is None else map + context.map, context.prefix)
 
     def forward(self, levels: list[Tensor], contexts: Tensor | None = None, progress: float = 0.0) -> dict[str, Tensor]:
         """The loss, with what training adds: contexts are dropped (see conditions.py) and inputs get noise."""
@@ -174,10 +160,6 @@ class AutoregressivePrior(Prior):
         """Nats per image in raw latents, B. Raises CannotSample for a conditional prior without contexts."""
         return self.log_prob_by_position(levels, contexts).flatten(1).sum(1)
 
-    def draw_contexts(self, indices: Tensor, seed: int) -> Tensor | None:
-        """A context for each sample number, with the frequencies of the training set; None for an unconditional prior."""
-        return None if self.condition is None else self.condition.draw(indices, seed)
-
     def sample(
         self,
         indices: Tensor,
@@ -196,13 +178,11 @@ class AutoregressivePrior(Prior):
         how.check(
             codes=self.spec.vocabulary is not None, contexts=self.given_condition is not None, weaker=self.weaker is not None
         )
-        if self.condition is None and contexts is not None:
-            raise CannotSample("this prior takes no context")
+        contexts = self.given_or_drawn(indices, seed, contexts)
         if not batch:  # the compiled steps need a row
             dtype = self.position.dtype if self.spec.vocabulary is None else torch.int64
             return [self.position.new_empty(0, *self.spec.shape, dtype=dtype)]
         coarser = [] if coarser is None else coarser
-        contexts = self.draw_contexts(indices, seed) if contexts is None else contexts
         weaker: Conditioned | None = None
         if how.guidance:
             weaker = self.conditioned(coarser, self.null_contexts(batch))

@@ -61,6 +61,8 @@ class Flattened(nn.Module):
 class FlattenedPrior(Prior):
     """A prior of the standardized values, given the label if its config says so."""
 
+    condition: LabelCondition | None
+
     def __init__(self, specs: list[LatentSpec], name: str, config: FlattenedConfig, classes: int, embedded: int):
         """name: of the prior, for error messages. embedded: E.
 
@@ -71,33 +73,18 @@ class FlattenedPrior(Prior):
         one_position = LatentSpec((1, 1, 1))  # so that the label has one embedding, not a map
         self.condition = config.condition.build(embedded, [one_position], classes)
 
-    @property
-    def given_condition(self) -> LabelCondition | None:
-        return self.condition
-
     def estimate(self, dataset: LatentDataset) -> None:
         """Standardize, and count the labels. Raises ValueError for missing contexts."""
+        super().estimate(dataset)
         self.flattened.estimate(dataset)
-        if self.condition is not None:
-            if dataset.contexts is None:
-                raise ValueError("a conditional prior needs a data set with contexts")
-            self.condition.estimate(dataset.contexts)
 
     def forward(self, levels: list[Tensor], contexts: Tensor | None = None, progress: float = 0.0) -> dict[str, Tensor]:
         return super().forward(levels, self.with_dropout(contexts), progress)
 
     def embedded(self, contexts: Tensor | None) -> Tensor | None:
         """B E; None for an unconditional prior. Raises CannotSample for a conditional prior without contexts."""
-        if self.condition is None:
-            return None
-        if contexts is None:
-            raise CannotSample("this prior is conditional: give a context for each latent, such as a label")
-        map = self.condition(contexts).map
-        assert map is not None
-        return map.flatten(1)
-
-    def draw_contexts(self, indices: Tensor, seed: int) -> Tensor | None:
-        return None if self.condition is None else self.condition.draw(indices, seed)
+        map = self.embedded_contexts(contexts).map
+        return None if map is None else map.flatten(1)
 
     def contexts_to_sample(self, indices: Tensor, seed: int, how: Sampling, contexts: Tensor | None) -> Tensor | None:
         """Contexts for these sample numbers, B: those given, or drawn ones.
@@ -107,6 +94,4 @@ class FlattenedPrior(Prior):
         if how.guidance and self.condition is not None:
             raise CannotSample("only an autoregressive prior is guided toward a label: set a temperature instead")
         how.check(codes=False, contexts=False)
-        if self.condition is None and contexts is not None:
-            raise CannotSample("this prior takes no context")
-        return self.draw_contexts(indices, seed) if contexts is None else contexts
+        return self.given_or_drawn(indices, seed, contexts)

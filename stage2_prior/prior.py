@@ -22,9 +22,9 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from stage2_prior.conditions import CaptionCondition, LabelCondition
+from stage2_prior.conditions import CaptionCondition, ClusterCondition, Embedded, LabelCondition
 from stage2_prior.latents import LatentDataset
-from stage2_prior.sampling import AS_FITTED, Sampling
+from stage2_prior.sampling import AS_FITTED, CannotSample, Sampling
 
 T = TypeVar("T")
 
@@ -34,11 +34,17 @@ class Prior(nn.Module, ABC):
 
     bounded = False
     """whether `log_prob` is a lower bound on the log density, not the log density itself"""
+    condition: LabelCondition | CaptionCondition | ClusterCondition | None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.condition = None
 
     @property
     def given_condition(self) -> LabelCondition | CaptionCondition | None:
-        """The condition on labels or captions, which callers give as contexts; None for a prior that takes no contexts."""
-        return None
+        """The condition on labels or captions, which callers give as contexts; None where they give none: clusters are a function
+        of the latent."""
+        return None if isinstance(self.condition, ClusterCondition) else self.condition
 
     def null_contexts(self, batch: int) -> Tensor | None:
         """Null contexts, B …, with which the prior is unconditional; None where it takes no contexts."""
@@ -50,6 +56,14 @@ class Prior(nn.Module, ABC):
             return contexts
         return self.given_condition.with_dropout(contexts)
 
+    def embedded_contexts(self, contexts: Tensor | None) -> Embedded:
+        """Raises CannotSample for a conditional prior without contexts."""
+        if self.condition is None:
+            return Embedded(None, None)
+        if contexts is None:
+            raise CannotSample("this prior is conditional: give a context for each latent, such as a label")
+        return self.condition(contexts)
+
     def forward(self, levels: list[Tensor], contexts: Tensor | None = None, progress: float = 0.0) -> dict[str, Tensor]:
         return {"loss": -self.log_prob(levels, contexts).mean()}
 
@@ -60,11 +74,23 @@ class Prior(nn.Module, ABC):
     def sample(self, indices: Tensor, seed: int, how: Sampling = AS_FITTED, contexts: Tensor | None = None) -> list[Tensor]: ...
 
     def estimate(self, dataset: LatentDataset) -> None:
-        """Fit what has no gradient. By default nothing."""
+        """Fit what has no gradient, here that of the condition. Raises ValueError for missing contexts."""
+        if isinstance(self.condition, ClusterCondition):
+            self.condition.fit(dataset)
+        elif self.condition is not None:
+            if dataset.contexts is None:
+                raise ValueError("a conditional prior needs a data set with contexts")
+            self.condition.estimate(dataset.contexts)
 
     def draw_contexts(self, indices: Tensor, seed: int) -> Tensor | None:
         """A context for each sample number, with the frequencies of the training set; None for an unconditional prior."""
-        return None
+        return None if self.condition is None else self.condition.draw(indices, seed)
+
+    def given_or_drawn(self, indices: Tensor, seed: int, contexts: Tensor | None) -> Tensor | None:
+        """The contexts that are given, or drawn ones. Raises CannotSample for contexts of an unconditional prior."""
+        if self.condition is None and contexts is not None:
+            raise CannotSample("this prior takes no context")
+        return self.draw_contexts(indices, seed) if contexts is None else contexts
 
     def fitted_numbers(self) -> int:
         """The number of trained or fitted parameters."""
