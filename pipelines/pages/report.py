@@ -56,7 +56,7 @@ class Timing:
 
 
 def write_report(run: Run, splits: Splits, judging: MetricsConfig, seed: int = 0) -> Report:
-    """Compare, and write metrics.json, metrics.csv, timing.json, samples.png and page.html; the first process alone draws them."""
+    """Compare, and write metrics.json, metrics.csv, timing.json, samples.png and page.html, all by the first process."""
     beginning = time.perf_counter()
     folder, name = report_folder(run, judging, seed), run.title
     comparison, exhibits = compare(run, splits, judging, seed)
