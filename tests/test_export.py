@@ -25,6 +25,7 @@ from pipelines.judging.tradeoffs import Tradeoff
 from pipelines.pages import exports
 from pipelines.pages.exports import SAMPLES, first_samples, networks_of, rounded
 from pipelines.runs import run as runs
+from pipelines.runs.config import replaced
 from pipelines.runs.dataset import load_data, write_facts
 from pipelines.runs.exported import CARD, LIST, files_of
 from pipelines.runs.parts import EARLY_PRIOR
@@ -34,6 +35,7 @@ from pipelines.runs.run import TRAINED, Run
 from pipelines.training.checkpoints import checksum, fill
 from stage2_prior.conditions import ClassLabel
 from stage2_prior.sampling import AS_FITTED, Sampling
+from tests.parts import BOTTLENECKS
 
 ROOT = Path(__file__).parents[1]
 
@@ -350,3 +352,20 @@ def test_without_a_second_stage_nothing_says_that_a_prior_takes_labels(tmp_path,
     assert isinstance(run.condition, ClassLabel) and run.conditioned_on is None
     write_facts(run, load_data(run))
     assert "is conditioned on" not in exports.card(run, None, "plain", False, None)
+
+
+@pytest.mark.parametrize(
+    ("bottleneck", "tag"),
+    [
+        ("gaussian", "vae"),
+        ("deterministic", "autoencoder"),
+        ("finite-scalar", "discrete-latents"),
+        ("vector-quantized", "discrete-latents"),
+    ],
+)
+def test_the_card_names_the_kind_of_latents(bottleneck, tag, small_data, tmp_path):
+    config = replaced(preset("mnist5k"), "autoencoder.bottleneck", BOTTLENECKS[bottleneck])
+    run = Run.create(tmp_path / "run", config, "cpu")
+    write_facts(run, load_data(run))
+    tags = exports.card(run, None, "x", False, None).partition("tags:\n")[2].partition("---")[0].split("\n")
+    assert tags == ["- two-stage-latent-prior", f"- {tag}", ""]

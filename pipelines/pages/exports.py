@@ -22,7 +22,7 @@ from pipelines.runs.conditions import contexts_asked
 from pipelines.runs.config import to_dict
 from pipelines.runs.dataset import FACTS, read_facts
 from pipelines.runs.exported import CARD, FORMAT, LIBRARY, LIST, files_of, metadata_of
-from pipelines.runs.parts import EARLY_PRIOR, Part, early_prior, finished, last_phase, load_autoencoder, specs_of
+from pipelines.runs.parts import EARLY_PRIOR, Part, early_prior, finished, last_phase, load_autoencoder, new_autoencoder, specs_of
 from pipelines.runs.pictures import tiled
 from pipelines.runs.priors import open_prior
 from pipelines.runs.recipes import DATA_SETS
@@ -31,6 +31,7 @@ from pipelines.runs.sampling import generate
 from pipelines.runs.whereabouts import without_places
 from pipelines.training.checkpoints import CHECKSUMS, checksum
 from stage1_vae.autoencoder import Autoencoder
+from stage1_vae.bottlenecks import Gaussian
 from stage2_prior.prior import Prior
 from stage2_prior.sampling import AS_FITTED
 
@@ -195,7 +196,7 @@ def card(run: Run, comparison: Comparison | None, name: str, half: bool, license
         *([f"license: {license}"] if license else []),
         "tags:",
         "- two-stage-latent-prior",
-        "- vae" if run.config.autoencoder.bottleneck.__class__.__name__ == "Gaussian" else "- discrete-latents",
+        f"- {kind_of_latents(run)}",
         "---",
         "",
         f"# {name.rpartition('/')[2]}",
@@ -230,6 +231,13 @@ def card(run: Run, comparison: Comparison | None, name: str, half: bool, license
     if comparison is not None:
         lines += figures(comparison, half, autoguidance)
     return "\n".join(lines) + "\n"
+
+
+def kind_of_latents(run: Run) -> str:
+    """As a tag on the hub."""
+    if specs_of(new_autoencoder(run, read_facts(run).image_shape))[0].vocabulary is not None:
+        return "discrete-latents"
+    return "vae" if isinstance(run.config.autoencoder.bottleneck, Gaussian) else "autoencoder"
 
 
 def labels_table(names: list[str]) -> str:
