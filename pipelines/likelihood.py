@@ -42,7 +42,8 @@ def main(arguments: list[str] | None = None) -> None:
     # Slow to import, and --help needs none of it.
     from pipelines.files import check_writable, write_json
     from pipelines.judging.likelihood import likelihood
-    from pipelines.pages.likelihood import as_table, printed
+    from pipelines.pages.likelihood import as_table
+    from pipelines.pages.tables import aligned
     from pipelines.runs.dataset import load_data
     from pipelines.runs.run import Run
 
@@ -55,7 +56,8 @@ def main(arguments: list[str] | None = None) -> None:
         result = likelihood(
             run, splits, images=asked.images, samples=asked.samples, naive=asked.naive, priors=asked.prior, seed=asked.seed
         )
-    say(run.title, *printed(as_table(result)))
+    table = as_table(result)
+    say(run.title, *aligned(table.columns, table.rows), *table.notes)
     if asked.json is not None:
         write_json(asked.json, {"run": run.title, **result})
         say(f"figures: {asked.json}")

@@ -86,10 +86,3 @@ def notes_of(result: dict[str, Any]) -> list[str]:
 def as_table(result: dict[str, Any]) -> Table:
     rows = [Row(name, title(name, "codes" in result), cells_of(result, name)) for name in ROWS if name in result["priors"]]
     return Table(f"Likelihood of {counted(result['images'], 'held-out image')}", columns_of(result), rows, notes_of(result))
-
-
-def printed(table: Table) -> list[str]:
-    """Lines for the terminal."""
-    lines = [f"{'':28}" + "".join(f" {column:>18}" for column in table.columns)]
-    lines += [f"{row.title:28}" + "".join(f" {cell:>18}" for cell in row.cells) for row in table.rows]
-    return lines + table.notes
