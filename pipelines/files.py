@@ -3,6 +3,7 @@
 Nothing is read by pickle.
 """
 
+import functools
 import json
 import os
 import re
@@ -198,9 +199,27 @@ def structured(values: Any, kind: type[T], by: cattrs.Converter | None = None) -
     if not isinstance(values, dict):
         raise ValueError(f"it holds no {kind.__name__}")
     try:
-        return (by or cattrs.global_converter).structure(values, kind)
+        return (by or converter()).structure(values, kind)
     except cattrs.BaseValidationError as error:
         raise ValueError("; ".join(cattrs.transform_error(error))) from error
+
+
+def strict(converter: cattrs.Converter) -> cattrs.Converter:
+    """One that takes numbers and truth values as they are, where cattrs would make 5 of "5" and of 5.7, and True of "no"."""
+
+    def same(value: Any, kind: type[Any]) -> Any:
+        if type(value) is kind or (kind is float and type(value) is int):
+            return kind(value)
+        raise ValueError(f"{value!r:.40} is no {kind.__name__}")
+
+    for kind in (bool, int, float):
+        converter.register_structure_hook(kind, same)
+    return converter
+
+
+@functools.cache  # it makes code for each class that it reads
+def converter() -> cattrs.Converter:
+    return strict(cattrs.Converter())
 
 
 def damaged(path: Path, error: Exception) -> UserError:

@@ -13,7 +13,7 @@ import torch
 from pipelines import benchmark, compare, export, generate, likelihood, score
 from pipelines.console import UserError
 from pipelines.runs import phases
-from pipelines.runs.config import RunConfig, check_ranges, interval_of, replaced, to_dict, with_settings
+from pipelines.runs.config import RunConfig, check_ranges, from_dict, interval_of, replaced, to_dict, with_settings
 from pipelines.runs.kinds import kinds_of
 from pipelines.runs.names import DATA, RECIPES, preset_name
 from pipelines.runs.recipes import preset
@@ -173,9 +173,19 @@ def test_where_results_go_is_looked_at_before_work_begins(tmp_path, monkeypatch,
         ({"prior.backbone": "transformer"}, "prior.backbone is a PixelCNNConfig or .*TransformerConfig.*, not 'transformer'"),
     ],
 )
-def test_a_setting_in_python_that_there_is_not_or_of_another_type_is_refused(settings, says):
+def test_a_setting_in_python_that_there_is_not_or_of_another_type_is_refused(settings, says, tmp_path):
     with pytest.raises(UserError, match=says):
-        TwoStage.train("mnist5k", "nowhere/run", settings)
+        TwoStage.train("mnist5k", str(tmp_path / "run"), settings)
+
+
+@pytest.mark.parametrize(("path", "value"), [("seed", "5"), ("seed", 5.7), ("seed", True), ("mirror", "no"), ("mirror", 1)])
+def test_a_config_with_a_value_of_another_type_is_refused(path, value):
+    """cattrs would make 5 of the first two, 1 of the third, and True of the others."""
+    values = to_dict(preset("mnist5k"))
+    with pytest.raises(ValueError, match=path):
+        from_dict(values | {path: value})
+    values["stage1"]["learning_rate"] = 1
+    assert from_dict(values).stage1.learning_rate == 1.0
 
 
 def test_every_setting_takes_the_value_that_it_has():

@@ -20,7 +20,7 @@ from cattrs.gen import make_dict_structure_fn, make_dict_unstructure_fn, overrid
 from torch import Tensor
 
 from pipelines.console import UserError
-from pipelines.files import read_json, structured, write_json
+from pipelines.files import read_json, strict, structured, write_json
 from pipelines.judging.features import Features
 from pipelines.judging.health import Health
 from pipelines.judging.quality import error
@@ -210,7 +210,7 @@ def title(name: str, codes: bool) -> str:
 
 
 def converter() -> cattrs.Converter:
-    made = cattrs.Converter()
+    made = strict(cattrs.Converter())
     for kind in (Sampling, Row, Features, Tradeoff):
         made.register_unstructure_hook(kind, make_dict_unstructure_fn(kind, made, _cattrs_omit_if_default=True))
     # The schema is written though it is what is expected; what is missing stands among the priors; files keep an older name.

@@ -16,7 +16,7 @@ from cattrs.strategies import configure_tagged_union
 
 from pipelines.console import UserError, nearest
 from pipelines.data.sets import DataConfig
-from pipelines.files import structured
+from pipelines.files import strict, structured
 from pipelines.runs.names import ExtractorName, Pixels
 from pipelines.training.config import FitConfig, Precision
 from stage1_vae.autoencoder import AutoencoderConfig, BottleneckConfig
@@ -110,8 +110,8 @@ def described(interval: Interval) -> str:
 
 @functools.cache  # it takes tens of milliseconds
 def converter() -> cattrs.Converter:
-    made = cattrs.Converter(forbid_extra_keys=True)
-    made.register_unstructure_hook(Path, str)
+    made = strict(cattrs.Converter(forbid_extra_keys=True))
+    made.register_unstructure_hook(Path, os.fspath)
     made.register_structure_hook(str, lambda value, _: name_of_file(value))
     made.register_structure_hook(Path, lambda value, _: Path(name_of_file(value)))
     stage1 = (NetworkConfig, BottleneckConfig, LikelihoodConfig)
@@ -176,6 +176,7 @@ def with_settings(config: RunConfig, settings: Mapping[str, Any]) -> RunConfig:
 def fitting(config: RunConfig, path: str, value: Any) -> Any:
     """A value as the setting takes it. Raises UserError as `with_settings`."""
     part: Any = config
+    hint: Any = RunConfig
     *parents, last = path.split(".")
     for name in (*parents, last):
         known = [entry.name for entry in fields(part)] if is_dataclass(part) else []
@@ -183,26 +184,10 @@ def fitting(config: RunConfig, path: str, value: Any) -> Any:
             hint = nearest(name, known) if known else f": what it is to be a part of is {part!r}"
             raise UserError(f"there is no setting {name!r} in {path!r}{hint}")
         hint, part = get_type_hints(type(part), include_extras=True)[name], getattr(part, name)
-    for fits in (value, Path(value) if isinstance(value, str) else value, tuple(value) if isinstance(value, list) else value):
-        if takes(hint, fits):
-            return fits
-    raise UserError(f"the setting {path} is {in_words(hint)}, not {value!r}")
-
-
-def takes(hint: Any, value: Any) -> bool:
-    """Whether a setting of a type takes a value."""
-    kind, inner = get_origin(hint), get_args(hint)
-    if kind is Annotated:
-        return takes(inner[0], value)
-    if kind in (Union, UnionType):
-        return any(takes(one, value) for one in inner)
-    if kind is Literal:
-        return isinstance(value, str | int) and value in inner
-    if kind is tuple:
-        return isinstance(value, tuple) and all(takes(inner[0], each) for each in value)
-    if isinstance(value, bool):
-        return hint is bool
-    return isinstance(value, int | float if hint is float else hint)
+    try:
+        return converter().structure(converter().unstructure(value, unstructure_as=hint), hint)
+    except Exception as error:  # which of many kinds it is depends on the type, and on the version of cattrs
+        raise UserError(f"the setting {path} is {in_words(hint)}, not {value!r}") from error
 
 
 def in_words(hint: Any) -> str:
