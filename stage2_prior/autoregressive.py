@@ -207,8 +207,12 @@ class CascadeConfig:
         return self.top.condition
 
     def build(self, specs: list[LatentSpec], classes: int = 0) -> "Cascade":
-        """classes: number of labels, 0 for none. Raises ValueError where the parts do not fit."""
-        if len(specs) > 1 and self.top.condition != self.bottom.condition:
+        """classes: number of labels, 0 for none. Raises ValueError for one level, and for parts that do not fit."""
+        if len(specs) == 1:
+            raise ValueError(
+                "a cascade is for several levels of latents, not for one: leave out --prior, or choose --prior autoregressive"
+            )
+        if self.top.condition != self.bottom.condition:
             raise ValueError(
                 f"all levels need the same condition, not {self.top.condition} on top and {self.bottom.condition} below: choose"
                 " it by --prior.condition, which is that of all"

@@ -131,6 +131,8 @@ def test_levels_and_their_priors_fit():
     level = AutoregressiveConfig(BACKBONES["pixelcnn"], Categorical())
     with pytest.raises(ValueError, match="a prior for each"):
         level.build(SPECS)
+    with pytest.raises(ValueError, match="a cascade is for several levels of latents, not for one"):
+        CascadeConfig(level, level).build(SPECS[:1])
     with pytest.raises(ValueError, match="the same condition"):
         CascadeConfig(AutoregressiveConfig(BACKBONES["pixelcnn"], Categorical(), ClassLabel()), level).build(SPECS, classes=2)
 

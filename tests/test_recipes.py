@@ -14,6 +14,7 @@ from pipelines.runs.config import RunConfig, from_dict, read_config, replaced, t
 from pipelines.runs.kinds import choose_kinds, kinds_of, name_of, name_of_prior
 from pipelines.runs.names import DATA, PRIORS, RECIPES, preset_name
 from pipelines.runs.options import Options
+from pipelines.runs.phases import train
 from pipelines.runs.priors import open_prior
 from pipelines.runs.recipes import DATA_SETS, MADE_BY, TUNED, parts_of, preset
 from pipelines.runs.run import Run
@@ -184,6 +185,22 @@ def test_the_prior_follows_the_bottleneck_that_is_chosen(kind):
     built(parse(["mnist-vqvae", "--autoencoder.bottleneck", kind, *finer])[1])
     built(parse(["mnist-vqvae2", "--autoencoder.bottleneck", kind])[1])
     built(parse(["mnist-vqvae2", "--autoencoder.bottleneck", "gaussian"])[1])
+
+
+@pytest.mark.parametrize(
+    ("preset_and_prior", "said"),
+    [
+        (["mnist", "--prior", "cascade"], "a cascade is for several levels"),
+        (["mnist-vqvae", "--prior", "flow"], "a flow models continuous latents"),
+        (["mnist-vqvae2", "--prior", "autoregressive"], "2 levels of latents need a prior for each"),
+    ],
+)
+def test_a_prior_that_does_not_fit_the_latents_is_refused_before_training(tmp_path, preset_and_prior, said):
+    run = Run.create(tmp_path / "run", shrunk(parse(preset_and_prior)[1]), "cpu")
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(UserError, match=said):
+        patch.setattr("pipelines.runs.phases.load_data", lambda run: small_splits((1, 28, 28), 10))
+        train(run)
+    assert not [*tmp_path.rglob("step-*")]
 
 
 def test_a_chosen_kind_takes_overrides_and_the_same_kind_keeps_its_settings():
