@@ -27,7 +27,7 @@ COMMANDS = {
 }
 LAYERS = [
     {"console"},
-    {"processes"},
+    {"processes", "grids"},
     {"files"},
     {"data", "training"},
     {"runs"},

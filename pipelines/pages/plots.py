@@ -8,10 +8,10 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
-from torchvision.utils import make_grid
 
 from pipelines.console import escaped
 from pipelines.files import write_file
+from pipelines.grids import grid
 from pipelines.judging.compare import SHOWN, Exhibits
 from pipelines.judging.comparison import ROWS, Comparison
 from pipelines.judging.tradeoffs import Tradeoff, lowest_fd
@@ -118,8 +118,7 @@ def lines(rows: Sequence[tuple[str, float | None, Tensor]]) -> Figure:
     figure = Figure(figsize=(width, 0.68 * len(shown)))
     axes = figure.subplots(len(shown), 1, squeeze=False)
     for axis, (title, fd, images) in zip(axes[:, 0], shown):
-        grid = make_grid(images, nrow=columns, padding=1, pad_value=128)
-        axis.imshow(grid.permute(1, 2, 0).numpy(), interpolation="nearest")
+        axis.imshow(grid(images, columns).numpy(), interpolation="nearest")
         axis.set_title(
             plain(title) + ("" if fd is None else f"\nfd {fd:.1f}"),
             x=-0.01,

@@ -13,13 +13,12 @@ from einops import rearrange, repeat
 from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
-from torch.nn import functional as F
 
 from pipelines.console import UserError, escaped
 from pipelines.data.layout import DRAWN
 from pipelines.files import write_files
+from pipelines.grids import grid
 
-GREY = 128
 LETTERS = (9, 14)  # pixels: the least and the largest size of text
 LEGIBLE = 64  # pixels: the least width of an image among others in one picture, so that the text below it is read
 MOST_LINES = 3  # of text below an image
@@ -29,18 +28,13 @@ def tiled(images: Tensor, columns: int, texts: Sequence[str] = ()) -> bytes:
     """images uint8 N C H W as one picture in rows, with grey lines between them; PNG.
 
     texts: one for each image, which stands below it; where all are the same, it stands once, below all images.
-    As torchvision's make_grid does it, but that takes seconds to import.
     """
-    columns, line = min(columns, len(images)), int(len(images) > 1)
     of_all = len({*texts}) == 1
     if texts and not of_all:
         images = torch.cat(
             [repeat(images, "n c h w -> n (c grey) h w", grey=3 // images.shape[1]), text_strips(texts, images)], 2
         )
-    framed = F.pad(repeat(images, "n c h w -> n (c grey) h w", grey=3 // images.shape[1]), (line, 0, line, 0), value=GREY)
-    blank = torch.full_like(framed[:1], GREY).expand(-len(framed) % columns, -1, -1, -1)
-    rows = rearrange(torch.cat([framed, blank]), "(r c) k h w -> (r h) (c w) k", c=columns)
-    picture = F.pad(rows, (0, 0, 0, line, 0, line), value=GREY)
+    picture = grid(images, columns)
     if of_all:
         picture = torch.cat([picture, rearrange(text_strips(texts[:1], picture.movedim(-1, 0)[None]), "1 c h w -> h w c")])
     buffer, info = io.BytesIO(), PngInfo()

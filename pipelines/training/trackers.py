@@ -20,10 +20,10 @@ from typing import Any, Protocol, SupportsFloat
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from torchvision.utils import make_grid
 
 from pipelines.console import UserError, first_process
 from pipelines.files import write_file
+from pipelines.grids import grid
 from pipelines.training.config import TrackerKind
 from pipelines.training.fit import Tracker
 
@@ -37,7 +37,8 @@ class Writer(Protocol):
 
     def scalars(self, step: int, values: dict[str, float]) -> None: ...
 
-    def picture(self, step: int, name: str, picture: Tensor) -> None: ...
+    def picture(self, step: int, name: str, picture: Tensor) -> None:
+        """picture: uint8 H W 3."""
 
 
 class CsvFiles:
@@ -63,7 +64,7 @@ class CsvFiles:
 
     def picture(self, step: int, name: str, picture: Tensor) -> None:
         buffer = io.BytesIO()
-        Image.fromarray(picture.permute(1, 2, 0).numpy()).save(buffer, format="png")
+        Image.fromarray(picture.numpy()).save(buffer, format="png")
         write_file(self.pictures / f"{name}-{step:07d}.png", buffer.getvalue())
 
 
@@ -85,7 +86,7 @@ class TensorBoard:
         self.writer.flush()
 
     def picture(self, step: int, name: str, picture: Tensor) -> None:
-        self.writer.add_image(name, picture, step)
+        self.writer.add_image(name, picture, step, dataformats="HWC")
         self.writer.flush()
 
 
@@ -116,7 +117,7 @@ class WeightsAndBiases:
         self.run.log(values, step=step)
 
     def picture(self, step: int, name: str, picture: Tensor) -> None:
-        self.run.log({name: self.image(picture.permute(1, 2, 0).numpy())}, step=step)
+        self.run.log({name: self.image(picture.numpy())}, step=step)
 
 
 WRITERS: dict[str, Any] = {"csv": CsvFiles, "tensorboard": TensorBoard, "wandb": WeightsAndBiases}
@@ -137,7 +138,7 @@ class Tracked(Tracker):
     @torch.inference_mode()
     def pictures(self, step: int, model: nn.Module) -> None:
         for name, images in self.draw(model.eval()).items():
-            self.writer.picture(step, name, make_grid(images.cpu(), nrow=GRID_COLUMNS, padding=1, pad_value=128))
+            self.writer.picture(step, name, grid(images.cpu(), GRID_COLUMNS))
         model.train()
 
 
