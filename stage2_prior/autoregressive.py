@@ -154,7 +154,7 @@ class AutoregressivePrior(Prior):
         # precision they would take a third of a step. Their softmax is in full precision all the same.
         rounded = self.training and self.spec.vocabulary is not None and torch.is_autocast_enabled(features.device.type)
         with torch.autocast(features.device.type, enabled=rounded):
-            return self.head(features.movedim(1, -1).to(self.position.dtype), values) + log_cluster
+            return self.head.log_prob(features.movedim(1, -1).to(self.position.dtype), values) + log_cluster
 
     def log_prob(self, levels: list[Tensor], contexts: Tensor | None = None) -> Tensor:
         """Nats per image in raw latents, B. Raises CannotSample for a conditional prior without contexts."""

@@ -72,9 +72,13 @@ class LabelCondition(nn.Module):
         self.weights = nn.Parameter(torch.randn(classes + 1, FEW) / FEW**0.5) if shared else None
         self.register_buffer("frequencies", torch.full((classes,), 1 / classes))
 
-    def estimate(self, contexts: Tensor) -> None:
+    def estimate(self, dataset: LatentDataset) -> None:
         """Count how often each label occurs."""
-        counts = torch.bincount(contexts, minlength=self.classes).to(self.frequencies)
+        assert dataset.contexts is not None
+        self.count(dataset.contexts)
+
+    def count(self, labels: Tensor) -> None:
+        counts = torch.bincount(labels, minlength=self.classes).to(self.frequencies)
         self.frequencies.copy_(counts / counts.sum())
 
     def draw(self, indices: Tensor, seed: int) -> Tensor:
@@ -149,7 +153,7 @@ class ClusterCondition(nn.Module):
         """Latents of the coarsest level, B C h w or codes B h w, to the points that k-means clusters, one vector each."""
         return (self.vectors[latents] if len(self.vectors) else latents.to(self.centres)).flatten(1)
 
-    def fit(self, dataset: LatentDataset) -> None:
+    def estimate(self, dataset: LatentDataset) -> None:
         """Fit the clusters and their frequencies to a data set. Raises ValueError for codes without their vectors."""
         from sklearn.cluster import KMeans
         from sklearn.exceptions import ConvergenceWarning
@@ -172,7 +176,7 @@ class ClusterCondition(nn.Module):
             warnings.simplefilter("ignore", ConvergenceWarning)
             fitted = KMeans(clusters, random_state=0).fit(points.numpy())
         self.centres.zero_()[:clusters] = torch.from_numpy(fitted.cluster_centers_).to(self.centres)
-        self.labels.estimate(torch.from_numpy(fitted.labels_).long())
+        self.labels.count(torch.from_numpy(fitted.labels_).long())
 
     def assign(self, latents: Tensor) -> Tensor:
         """The cluster of each latent of the coarsest level, B."""
@@ -228,7 +232,7 @@ class CaptionCondition(nn.Module):
         self.embedding = nn.Embedding(config.vocabulary, width)
         self.position = nn.Parameter(0.02 * torch.randn(config.length, width))
 
-    def estimate(self, contexts: Tensor) -> None:
+    def estimate(self, dataset: LatentDataset) -> None:
         """Nothing to estimate."""
 
     def draw(self, indices: Tensor, seed: int) -> Tensor:

@@ -1,6 +1,6 @@
 """Priors of the whole flattened latent, which ignore the grid: what they have in common.
 
-B batch, D all numbers of one latent, E numbers that say the label.
+B batch, D all numbers of one latent, E width of the label's embedding.
 """
 
 from dataclasses import dataclass, field
@@ -12,6 +12,8 @@ from stage2_prior.conditions import LabelCondition, RivalCondition, Unconditiona
 from stage2_prior.latents import LatentDataset, LatentSpec, moments
 from stage2_prior.prior import Prior, only
 from stage2_prior.sampling import CannotSample, Sampling
+
+LABEL_WIDTH = 64  # of the label's embedding, in the priors whose networks also see the label
 
 
 @dataclass(frozen=True)
@@ -63,15 +65,15 @@ class FlattenedPrior(Prior):
 
     condition: LabelCondition | None
 
-    def __init__(self, specs: list[LatentSpec], name: str, config: FlattenedConfig, classes: int, embedded: int):
-        """name: of the prior, for error messages. embedded: E.
+    def __init__(self, specs: list[LatentSpec], name: str, config: FlattenedConfig, classes: int, label_width: int = LABEL_WIDTH):
+        """name: of the prior, for error messages. label_width: E.
 
         Raises ValueError for codes, for several levels, and for labels of a data set that has none.
         """
         super().__init__()
         self.flattened = Flattened(specs, name)
         one_position = LatentSpec((1, 1, 1))  # so that the label has one embedding, not a map
-        self.condition = config.condition.build(embedded, [one_position], classes)
+        self.condition = config.condition.build(label_width, [one_position], classes)
 
     def estimate(self, dataset: LatentDataset) -> None:
         """Standardize, and count the labels. Raises ValueError for missing contexts."""

@@ -16,11 +16,9 @@ import torch
 from annotated_types import Interval
 from torch import Tensor
 
-from stage2_prior.flattened import FlattenedConfig, FlattenedPrior
+from stage2_prior.flattened import LABEL_WIDTH, FlattenedConfig, FlattenedPrior
 from stage2_prior.latents import LatentSpec
 from stage2_prior.sampling import AS_FITTED, Sampling, normals
-
-EMBEDDED = 64  # numbers that say the label
 
 
 @dataclass(frozen=True)
@@ -43,14 +41,14 @@ class FlowPrior(FlattenedPrior):
     """The flow on standardized values."""
 
     def __init__(self, specs: list[LatentSpec], config: FlowConfig, classes: int = 0):
-        super().__init__(specs, "flow", config, classes, EMBEDDED)
+        super().__init__(specs, "flow", config, classes)
         try:
             from zuko.flows import NSF
         except ImportError as error:
             raise ValueError("a flow needs the library zuko: pip install -e '.[flow]'") from error
         self.flow = NSF(
             self.flattened.size,
-            context=0 if self.condition is None else EMBEDDED,
+            context=0 if self.condition is None else LABEL_WIDTH,
             transforms=config.transforms,
             bins=config.bins,
             passes=2,

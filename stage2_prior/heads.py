@@ -68,9 +68,6 @@ class Head(nn.Module, ABC):
         state: what `begin` returned. weaker: what guidance leads away from, or None.
         """
 
-    def forward(self, features: Tensor, values: Tensor) -> Tensor:
-        return self.log_prob(features, values)
-
 
 Weaker = tuple[Any, Tensor]
 """What guidance leads away from: a head of the same kind, and the features of its backbone at this position, B D."""

@@ -75,12 +75,10 @@ class Prior(nn.Module, ABC):
 
     def estimate(self, dataset: LatentDataset) -> None:
         """Fit what has no gradient, here that of the condition. Raises ValueError for missing contexts."""
-        if isinstance(self.condition, ClusterCondition):
-            self.condition.fit(dataset)
-        elif self.condition is not None:
-            if dataset.contexts is None:
-                raise ValueError("a conditional prior needs a data set with contexts")
-            self.condition.estimate(dataset.contexts)
+        if self.given_condition is not None and dataset.contexts is None:
+            raise ValueError("a conditional prior needs a data set with contexts")
+        if self.condition is not None:
+            self.condition.estimate(dataset)
 
     def draw_contexts(self, indices: Tensor, seed: int) -> Tensor | None:
         """A context for each sample number, with the frequencies of the training set; None for an unconditional prior."""

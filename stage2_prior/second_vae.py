@@ -17,13 +17,12 @@ import torch
 from annotated_types import Interval
 from torch import Tensor, nn
 
-from stage2_prior.flattened import FlattenedConfig, FlattenedPrior
+from stage2_prior.flattened import LABEL_WIDTH, FlattenedConfig, FlattenedPrior
 from stage2_prior.heads import floored, gaussian_log_prob
 from stage2_prior.latents import LatentSpec
 from stage2_prior.sampling import AS_FITTED, Sampling, normals
 
 LATENT_STREAM = 1  # of the noise of u in `sample`; the noise of z given u is stream 0
-EMBEDDED = 64  # numbers that say the label
 MAXIMUM_LOG_STD = 10.0  # of q(u|z)
 AT_ONCE = 4096  # rows that `bound` passes through the networks together
 
@@ -65,11 +64,11 @@ class SecondVAE(FlattenedPrior):
     bounded = True
 
     def __init__(self, specs: list[LatentSpec], config: SecondVaeConfig, classes: int = 0):
-        super().__init__(specs, "second VAE", config, classes, EMBEDDED)
-        size, told = self.flattened.size, 0 if self.condition is None else EMBEDDED
+        super().__init__(specs, "second VAE", config, classes)
+        size, label_width = self.flattened.size, 0 if self.condition is None else LABEL_WIDTH
         self.samples = config.samples
-        self.encoder = Network(size + told, 2 * size, config)
-        self.decoder = Network(size + told, size, config)
+        self.encoder = Network(size + label_width, 2 * size, config)
+        self.decoder = Network(size + label_width, size, config)
         self.log_gamma = nn.Parameter(torch.zeros(()))
 
     def decoded(self, u: Tensor, label: Tensor | None) -> Tensor:

@@ -44,7 +44,7 @@ class VampPrior(FlattenedPrior):
     """The mixture of standardized values, so that one learning rate suits all numbers of a latent."""
 
     def __init__(self, specs: list[LatentSpec], config: VampConfig, classes: int = 0):
-        super().__init__(specs, "mixture of learned posteriors", config, classes, embedded=config.components)
+        super().__init__(specs, "mixture of learned posteriors", config, classes, label_width=config.components)
         self.means = nn.Parameter(torch.zeros(config.components, self.flattened.size))
         self.log_stds = nn.Parameter(torch.zeros(config.components, self.flattened.size))
 

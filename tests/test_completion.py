@@ -132,7 +132,7 @@ def told_a_label(*specs: LatentSpec, scale: float = 0.7, seed: int = 2):
     level = AutoregressiveConfig(BACKBONES["pixelcnn"], Categorical(), ClassLabel())
     config = level if len(specs) == 1 else CascadeConfig(level, level)
     prior = randomized(config.build(list(specs), classes=3).double().eval(), scale, seed)
-    prior.levels[0].condition.estimate(torch.tensor([0] * 5 + [1] * 3 + [2] * 2))
+    prior.levels[0].condition.count(torch.tensor([0] * 5 + [1] * 3 + [2] * 2))
     return prior
 
 

@@ -100,7 +100,7 @@ def test_sampling_forgets_no_label_in_training_mode_either():
 @pytest.mark.parametrize(("backbone", "head"), LEARNED)
 def test_unasked_labels_are_drawn_as_often_as_they_occur(backbone, head):
     prior = conditional(backbone, head, spec_for(head, (2, 2)))
-    prior.condition.estimate(torch.tensor([0] * 70 + [1] * 20 + [2] * 10))
+    prior.condition.count(torch.tensor([0] * 70 + [1] * 20 + [2] * 10))
     indices = torch.arange(3000)
     labels = prior.draw_contexts(indices, seed=1)
     assert stats.chisquare(torch.bincount(labels).numpy(), [2100, 600, 300]).pvalue > FALSE_ALARM

@@ -126,8 +126,8 @@ class BenchmarkSampling:
                 prior.head.draw(features(prior).flatten(1, 2)[:, position], position, state)
 
         parts: dict[str, Callable[[], object]] = {
-            "forward": lambda: prior.head(features(prior), prior.head.values(latent)),
-            "forward, channels last": lambda: channels_last.head(features(channels_last), prior.head.values(latent)),
+            "forward": lambda: prior.head.log_prob(features(prior), prior.head.values(latent)),
+            "forward, channels last": lambda: channels_last.head.log_prob(features(channels_last), prior.head.values(latent)),
             "sample": lambda: prior.sample(indices, 0),
             "full": few_full_passes,
         }
