@@ -13,57 +13,13 @@ seconds are not.
 """
 
 import sys
-from collections.abc import Callable
-from typing import Any
+from importlib import import_module
 
 from pipelines.console import UserError, first_process, nearest, run_command, say
 
 
-def training() -> Any:
-    from pipelines.benchmarks.training import BenchmarkTraining
-
-    return BenchmarkTraining
-
-
-def data() -> Any:
-    from pipelines.benchmarks.data import BenchmarkData
-
-    return BenchmarkData
-
-
-def sampling() -> Any:
-    from pipelines.benchmarks.sampling import BenchmarkSampling
-
-    return BenchmarkSampling
-
-
-def batches() -> Any:
-    from pipelines.benchmarks.batches import BenchmarkBatches
-
-    return BenchmarkBatches
-
-
-def metrics() -> Any:
-    from pipelines.benchmarks.metrics import BenchmarkMetrics
-
-    return BenchmarkMetrics
-
-
-def device() -> Any:
-    from pipelines.benchmarks.device import BenchmarkDevice
-
-    return BenchmarkDevice
-
-
-BENCHMARKS: dict[str, Callable[[], Any]] = {
-    "training": training,
-    "data": data,
-    "sampling": sampling,
-    "batches": batches,
-    "metrics": metrics,
-    "device": device,
-}
-"""By name; each is imported when it is asked for, since all of it together takes seconds."""
+BENCHMARKS = ("training", "data", "sampling", "batches", "metrics", "device")
+"""Each is imported when it is asked for, since all of it together takes seconds."""
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -79,9 +35,8 @@ def main(arguments: list[str] | None = None) -> None:
 
     from pipelines.files import check_writable, write_json
 
-    asked = tyro.cli(
-        BENCHMARKS[name](), prog=f"python -m pipelines.benchmark {name}", args=settings, console_outputs=first_process()
-    )
+    kind = getattr(import_module(f"pipelines.benchmarks.{name}"), f"Benchmark{name.title()}")
+    asked = tyro.cli(kind, prog=f"python -m pipelines.benchmark {name}", args=settings, console_outputs=first_process())
     if asked.json is not None:
         check_writable("--json", asked.json)
     rows = asked.rows()

@@ -11,16 +11,15 @@ Each takes minutes on 2 cores, and writes a plot, the numbers and their conclusi
 x an image, z a latent, L draws of z; all likelihoods in nats.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated
+from importlib import import_module
+from typing import Annotated
 
 import tyro
 
 from pipelines.console import UserError, first_process, nearest, run_command, say
 from pipelines.runs.names import DEFAULT_PRESET, Device
-
-if TYPE_CHECKING:  # slow to import, and --help needs none of it
-    from pipelines.studies.trained import Findings, Trained
 
 STUDIES = ("samples-per-image", "mean-or-sample", "evidence", "aggregate-posterior", "unusual-images")
 
@@ -37,23 +36,6 @@ class Arguments:
     """the device to run on; auto takes the fastest that is there"""
 
 
-def answered(study: str, trained: "Trained") -> "Findings":
-    from pipelines.studies.aggregate_posterior import aggregate_posterior
-    from pipelines.studies.evidence import evidence
-    from pipelines.studies.mean_or_sample import mean_or_sample
-    from pipelines.studies.samples_per_image import samples_per_image
-    from pipelines.studies.unusual_images import unusual_images
-
-    studies = {
-        "samples-per-image": samples_per_image,
-        "mean-or-sample": mean_or_sample,
-        "evidence": evidence,
-        "aggregate-posterior": aggregate_posterior,
-        "unusual-images": unusual_images,
-    }
-    return studies[study](trained)
-
-
 def main(arguments: list[str] | None = None) -> None:
     asked = tyro.cli(Arguments, prog="python -m pipelines.study", args=arguments, console_outputs=first_process())
     if asked.study not in STUDIES:
@@ -61,12 +43,14 @@ def main(arguments: list[str] | None = None) -> None:
     from pipelines.files import write_file, write_json
     from pipelines.pages.plots import png
     from pipelines.runs.run import Run
-    from pipelines.studies.trained import Trained
+    from pipelines.studies.trained import Findings, Trained
 
+    name = asked.study.replace("-", "_")
+    answer: Callable[[Trained], Findings] = getattr(import_module(f"pipelines.studies.{name}"), name)
     run = Run.open(asked.run, asked.device)
     folder = run.work / "studies"
     with run.locked():
-        found = answered(asked.study, Trained.of(run))
+        found = answer(Trained.of(run))
         write_file(folder / f"{asked.study}.png", png(found.figure))
         write_json(folder / f"{asked.study}.json", {"findings": found.sentences, **found.numbers})
     for sentence in found.sentences:
