@@ -53,7 +53,13 @@ class Convolutional:
     and a standard deviation"""
 
     def grid(self, image_shape: tuple[int, int, int]) -> tuple[int, int]:
-        """The latent grid of images C H W. Raises ValueError where downsample does not divide the image size."""
+        """The latent grid of images C H W. Raises ValueError where downsample does not divide the image size, and for features
+        that nothing uses."""
+        if self.positions is None and self.features != Convolutional.features:
+            raise ValueError(
+                f"features {self.features} has no effect without positions: set positions too, for a flat latent, or leave out"
+                " features"
+            )
         height, width = self.downsampled(image_shape)
         return (height, width) if self.positions is None else (1, self.positions)
 

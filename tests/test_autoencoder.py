@@ -508,6 +508,7 @@ def test_feature_maps_are_halved_on_the_grids_between_images_and_latents():
     [
         (lambda: Convolutional(downsample=8).grid((1, 28, 28)), "divisible by 8"),
         (lambda: Convolutional(downsample=3).grid((1, 28, 28)), "power of two"),
+        (lambda: AutoencoderConfig(Convolutional(features=6)).build((1, 28, 28)), "features 6 has no effect without positions"),
         *(
             (lambda network=network, kind=kind: AutoencoderConfig(network, kind).build((1, 28, 28)), message)
             for network in (Convolutional(8, positions=8), FullyConnected(width=8), Convolutional(width=2))
