@@ -73,7 +73,7 @@ class Arguments:
     commands: tyro.conf.Positional[tuple[str, ...]] = ()
     """presets, each with its overrides in quotes; by default all that README and docs report"""
     seeds: tuple[int, ...] | None = None
-    """seeds of each preset; by default those that README and docs report"""
+    """random seeds of each preset, such as --seeds 0 1; by default those that README and docs report"""
     data: Path | None = None
     """folder with the images, or to download them to: the --data.root of each training that has one; for `folder` its subfolder
     cifar10-jpg, with CIFAR-10 as JPEG files in train/LABEL/ and test/LABEL/"""

@@ -9,7 +9,7 @@ import pytest
 from pipelines import reproduce
 from pipelines.console import UserError
 from pipelines.judging.together import Standing
-from pipelines.pages.results import TABLES, Ranking, Results, Training, overview, read_results, summary, write_results, written
+from pipelines.pages.results import TABLES, Ranking, Results, Training, read_results, summary, write_results, written
 from pipelines.pages.tables import markdown
 from tests.parts import compared, small_splits
 
@@ -78,13 +78,6 @@ def test_figures_of_several_seeds_are_a_mean_and_a_standard_deviation():
     row = dict(zip(heading, cells))
     assert row["learned"] == "7.00 ± 1.41" and row["gap closed"] == "0.600 ± 0.141"
     assert row["seeds"] == "2"
-
-
-def test_the_overview_has_one_row_a_preset_of_its_first_command():
-    others = [dataclasses.replace(TRAINING, command=command) for command in ("mnist5k --seed 3", "mnist", "mnist --seed 3")]
-    later = [dataclasses.replace(one, rows={}) for one in others]
-    _, *rows = overview([TRAINING, dataclasses.replace(TRAINING, seed=1), *later])
-    assert [row[0] for row in rows] == ["`mnist5k`", "`mnist`"] and [row[3] for row in rows] == ["6.00", "–"]
 
 
 def test_a_row_that_one_seed_lacks_has_a_dash_and_a_tuned_one_is_the_learned_where_nothing_was_better():

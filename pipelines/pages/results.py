@@ -162,18 +162,12 @@ def summary(trainings: list[Training]) -> list[list[str]]:
 
 
 def overview(trainings: list[Training]) -> list[list[str]]:
-    """One row for the first command of each preset: Fréchet distances from the worst source of latents to the best, and minutes.
-
-    They are means over seeds.
-    """
+    """One row a command, in means over seeds: Fréchet distances from the worst source of latents to the best, and minutes."""
     rows = [["preset", "N(0, I)", "mixture", "learned", "tuned", "reconstructions", "gap closed", "minutes"]]
-    first: dict[str, list[Training]] = {}
     for command, some in by_command(trainings).items():
-        first.setdefault(command.split()[0], some)
-    for some in first.values():
         columns = [(of_row(row, "fd"), 2) for row in ("standard", "mixture", "learned", "tuned", "reconstruction")]
         columns += [(lambda one: one.gap_closed, 3), (lambda one: sum(one.seconds.values()) / 60, 0)]
-        rows.append([f"`{some[0].command}`", *(over_seeds(some, of, digits, spread=False) for of, digits in columns)])
+        rows.append([f"`{command}`", *(over_seeds(some, of, digits, spread=False) for of, digits in columns)])
     return rows
 
 
