@@ -17,7 +17,6 @@ from importlib import import_module
 
 from pipelines.console import UserError, first_process, nearest, run_command, say
 
-
 BENCHMARKS = ("training", "data", "sampling", "batches", "metrics", "device")
 """Each is imported when it is asked for, since all of it together takes seconds."""
 
