@@ -56,7 +56,7 @@ def draws(
     if not autoencoder.bottleneck.has_density:
         raise ValueError("a deterministic encoder has no density q(z|x), so it has no ELBO and no likelihood")
     posteriors = autoencoder.encode(images)
-    at_once = min(DECODED_AT_ONCE, autoencoder.at_once) if at_once is None else at_once
+    at_once = decoded_at_once(autoencoder) if at_once is None else at_once
     parts: dict[str, list[Tensor]] = {name: [] for name in ("log_likelihood", "log_posterior", *log_priors)}
     # One row for each pair of a sample and an image, the images fastest.
     for row in torch.arange(samples * len(images), device=images.device).split(at_once):
@@ -71,6 +71,11 @@ def draws(
             parts[name].append(log_prior(levels, context))
     whole = {name: torch.cat(rows).view(samples, len(images)) for name, rows in parts.items()}
     return Draws(whole.pop("log_likelihood"), whole.pop("log_posterior"), whole)
+
+
+def decoded_at_once(autoencoder: Autoencoder) -> int:
+    """How many latents are decoded together: by image size, but no more than DECODED_AT_ONCE."""
+    return min(DECODED_AT_ONCE, autoencoder.at_once)
 
 
 def log_posterior(levels: list[Tensor], posteriors: list[Posterior]) -> Tensor:
@@ -107,7 +112,7 @@ def log_likelihoods(autoencoder: Autoencoder, images: Tensor, levels: list[Tenso
     """
     targets = autoencoder.likelihood.scale(images)
     rows = []
-    for row in torch.arange(len(levels[0]), device=images.device).split(DECODED_AT_ONCE):
+    for row in torch.arange(len(levels[0]), device=images.device).split(decoded_at_once(autoencoder)):
         distribution = autoencoder.decode([level[row] for level in levels])
         rows.append(torch.stack([distribution.log_prob(target) for target in targets], 1))
     return torch.cat(rows)

@@ -11,6 +11,7 @@ from stage1_vae import autoencoder, bottlenecks, likelihoods
 from stage1_vae.autoencoder import Autoencoder, AutoencoderConfig
 from stage1_vae.bottlenecks import gaussian_rate
 from stage1_vae.bounds import (
+    DECODED_AT_ONCE,
     draws,
     effective_samples,
     elbo,
@@ -423,6 +424,20 @@ def test_draws_belong_to_their_image_however_many_are_decoded_at_once():
         assert torch.allclose(made.log_likelihood, expected.expand(6, -1), rtol=1e-5)
         assert torch.equal(made.log_prior["told"], contexts.expand(6, -1)) and (made.log_posterior == 0).all()
         assert torch.equal(made.log_weights("told"), made.log_likelihood + contexts)
+
+
+@torch.no_grad()
+def test_bounds_decode_fewer_large_images_at_once(monkeypatch):
+    model, images = build().eval(), random_images(5)
+    decoded = []
+    model.decoder.register_forward_hook(lambda decoder, inputs, outputs: decoded.append(len(outputs)))
+    levels = [torch.randn(300, *shape) for shape, _ in model.latents]
+    for pixels, at_once in ((3 * images[0].numel(), 3), (10**9, DECODED_AT_ONCE)):
+        monkeypatch.setattr(autoencoder, "PIXELS_AT_ONCE", pixels)
+        for bound in (lambda: draws(model, images, 60, {}), lambda: log_likelihoods(model, images, levels)):
+            decoded.clear()
+            bound()
+            assert max(decoded) == at_once and sum(decoded) == 300
 
 
 def test_the_elbo_is_tight_where_the_encoder_is_optimal():
