@@ -149,10 +149,7 @@ def tuned_options(model: "TwoStage") -> str:
     """The options that draw best from the learned prior; empty where none are known."""
     from pipelines.judging.tradeoffs import as_options
 
-    try:
-        return as_options(Sampling(**model.tuned))
-    except UserError:  # a damaged comparison is no reason to complain here
-        return ""
+    return as_options(Sampling(**model.tuned))
 
 
 def texts_of(model: "TwoStage", asked: Arguments, count: int, caption: str | list[str] | None) -> list[str]:
@@ -163,7 +160,7 @@ def texts_of(model: "TwoStage", asked: Arguments, count: int, caption: str | lis
     chosen = asked.keep_best < 1 and asked.label is None
     if not asked.texts or asked.out.suffix == ".npz" or asked.prior != "learned" or chosen:
         return []
-    return model.told(count, label=asked.label, caption=caption, seed=asked.seed)
+    return model.conditions(count, label=asked.label, caption=caption, seed=asked.seed)
 
 
 if __name__ == "__main__":

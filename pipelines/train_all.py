@@ -7,7 +7,7 @@ import difflib
 import shlex
 import sys
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -71,11 +71,8 @@ def parse(arguments: list[str]) -> "tuple[str, RunConfig, Options]":
         config=(tyro.conf.AvoidSubcommands,),
         console_outputs=first_process(),
     )
-    config = asked.config
-    if config.refine is not None and config.refine.steps == 0:
-        config = replace(config, refine=None)
-    check(config, folder_of(asked.run), given=options_in(arguments))
-    return asked.run, config, asked.options
+    check(asked.config, folder_of(asked.run), given=options_in(arguments))
+    return asked.run, asked.config, asked.options
 
 
 def beginning(preset_asked: str | None, arguments: list[str]) -> "tuple[str, RunConfig, list[str]]":

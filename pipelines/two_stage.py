@@ -5,6 +5,7 @@ N images, C colour channels, H×W pixels, c latent channels, h×w latent grid. T
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -58,7 +59,8 @@ class TwoStage:
         Raises UserError for a run whose stage 1 is not finished.
         """
         self.run, self.dtype = run, {"float32": torch.float32, "bfloat16": torch.bfloat16}[dtype]
-        self.autoencoder = load_autoencoder(run)
+        with own_random_state(self.device):
+            self.autoencoder = load_autoencoder(run)
         self.specs = specs_of(self.autoencoder)
         """the shape of each level of latents, coarse to fine"""
         self.opened: dict[str, Prior] = {}
@@ -145,19 +147,24 @@ class TwoStage:
     def tuned(self) -> dict[str, Any]:
         """The settings that the comparison of the run draws the learned prior best with: `model.sample(**model.tuned)`.
 
-        Empty for a run that was not compared, or where none are better than as fitted. Raises UserError for a damaged comparison.
+        Empty for a run that was not compared, or where none are better than as fitted. Guidance toward a caption needs one.
         """
         from pipelines.judging.comparison import comparison_file, read_comparison  # slow to import
         from pipelines.judging.tradeoffs import departures, has_weaker
 
         if not self.run.learned or not (path := comparison_file(self.run)).is_file():
             return {}
-        return departures(read_comparison(path).tuned(has_weaker(self.prior("learned"))))
+        try:
+            found = read_comparison(path)
+        except UserError:  # it says how the images compare, and is not needed to draw them
+            return {}
+        return departures(found.tuned(has_weaker(self.prior("learned"))))
 
     def prior(self, name: PriorName = "learned") -> Prior:
         """A prior by name; it is loaded once. Raises UserError for an unknown name."""
         if name not in self.opened:
-            prior = open_prior(self.run, name, self.specs)
+            with own_random_state(self.device):
+                prior = open_prior(self.run, name, self.specs)
             if isinstance(prior, LearnedPrior):
                 for level in prior.levels:
                     for one in (level, level.weaker):
@@ -183,7 +190,9 @@ class TwoStage:
         keep_best: float = 1.0,
         batch_size: int = 256,
     ) -> Tensor:
-        """Sample latents from a prior and decode them; uint8 N C H W. Image i of a seed does not depend on the count.
+        """Sample latents from a prior and decode them; uint8 N C H W.
+
+        Image i of a seed does not depend on the count, unless `keep_best` chooses among them.
 
         prior: learned; standard, which is N(0, I) or uniform codes; another of `priors`; or posterior, which reconstructs
             training images
@@ -233,13 +242,14 @@ class TwoStage:
 
             assert contexts is not None
             run = self.run
-            classifier, _ = trained_classifier(run.fabric, run.config.metrics, load_data(run), run.classifiers, seed=1)
+            with own_random_state(self.device):
+                classifier, _ = trained_classifier(run.fabric, run.config.metrics, load_data(run), run.classifiers, seed=1)
             labels = contexts.cpu()
             confidence = label_log_prob(run.fabric, classifier, samples.images, labels)
             return samples.images[rejection_sampled(confidence, labels, keep_best)][:count]
         return samples.images.clone()  # no tensor of the inference mode, which could not be changed in place
 
-    def told(
+    def conditions(
         self,
         count: int,
         *,
@@ -269,15 +279,17 @@ class TwoStage:
     @torch.no_grad()
     def decode(self, latents: Sequence[Tensor]) -> Tensor:
         """Decode latents to the mean of p(x|z), uint8 N C H W. latents: one tensor for each level, as `encode` returns them."""
-        for spec, level in zip(self.specs, latents):
-            if level.shape[1:] != spec.shape or (spec.vocabulary is None) != level.dtype.is_floating_point:
-                raise UserError(f"a level of latents is N × {spec.shape}, not {tuple(level.shape)} of {level.dtype}")
-            if spec.vocabulary is not None and level.numel() and not 0 <= int(level.min()) <= int(level.max()) < spec.vocabulary:
-                raise UserError(f"codes are numbers from 0 to {spec.vocabulary - 1}")
         if len(latents) != len(self.specs):
             raise UserError(f"latents are a list of {len(self.specs)} tensors, one for each level, not {len(latents)}")
-        rows = torch.arange(len(latents[0])).split(BATCH)
-        return torch.cat([self.autoencoder.render([level[batch].to(self.device) for level in latents]).cpu() for batch in rows])
+        for spec, level in zip(self.specs, latents):
+            if level.shape != (len(latents[0]), *spec.shape) or (spec.vocabulary is None) != level.dtype.is_floating_point:
+                expected = ", ".join(map(str, (len(latents[0]), *spec.shape)))
+                raise UserError(f"a level of latents has the shape ({expected}), not {tuple(level.shape)} of {level.dtype}")
+            if spec.vocabulary is not None and level.numel() and not 0 <= int(level.min()) <= int(level.max()) < spec.vocabulary:
+                raise UserError(f"codes are numbers from 0 to {spec.vocabulary - 1}")
+        dtypes = [torch.float32 if spec.vocabulary is None else torch.int64 for spec in self.specs]
+        batches = zip(*(level.to(self.device, dtype).split(BATCH) for level, dtype in zip(latents, dtypes)))
+        return torch.cat([self.autoencoder.render(list(batch)).cpu() for batch in batches])
 
     @torch.no_grad()
     def log_likelihood(
@@ -304,11 +316,11 @@ class TwoStage:
         log_prior = network.log_prob if contexts is not None else marginal(network)
         samples = 1 if self.specs[0].vocabulary is not None else samples
         bounds = []
-        with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
+        with own_random_state(self.device):
             torch.manual_seed(seed)
             for rows, batch in zip(torch.arange(len(images)).split(BATCH), self.batches(images)):
-                told = None if contexts is None else contexts[rows].to(self.device)
-                made = draws(self.autoencoder, batch.to(self.device), samples, {prior: log_prior}, told)
+                own = None if contexts is None else contexts[rows].to(self.device)
+                made = draws(self.autoencoder, batch.to(self.device), samples, {prior: log_prior}, own)
                 bounds.append(importance_weighted_bound(made.log_weights(prior)).cpu())
         return torch.cat(bounds)
 
@@ -371,7 +383,8 @@ class TwoStage:
         """
         from pipelines.judging.scores import Scorer  # slow to import, and drawing needs none of it
 
-        return Scorer.of(self.run)(ImageSet(torch.cat(self.batches(images))))
+        with own_random_state(self.device):
+            return Scorer.of(self.run)(ImageSet(torch.cat(self.batches(images))))
 
     def read(self, picture: str | Path) -> Tensor:
         """Read an image file as the model's input, cropped and resized: uint8 C H W. Raises UserError where it is no image."""
@@ -407,6 +420,11 @@ class TwoStage:
             expected = ", ".join(map(str, self.image_shape))
             raise UserError(f"images are uint8, of shape (N, {expected}), not {tuple(images.shape)} of {images.dtype}")
         return images.split(BATCH)
+
+
+def own_random_state(device: torch.device) -> AbstractContextManager[None]:
+    """What is drawn in it leaves torch's global random state, the caller's, as it was."""
+    return torch.random.fork_rng([device] if device.type == "cuda" else [])
 
 
 def check_from_one(**numbers: int) -> None:

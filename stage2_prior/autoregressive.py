@@ -149,7 +149,9 @@ class AutoregressivePrior(Prior):
         values = self.head.values(latent)
         condition = self.conditioned(coarser, contexts)
         fed = values if noise == 0 else self.head.perturbed(values, noise * torch.rand(len(values), 1, 1, device=values.device))
-        features = self.backbone(self.head.embed(fed).movedim(-1, 1), condition.map, condition.prefix)
+        inputs = (self.head.embed(fed).movedim(-1, 1), condition.map, condition.prefix)
+        dtype = next(self.backbone.parameters()).dtype  # as in a cached step, of which inputs may have any
+        features = self.backbone(*(x if x is None else x.to(dtype) for x in inputs))
         # Mixed precision may round the backbone, but not a density. The exception is the logits of codes in training: in full
         # precision they would take a third of a step. Their softmax is in full precision all the same.
         rounded = self.training and self.spec.vocabulary is not None and torch.is_autocast_enabled(features.device.type)

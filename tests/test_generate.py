@@ -174,7 +174,7 @@ def test_a_folder_of_drawn_images_says_what_each_was_drawn_with_and_can_be_train
     (tmp_path / "captions.txt").write_text("\n".join(asked))
     each = ["--captions", str(tmp_path / "captions.txt")] if option == "--caption" else []
     generate.main([*base, *each, "--count", "14"])
-    told = asked * 7 if each else TwoStage.open(runs[name], "cpu").told(14)
+    told = asked * 7 if each else TwoStage.open(runs[name], "cpu").conditions(14)
     assert drawn_captions(tmp_path / "drawn") == told and len({*told}) > 1
     generate.main([*base, option, asked[1], "--count", "3", "--seed", "1"])
     assert drawn_captions(tmp_path / "drawn") == [asked[1]] * 3 + told[3:], "those that are drawn anew"

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from pipelines.console import UserError
-from pipelines.runs.config import RunConfig, from_dict, read_config, replaced, to_dict
+from pipelines.runs.config import RunConfig, from_dict, read_config, replaced, to_dict, with_settings
 from pipelines.runs.kinds import choose_kinds, kinds_of, name_of, name_of_prior
 from pipelines.runs.names import DATA, PRIORS, RECIPES, preset_name
 from pipelines.runs.options import Options
@@ -144,7 +144,9 @@ def test_values_are_overridden_on_the_command_line(name):
 
 def test_no_steps_of_the_third_phase_are_none():
     """The same config, so the same run, whatever the preset says."""
-    assert parse(["mnist-binary", "--refine.steps", "0"])[1] == dataclasses.replace(preset("mnist-binary"), refine=None)
+    unrefined = dataclasses.replace(preset("mnist-binary"), refine=None)
+    assert parse(["mnist-binary", "--refine.steps", "0"])[1] == unrefined
+    assert with_settings(preset("mnist-binary"), {"refine.steps": 0}) == unrefined
 
 
 def test_the_default_is_the_embedded_preset():

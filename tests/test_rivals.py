@@ -244,7 +244,7 @@ def test_a_rival_with_labels_is_compared_and_drawn_from_by_label(run):
     model = TwoStage.open(str(other.folder), "cpu")
     images = model.sample(6, label=2, seed=1)
     assert torch.equal(images, model.sample(6, label=[2] * 6, seed=1))
-    assert model.told(3, label="2") == ["2"] * 3 and {*model.told(40)} <= {*model.labels}
+    assert model.conditions(3, label="2") == ["2"] * 3 and {*model.conditions(40)} <= {*model.labels}
     assert model.log_likelihood(images, samples=2).isfinite().all()
     with pytest.raises(UserError, match="only an autoregressive prior is guided"):
         model.sample(2, label=2, guidance=1.0)

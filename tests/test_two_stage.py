@@ -81,19 +81,48 @@ def test_small_images_are_enlarged_in_one_picture_of_several(tmp_path, size, cou
 
 
 def test_the_label_of_each_image_stands_below_it_in_one_picture(run, model, tmp_path):
-    told = model.told(4, seed=2)
-    assert len({*told}) > 1 and torch.equal(model.sample(4, label=told, seed=2), model.sample(4, seed=2))
-    assert model.told(2, label=3) == ["3", "3"]
+    labels = model.conditions(4, seed=2)
+    assert len({*labels}) > 1 and torch.equal(model.sample(4, label=labels, seed=2), model.sample(4, seed=2))
+    assert model.conditions(2, label=3) == ["3", "3"]
     asked = [str(run.folder), "--count", "4", "--seed", "2", "--device", "cpu", "--out", str(tmp_path / "x.png")]
     generate.main(asked)
-    assert (tmp_path / "x.png").read_bytes() == tiled(enlarged(model.sample(4, seed=2), 3), 2, told)
+    assert (tmp_path / "x.png").read_bytes() == tiled(enlarged(model.sample(4, seed=2), 3), 2, labels)
     generate.main([*asked, "--label", "1"])
     assert (tmp_path / "x.png").read_bytes() == tiled(enlarged(model.sample(4, seed=2, label="1"), 3), 2, ["1"] * 4)
     generate.main([*asked, "--prior", "standard"])
     assert (tmp_path / "x.png").read_bytes() == tiled(enlarged(model.sample(4, seed=2, prior="standard"), 3), 2)
 
 
-def test_each_image_is_told_its_own_label(model):
+def test_a_model_leaves_the_random_state_of_its_caller_alone(run):
+    torch.manual_seed(7)
+    before = torch.get_rng_state()
+    model = TwoStage.open(run.folder, "cpu")
+    images = model.sample(2, pixels="sample")
+    model.sample(2, prior="mixture")
+    model.decode(model.encode(images))
+    model.log_likelihood(images, samples=2)
+    model.score(images)
+    model.complete(images[0], count=1, particles=2)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_latents_of_any_width_are_decoded_and_those_of_other_lengths_refused():
+    model = TwoStage.open("fashion-vqvae2", "cpu")
+    coarse, fine = model.encode(model.sample(3))
+    assert torch.equal(model.decode([coarse.int(), fine.short()]), model.decode([coarse, fine]))
+    for levels in ([coarse, fine[:2]], [coarse[:2], fine]):
+        with pytest.raises(UserError, match="a level of latents has the shape"):
+            model.decode(levels)
+
+
+def test_a_bound_with_a_backbone_in_bfloat16_is_near_that_in_float32():
+    exact, rounded = (TwoStage.open("mnist5k", "cpu", dtype) for dtype in ("float32", "bfloat16"))
+    images = exact.sample(4)
+    nats, other = (model.log_likelihood(images, samples=2, label="3") for model in (exact, rounded))
+    assert not torch.equal(nats, other) and (nats - other).abs().max() < 5
+
+
+def test_each_image_has_its_own_label(model):
     mixed = model.sample(4, label=["0", 3, "0", "2"], seed=1, temperature=0.5)
     for label in (0, 2, 3):
         alone = model.sample(4, label=label, seed=1, temperature=0.5)
@@ -163,7 +192,7 @@ def test_a_picture_is_completed_from_a_tensor_as_from_a_file(run, model, tmp_pat
         ),
         (lambda model: model.encode(torch.zeros(1, 28, 28, dtype=torch.uint8)), "images are uint8"),
         (lambda model: model.decode([]), "a list of 1 tensors"),
-        (lambda model: model.decode([torch.zeros(2, 1, 7, 7)]), "a level of latents is N × .4, 7, 7., not"),
+        (lambda model: model.decode([torch.zeros(2, 1, 7, 7)]), r"has the shape \(2, 4, 7, 7\), not"),
         (lambda model: model.complete(torch.zeros(1, 28, 28, dtype=torch.uint8), torch.ones(28, 28)), "boolean, .28, 28., not"),
         (lambda model: model.log_likelihood(model.sample(1), 0), "samples is a number from 1 up, not 0"),
         (lambda model: TwoStage.open("no such run"), "there is no run 'no such run'"),

@@ -200,9 +200,9 @@ def label_of(name: str) -> str:
 def listed(left_out: Counter[str]) -> str:
     """As in "300 .heic, 2 hidden or system folders"."""
     kinds = left_out.most_common()
-    told = [counted(count, kind, None if kind.endswith(NOUNS) else kind) for kind, count in kinds[:LISTED]]
+    named = [counted(count, kind, None if kind.endswith(NOUNS) else kind) for kind, count in kinds[:LISTED]]
     more = sum(count for _, count in kinds[LISTED:])
-    return ", ".join(told) + (f" and {more} more" if more else "")
+    return ", ".join(named) + (f" and {more} more" if more else "")
 
 
 def some(names: list[str], count: int = 10) -> str:

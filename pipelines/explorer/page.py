@@ -150,25 +150,25 @@ class Page:
             views = self.views(name)
         except UserError:  # which drawing says
             return [gr.update(visible=False)] * 2 + [gr.update()] * 3
-        told, how = views.run.conditioned_on, Sampling(**views.model.tuned)
+        context, how = views.run.conditioned_on, Sampling(**views.model.tuned)
         return [
-            gr.update(choices=[ANY, *views.model.labels], value=ANY, visible=told == "label"),
+            gr.update(choices=[ANY, *views.model.labels], value=ANY, visible=context == "label"),
             # There is no guidance without a caption; and that of another run says nothing here.
-            gr.update(value=next(iter(views.model.captions), "") if how.guidance else "", visible=told == "caption"),
+            gr.update(value=next(iter(views.model.captions), "") if how.guidance else "", visible=context == "caption"),
             gr.update(value=how.temperature, interactive=views.run.learned),
             gr.update(value=how.guidance, interactive=views.guided),
             gr.update(value=how.autoguidance, interactive=views.autoguided),
         ]
 
-    def draw(self, name: str, seed: float, count: int, *told: Any) -> list[Strip]:
-        """told: the label and the caption, temperature, guidance, autoguidance."""
+    def draw(self, name: str, seed: float, count: int, *asked: Any) -> list[Strip]:
+        """asked: the label and the caption, temperature, guidance, autoguidance."""
         views = self.views(name)
-        return views.draw(count, whole(seed, "the seed"), how_asked(*told[2:]), *condition_asked(views, *told[:2]))
+        return views.draw(count, whole(seed, "the seed"), how_asked(*asked[2:]), *condition_asked(views, *asked[:2]))
 
-    def nearest(self, name: str, seed: float, count: int, *told: Any) -> list[Strip]:
-        """told: as in `draw`."""
+    def nearest(self, name: str, seed: float, count: int, *asked: Any) -> list[Strip]:
+        """asked: as in `draw`."""
         views = self.views(name)
-        return views.nearest(count, whole(seed, "the seed"), how_asked(*told[2:]), *condition_asked(views, *told[:2]))
+        return views.nearest(count, whole(seed, "the seed"), how_asked(*asked[2:]), *condition_asked(views, *asked[:2]))
 
     def plane(self, name: str, points: bool) -> list[Any]:
         """The picture, and beside it the legend or why there is none."""
@@ -209,13 +209,13 @@ class Page:
             large = small.resize((small.width * times, small.height * times), Image.Resampling.NEAREST)
         return [gr.update(value={"background": large, "layers": [], "composite": None}), ""]
 
-    def complete(self, name: str, seed: float, drawing: dict[str, Any] | None, count: int, *told: Any) -> list[Strip]:
-        """told: the label and the caption."""
+    def complete(self, name: str, seed: float, drawing: dict[str, Any] | None, count: int, *asked: Any) -> list[Strip]:
+        """asked: the label and the caption."""
         if not drawing or not drawing["background"]:
             raise UserError("there is no picture to complete: load a held-out image, or drop a file")
         views = self.views(name)
         picture, hidden = hidden_part(views.model, drawing["background"], drawing["layers"])
-        return views.complete(picture, hidden, count, whole(seed, "the seed"), *condition_asked(views, *told))
+        return views.complete(picture, hidden, count, whole(seed, "the seed"), *condition_asked(views, *asked))
 
     def serve(self, host: str, port: int, wait: bool = True) -> gr.Blocks:
         """Serve the page until it is interrupted, or until it is closed where there is no waiting."""
@@ -247,12 +247,12 @@ class Page:
                 autoguidance = gr.Slider(0, 4, 0, step=0.25, label="Autoguidance", min_width=140)
             # A run that was trained since the page was opened is listed, too.
             run.focus(lambda: gr.update(choices=self.names), outputs=run, show_progress="hidden", api_visibility="private")
-            told = [label, caption, temperature, guidance, autoguidance]
+            asked = [label, caption, temperature, guidance, autoguidance]
             with gr.Tab("Draw"):
                 count = gr.Slider(1, LARGEST, 16, step=1, label="Images under each prior")
                 button = gr.Button("Draw", variant="primary")
                 drawn = gr.HTML()
-                draw: dict[str, Any] = {"fn": shown(self.draw), "inputs": [run, seed, count, *told], "outputs": drawn}
+                draw: dict[str, Any] = {"fn": shown(self.draw), "inputs": [run, seed, count, *asked], "outputs": drawn}
                 one_at_a_time(button.click, **draw)
             with gr.Tab("Plane"):
                 gr.Markdown("Click on the plane of a two-dimensional latent to decode the point.")
@@ -296,8 +296,8 @@ class Page:
                 button = gr.Button("Draw the painted part", variant="primary")
                 completed = gr.HTML()
                 one_at_a_time(load.click, fn=self.load, inputs=[run, number], outputs=[editor, completed])
-                asked: dict[str, Any] = {"inputs": [run, seed, editor, few, label, caption], "outputs": completed}
-                one_at_a_time(button.click, fn=shown(self.complete), **asked)
+                complete: dict[str, Any] = {"inputs": [run, seed, editor, few, label, caption], "outputs": completed}
+                one_at_a_time(button.click, fn=shown(self.complete), **complete)
             with gr.Tab("Nearest"):
                 gr.Markdown(
                     "Samples of the learned prior, and the training images that are nearest to them. The first search may take a"
@@ -305,7 +305,7 @@ class Page:
                 )
                 some = gr.Slider(1, 16, 8, step=1, label="Samples")
                 button = gr.Button("Find", variant="primary")
-                one_at_a_time(button.click, fn=shown(self.nearest), inputs=[run, seed, some, *told], outputs=gr.HTML())
+                one_at_a_time(button.click, fn=shown(self.nearest), inputs=[run, seed, some, *asked], outputs=gr.HTML())
             with gr.Tab("Score"):
                 gr.Markdown("How unusual a picture is under both stages, and where: a held-out image by its number, or a file.")
                 with gr.Row():
@@ -314,7 +314,7 @@ class Page:
                 button = gr.Button("Score", variant="primary")
                 one_at_a_time(button.click, fn=shown(self.score), inputs=[run, number, upload], outputs=gr.HTML())
             for begin in (blocks.load, run.change):
-                chosen = one_at_a_time(begin, fn=self.settings, inputs=run, outputs=told)
+                chosen = one_at_a_time(begin, fn=self.settings, inputs=run, outputs=asked)
                 first = one_at_a_time(one_at_a_time(chosen.then, **draw).then, **show_plane)
                 one_at_a_time(first.then, fn=self.last, inputs=run, outputs=ends[2])
         return blocks

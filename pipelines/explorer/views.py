@@ -121,10 +121,10 @@ class Views:
         model, strips = self.model, []
         codes = model.specs[0].vocabulary is not None
         for name in reversed(model.priors):
-            told = {"label": label, "caption": caption, **vars(how)} if name == "learned" else {}
+            own = {"label": label, "caption": caption, **vars(how)} if name == "learned" else {}
             heading = f"learned prior, {described(how)}" if name == "learned" else title(name, codes)
             try:
-                strips.append(Strip(heading, model.sample(count, prior=name, seed=seed, **told)))
+                strips.append(Strip(heading, model.sample(count, prior=name, seed=seed, **own)))
             except UserError as error:
                 if name == "learned":
                     raise
@@ -171,12 +171,12 @@ class Views:
         """The hidden part, boolean H W, of a picture, uint8 C H W, drawn anew."""
         if not hidden.any():
             raise UserError("nothing is painted over: paint the part that is to be drawn anew")
-        told: list[str] = []
+        messages: list[str] = []
         made = self.model.complete(
-            picture, ~hidden, count, label=label, caption=caption, seed=seed, particles=16, tell=told.append
+            picture, ~hidden, count, label=label, caption=caption, seed=seed, particles=16, tell=messages.append
         )
         given = torch.where(hidden, 128, picture)[None]
-        return [Strip("what is kept", given), Strip("the rest drawn anew, under the learned prior", made, told[-1])]
+        return [Strip("what is kept", given), Strip("the rest drawn anew, under the learned prior", made, messages[-1])]
 
     def nearest(self, count: int, seed: int, how: Sampling, label: str | None, caption: str | None) -> list[Strip]:
         """Samples of the learned prior, and below each the training image that is nearest: in pixels and in features."""

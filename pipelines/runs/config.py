@@ -68,6 +68,10 @@ class RunConfig:
     """precision of the convolutions in training: float32, bfloat16, or auto, which is bfloat16 where the device supports it
     natively. Densities, weights and everything after training are always float32"""
 
+    def __post_init__(self) -> None:
+        if self.refine is not None and self.refine.steps == 0:
+            object.__setattr__(self, "refine", None)
+
 
 def check_ranges(config: Any, name: str = "") -> None:
     """Raises UserError where a setting, at any depth, lies outside the Interval that its type is annotated with."""

@@ -14,7 +14,7 @@ NOISE = 50  # grey levels, standard deviation
 
 
 def unusual_images(trained: Trained) -> Findings:
-    """Held-out images changed in several ways, told from those that are not by each score."""
+    """Held-out images changed in several ways, and how well each score distinguishes them from those that are not."""
     scorer = Scorer.of(trained.run)
     held_out = trained.held_out(2 * COUNT)
     reference, images = held_out[: len(held_out) // 2], held_out[len(held_out) // 2 :]
@@ -23,23 +23,23 @@ def unusual_images(trained: Trained) -> Findings:
     kinds = {**changed(images), "patch of another": patched}
     found = {name: scorer(ImageSet(some), f"scoring: {name}") for name, some in {"held out": images, **kinds}.items()}
     values = {name: usual.every(scores) for name, scores in found.items()}
-    told = {name: {way: auroc(own, values[name][way]) for way, own in values["held out"].items()} for name in kinds}
+    aurocs = {name: {way: auroc(own, values[name][way]) for way, own in values["held out"].items()} for name in kinds}
     finest = usual.excess(found["patch of another"])[-1]
     inside = torch.nn.functional.interpolate(patch[None, None].float(), finest.shape[1:], mode="area")[0, 0] > 0.5
     places = auroc(finest[:, ~inside].flatten(), finest[:, inside].flatten())
     sentences = [
-        f"By their bits, -log₂ p(x), {in_words('bits', told)}",
-        f"By the bits of z alone, {in_words('bits of z', told)}",
+        f"By their bits, -log₂ p(x), {in_words('bits', aurocs)}",
+        f"By the bits of z alone, {in_words('bits of z', aurocs)}",
         "By how far the bits of z, of x given z and of the PNG file lie from those of held-out images, in either direction, as"
-        f" python -m pipelines.score orders images, {in_words('all three', told)}",
+        f" python -m pipelines.score orders images, {in_words('all three', aurocs)}",
         f"Where a patch came from another image, the map of the bits of z finds the patch with an AUROC of {places:.2f} over"
         " positions.",
     ]
-    return Findings(sentences, {"auroc": told, "auroc_of_places": places, "images": len(images)}, plotted(kinds, told))
+    return Findings(sentences, {"auroc": aurocs, "auroc_of_places": places, "images": len(images)}, plotted(kinds, aurocs))
 
 
-def in_words(score: str, told: dict[str, dict[str, float]]) -> str:
-    ordered = sorted((values[score], name) for name, values in told.items())
+def in_words(score: str, aurocs: dict[str, dict[str, float]]) -> str:
+    ordered = sorted((values[score], name) for name, values in aurocs.items())
     (least, hardest), (most, easiest) = ordered[0], ordered[-1]
     below = [name for value, name in ordered if value < 0.5]
     more = f" Below 0.5, {' and '.join(below)} images count as more usual than real ones." if below else ""
@@ -70,16 +70,16 @@ def exchanged(images: Tensor) -> tuple[Tensor, Tensor]:
     return torch.where(inside, images.roll(1, 0), images), inside
 
 
-def plotted(kinds: dict[str, Tensor], told: dict[str, dict[str, float]]) -> Figure:
+def plotted(kinds: dict[str, Tensor], aurocs: dict[str, dict[str, float]]) -> Figure:
     figure = Figure(figsize=(11, 0.6 * len(kinds) + 1))
     pictures, axis = figure.subplots(1, 2, width_ratios=(1, 1.4))
     rows = [torch.cat([*some[:8].movedim(1, -1)], 1) for some in kinds.values()]
     picture = torch.cat(rows).numpy()
     pictures.imshow(picture if picture.shape[-1] == 3 else picture[..., 0], cmap="gray", vmin=0, vmax=255, aspect="auto")
     pictures.axis("off")
-    table = torch.tensor([[*told[name].values()] for name in kinds])
+    table = torch.tensor([[*aurocs[name].values()] for name in kinds])
     axis.imshow(table, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
-    axis.set_xticks(range(table.shape[1]), list(next(iter(told.values()))))
+    axis.set_xticks(range(table.shape[1]), list(next(iter(aurocs.values()))))
     axis.set_yticks(range(len(kinds)), list(kinds))
     for row, values in enumerate(table.tolist()):
         for column, value in enumerate(values):
