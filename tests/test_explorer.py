@@ -128,8 +128,8 @@ def test_what_was_asked_of_one_run_does_not_stop_another(views, small_data, tmp_
 @pytest.mark.parametrize(("how", "value"), [(Sampling(guidance=1.0), "a boot"), (Sampling(temperature=0.9), "")])
 def test_guidance_that_is_set_for_a_run_of_captions_comes_with_a_caption(monkeypatch, how, value):
     run = SimpleNamespace(conditioned_on="caption", learned=True)
-    model = SimpleNamespace(labels=["boot"], captions=["a boot", "a shoe"])
-    stand_in = SimpleNamespace(run=run, model=model, tuned=lambda: how, guided=True, autoguided=False)
+    model = SimpleNamespace(labels=["boot"], captions=["a boot", "a shoe"], tuned=vars(how))
+    stand_in = SimpleNamespace(run=run, model=model, guided=True, autoguided=False)
     label, caption, temperature, guidance, _ = page_of(stand_in, monkeypatch).settings("run")
     assert (caption["value"], caption["visible"], label["visible"]) == (value, True, False)
     assert (temperature["value"], guidance["value"]) == (how.temperature, how.guidance)
