@@ -34,7 +34,6 @@ class Arguments:
     out: Path = Path("comparison.html")
     """file for the page of several runs, with a .json and a .csv beside it; the page of each run is in its folder"""
     device: Device = "auto"
-    """the device to run on; auto takes the fastest that is there"""
 
 
 def main(arguments: list[str] | None = None) -> None:

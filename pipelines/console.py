@@ -25,6 +25,8 @@ def first_process() -> bool:
     return not under_torchrun() or os.environ["RANK"] == "0"
 
 
+DEVICES = ("auto", "cpu", "cuda", "mps")
+"""What --device takes."""
 SPEAKING_SECONDS = 5.0
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS)
 UNREAD = (errno.EPIPE, errno.EIO)  # the reader of a pipe has ended; the terminal is gone

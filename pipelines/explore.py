@@ -18,13 +18,11 @@ class Arguments:
 
     run: tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="[RUN]")]] = "mnist5k"
     """the run that is shown first: a name under checkpoints/, a trained model, a path, or hub:owner/name"""
-    """the run that is shown first: a name under checkpoints/, a path, or a trained model that comes with the software"""
     port: int = 7860
     """port of the page"""
     host: str = "127.0.0.1"
     """address to serve the page on: 127.0.0.1 for this machine only, 0.0.0.0 for every machine that can reach it"""
     device: Device = "auto"
-    """the device to run on; auto takes the fastest that is there"""
 
 
 def main(arguments: list[str] | None = None) -> None:

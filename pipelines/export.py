@@ -6,7 +6,7 @@ from pathlib import Path
 import tyro
 
 from pipelines.console import first_process, run_command, say
-from pipelines.runs.names import Device, RunName
+from pipelines.runs.names import CardDevice, Half, RunName
 
 
 @dataclass(frozen=True)
@@ -16,17 +16,14 @@ class Arguments:
     run: tyro.conf.Positional[RunName]
     out: Path
     """a new folder"""
-    half: bool = False
-    """store weights in float16, and those that autoguidance leads away from in 8 bits: half the size or less, and slightly
-    different samples; statistics and codebooks stay float32"""
+    half: Half = False
     latents: bool = False
     """include the latents of the training images, which baselines are fitted to; without, they are encoded again where needed"""
     autoguidance: bool = True
     """include the earlier weights of the prior that autoguidance needs: as large as the prior, with --half half as large"""
     license: str | None = None
     """licence of the weights, by its identifier on the Hugging Face hub, such as mit or cc-by-4.0; an export keeps its own"""
-    device: Device = "auto"
-    """the device to sample the images of the card on"""
+    device: CardDevice = "auto"
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -57,7 +57,6 @@ class Arguments:
     dtype: Literal["float32", "bfloat16"] = "float32"
     """precision of the learned prior's backbone; its densities and the decoder stay float32"""
     device: Device = "auto"
-    """the device to run on; auto takes the fastest that is there"""
 
     def check(self) -> None:
         check_least(self, count=1, batch_size=1, particles=1, scale=1)

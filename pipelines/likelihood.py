@@ -29,7 +29,6 @@ class Arguments:
     json: Path | None = None
     """file to write the figures to"""
     device: Device = "auto"
-    """the device to run on; auto takes the fastest that is there"""
 
     def check(self) -> None:
         check_least(self, samples=1, images=1, naive=0)

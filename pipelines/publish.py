@@ -8,7 +8,7 @@ from typing import Annotated
 import tyro
 
 from pipelines.console import UserError, first_process, run_command, say
-from pipelines.runs.names import Device, RunName
+from pipelines.runs.names import CardDevice, Half, RunName
 
 
 @dataclass(frozen=True)
@@ -22,11 +22,8 @@ class Arguments:
     """make a new repository private: visible to you and your organization only"""
     license: str | None = None
     """licence of the weights, by its identifier on the hub, such as mit or cc-by-4.0"""
-    half: bool = False
-    """store weights in float16, and those that autoguidance leads away from in 8 bits: half the size or less, and slightly
-    different samples; statistics and codebooks stay float32"""
-    device: Device = "auto"
-    """the device to sample the images of the card on"""
+    half: Half = False
+    device: CardDevice = "auto"
 
 
 def main(arguments: list[str] | None = None) -> None:

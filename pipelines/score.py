@@ -27,7 +27,6 @@ class Arguments:
     out: Path = Path("scores.csv")
     """file for the table; the page is the .html beside it"""
     device: Device = "auto"
-    """the device to run on; auto takes the fastest that is there"""
 
 
 def main(arguments: list[str] | None = None) -> None:

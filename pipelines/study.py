@@ -33,7 +33,6 @@ class Arguments:
     run: str = DEFAULT_PRESET
     """a run's name under checkpoints/, its path, or a trained model that comes with the software, such as mnist5k"""
     device: Device = "auto"
-    """the device to run on; auto takes the fastest that is there"""
 
 
 def main(arguments: list[str] | None = None) -> None:

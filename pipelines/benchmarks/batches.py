@@ -27,7 +27,6 @@ class BenchmarkBatches:
     json: Path | None = None
     """file to write the row to"""
     device: Device = "auto"
-    """the device to run on; auto takes the fastest that is there"""
 
     def rows(self) -> Rows:
         if min(self.count, *self.batch) < 1:

@@ -60,7 +60,6 @@ class BenchmarkData:
     json: Path | None = None
     """file to write the row to"""
     device: Device = "auto"
-    """the device to run on; auto takes the fastest that is there"""
 
     def rows(self) -> Rows:
         from pipelines.runs.recipes import preset

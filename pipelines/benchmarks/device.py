@@ -52,7 +52,6 @@ class BenchmarkDevice:
     json: Path | None = None
     """file to write the rows to, again after each"""
     device: Device = "auto"
-    """the device to run on; auto takes the fastest that is there"""
 
     @property
     def repeats(self) -> int:

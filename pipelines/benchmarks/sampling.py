@@ -58,7 +58,6 @@ class BenchmarkSampling:
     json: Path | None = None
     """file to write the rows to"""
     device: Device = "auto"
-    """the device to run on; auto takes the fastest that is there"""
 
     def prior(self, grid: tuple[int, int], device: torch.device) -> AutoregressivePrior:
         """With random weights: speed does not depend on them."""

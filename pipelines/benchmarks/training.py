@@ -30,7 +30,6 @@ class BenchmarkTraining:
     json: Path | None = None
     """file to write the rows to"""
     device: Device = "auto"
-    """the device to run on; auto takes the fastest that is there"""
 
     def rows(self) -> Rows:
         """One row a part, for the networks and batch sizes of the preset: stage 1, encoding, stage 2, scoring."""

@@ -4,6 +4,8 @@ from typing import Annotated, Literal
 
 import tyro
 
+from pipelines.console import DEVICES
+
 DATA = {
     "mnist5k": "5,000 real digits that need no download; minutes on 2 cores",
     "mnist": "MNIST, 60,000 digits",
@@ -30,10 +32,20 @@ SHORT = {"fashion": "fashion-mnist"}
 
 ExtractorName = Literal["classifier", "inception", "dinov2"]
 Pixels = Literal["mean", "sample"]
-DEVICES = ("auto", "cpu", "cuda", "mps")
 PRIORS = ("standard", "gaussian", "mixture", "unigram", "order2", "learned", "posterior")
 
-Device = Annotated[str, tyro.conf.arg(metavar="{" + ",".join(DEVICES) + "}")]
+Device = Annotated[
+    str,
+    tyro.conf.arg(metavar="{" + ",".join(DEVICES) + "}", help="the device to run on; auto takes the fastest that is there"),
+]
+CardDevice = Annotated[Device, tyro.conf.arg(help="the device to sample the images of the card on")]
+Half = Annotated[
+    bool,
+    tyro.conf.arg(
+        help="store weights in float16, and those that autoguidance leads away from in 8 bits: half the size or less, and"
+        " slightly different samples; statistics and codebooks stay float32"
+    ),
+]
 RunName = Annotated[
     str, tyro.conf.arg(metavar="RUN", help="a name under checkpoints/, a trained model, a path, or hub:owner/name")
 ]

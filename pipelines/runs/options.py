@@ -12,7 +12,6 @@ class Options:
     """Options that are not part of the config, and may change when a run is continued."""
 
     device: Device = "auto"
-    """the device to run on; auto takes the fastest that is there"""
     on_nan: OnNan = "stop"
     """what to do when a loss or gradient is not a number: stop before it changes a weight, skip the step, or rewind to the last
     checkpoint and continue with another data order and other noise"""

@@ -10,7 +10,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 
-from pipelines.console import UserError, nearest, under_torchrun
+from pipelines.console import DEVICES, UserError, nearest, under_torchrun
 from pipelines.training.config import Precision
 from pipelines.training.fabric import DDPStrategy, Fabric, ModelParallelStrategy, Strategy
 
@@ -72,6 +72,6 @@ def devices(device: str = "auto", precision: Precision = "float32", sharded: boo
         raise UserError("there is no CUDA device here; use --device cpu")
     if device == "mps" and not torch.backends.mps.is_available():
         raise UserError("there is no MPS device here; use --device cpu")
-    if device not in ("auto", "cpu", "cuda", "mps"):
-        raise UserError(f"there is no device {device!r}{nearest(device, ['auto', 'cpu', 'cuda', 'mps'])}")
+    if device not in DEVICES:
+        raise UserError(f"there is no device {device!r}{nearest(device, DEVICES)}")
     return fabric_for(device, precision, sharded)
