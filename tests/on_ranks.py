@@ -39,7 +39,7 @@ from pipelines.runs.run import Run
 from pipelines.runs.sampling import generate
 from pipelines.train_all import train_all
 from pipelines.training.config import FitConfig
-from pipelines.training.devices import fabric_for
+from pipelines.training.devices import open_fabric
 from pipelines.training.fit import Training, evaluate, fit
 from stage1_vae import bottlenecks, likelihoods
 from stage1_vae.autoencoder import Autoencoder, AutoencoderConfig
@@ -293,7 +293,7 @@ def main(folder: Path) -> None:
     torch.set_num_threads(1)
     torch.set_default_dtype(torch.float64)
     cheaper_comparisons(pytest.MonkeyPatch())
-    fabric = fabric_for("cpu", "float32")
+    fabric = open_fabric("cpu", "float32")
     found = {
         "processes": processes.count(),
         "losses": losses_without_draws(fabric),
@@ -305,7 +305,7 @@ def main(folder: Path) -> None:
         "stopped": stopped_by_a_signal_to_one(fabric, folder / "stopped"),
         "whole": trained(fabric, prior(), folder / "whole").state_dict(),
     }
-    sharded = fabric_for("cpu", "float32", sharded=True)
+    sharded = open_fabric("cpu", "float32", sharded=True)
     found["sharded losses"] = losses(sharded, prior(), random_latents(60, CODES))
     found["sharded"] = trained(sharded, prior(), folder / "sharded").state_dict()
     torch.set_default_dtype(torch.float32)

@@ -18,7 +18,7 @@ from pipelines.runs.pictures import write_images
 from pipelines.runs.recipes import preset
 from pipelines.runs.run import Run
 from pipelines.train_all import train_all
-from pipelines.training.devices import devices, resolved
+from pipelines.training.devices import open_fabric, resolved
 from stage2_prior.autoregressive import AutoregressiveConfig, CascadeConfig
 from stage2_prior.baselines import CODE_BASELINES, CONTINUOUS_BASELINES
 from stage2_prior.conditions import Caption, ClassLabel, Cluster
@@ -94,7 +94,7 @@ def test_every_prior_samples_and_scores_on_its_device(device, name):
 
 def test_float32_is_float32_also_in_convolutions_on_cuda(monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
-    devices("cpu")
+    open_fabric("cpu")
     assert not torch.backends.cudnn.allow_tf32
 
 

@@ -52,7 +52,7 @@ from pipelines.pages.words import notes
 from pipelines.runs.config import MetricsConfig
 from pipelines.runs.dataset import load_data
 from pipelines.runs.recipes import preset
-from pipelines.training.devices import fabric_for
+from pipelines.training.devices import open_fabric
 from stage1_vae import autoencoder
 from stage2_prior.sampling import AS_FITTED
 from tests.parts import compared, shrunk, small_splits
@@ -203,7 +203,7 @@ def space(tmp_path, count: int) -> FeatureSpace:
     torch.manual_seed(0)
     model = Classifier(1, 2)
     images = torch.randint(0, 256, (count, 1, 28, 28), dtype=torch.uint8)
-    return FeatureSpace(model, {"extractor": "test"}, ImageSet(images), fabric_for("cpu", "float32"), tmp_path)
+    return FeatureSpace(model, {"extractor": "test"}, ImageSet(images), open_fabric("cpu", "float32"), tmp_path)
 
 
 def judged(space: FeatureSpace, count: int) -> tuple[Judge, dict]:
@@ -240,7 +240,7 @@ def test_features_that_do_not_vary_are_withheld_with_the_reason(tmp_path, dead):
     images = torch.full((100, 1, 8, 8), 7, dtype=torch.uint8)
     if dead:
         images.random_(generator=torch.Generator().manual_seed(0))
-    made = FeatureSpace(model, {"extractor": "test"}, ImageSet(images), fabric_for("cpu", "float32"), tmp_path)
+    made = FeatureSpace(model, {"extractor": "test"}, ImageSet(images), open_fabric("cpu", "float32"), tmp_path)
     features = made.features(images, "features")
     distances, _ = nearest_neighbours(features, made.reference)
     judge = Judge(made, distances, seed=0)
@@ -312,7 +312,7 @@ def test_inception_features_are_not_scaled_and_too_few_images_have_no_fid(incept
     network, path = inception_file
     splits = small_splits((1, 28, 28), 2, count=8)
     config = MetricsConfig(extractor="inception", weights=path)
-    made = feature_space(fabric_for("cpu", "float32"), config, splits, tmp_path)
+    made = feature_space(open_fabric("cpu", "float32"), config, splits, tmp_path)
     (expected,) = network(splits.train.images.repeat(1, 3, 1, 1))
     assert torch.equal(made.reference[:], expected.double())
     assert made.withheld(1000) == f"{len(expected)} images for 2048 features: a covariance needs more images than features"
@@ -352,7 +352,7 @@ def test_dinov2_features_are_not_scaled(small_dinov2, tmp_path):
     torch.save(small_dinov2, tmp_path / "random.pth")
     splits = small_splits((1, 28, 28), 2, count=8)
     config = MetricsConfig(extractor="dinov2", weights=tmp_path / "random.pth")
-    made = feature_space(fabric_for("cpu", "float32"), config, splits, tmp_path)
+    made = feature_space(open_fabric("cpu", "float32"), config, splits, tmp_path)
     assert torch.equal(made.reference[:], made.model.features(splits.train.images).double())
     assert made.withheld(1000) == f"{len(splits.train)} images for 64 features: a covariance needs more images than features"
 
@@ -451,7 +451,7 @@ def test_the_share_kept_is_the_surest_of_each_label():
     brightness = torch.tensor([10, 200, 30, 100, 50, 250, 90, 0])
     labels = torch.tensor([0, 1, 0, 1, 0, 1, 0, 1])
     images = brightness.to(torch.uint8).view(-1, 1, 1, 1).expand(-1, 1, 4, 4)
-    fabric = fabric_for("cpu", "float32")
+    fabric = open_fabric("cpu", "float32")
     confidence = label_log_prob(fabric, Reader(), images, labels)
     assert rejection_sampled(confidence, labels, 0.5).tolist() == [0, 1, 2, 5]
     assert rejection_sampled(confidence, labels, 1.0).tolist() == list(range(8))
@@ -487,7 +487,7 @@ def test_a_second_run_waits_for_the_classifier_that_another_is_training(tmp_path
     splits, config = small_splits((1, 8, 8), 2, count=80), shrunk(preset("mnist5k")).metrics
 
     def trained():
-        return features.trained_classifier(fabric_for("cpu", "float32"), config, splits, tmp_path, seed=0)
+        return features.trained_classifier(open_fabric("cpu", "float32"), config, splits, tmp_path, seed=0)
 
     first, described = trained()
     (folder,) = (path for path in tmp_path.iterdir() if path.is_dir())
@@ -502,7 +502,7 @@ def test_a_line_for_each_classifier_that_is_trained_and_none_for_one_that_is_the
     splits, config = small_splits((1, 8, 8), 2, count=80), shrunk(preset("mnist5k")).metrics
     for expected in (["classifier", "second classifier"], []):
         for seed in (0, 1, 1):
-            features.trained_classifier(fabric_for("cpu", "float32"), config, splits, tmp_path, seed)
+            features.trained_classifier(open_fabric("cpu", "float32"), config, splits, tmp_path, seed)
         lines = capsys.readouterr().out.splitlines()
         assert [line.partition(": accuracy")[0] for line in lines] == expected
 

@@ -89,11 +89,11 @@ class BenchmarkData:
 
     def measured(self, folder: Path) -> dict[str, Any]:
         from pipelines.runs.recipes import preset
-        from pipelines.training.devices import devices
+        from pipelines.training.devices import open_fabric
         from pipelines.training.order import Order
 
         config = preset(self.preset)
-        fabric = devices(self.device, config.precision)
+        fabric = open_fabric(self.device, config.precision)
         started, cpu = time.perf_counter(), time.process_time()
         tars = "::".join(map(str, sorted(folder.glob("*.tar"))))
         config_of: dict[str, Folder | Shards] = {

@@ -111,9 +111,9 @@ class BenchmarkDevice:
 
 
 def about(device: str) -> dict[str, Any]:
-    from pipelines.training.devices import devices, resolved
+    from pipelines.training.devices import open_fabric, resolved
 
-    chosen = devices(device).device
+    chosen = open_fabric(device).device
     name = torch.cuda.get_device_name() if chosen.type == "cuda" else f"{torch.get_num_threads()} threads"
     versions = {"torch": torch.__version__, "cuda": torch.version.cuda}
     return {"part": "device", "device": str(chosen), "name": name, **versions, "precision": resolved("auto", device)}
@@ -129,9 +129,9 @@ def compiled(asked: BenchmarkDevice) -> Iterator[Measured]:
 
 def trainings(asked: BenchmarkDevice, batches: tuple[int, ...], compiled: bool) -> Iterator[Measured]:
     """Both stages of each preset, in bfloat16."""
-    from pipelines.training.devices import devices
+    from pipelines.training.devices import open_fabric
 
-    fabric = devices(asked.device, "bfloat16")
+    fabric = open_fabric(asked.device, "bfloat16")
     for preset, batch, stage in itertools.product(PRESETS, batches, (1, 2)):
         known = {"preset": preset, "stage": stage, "batch": batch, "compiled": compiled}
         yield known, lambda p=preset, b=batch, s=stage: trained(asked, fabric, p, s, b, compiled)  # type: ignore[misc]
@@ -181,9 +181,9 @@ def trained(
 
 def sampling(asked: BenchmarkDevice) -> Iterator[Measured]:
     """On a GPU with the CUDA graph that it captures, and without."""
-    from pipelines.training.devices import devices
+    from pipelines.training.devices import open_fabric
 
-    device = devices(asked.device).device
+    device = open_fabric(asked.device).device
     graphs = (True, False) if device.type == "cuda" else (False,)
     grids, batches = (("2x2", "3x3"), (2, 4)) if asked.small else (("8x8", "16x16", "32x32"), (64, 1024, 4096))
     for backbone, grid, batch, graph in itertools.product(BACKBONES, grids, batches, graphs):
@@ -234,9 +234,9 @@ def same_as_cpu(asked: BenchmarkDevice, name: str) -> dict[str, Any]:
 
 def sharded(asked: BenchmarkDevice) -> Iterator[Measured]:
     """FSDP of a transformer over one process, beside the same steps without."""
-    from pipelines.training.devices import devices
+    from pipelines.training.devices import open_fabric
 
-    for name, make in (("without", devices), ("FSDP", sharded_fabric)):
+    for name, make in (("without", open_fabric), ("FSDP", sharded_fabric)):
         known = {"preset": "cifar10-givt", "stage": 2, "batch": asked.batches[-1], "strategy": name}
         yield known, lambda m=make: trained(asked, m(asked.device), "cifar10-givt", 2, asked.batches[-1])  # type: ignore[misc]
 

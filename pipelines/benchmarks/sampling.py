@@ -69,9 +69,9 @@ class BenchmarkSampling:
 
     def rows(self) -> Rows:
         """One row for each thread count and grid; then one row with the exponent of growth."""
-        from pipelines.training.devices import devices  # slow to import
+        from pipelines.training.devices import open_fabric  # slow to import
 
-        device = devices(self.device).device
+        device = open_fabric(self.device).device
         for name, known in ((self.backbone, BACKBONES), (self.head, HEADS)):
             if name not in known:
                 raise UserError(f"there is no {name!r}{nearest(name, known)}")

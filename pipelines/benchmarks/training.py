@@ -44,11 +44,11 @@ class BenchmarkTraining:
         from pipelines.runs.parts import new_autoencoder, new_prior, specs_of
         from pipelines.runs.recipes import preset
         from pipelines.runs.run import Run
-        from pipelines.training.devices import devices
+        from pipelines.training.devices import open_fabric
         from stage2_prior.autoregressive import LearnedPrior
 
         config = preset(self.preset)
-        fabric = devices(self.device, config.precision)
+        fabric = open_fabric(self.device, config.precision)
         splits = config.data.load()
         run = Run(folder, config, fabric)
         write_facts(run, splits)

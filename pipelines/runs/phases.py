@@ -19,7 +19,7 @@ from pipelines.runs.parts import EARLY_PRIOR, finished, follow, new_autoencoder,
 from pipelines.runs.run import PHASES, Run
 from pipelines.runs.sharing import check_source, share_stage1
 from pipelines.training.config import OnNan
-from pipelines.training.devices import devices, resolved
+from pipelines.training.devices import open_fabric, resolved
 from pipelines.training.fabric import Fabric
 from pipelines.training.fit import fit
 from pipelines.training.refine import BothStages
@@ -37,7 +37,7 @@ def train(run: Run, options: Options = DEFAULTS) -> Splits:
     """Every phase of a run that is not finished yet; returns the data. Raises UserError when another process works on the run."""
     tracking = Tracking(options.tracker, run.folder)
     sharded = options.strategy == "fsdp"
-    prior_fabric = devices(options.device, run.config.precision, sharded) if sharded else run.fabric
+    prior_fabric = open_fabric(options.device, run.config.precision, sharded) if sharded else run.fabric
     if isinstance(run.condition, Caption):  # what is missing is said before hours of training, not after
         captions.library()
     source = None if options.stage1_from is None else Run.open(options.stage1_from, options.device)

@@ -16,7 +16,7 @@ from pipelines.runs import exported, hub
 from pipelines.runs.config import RunConfig, check_ranges, differences, read_config, to_dict
 from pipelines.training.checkpoints import checksum
 from pipelines.training.config import FitConfig, check_batches
-from pipelines.training.devices import devices, resolved
+from pipelines.training.devices import open_fabric, resolved
 from pipelines.training.fabric import Fabric
 from stage2_prior.conditions import ClassLabel, Cluster, ConditionConfig, Unconditional
 
@@ -91,7 +91,7 @@ class Run:
             early = ("config.json", UNREADABLE, GIVEN)  # what is written first; a kill may leave part of it
             if not folder.is_dir() or any((files.partial_of(inner) or inner.name) not in early for inner in folder.iterdir()):
                 raise UserError(f"{folder} is not empty and holds no run; give another name with --run")
-        fabric = devices(device, config.precision)
+        fabric = open_fabric(device, config.precision)
         config = replace(config, precision=resolved(config.precision, device))  # the same on every machine that it goes on on
         check_ranges(config)
         trainings = {"stage1": config.stage1, "refine": config.refine, "metrics.classifier": config.metrics.classifier}
@@ -125,7 +125,7 @@ class Run:
         else:
             refuse_links(folder)
         config = read_config(folder / "config.json")
-        fabric = devices(device, config.precision)
+        fabric = open_fabric(device, config.precision)
         return cls(folder, replace(config, precision=resolved(config.precision, device)), fabric, given=False, on_hub=on_hub)
 
     def unfinished(self, what: str) -> UserError:

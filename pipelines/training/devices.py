@@ -27,12 +27,18 @@ def resolved(precision: Precision, device: str) -> Precision:
     return "bfloat16" if cpu.get("avx512_bf16") or cpu.get("amx_bf16") else "float32"
 
 
-def fabric_for(device: str, precision: Precision, sharded: bool = False) -> Fabric:
-    """Where and how to train. device: a Lightning accelerator's name; auto precision: see `resolved`.
+def open_fabric(device: str = "auto", precision: Precision = "float32", sharded: bool = False) -> Fabric:
+    """Where and how to train. device: one of DEVICES; auto precision: see `resolved`.
 
     Under torchrun, connects its processes. sharded: each holds a share of weights and optimizer, not all of them.
-    Raises UserError when a machine has fewer devices than processes.
+    Raises UserError when the device is not there, or a machine has fewer of them than processes.
     """
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("there is no CUDA device here; use --device cpu")
+    if device == "mps" and not torch.backends.mps.is_available():
+        raise UserError("there is no MPS device here; use --device cpu")
+    if device not in DEVICES:
+        raise UserError(f"there is no device {device!r}{nearest(device, DEVICES)}")
     torch.backends.cudnn.allow_tf32 = False  # torch would round the float32 numbers of convolutions to 10 bits; not in products
     on_gpu = device in ("auto", "cuda") and torch.cuda.is_available()
     processes, here = (int(os.environ[name]) if under_torchrun() else 1 for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
@@ -64,14 +70,3 @@ def shard(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
             fully_shard(block, mesh=mesh["data_parallel"])
     fully_shard(model, mesh=mesh["data_parallel"])
     return model
-
-
-def devices(device: str = "auto", precision: Precision = "float32", sharded: bool = False) -> Fabric:
-    """The device to run on: auto, cpu, cuda or mps; see fabric_for for the rest. Raises UserError when it is not there."""
-    if device == "cuda" and not torch.cuda.is_available():
-        raise UserError("there is no CUDA device here; use --device cpu")
-    if device == "mps" and not torch.backends.mps.is_available():
-        raise UserError("there is no MPS device here; use --device cpu")
-    if device not in DEVICES:
-        raise UserError(f"there is no device {device!r}{nearest(device, DEVICES)}")
-    return fabric_for(device, precision, sharded)
