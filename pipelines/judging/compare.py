@@ -136,11 +136,11 @@ def judge(subject: Subject, rows: Rows) -> Judged:
     if subject.run.config.mirror:  # a copy may be of either
         learned_from = OfTraining([learned_from, space.of_training(mirror=True)], space.scale)
     nearest = {name: nearest_neighbours(space.scaled(seen.features), learned_from) for name, seen in rows.seen.items()}
-    judge = Judge(space, nearest["real"][0], subject.seed)
+    measure = Judge(space, nearest["real"][0], subject.seed)
     values = {
-        name: judge.under_resamples(space.scaled(seen.features), nearest[name][0]) for name, seen in rows.seen.items()
+        name: measure.under_resamples(space.scaled(seen.features), nearest[name][0]) for name, seen in rows.seen.items()
     }  # features of one row at a time in float64
-    figures = {name: Row(**judge.figures(found, nearest[name][0])) for name, found in values.items()}
+    figures = {name: Row(**measure.figures(found, nearest[name][0])) for name, found in values.items()}
     errors = rows.seen["reconstruction"].errors
     assert errors is not None
     perturbed = space.distance_of(space.scaled(rows.reconstructions(exchanged=PERTURBED).features))
@@ -151,7 +151,7 @@ def judge(subject: Subject, rows: Rows) -> Judged:
         note = f"{len(mixture.weights)} components with {kind} covariances, the best of {', '.join(map(str, mixture.tried))}"
         figures["mixture"] = replace(figures["mixture"], note=note)
     distances = {name: found["fd"] for name, found in values.items() if "fd" in found}
-    return Judged(figures, nearest, distances, judge.withheld)
+    return Judged(figures, nearest, distances, measure.withheld)
 
 
 def with_nats(subject: Subject, nats: dict[str, Tensor], figures: dict[str, Row]) -> dict[str, Row]:

@@ -214,12 +214,12 @@ class Training:
         self.kept: list[checkpoints.Checkpoint] = []
         self.began = time.monotonic()
 
-    def run(self, checkpoints: list[checkpoints.Checkpoint]) -> list[checkpoints.Checkpoint]:
+    def run(self, done: list[checkpoints.Checkpoint]) -> list[checkpoints.Checkpoint]:
         """Train to the end from the last of these checkpoints; returns those that are kept."""
-        config, step, self.kept = self.config, 0, checkpoints
-        self.began = time.monotonic() - (checkpoints[-1].record["seconds"] or 0.0 if checkpoints else 0.0)
-        if checkpoints:
-            step = self.restore(checkpoints[-1])
+        config, step, self.kept = self.config, 0, done
+        self.began = time.monotonic() - (done[-1].record["seconds"] or 0.0 if done else 0.0)
+        if done:
+            step = self.restore(done[-1])
             say(f"{self.label}: going on from step {step}")
         elif self.on_nan == "rewind":
             self.write(0, held_out=None)  # something to go back to
