@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from scipy import stats
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from stage1_vae import bottlenecks
 from stage1_vae.bottlenecks import CodeUse, FiniteScalar, Gaussian, GumbelSoftmax, VectorQuantized
@@ -285,10 +286,24 @@ def test_a_spike_of_log_sigma_makes_no_loss_infinite_and_comes_back():
 
 @torch.no_grad()
 def test_nearest_codes_are_looked_for_few_at_a_time(monkeypatch):
-    model, sizes = VectorQuantized(codes=12, channels=3).build(4), []
+    """No tensor on the way holds more distances than are meant to be in memory at once."""
+    model = VectorQuantized(codes=12, channels=3).build(4)
     model.codebook.normal_()
-    vectors = torch.randn(2, 5, 3)
-    whole, addmm = model.choose(vectors), torch.addmm
-    monkeypatch.setattr(bottlenecks, "DISTANCES_AT_ONCE", 12 * 4)
-    monkeypatch.setattr(torch, "addmm", lambda *of, **how: sizes.append(len(of[1])) or addmm(*of, **how))
-    assert torch.equal(model.choose(vectors), whole) and sizes == [4, 4, 2]
+    vectors = torch.randn(20, 5, 3)
+
+    class Largest(TorchDispatchMode):
+        numbers = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            made = function(*args, **(kwargs or {}))
+            self.numbers = max(self.numbers, made.numel() if isinstance(made, torch.Tensor) else 0)
+            return made
+
+    with Largest() as before:
+        whole = model.choose(vectors)
+    limit = 12 * 40  # more than the vectors have numbers
+    assert before.numbers > limit
+    monkeypatch.setattr(bottlenecks, "DISTANCES_AT_ONCE", limit)
+    with Largest() as after:
+        assert torch.equal(model.choose(vectors), whole)
+    assert after.numbers <= limit
