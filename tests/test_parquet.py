@@ -77,6 +77,15 @@ def test_one_file_of_plain_bytes_is_split_by_class(tmp_path):
         assert [splits.label_names[label] for label in part.labels] == [words[red] for red in reds(part)]
 
 
+def test_labels_that_are_texts_are_their_own_names_whatever_the_metadata_say(tmp_path):
+    words = [("cat", "dog")[number % 2] for number in range(40)]
+    names = {"label": {"_type": "ClassLabel", "names": ["a", "b"]}}
+    write(tmp_path / "x.parquet", range(40), names, image=pictures(range(40)), label=words)
+    splits = Parquet(root=tmp_path, size=4).load()
+    assert splits.label_names == ["cat", "dog"]
+    assert all(part.labels.tolist() == [red % 2 for red in reds(part)] for part in parts(splits))
+
+
 def test_the_same_images_are_known_wherever_they_lie_and_others_are_told(tmp_path):
     def facts(folder: str, last: int, label: int) -> Facts:
         numbers = range(20)

@@ -178,7 +178,9 @@ class Columns:
             if asked.caption is not None:
                 raise UserError(f"the column {caption!r} of {path} holds no texts, so no captions")
             caption = None
-        names = features[label].get("names") if label is not None and kind_in(features, label) == "ClassLabel" else None
+        names = None
+        if label is not None and types.is_integer(schema.field(label).type) and kind_in(features, label) == "ClassLabel":
+            names = features[label].get("names")
         usable = isinstance(names, list) and all(isinstance(name, str) for name in names)
         return cls(image, label, caption, names if usable else None)
 
