@@ -101,6 +101,7 @@ TUNED: dict[str, dict[str, Any]] = {
     "fashion-vqvae": {"stage1.steps": 6000},
     "fashion-vqvae2": {
         "stage2.steps": 4000,
+        "autoencoder.bottleneck.coarser_rate": 0.25,
         "prior.top.head": WIDE,
         "prior.bottom.head": WIDE,
         "prior.bottom.backbone": PixelSNAILConfig(),
