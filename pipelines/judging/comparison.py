@@ -11,6 +11,7 @@ gap_closed  (fd(standard) - fd(learned)) / (fd(standard) - fd(reconstruction)): 
             of the images of all rows at once
 """
 
+import functools
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -209,6 +210,7 @@ def title(name: str, codes: bool) -> str:
     return "uniform codes" if name == "standard" and codes else ROWS[name]
 
 
+@functools.cache  # it makes code for each class that it reads
 def converter() -> cattrs.Converter:
     made = strict(cattrs.Converter())
     for kind in (Sampling, Row, Features, Tradeoff):
