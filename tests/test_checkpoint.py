@@ -34,9 +34,8 @@ def torch_pickle(content) -> bytes:
 
 
 def save(folder, step, loss=1.0, value=0.0):
-    return checkpoints.save(
-        folder, {"step": step, "held_out": {"loss": loss}}, {"w": torch.full((3,), value)}, {"model.w": torch.full((3,), value)}
-    )
+    record = checkpoints.Record(step, {"loss": loss})
+    return checkpoints.save(folder, record, {"w": torch.full((3,), value)}, {"model.w": torch.full((3,), value)})
 
 
 def to_go_on_from(folder):
@@ -147,7 +146,7 @@ def test_hostile_files_are_refused_in_a_sentence_and_nothing_runs(tmp_path, monk
     ],
 )
 def test_the_weights_of_another_model_are_refused(tmp_path, tensors, says):
-    found = checkpoints.save(tmp_path, {"step": 1, "held_out": {"loss": 1.0}}, tensors, {})
+    found = checkpoints.save(tmp_path, checkpoints.Record(1, {"loss": 1.0}), tensors, {})
     with pytest.raises(UserError, match=says):
         found.load_into(nn.Linear(2, 3))
 
@@ -203,7 +202,7 @@ def test_what_the_disk_does_not_take_is_named_in_a_sentence_and_nothing_is_left(
     target = tmp_path / "x.safetensors"
     large = {"w": torch.zeros(1000)}
     write = {
-        "checkpoint": lambda: checkpoints.save(tmp_path, {"step": 1}, large, large),
+        "checkpoint": lambda: checkpoints.save(tmp_path, checkpoints.Record(1, None), large, large),
         "tensors": lambda: files.cached(target, "key", lambda: large),
         "file": lambda: files.write_file(target, bytes(4000)),
     }[what]
@@ -353,10 +352,10 @@ def test_the_best_is_of_lowest_loss_and_among_equals_the_newest(tmp_path):
 
 
 def test_one_that_was_not_judged_is_kept_only_while_it_is_the_newest(tmp_path):
-    made = [checkpoints.save(tmp_path, {"step": 1, "held_out": None}, {}, {})]
+    made = [checkpoints.save(tmp_path, checkpoints.Record(1, None), {}, {})]
     made = checkpoints.prune(tmp_path, made)
     for step, loss in ((2, 1.0), (3, 2.0), (4, None), (5, 3.0)):
-        record = {"step": step, "held_out": None if loss is None else {"loss": loss}}
+        record = checkpoints.Record(step, None if loss is None else {"loss": loss})
         made = checkpoints.prune(tmp_path, [*made, checkpoints.save(tmp_path, record, {}, {})])
         assert made[-1].step == step
         assert sorted(path.name for path in tmp_path.iterdir()) == [found.folder.name for found in made]

@@ -327,7 +327,7 @@ def test_a_trained_run_goes_on_with_the_same_images_only(tmp_path):
     write_facts(run, load_data(run))
     (folder / "7.png").unlink()
     write_facts(run, load_data(run))  # nothing is trained yet: the splits may be drawn anew
-    checkpoints.save(run.folder / "stage1", {"step": 1}, {}, {})
+    checkpoints.save(run.folder / "stage1", checkpoints.Record(1, None), {}, {})
     assert len(load_data(run).test) == 4
     (folder / "9.png").rename(folder / "90.png")
     with pytest.raises(UserError, match=r"as many \(33 \+ 2 \+ 4\), but under other names or labels\..* --run"):

@@ -21,6 +21,7 @@ from pipelines.runs.config import replaced
 from pipelines.runs.recipes import preset
 from pipelines.runs.run import Run
 from pipelines.train_all import parse
+from pipelines.training.checkpoints import Moment
 from stage2_prior.conditions import Unconditional
 from stage2_prior.latents import LatentSpec
 from stage2_prior.sampling import Sampling
@@ -106,9 +107,7 @@ def test_the_health_line_compares_nats_and_says_when_stage_2_fails():
     torch.manual_seed(0)
     hard = torch.randn(500)
     nats = {"standard": 200 + hard, "mixture": 140 + hard, "learned": 100 + hard + 0.1 * torch.randn(500)}
-    history = [
-        {"step": step, "train": {"loss": 90.0}, "held_out": {"loss": loss}} for step, loss in ((1, 120), (2, 101), (3, 102))
-    ]
+    history = [Moment(step, {"loss": 90.0}, {"loss": loss}) for step, loss in ((1, 120), (2, 101), (3, 102))]
     found = health_of(nats, history)
     assert found.rival == "mixture" and found.gain == pytest.approx(40, abs=0.1) and 0 < found.plus_minus < 0.1
     assert (found.best_step, found.last_step, found.lost) == (2, 3, 1) and not found.overfits and not found.gains_nothing
@@ -120,7 +119,7 @@ def test_the_health_line_compares_nats_and_says_when_stage_2_fails():
     limited = said(made(learned=9.0, health=found))
     assert "More steps do not help: the held-out loss was lowest at step 2 of 3" in limited and "Train stage 2" not in limited
 
-    worse = health_of(nats, [*history, {"step": 4, "train": {"loss": 50.0}, "held_out": {"loss": 130.0}}])
+    worse = health_of(nats, [*history, Moment(4, {"loss": 50.0}, {"loss": 130.0})])
     assert worse.overfits and "overfits: its held-out loss was lowest at step 2 of 4, and 29.0 nats" in said(made(health=worse))
     idle = health_of({**nats, "learned": nats["mixture"] + 0.1}, history)
     assert idle.gains_nothing and "gains nothing over the Gaussian mixture" in said(made(health=idle))

@@ -68,8 +68,8 @@ def assert_equal(whole, resumed):
     for a, b in ((whole.model(), resumed.model()), (whole.training(), resumed.training())):
         assert a.keys() == b.keys()
         assert all(torch.equal(a[name], b[name]) for name in a)
-    times = {"time": None, "seconds": None}
-    assert whole.record | times == resumed.record | times
+    whole, resumed = (dataclasses.replace(each.record, time=None, seconds=None) for each in (whole, resumed))
+    assert whole == resumed
 
 
 class Killed(Exception):
@@ -113,10 +113,10 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, monkeypatch, saves,
 
 def test_a_checkpoint_counts_the_seconds_of_training_of_all_starts(tmp_path):
     _, first = train(tmp_path, dataclasses.replace(CONFIG, steps=4))
-    later = first.record | {"seconds": 1000.0}
+    later = dataclasses.replace(first.record, seconds=1000.0)
     checkpoints.save(tmp_path, later, first.model(), first.training())
     _, second = train(tmp_path)
-    assert 0 < first.record["seconds"] < 100 and 1000 < second.record["seconds"] < 1100
+    assert 0 < first.record.seconds < 100 and 1000 < second.record.seconds < 1100
 
 
 @pytest.mark.parametrize("change", ["no moments", "another shape", "no number", "too many"])
@@ -164,7 +164,7 @@ def test_keeps_the_last_two_and_the_best(tmp_path, monkeypatch):
 )
 def test_a_training_that_diverged_says_so(train, held_out, warns, capsys):
     points = enumerate(zip(train, held_out), 1)
-    warn_of_divergence("stage 1", [{"step": i, "train": {"loss": a}, "held_out": {"loss": b}} for i, (a, b) in points])
+    warn_of_divergence("stage 1", [checkpoints.Moment(i, {"loss": a}, {"loss": b}) for i, (a, b) in points])
     out = capsys.readouterr().out
     assert ("stage 1 diverged: the held-out loss was 2 at step 3 and is 8 at the end" in out) == warns
     assert bool(out) == warns
@@ -331,9 +331,9 @@ def test_rewinds_to_the_last_checkpoint_and_goes_on_with_other_draws(tmp_path, c
         len(re.findall(rf"step {breaks}: loss is not a number \(images (\d+, ){{3}}\d+\); rewound to .*-{back_to:07d}", said))
         == 2
     )
-    assert rewound.step == plain.step == CONFIG.steps and rewound.record["rewinds"] == 2
+    assert rewound.step == plain.step == CONFIG.steps and rewound.record.rewinds == 2
     assert not torch.equal(plain.model()["layers.0.weight"], rewound.model()["layers.0.weight"])
-    assert [entry["step"] for entry in rewound.record["history"]] == [4, 8, 12]
+    assert [moment.step for moment in rewound.record.history] == [4, 8, 12]
 
 
 @pytest.mark.parametrize("killed_at", [5, 7, 9])

@@ -34,7 +34,7 @@ def test_a_longer_training_follows_its_own_schedule_from_the_step_reached_and_re
     rates.clear()
     _, whole = fitted(tmp_path / "whole", LONGER)
     assert rates == {step: learning_rate(LONGER, step) for step in range(CONFIG.steps, LONGER.steps)}
-    assert whole.record["history"][-1]["step"] == checkpoints.usable(tmp_path / "whole")[-1].step == LONGER.steps
+    assert whole.record.history[-1].step == checkpoints.usable(tmp_path / "whole")[-1].step == LONGER.steps
     with pytest.raises(Killed):  # its progress is told in steps of the shorter training
         fitted(tmp_path / "killed", LONGER, model=Breaks([], killed_at=CONFIG.steps * 18 // LONGER.steps))
     assert CONFIG.steps < checkpoints.usable(tmp_path / "killed")[-1].step < LONGER.steps

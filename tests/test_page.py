@@ -33,6 +33,7 @@ from pipelines.runs.options import Options
 from pipelines.runs.phases import train
 from pipelines.runs.recipes import preset
 from pipelines.runs.run import TRAINED, Run
+from pipelines.training.checkpoints import Moment
 from stage2_prior.transformer import TransformerConfig
 from tests.parts import SAVE_FIGURE, shrunk, small_splits
 
@@ -257,7 +258,7 @@ def test_labels_are_read_one_by_one():
 def test_the_name_of_a_run_is_no_formula_in_a_plot():
     """Between dollars matplotlib reads one, and fails where it is none."""
     name = "run $\\frac$"
-    history = [{"step": 1, "train": {"loss": 1.0}, "held_out": {"loss": 1.0}}]
+    history = [Moment(1, {"loss": 1.0}, {"loss": 1.0})]
     for figure in (training_curves({name: history}), lines([(name, 1.0, torch.zeros(2, 1, 4, 4, dtype=torch.uint8))])):
         assert png(figure).startswith(b"\x89PNG")
 

@@ -2,7 +2,6 @@
 
 import platform
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,6 +29,7 @@ from pipelines.runs.parts import weights_of
 from pipelines.runs.run import PHASES, Run
 from pipelines.runs.sampling import Samples
 from pipelines.training import checkpoints
+from pipelines.training.checkpoints import Moment
 from stage1_vae.bottlenecks import perplexity
 from stage2_prior.autoregressive import LearnedPrior
 from stage2_prior.gaussians import GaussianMixturePrior
@@ -63,7 +63,7 @@ class Exhibits:
     """rows of SHOWN images on straight lines in z, uint8 N C H W; None for codes"""
     rate_maps: list[dict[str, Tensor]]
     """for each level, where on the latent grid the rate of held-out images lies, h w each, by name; empty without a density"""
-    histories: dict[str, list[dict[str, Any]]]
+    histories: dict[str, list[Moment]]
     """of each phase of the training, the terms at its checkpoints"""
     seconds: dict[str, float]
     """of sampling 1,000 images, for each row and each way to draw that was tried"""
@@ -195,7 +195,7 @@ def comparison_of(subject: Subject, rows: Rows, judged: Judged, tried: list[Trad
     elif "fd" in judged.withheld:
         withheld = f"no Fréchet distance: {judged.withheld['fd']}"
     verdict = verdict_of(judged.fd, withheld, title("standard", bool(codes)))
-    history = checkpoints.usable(run.folder / "stage2")[-1].record["history"] if run.learned else []
+    history = checkpoints.usable(run.folder / "stage2")[-1].record.history if run.learned else []
     labels = splits.test.labels
     bounds = None
     if subject.autoencoder.bottleneck.has_density:
@@ -250,9 +250,9 @@ def exhibits_of(subject: Subject, rows: Rows, judged: Judged, comparison: Compar
         ],
         interpolations=interpolations(subject) if lines else None,
         rate_maps=maps,
-        histories={phase: record["history"] for phase, record in records.items()},
+        histories={phase: record.history for phase, record in records.items()},
         seconds=rows.seconds,
-        training_seconds={name: record["seconds"] for name, record in records.items() if record["seconds"] is not None},
+        training_seconds={name: record.seconds for name, record in records.items() if record.seconds is not None},
         nats=rows.nats,
     )
 

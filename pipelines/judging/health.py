@@ -2,11 +2,11 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor
 
 from pipelines.judging.quality import error_of_mean
+from pipelines.training.checkpoints import Moment
 
 OVERFIT = 0.05  # of what the prior gains over the standard one, lost again by the end of the training
 
@@ -41,8 +41,8 @@ class Health:
         return self.gain < self.plus_minus
 
 
-def health_of(nats: Mapping[str, Tensor], history: Sequence[Mapping[str, Any]]) -> Health | None:
-    """nats: of each prior, N held-out images, the same draws; history: of stage 2, its terms at its checkpoints.
+def health_of(nats: Mapping[str, Tensor], history: Sequence[Moment]) -> Health | None:
+    """nats: of each prior, N held-out images, the same draws; history: of stage 2.
 
     None where there is no learned prior, or no density.
     """
@@ -52,15 +52,15 @@ def health_of(nats: Mapping[str, Tensor], history: Sequence[Mapping[str, Any]]) 
     learned = nats["learned"]
     rival = min(rivals, key=lambda name: float(rivals[name].mean()))
     saved = rivals[rival] - learned
-    best = min(history, key=lambda entry: entry["held_out"]["loss"])
+    best = min(history, key=lambda moment: moment.held_out["loss"])
     return Health(
         rival=rival,
         gain=float(saved.mean()),
         plus_minus=error_of_mean(saved) if len(saved) > 1 else float("inf"),
-        training=best["train"]["loss"],
-        held_out=best["held_out"]["loss"],
-        best_step=best["step"],
-        last_step=history[-1]["step"],
-        lost=history[-1]["held_out"]["loss"] - best["held_out"]["loss"],
+        training=best.train["loss"],
+        held_out=best.held_out["loss"],
+        best_step=best.step,
+        last_step=history[-1].step,
+        lost=history[-1].held_out["loss"] - best.held_out["loss"],
         gain_over_standard=float((nats["standard"] - learned).mean()),
     )

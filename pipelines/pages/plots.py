@@ -3,7 +3,6 @@
 import io
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -15,6 +14,7 @@ from pipelines.grids import grid
 from pipelines.judging.compare import SHOWN, Exhibits
 from pipelines.judging.comparison import ROWS, Comparison
 from pipelines.judging.tradeoffs import Tradeoff, lowest_fd
+from pipelines.training.checkpoints import Moment
 
 DPI = 110
 WIDTH = 5.5  # inches, of a plot in one of the page's two columns
@@ -154,13 +154,14 @@ def png(figure: Figure) -> bytes:
     return buffer.getvalue()
 
 
-def training_curves(histories: dict[str, list[dict[str, Any]]]) -> Figure:
+def training_curves(histories: dict[str, list[Moment]]) -> Figure:
     """Held-out loss against the step, one panel a stage."""
     figure, axes = panels(len(histories), 2.5, abreast=2)
     for axis, (stage, history) in zip(axes, histories.items()):
-        for part, key, row in (("held out", "held_out", "real"), ("training", "train", "posterior")):
-            losses = [entry[key]["loss"] for entry in history]
-            axis.plot([entry["step"] for entry in history], losses, marker=".", label=part, color=COLOURS[row])
+        steps = [moment.step for moment in history]
+        held_out, training = [moment.held_out["loss"] for moment in history], [moment.train["loss"] for moment in history]
+        axis.plot(steps, held_out, marker=".", label="held out", color=COLOURS["real"])
+        axis.plot(steps, training, marker=".", label="training", color=COLOURS["posterior"])
         axis.set(title=plain(stage), xlabel="step", ylabel="loss, nats an image")
         axis.legend(fontsize=8)
     return figure

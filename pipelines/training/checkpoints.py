@@ -19,7 +19,6 @@ import shutil
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 import safetensors.torch
 import torch
@@ -91,16 +90,16 @@ class Record:
 @dataclass(frozen=True)
 class Checkpoint:
     folder: Path
-    record: dict[str, Any]
+    record: Record
 
     @property
     def step(self) -> int:
-        return self.record["step"]
+        return self.record.step
 
     @property
     def loss(self) -> float:
         """The held-out loss in nats an image; infinite where a signal left no time to measure it."""
-        held_out = self.record["held_out"]
+        held_out = self.record.held_out
         return math.inf if held_out is None else held_out["loss"]
 
     def model(self) -> dict[str, Tensor]:
@@ -118,13 +117,13 @@ class Checkpoint:
         return json.loads((self.folder / CHECKSUMS).read_text())["model.safetensors"]
 
 
-def save(folder: Path, record: dict[str, Any], model: dict[str, Tensor], training: dict[str, Tensor]) -> Checkpoint:
+def save(folder: Path, record: Record, model: dict[str, Tensor], training: dict[str, Tensor]) -> Checkpoint:
     """Write `folder`/step-N whole or not at all. Raises OSError when the disk does not take it; older ones are untouched."""
-    target = folder / f"step-{record['step']:07d}"
+    target = folder / f"step-{record.step:07d}"
     contents = {
         "model.safetensors": safetensors.torch.save(packed(model)),
         TRAINING: safetensors.torch.save(packed(training)),
-        "config.json": json.dumps(record).encode(),
+        "config.json": json.dumps(asdict(record)).encode(),
     }
     contents[CHECKSUMS] = json.dumps({name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}).encode()
     folder.mkdir(parents=True, exist_ok=True)
@@ -175,7 +174,7 @@ def check(folder: Path) -> Checkpoint:
     """
     try:
         verify(folder, "model.safetensors", "config.json")
-        found = Checkpoint(folder, asdict(structured(json.loads((folder / "config.json").read_text()), Record)))
+        found = Checkpoint(folder, structured(json.loads((folder / "config.json").read_text()), Record))
         if found.step != int(folder.name.removeprefix("step-")):
             raise ValueError("a checkpoint of another step")
         return found
@@ -255,7 +254,7 @@ def prune(folder: Path, checkpoints: list[Checkpoint]) -> list[Checkpoint]:
     Damaged ones are set aside. One without a held-out loss, written because of a signal or the time, is kept only while it is
     the very newest.
     """
-    lasting = [each for each in checkpoints if each is checkpoints[-1] or each.record["held_out"] is not None]
+    lasting = [each for each in checkpoints if each is checkpoints[-1] or each.record.held_out is not None]
     kept = [each for each in lasting if each in lasting[-2:] or each is best(lasting)]
     known = {each.folder for each in checkpoints}
     for path in folders(folder):

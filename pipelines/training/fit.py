@@ -16,7 +16,7 @@ import logging
 import math
 import signal
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, SupportsFloat
@@ -141,7 +141,7 @@ def fit(
         trained = copy.deepcopy(model) if isinstance(fabric.strategy, ModelParallelStrategy) else model
         parts = fabric, trained, train, held_out, config, seed, folder, label
         done = Training(*parts, on_nan=on_nan, tracker=tracker, early=early).run(done)
-        warn_of_divergence(label, done[-1].record["history"])
+        warn_of_divergence(label, done[-1].record.history)
     elif says_skipped:
         say(f"{label}: finished, skipped")
     chosen = checkpoints.best(processes.on_first(lambda: checkpoints.prune(folder, done)))
@@ -155,22 +155,22 @@ def like(weight: Tensor, moment: Tensor) -> Tensor:
     return torch.empty_like(weight, requires_grad=False).copy_(moment)
 
 
-def warn_of_divergence(label: str, history: list[dict[str, Any]]) -> None:
+def warn_of_divergence(label: str, history: list[checkpoints.Moment]) -> None:
     """Say so where the loss ends far above where it has been, in training and held out: half of what was gained is lost again.
 
     Held out alone, that is overfitting, and the comparison says so.
     """
     first, last = history[0], history[-1]
-    best = min(history, key=lambda point: point["held_out"]["loss"])
+    best = min(history, key=lambda moment: moment.held_out["loss"])
 
-    def lost(part: str) -> bool:
-        gained, again = (point[part]["loss"] - best[part]["loss"] for point in (first, last))
+    def lost(losses: Callable[[checkpoints.Moment], dict[str, float]]) -> bool:
+        gained, again = (losses(moment)["loss"] - losses(best)["loss"] for moment in (first, last))
         return gained > 0 and again > gained / 2
 
-    if lost("train") and lost("held_out"):
+    if lost(lambda moment: moment.train) and lost(lambda moment: moment.held_out):
         say(
-            f"warning: {label} diverged: the held-out loss was {best['held_out']['loss']:.4g} at step {best['step']} and is"
-            f" {last['held_out']['loss']:.4g} at the end. The weights of step {best['step']} are used. {REMEDY}; so may larger"
+            f"warning: {label} diverged: the held-out loss was {best.held_out['loss']:.4g} at step {best.step} and is"
+            f" {last.held_out['loss']:.4g} at the end. The weights of step {best.step} are used. {REMEDY}; so may larger"
             " batches."
         )
 
@@ -210,14 +210,14 @@ class Training:
         )
         self.wrapped_optimizer: Any = fabric.setup_optimizers(self.optimizer)
         self.average = Average(model, config.average_decay)
-        self.history: list[dict[str, Any]] = []
+        self.history: list[checkpoints.Moment] = []
         self.kept: list[checkpoints.Checkpoint] = []
         self.began = time.monotonic()
 
     def run(self, done: list[checkpoints.Checkpoint]) -> list[checkpoints.Checkpoint]:
         """Train to the end from the last of these checkpoints; returns those that are kept."""
         config, step, self.kept = self.config, 0, done
-        self.began = time.monotonic() - (done[-1].record["seconds"] or 0.0 if done else 0.0)
+        self.began = time.monotonic() - (done[-1].record.seconds or 0.0 if done else 0.0)
         if done:
             step = self.restore(done[-1])
             say(f"{self.label}: going on from step {step}")
@@ -374,7 +374,7 @@ class Training:
             held_out = self.judged(size)
         if not math.isfinite(held_out["loss"]):
             raise UserError(f"{self.label}, step {step}: the held-out loss is not a number. {REMEDY}.")
-        self.history.append({"step": step, "train": {name: float(value) for name, value in terms.items()}, "held_out": held_out})
+        self.history.append(checkpoints.Moment(step, {name: float(value) for name, value in terms.items()}, held_out))
         self.tracker.scalars(step, "held_out", held_out)
         if not isinstance(self.fabric.strategy, ModelParallelStrategy):  # sharded weights come together for a loss only
             with self.average.in_use():
@@ -394,8 +394,8 @@ class Training:
         for index, state in self.optimizer.state_dict()["state"].items():
             training |= {f"optimizer.{index}.{name}": value for name, value in state.items()}
         training = sharding.on_cpu(training)
-        times = {"time": time.time(), "seconds": time.monotonic() - self.began}  # of training, all starts together
-        record = {"step": step, "held_out": held_out, "history": self.history, "rewinds": self.rewinds, **times}
+        seconds = time.monotonic() - self.began
+        record = checkpoints.Record(step, held_out, [*self.history], self.rewinds, time=time.time(), seconds=seconds)
 
         def write() -> list[checkpoints.Checkpoint]:
             saved = checkpoints.save(self.folder, record, weights, training)
@@ -428,6 +428,6 @@ class Training:
                 for name, tensor in moments.items()
             }
         self.optimizer.load_state_dict({"state": state, "param_groups": self.optimizer.state_dict()["param_groups"]})
-        self.history = list(last.record["history"])
-        self.draw_anew(last.record["rewinds"])
+        self.history = list(last.record.history)
+        self.draw_anew(last.record.rewinds)
         return last.step
