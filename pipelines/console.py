@@ -219,7 +219,9 @@ class Progress:
     def __init__(self, label: str | None, total: int, unit: str, done: int = 0):
         self.silent = label is None or not first_process()
         self.label, self.total, self.unit, self.done, self.first = label, total, unit, done, done
-        self.started = self.shown = time.monotonic()
+        self.shown = time.monotonic()
+        self.timed: tuple[float, int] | None = None
+        """When the first update came, and what was done then. The time before it may be that of compiling."""
         self.next_line = done + 1  # the first line comes after SECONDS, however long the work takes
         self.bar = None
         if sys.stderr.isatty() and not self.silent:
@@ -231,24 +233,28 @@ class Progress:
     def update(self, count: int, values: Mapping[str, SupportsFloat] | None = None) -> None:
         self.done += count
         now = time.monotonic()
+        self.timed = self.timed or (now, self.done)
         if self.bar is not None:
             if values and now - self.shown > 0.5:
                 self.bar.set_postfix_str(formatted(values), refresh=False)
                 self.shown = now
             self.bar.update(count)
         elif not self.silent and self.done >= self.next_line and now - self.shown > self.SECONDS:
-            self.line(values or {})
+            self.line(now, values or {})
             tenth = max(1, (self.total - self.first) // self.LINES)
             self.next_line = self.first + ((self.done - self.first) // tenth + 1) * tenth
             self.shown = now
 
-    def line(self, values: Mapping[str, SupportsFloat]) -> None:
-        seconds = max(time.monotonic() - self.started, 1e-9)
-        speed = (self.done - self.first) / seconds
-        left = tqdm.format_interval((self.total - self.done) / max(speed, 1e-9))
+    def line(self, now: float, values: Mapping[str, SupportsFloat]) -> None:
+        assert self.timed is not None
+        began, first = self.timed
+        speed = ""
+        if self.done > first and now > began:
+            rate = (self.done - first) / (now - began)
+            speed = f", {rate:.1f} {self.unit}/s, {tqdm.format_interval((self.total - self.done) / rate)} left"
         say(
-            f"{self.label}: {self.done}/{self.total} {self.unit}, {100 * self.done // max(self.total, 1)} %,"
-            f" {speed:.1f} {self.unit}/s, {left} left{', ' if values else ''}{formatted(values)}"
+            f"{self.label}: {self.done}/{self.total} {self.unit}, {100 * self.done // max(self.total, 1)} %{speed}"
+            f"{', ' if values else ''}{formatted(values)}"
         )
 
     def __exit__(self, *_: object) -> None:

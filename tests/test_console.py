@@ -97,6 +97,20 @@ def test_a_long_work_says_soon_how_long_it_takes_and_then_seldom(monkeypatch, ca
     assert len(lines) == Progress.LINES + 1 and "1000/1000 images, 100 %" in lines[-1]
 
 
+def test_the_time_left_is_not_judged_by_the_first_step_which_may_compile(monkeypatch, capsys):
+    clock = iter([0.0, 171.0, 177.0, 187.0])
+    monkeypatch.setattr("pipelines.console.time.monotonic", lambda: next(clock))
+    monkeypatch.setattr(Progress, "LINES", 4000)
+    with Progress("stage 2", 4000, "steps") as progress:
+        progress.update(1, {"loss": 5.0})
+        progress.update(6)
+        progress.update(9)
+    first, second, third = capsys.readouterr().out.splitlines()
+    assert first == "stage 2: 1/4000 steps, 0 %, loss 5"
+    assert second == "stage 2: 7/4000 steps, 0 %, 1.0 steps/s, 1:06:33 left"
+    assert third.startswith("stage 2: 16/4000 steps, 0 %, 0.9 steps/s")
+
+
 def test_of_one_there_is_no_plural():
     assert [counted(number, "image") for number in (0, 1, 2)] == ["0 images", "1 image", "2 images"]
     assert [counted(number, "of 5 has", "of 5 have") for number in (1, 5)] == ["1 of 5 has", "5 of 5 have"]
