@@ -46,6 +46,7 @@ from pipelines.judging.quality import (
     nearer,
     nearest_neighbours,
     resampled,
+    subsampled,
 )
 from pipelines.judging.tradeoffs import along, choose_sampling, ways_to_sample
 from pipelines.pages.words import notes
@@ -119,8 +120,7 @@ def test_a_weighting_is_the_images_so_often(sets):
     for name in (
         "precision",
         "density",
-        "coverage",
-    ):  # the others look at pairs, of which some are now copies
+    ):  # the others look at pairs, of which some are now copies, or have other resamples
         assert float(under[name][2]) == pytest.approx(again[name]), name
     assert float(distance[2]) == pytest.approx(FrechetDistance(real)(repeated))
 
@@ -136,6 +136,26 @@ def test_errors_are_those_of_drawing_other_samples():
         spread = 1.96 * float(torch.stack([one[name][0] for one in figures]).std())
         stated = sum(error(one[name]) for one in figures) / len(figures)
         assert 0.5 < stated / spread < 2, name
+
+
+@pytest.mark.parametrize(("name", "share"), [("recall", 0.5), ("coverage", 0.9)])
+def test_recall_and_coverage_are_resampled_without_copies(sets, name, share):
+    real, generated = sets
+    under = likeness(Cloud.of(real), generated, resampled(len(generated), 4))[name]
+    of_parts = [single(real, generated[chosen])[name] for chosen in subsampled(len(generated), 4, share)]
+    assert float(under[0]) == pytest.approx(of_parts[0])
+    expected = (share / (1 - share)) ** 0.5 * torch.tensor(of_parts[1:]).std()
+    assert float(under[1:].std()) == pytest.approx(float(expected), rel=1e-3)
+
+
+@pytest.mark.parametrize(("name", "spread"), [("recall", 0.6), ("coverage", 2.0)])
+def test_intervals_of_recall_and_coverage_hold_them(name, spread):
+    """Of samples less varied than real images, or more. Over bootstrap resamples, they did so in three of four trials."""
+    real = Cloud.of(points(200, 0.0, 0, 8))
+    found = [likeness(real, spread * points(200, 0.0, seed, 8), resampled(200, 40))[name] for seed in range(1, 61)]
+    values = torch.stack([values[0] for values in found])
+    held = [abs(float(one[0] - values.mean())) < error(one) for one in found]
+    assert 0.2 < float(values.mean()) < 0.9 and sum(held) >= 0.9 * len(held)
 
 
 def test_precision_and_recall_of_known_cases():

@@ -101,8 +101,8 @@ def about_measures(comparison: Comparison) -> list[str]:
         " give 0.5 (Meehan et al. 2020).",
         f"copied: share of samples that lie as near to a training image as the nearest {nearest} of held-out images do."
         f" New images give {nearest}; above that, some are copies.",
-        f"±: half of the interval of {comparison.intervals}. Other samples of this model would fall into it; those of another"
-        " training need not.",
+        f"±: half of the interval of {comparison.intervals}. It is for the mean over many sets of so many samples of this model:"
+        " two such sets differ by up to 1.4 times as much, those of another training by more.",
     ]
 
 
