@@ -46,6 +46,22 @@ def test_images_of_every_kind_are_the_same_images():
     assert labelled.labels.tolist() == [0, 1, 2] * 4
 
 
+def test_pictures_of_16_bits_and_transparent_ones_look_as_in_a_folder():
+    """Pillow would clip 16 bits at 255, so that nearly all is white, and show what lies behind transparent pixels: black."""
+    values = torch.arange(256, dtype=torch.uint8).view(16, 16)
+    deep = Image.fromarray(values.numpy().astype(np.uint16) * 257)
+    whole = Image.fromarray(values.numpy().astype(np.int32))
+    see_through = Image.new("LA", (16, 16), (0, 0))
+    colours = Image.new("RGBA", (16, 16), (0, 0, 0, 0))
+    for picture in (deep, whole):
+        assert torch.equal(image_set(Listed([picture] * 12), "reading").images[0], values[None])
+    assert image_set(Listed([see_through] * 12), "reading").images.unique().tolist() == [255]
+    found = image_set(Listed([colours] * 12), "reading").images
+    assert found.shape == (12, 3, 16, 16) and found.unique().tolist() == [255]
+    square = TorchvisionByName("SVHN", size=16, channels=1).square
+    assert np.array_equal(square(deep), values.numpy()) and np.array(square(colours)).min() == 255
+
+
 def test_class_numbers_of_every_kind_are_labels_and_others_are_said(capsys):
     images = [*torch.zeros(12, 1, 4, 4, dtype=torch.uint8)]
     for kind in (np.int64, np.uint8, torch.tensor, lambda number: torch.tensor([number]), lambda number: np.array([[number]])):
@@ -65,6 +81,8 @@ def test_class_numbers_of_every_kind_are_labels_and_others_are_said(capsys):
         ([torch.zeros(3, 4, 4)] * 11 + [torch.full((3, 4, 4), 2.0)], "item 11 .* .3, 4, 4. of torch.float32, not all from 0"),
         ([torch.zeros(3, 4, 4, dtype=torch.int64)] * 12, "no image but .3, 4, 4. of torch.int64: an image is"),
         ([torch.zeros(4, 4, 3)] * 12, "no image but .4, 4, 3. of torch.float32"),
+        ([Image.new("F", (4, 4))] * 12, "item 0 .* is an image of floating-point pixels, whose range is not known: convert it"),
+        ([Image.fromarray(np.full((4, 4), 256, np.int32))] * 12, "image of whole numbers above 255, whose range is not known"),
         (["a.png"] * 12, "item 0 of the Dataset holds no image but str"),
         ([torch.zeros(1, 4, 4)] * 11 + [torch.zeros(1, 4, 5)], "image 11 .* is .1, 4, 5., and the first is .1, 4, 4.: resize"),
         ([torch.zeros(1, 4, 4)] * 3, "holds 3 images; at least 10"),

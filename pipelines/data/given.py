@@ -18,6 +18,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from pipelines.console import NotThere, Progress, UserError, counted, first_line, nearest, say
+from pipelines.data.decoding import GREY, eight_bit, opaque, significant_bits
 from pipelines.data.downloads import downloaded
 from pipelines.data.images import ImageSet, Splits, with_validation
 from pipelines.data.own import FEWEST_IMAGES, without_test
@@ -92,10 +93,18 @@ def image_set(dataset: Any, label: str) -> ImageSet:
 
 
 def pixels_of(image: Any, index: int) -> Tensor:
-    """uint8 C H W, of an image of Pillow; or of a tensor or an array C H W or H W, of bytes or of numbers from 0 to 1."""
+    """uint8 C H W, of an image of Pillow; or of a tensor or an array C H W or H W, of bytes or of numbers from 0 to 1.
+
+    Raises UserError for anything else.
+    """
     if isinstance(image, Image.Image):
-        pixels = torch.from_numpy(np.array(image.convert("L" if image.mode in ("1", "L") else "RGB")))
-        return pixels[None] if pixels.ndim == 2 else pixels.permute(2, 0, 1).contiguous()
+        try:
+            shown = seen(image)
+        except ValueError as error:
+            raise UserError(f"item {index} of the Dataset is an image of {error}: convert it to 8 bits first") from error
+        grey = image.mode.partition(";")[0] in GREY
+        pixels = torch.from_numpy(np.array(shown.convert("L" if grey else "RGB")))
+        return pixels[None] if grey else pixels.permute(2, 0, 1).contiguous()
     pixels = torch.from_numpy(image) if isinstance(image, np.ndarray) else image
     if isinstance(pixels, Tensor):
         pixels = pixels[None] if pixels.ndim == 2 else pixels
@@ -110,6 +119,18 @@ def pixels_of(image: Any, index: int) -> Tensor:
         f"item {index} of the Dataset holds no image but {what}: an image is one of Pillow, or a tensor of 1 or 3 channels,"
         " C H W, of uint8 or of numbers from 0 to 1"
     )
+
+
+def seen(image: Image.Image) -> Image.Image:
+    """An image of 8 bits, with white behind its transparent parts, as of a file in a folder of images.
+
+    Raises ValueError for pixels whose range is not known.
+    """
+    if image.mode == "I" and np.asarray(image).max() <= 255:  # whole numbers of 32 bits, which hold bytes here
+        return image
+    if image.mode == "I":
+        raise ValueError("whole numbers above 255, whose range is not known")
+    return opaque(eight_bit(image, significant_bits(image), {}), "white", {})
 
 
 def class_of(label: Any) -> int | None:
@@ -205,5 +226,9 @@ class TorchvisionByName:
     def square(self, image: Any) -> Image.Image:
         if not isinstance(image, Image.Image):
             raise UserError(f"items of {self.name} hold no single picture but {type(image).__name__}: take another data set")
-        shown = image.convert("L" if self.channels == 1 else "RGB")
+        try:
+            shown = seen(image)
+        except ValueError as error:
+            raise UserError(f"items of {self.name} hold {error}: take another data set") from error
+        shown = shown.convert("L" if self.channels == 1 else "RGB")
         return ImageOps.fit(shown, (self.size, self.size), Image.Resampling.LANCZOS)
