@@ -140,6 +140,26 @@ def test_near_duplicates_are_told_and_kept_on_one_side(tmp_path, capsys, by):
     assert all(count % 3 == 0 for count in splits.sizes.values()) and splits.listing == before.listing
 
 
+@pytest.mark.parametrize(
+    ("name", "remedy"),
+    [
+        ("place{number}/{copy}.png", ": --data.split-by folder keeps together what belongs together"),
+        ("{number}-{copy}.png", ": --data.split-by name-prefix keeps together what belongs together"),
+        ("{copy}{number}.png", ""),
+    ],
+)
+def test_of_near_duplicates_only_a_split_that_helps_is_advised(tmp_path, capsys, name, remedy):
+    generator = np.random.default_rng(0)
+    for number in range(30):
+        scene = Image.fromarray(generator.integers(0, 256, (8, 8), dtype=np.uint8)).resize((24, 24))
+        for copy in ("a", "b", "c"):
+            path = tmp_path / name.format(number=number, copy=copy)
+            path.parent.mkdir(exist_ok=True)
+            scene.save(path)
+    loaded(tmp_path)
+    assert f"So figures look better than they are{remedy}\n" in capsys.readouterr().out
+
+
 def test_groups_by_name_are_those_of_a_folder_that_begin_alike():
     names = ["a/emoji_u1f44b.png", "a/emoji_u1f44b_1f3fb.png", "a/emoji_u1f44c.x.png", "b/emoji_u1f44b.png"]
     prefixes = ["a/emoji_u1f44b", "a/emoji_u1f44b", "a/emoji_u1f44c", "b/emoji_u1f44b"]
@@ -302,6 +322,16 @@ def test_transparent_images_are_said_once(tmp_path, capsys):
     assert content_of(loaded(tmp_path, in_memory=0.0).train.images) != content_of(splits.train.images)
     with pytest.raises(UserError, match="--data.background is a colour .* not 'invisible'"):
         loaded(tmp_path, background="invisible")
+
+
+def test_images_of_which_more_than_half_is_cropped_are_said(tmp_path, capsys):
+    for name, size in {"banner": (41, 20), "column": (20, 41), "panorama": (40, 20)}.items():
+        for number in range(5):
+            Image.new("RGB", size, (number, 0, 0)).save(tmp_path / f"{name}{number}.png")
+    loaded(tmp_path)
+    said = capsys.readouterr().out
+    assert "10 images are more than twice as long one way as the other; of each, only the middle square is used: " in said
+    assert "panorama" not in said
 
 
 def test_transparent_parts_of_a_mask_are_not_kept(tmp_path):

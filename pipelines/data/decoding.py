@@ -16,6 +16,7 @@ JPEG = {".jpg", ".jpeg", ".jpe", ".jfif"}
 IMAGE_ENDINGS = JPEG | {".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm"}
 FORMATS = ["PNG", "JPEG", "BMP", "GIF", "WEBP", "TIFF", "PPM"]  # whatever a file is called, no other decoder is tried on it
 MOST_PIXELS = 2**26  # 8192×8192: a file of 21 KiB can hold many more, and memory must hold each several times
+LONG = 2  # times the part of a picture that is kept: one that is longer loses more than half of it, which is said
 DRAFT = 2  # times the size asked for: at least so large a JPEG is decoded, and then resized
 if features.check("avif"):
     IMAGE_ENDINGS |= {".avif"}
@@ -27,6 +28,7 @@ class Unreadable(ValueError):
 
 
 REMARKS = {
+    "cropped": ("more than twice as long one way as the other", "only the middle square is used"),
     "animated": ("animated", "the first frame is used"),
     "transparent": ("transparent in parts", "--data.background shows there"),
     "dark": ("of 16 bits and darker than a quarter", "values are as in the file: scale them up if they have fewer bits"),
@@ -81,6 +83,8 @@ def read_image(
                 raise ValueError(f"{image.width}×{image.height} pixels, of at most {MOST_PIXELS}: make it smaller")
             upright = in_srgb(eight_bit(ImageOps.exif_transpose(image), bits, is_so))
             shown = opaque(upright, background, is_so).convert("L" if channels == 1 else "RGB")
+            sides = sorted((shown.width * height, shown.height * width))
+            is_so["cropped"] = sides[1] > LONG * sides[0]
             fitting = ImageOps.fit(shown, (width, height), resampling)
     except Exception as error:  # a decoder that is fed broken bytes raises nearly anything
         raise Unreadable(str(error).splitlines()[0] if str(error) else type(error).__name__) from error

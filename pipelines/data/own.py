@@ -93,12 +93,25 @@ class OwnImages:
         alike = look_alike(test.images, train.images)
         if len(alike) >= max(1, LEAST_ALIKE * len(test)):
             number, other = next(iter(alike.items()))
-            remedy = ": --data.split-by folder, or name-prefix, keeps together what belongs together" * chosen
+            helping = ", or ".join(helping_splits(test.groups, train.groups, alike)) if chosen and self.split_by == "file" else ""
+            comma = "," * (", or " in helping)
+            remedy = f": --data.split-by {helping}{comma} keeps together what belongs together" if helping else ""
             say(
                 f"warning: test images under {where} with a near-duplicate among the training images: {len(alike)} of"
                 f" {len(test)}, as {printable(test.groups[number])} and {printable(train.groups[other])}. So figures look better"
-                f" than they are{remedy if self.split_by == 'file' else ''}"
+                f" than they are{remedy}"
             )
+
+
+def helping_splits(test: list[str], train: list[str], alike: dict[int, int]) -> list[SplitBy]:
+    """The ways to split that would keep at least half of the near-duplicates on one side. test, train: names of the images."""
+    ways: list[SplitBy] = []
+    for by in ("folder", "name-prefix"):
+        groups = groups_of([*test, *train], by)
+        together = sum(groups[number] == groups[len(test) + other] for number, other in alike.items())
+        if 2 * together >= len(alike) and len({*groups}) >= FEWEST_GROUPS:
+            ways.append(by)
+    return ways
 
 
 def without_test(images: ImageSet) -> tuple[ImageSet, ImageSet]:
