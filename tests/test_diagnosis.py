@@ -123,6 +123,10 @@ def test_the_health_line_compares_nats_and_says_when_stage_2_fails():
     assert worse.overfits and "overfits: its held-out loss was lowest at step 2 of 4, and 29.0 nats" in said(made(health=worse))
     idle = health_of({**nats, "learned": nats["mixture"] + 0.1}, history)
     assert idle.gains_nothing and "gains nothing over the Gaussian mixture" in said(made(health=idle))
+    lost = health_of({"standard": nats["learned"] - 0.1, "learned": nats["learned"]}, history)
+    assert lost.gains_nothing and "gains nothing over N(0, I)" in said(made(health=lost))
+    single = health_of({name: values[:1] for name, values in nats.items()}, history)
+    assert not single.gains_nothing and "inf" not in said(made(health=single)), "a single image cannot tell"
     assert health_of({"standard": hard}, history) is None and health_of({}, history) is None
     collapsed = made(codes=[CodeUse((7, 7), 512, 3, 1.4)])
     assert "codes on the 7×7 grid have collapsed" in said(collapsed)

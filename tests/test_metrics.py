@@ -244,6 +244,9 @@ def test_what_too_few_images_cannot_say_is_withheld_with_the_reason(tmp_path):
         judge, figures = judged(made, count)
         assert [name for name in FIGURES if figures[name] is not None] == ["nearer", "copied"]
         assert any(f"{count} images, of at least 50 needed" in reason for reason in judge.withheld.values())
+    judge, figures = judged(made, 1)
+    assert [name for name in FIGURES if figures[name] is not None] == ["nearer"]
+    assert "a single held-out image" in judge.withheld["copied"]
 
 
 def test_nothing_is_drawn_to_choose_by_where_there_are_too_few_images(tmp_path):

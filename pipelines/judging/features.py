@@ -248,6 +248,8 @@ class Judge:
         self.withheld: dict[str, str] = {}
         if reason := space.withheld(len(held_out)):
             self.withheld["fd"] = reason
+        if len(held_out) < 2:
+            self.withheld["copied"] = "a single held-out image does not say how near new images lie to the training set"
         if self.cloud is None:
             why = f"{counted(count, 'image')}, of at least {ENOUGH} needed" if space.varies else space.withheld(count)
             self.withheld["kid, precision, recall, density, coverage"] = str(why)
@@ -257,7 +259,9 @@ class Judge:
 
         features N F, whose nearest training images are at these distances, N.
         """
-        near = {"nearer": nearer(distances, self.held_out), "copied": copied(distances, self.held_out).double()}
+        near = {"nearer": nearer(distances, self.held_out)}
+        if "copied" not in self.withheld:
+            near["copied"] = copied(distances, self.held_out).double()
         values = {name: self.weights @ of_each / len(features) for name, of_each in near.items()}
         if "fd" not in self.withheld:
             values["fd"] = self.space.distance.under(features, self.weights)

@@ -1,5 +1,6 @@
 """Whether stage 2 has learned: its nats beside those of priors that need no training, and training beside held out."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -37,8 +38,8 @@ class Health:
 
     @property
     def gains_nothing(self) -> bool:
-        """Over the best rival, beyond the error."""
-        return self.gain < self.plus_minus
+        """Over the best rival, beyond the error; of a single image, it cannot be told."""
+        return self.gain < self.plus_minus < math.inf
 
 
 def health_of(nats: Mapping[str, Tensor], history: Sequence[Moment]) -> Health | None:

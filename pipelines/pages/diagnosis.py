@@ -141,8 +141,9 @@ def learning(run: Run, comparison: Comparison) -> list[str]:
             " dropout help, more steps do not."
         )
     if found.gains_nothing:
+        rival = ("" if found.rival == "standard" else "the ") + comparison.title(found.rival)
         lines.append(
-            f"The learned prior gains nothing over the {comparison.title(found.rival)}: {found.gain:.1f} ± {found.plus_minus:.1f}"
+            f"The learned prior gains nothing over {rival}: {found.gain:.1f} ± {found.plus_minus:.1f}"
             f" nats an image. Train it longer: {longer(run, 'stage2')}"
         )
     return lines

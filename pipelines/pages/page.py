@@ -15,7 +15,7 @@ from pipelines.console import counted
 from pipelines.files import write_file
 from pipelines.judging.compare import SHOWN, Exhibits
 from pipelines.judging.comparison import Comparison
-from pipelines.judging.rows import BATCH
+from pipelines.judging.rows import A_LABEL, BATCH, MOST_LABELS
 from pipelines.judging.together import Entry, above_best, candidates
 from pipelines.judging.tradeoffs import departures
 from pipelines.pages.likelihood import as_table
@@ -190,7 +190,8 @@ def samples(comparison: Comparison, exhibits: Exhibits) -> list[Picture]:
             made.append(images_picture(f"Samples: {comparison.title(name)}", caption, images))
     if exhibits.by_label:
         best = comparison.title("tuned" if "tuned" in comparison.priors else "learned")
-        caption = f"A row for each {comparison.conditioned_on}: {', '.join(exhibits.by_label)}. Drawn from: {best}."
+        shown = f"A row for each {comparison.conditioned_on} with {A_LABEL} samples or more, at most {MOST_LABELS}"
+        caption = f"{shown}: {', '.join(exhibits.by_label)}. Drawn from: {best}."
         made.append(images_picture("Samples by label", caption, torch.cat([*exhibits.by_label.values()])))
     return made
 

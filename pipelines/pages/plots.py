@@ -94,6 +94,7 @@ def tradeoff_plot(points: dict[float, Tradeoff], label: str) -> Figure:
         right.annotate(
             f"lowest fd {best.fd:.2f}\nat {at:.2f}", (at, best.fd), xytext=(0, 12),
             textcoords="offset points", ha=inward, fontsize=9, color="tab:green",
+            bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1},  # it may lie on another line
         )  # fmt: skip
         right.set(ylabel="fd", ylim=(0, 1.3 * max(distances)))
     figure.legend(loc="outside lower center", ncols=3, fontsize=9)
