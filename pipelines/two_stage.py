@@ -7,17 +7,18 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
+from numbers import Integral, Real
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
-from pipelines.console import UserError, say
+from pipelines.console import UserError, counted, nearest, say
 from pipelines.data.given import Given
 from pipelines.data.images import ImageSet
 from pipelines.runs.completion import completions, known_pixels, picture_to_complete
-from pipelines.runs.conditions import contexts_asked
+from pipelines.runs.conditions import asked_of_each, contexts_asked
 from pipelines.runs.config import RunConfig, with_settings
 from pipelines.runs.dataset import background_of, load_data, read_facts, write_given
 from pipelines.runs.names import Pixels, PriorName, preset_name
@@ -39,8 +40,10 @@ if TYPE_CHECKING:
     from pipelines.judging.comparison import Comparison
     from pipelines.judging.scores import Scores
 
+PIXELS = get_args(Pixels)
 BATCH = 500  # images encoded or judged at once
 Dtype = Literal["float32", "bfloat16"]
+DTYPES = get_args(Dtype)
 
 
 class TwoStage:
@@ -58,7 +61,8 @@ class TwoStage:
 
         Raises UserError for a run whose stage 1 is not finished.
         """
-        self.run, self.dtype = run, {"float32": torch.float32, "bfloat16": torch.bfloat16}[dtype]
+        check_choice(dtype, DTYPES, "precision")
+        self.run, self.dtype = run, getattr(torch, dtype)
         with own_random_state(self.device):
             self.autoencoder = load_autoencoder(run)
         self.specs = specs_of(self.autoencoder)
@@ -71,7 +75,7 @@ class TwoStage:
 
         device: auto, cpu, cuda or mps. dtype: see `__init__`.
         """
-        return cls(Run.open(str(name), device), dtype)
+        return cls(Run.open(str(name), str(device)), dtype)
 
     @classmethod
     def train(
@@ -162,6 +166,8 @@ class TwoStage:
 
     def prior(self, name: PriorName = "learned") -> Prior:
         """A prior by name; it is loaded once. Raises UserError for an unknown name."""
+        if not isinstance(name, str):
+            raise UserError(f"a prior is asked for by its name, not by {name!r}")
         if name not in self.opened:
             with own_random_state(self.device):
                 prior = open_prior(self.run, name, self.specs)
@@ -206,6 +212,9 @@ class TwoStage:
         Raises UserError for an argument that makes no sense for the prior.
         """
         check_from_one(count=count, batch_size=batch_size)
+        check_seed(seed)
+        check_choice(pixels, PIXELS, "way to draw pixels")
+        check_numbers(keep_best=keep_best)
         if not 0 < keep_best <= 1:
             raise UserError(f"keep-best is a share above 0 and at most 1, not {keep_best}")
         how, drawn = sampling(temperature, top_k, top_p, guidance, autoguidance), math.ceil(count / keep_best)
@@ -259,8 +268,10 @@ class TwoStage:
     ) -> list[str]:
         """The condition of each image that `sample` returns for the same arguments: a label's name, or a caption. Empty for an
         unconditional prior."""
+        check_from_one(count=count)
+        check_seed(seed)
         if caption is not None:
-            return [caption] * count if isinstance(caption, str) else [*caption]
+            return asked_of_each(self.run, count, label, caption) or []
         prior, contexts = self.prior("learned"), self.contexts(count, "learned", label, caption)
         if contexts is None and isinstance(prior.given_condition, LabelCondition):
             contexts = prior.draw_contexts(torch.arange(count, device=self.device), seed)
@@ -279,8 +290,15 @@ class TwoStage:
     @torch.no_grad()
     def decode(self, latents: Sequence[Tensor]) -> Tensor:
         """Decode latents to the mean of p(x|z), uint8 N C H W. latents: one tensor for each level, as `encode` returns them."""
+        wanted = f"latents are a list of {counted(len(self.specs), 'tensor')}, one for each level"
+        if (
+            isinstance(latents, Tensor)
+            or not isinstance(latents, Sequence)
+            or not all(isinstance(level, Tensor) for level in latents)
+        ):
+            raise UserError(f"{wanted}, not {what_is(latents)}")
         if len(latents) != len(self.specs):
-            raise UserError(f"latents are a list of {len(self.specs)} tensors, one for each level, not {len(latents)}")
+            raise UserError(f"{wanted}, not {len(latents)}")
         for spec, level in zip(self.specs, latents):
             if level.shape != (len(latents[0]), *spec.shape) or (spec.vocabulary is None) != level.dtype.is_floating_point:
                 expected = ", ".join(map(str, (len(latents[0]), *spec.shape)))
@@ -310,6 +328,8 @@ class TwoStage:
         `python -m pipelines.likelihood` says which. Raises UserError where the encoder has no density q(z|x).
         """
         check_from_one(samples=samples)
+        check_seed(seed)
+        self.check_some(images)
         if not self.autoencoder.bottleneck.has_density:
             raise UserError(f"{self.run.folder} has a deterministic encoder: there is no density q(z|x), so no bound on log p(x)")
         contexts, network = self.contexts(len(images), prior, label, caption), self.prior(prior)
@@ -350,14 +370,22 @@ class TwoStage:
         tell: is called with each message, the last of which is the effective sample size
         """
         check_from_one(count=count, particles=particles, batch_size=batch_size)
+        check_seed(seed)
+        check_choice(pixels, PIXELS, "way to draw pixels")
         shape, network = self.image_shape, self.prior("learned")
         if not isinstance(network, LearnedPrior):
             raise UserError(f"completion needs a learned prior that is autoregressive, which that of {self.run.folder} is not")
+        if not isinstance(picture, Tensor | str | Path):
+            raise UserError(f"a picture is a tensor, uint8 {shape}, or a file, not {what_is(picture)}")
+        if not isinstance(keep, Tensor | str | Path):
+            raise UserError(f"what is kept is a boolean tensor, {shape[1:]}, a half by its name or a file, not {what_is(keep)}")
         picture = picture if isinstance(picture, Tensor) else self.read(picture)
-        keep = keep if isinstance(keep, Tensor) else known_pixels(keep, shape)
+        keep = keep if isinstance(keep, Tensor) else known_pixels(str(keep), shape)
         ((image,),) = self.batches(picture[None])
         if keep.shape != shape[1:] or keep.dtype != torch.bool:
             raise UserError(f"what is kept of a picture is boolean, {shape[1:]}, not {tuple(keep.shape)} of {keep.dtype}")
+        if keep.all():
+            raise UserError("all of the picture is kept, so there is nothing to draw: hide a part of it")
         made = completions(
             self.autoencoder,
             network,
@@ -383,6 +411,7 @@ class TwoStage:
         """
         from pipelines.judging.scores import Scorer  # slow to import, and drawing needs none of it
 
+        self.check_some(images)
         with own_random_state(self.device):
             return Scorer.of(self.run)(ImageSet(torch.cat(self.batches(images))))
 
@@ -416,10 +445,17 @@ class TwoStage:
 
     def batches(self, images: Tensor) -> tuple[Tensor, ...]:
         """Raises UserError for what are no images of this model."""
+        expected = ", ".join(map(str, self.image_shape))
+        if not isinstance(images, Tensor):
+            raise UserError(f"images are a tensor of uint8, of shape (N, {expected}), not {what_is(images)}")
         if images.ndim != 4 or images.shape[1:] != self.image_shape or images.dtype != torch.uint8:
-            expected = ", ".join(map(str, self.image_shape))
             raise UserError(f"images are uint8, of shape (N, {expected}), not {tuple(images.shape)} of {images.dtype}")
         return images.split(BATCH)
+
+    def check_some(self, images: Tensor) -> None:
+        """Raises UserError for what are no images of this model, and for none."""
+        if not len(self.batches(images)[0]):
+            raise UserError("there are no images")
 
 
 def own_random_state(device: torch.device) -> AbstractContextManager[None]:
@@ -428,14 +464,46 @@ def own_random_state(device: torch.device) -> AbstractContextManager[None]:
 
 
 def check_from_one(**numbers: int) -> None:
-    """Raises UserError for an argument, by its name, that is no number from 1 up."""
+    """Raises UserError for an argument, by its name, that is no whole number from 1 up."""
     for name, number in numbers.items():
-        if number < 1:
-            raise UserError(f"{name} is a number from 1 up, not {number}")
+        if not is_whole(number) or number < 1:
+            raise UserError(f"{name} is a whole number from 1 up, not {number!r}")
+
+
+def check_seed(seed: int) -> None:
+    """Raises UserError for one that is no whole number."""
+    if not is_whole(seed):
+        raise UserError(f"the seed is a whole number, not {seed!r}")
+
+
+def is_whole(number: Any) -> bool:
+    return isinstance(number, Integral) and not isinstance(number, bool)
+
+
+def check_numbers(**numbers: float) -> None:
+    """Raises UserError for an argument, by its name, that is no number."""
+    for name, number in numbers.items():
+        if not isinstance(number, Real) or isinstance(number, bool):
+            raise UserError(f"{name} is a number, not {number!r}")
+
+
+def check_choice(asked: str, names: tuple[str, ...], what: str) -> None:
+    """Raises UserError for what is none of the names. what: they are of, in words."""
+    if asked not in names:
+        raise UserError(f"there is no {what} {asked!r}{nearest(str(asked), names)}")
+
+
+def what_is(given: Any) -> str:
+    """A value of the wrong type, in words."""
+    kind = "None" if given is None else type(given).__name__
+    return f"a list of {type(given[0]).__name__}" if isinstance(given, list) and given else kind
 
 
 def sampling(temperature: float, top_k: int | None, top_p: float, guidance: float, autoguidance: float) -> Sampling:
-    """`Sampling`, but raises UserError for a setting that is out of range."""
+    """`Sampling`, but raises UserError for a setting that is no number, or out of range."""
+    check_numbers(temperature=temperature, top_p=top_p, guidance=guidance, autoguidance=autoguidance)
+    if top_k is not None:
+        check_from_one(top_k=top_k)
     try:
         return Sampling(temperature, top_k, top_p, guidance, autoguidance)
     except CannotSample as error:

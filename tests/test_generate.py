@@ -242,7 +242,11 @@ def test_a_completion_keeps_the_kept_pixels_and_says_what_helps_where_there_was_
     assert torch.equal(drawn[:, :, :14], image[None, :, :14].expand(2, -1, -1, -1))
     assert not torch.equal(drawn[:, :, 14:], image[None, :, 14:].expand(2, -1, -1, -1))
     said = capsys.readouterr().out
-    assert "which depend on kept pixels alone" in said and "median 1.0 of 1 particle: " in said and "--particles 4" in said
+    assert (
+        "which depend on kept pixels alone" in said
+        and "median 1.0 of 1 particle: " in said
+        and "; 4 particles choose among more" in said
+    )
 
 
 @pytest.mark.parametrize("bottleneck", [bottlenecks.Gaussian(channels=3), bottlenecks.FiniteScalar((8, 8, 8))], ids=str)
@@ -300,6 +304,13 @@ def test_hidden_pixels_do_not_weigh_the_completions(runs, tmp_path):
 def test_a_half_is_kept_by_its_name(keep, corners):
     known = known_pixels(f"{keep}-half", (3, 6, 8))
     assert known.sum() == 24 and known[[0, 0, -1, -1], [0, -1, 0, -1]].nonzero().flatten().tolist() == corners
+
+
+@pytest.mark.parametrize(("mode", "colour"), [("L", 120), ("RGB", "red"), ("RGBA", (255, 255, 255, 0))])
+def test_a_mask_that_is_white_nowhere_is_refused(tmp_path, mode, colour):
+    Image.new(mode, (28, 28), colour).save(tmp_path / "mask.png")
+    with pytest.raises(UserError, match="mask.png is white nowhere, so nothing of the picture would be kept"):
+        known_pixels(str(tmp_path / "mask.png"), (1, 28, 28))
 
 
 def test_a_mask_lies_where_it_was_drawn_on_the_picture(tmp_path):
@@ -430,6 +441,10 @@ def test_words_of_no_training_caption_are_named(tmp_path, capsys):
     assert CaptionTokenizer(path, 260).unknown_words(["the two"]) == [], "a full vocabulary splits words of training captions"
     contexts_asked(Run.open("mnist5k-dalle", "cpu"), 2, caption=["the two", "the 2"])
     assert "warning: words of no training caption, which the prior cannot know: two\n" in capsys.readouterr().out
+    contexts_asked(Run.open("mnist5k-dalle", "cpu"), 2, caption=["the 2", "the 2 " * 20])
+    assert "warning: captions longer than 16 tokens, which are cut: the 2 the 2" in capsys.readouterr().out
+    contexts_asked(Run.open("mnist5k-dalle", "cpu"), 1, caption="the 2")
+    assert "warning" not in capsys.readouterr().out
 
 
 def test_own_captions_are_read_and_wrong_ones_named(tmp_path):

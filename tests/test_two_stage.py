@@ -173,10 +173,10 @@ def test_a_picture_is_completed_from_a_tensor_as_from_a_file(run, model, tmp_pat
 @pytest.mark.parametrize(
     ("ask", "says"),
     [
-        (lambda model: model.sample(0), "count is a number from 1 up, not 0"),
-        (lambda model: model.sample(2, batch_size=0), "batch_size is a number from 1 up, not 0"),
-        (lambda model: model.complete(model.sample(1)[0], count=0), "count is a number from 1 up, not 0"),
-        (lambda model: model.complete(model.sample(1)[0], particles=0), "particles is a number from 1 up, not 0"),
+        (lambda model: model.sample(0), "count is a whole number from 1 up, not 0"),
+        (lambda model: model.sample(2, batch_size=0), "batch_size is a whole number from 1 up, not 0"),
+        (lambda model: model.complete(model.sample(1)[0], count=0), "count is a whole number from 1 up, not 0"),
+        (lambda model: model.complete(model.sample(1)[0], particles=0), "particles is a whole number from 1 up, not 0"),
         (lambda model: model.sample(2, label=["1", "2", "3"]), "3 labels for 2 images"),
         (lambda model: model.sample(2, label=7), "no label number 7; labels are numbers from 0 to 3"),
         (lambda model: model.sample(2, label="1", caption="a 1"), "a label or a caption, not both"),
@@ -191,10 +191,41 @@ def test_a_picture_is_completed_from_a_tensor_as_from_a_file(run, model, tmp_pat
             "images are uint8, of shape .N, 1, 28, 28., not .*float32",
         ),
         (lambda model: model.encode(torch.zeros(1, 28, 28, dtype=torch.uint8)), "images are uint8"),
-        (lambda model: model.decode([]), "a list of 1 tensors"),
+        (lambda model: model.decode([]), "a list of 1 tensor, one for each level, not 0"),
         (lambda model: model.decode([torch.zeros(2, 1, 7, 7)]), r"has the shape \(2, 4, 7, 7\), not"),
+        (lambda model: model.complete(model.sample(1)[0], torch.ones(28, 28, dtype=torch.bool)), "all of the picture is kept"),
         (lambda model: model.complete(torch.zeros(1, 28, 28, dtype=torch.uint8), torch.ones(28, 28)), "boolean, .28, 28., not"),
-        (lambda model: model.log_likelihood(model.sample(1), 0), "samples is a number from 1 up, not 0"),
+        (lambda model: model.log_likelihood(model.sample(1), 0), "samples is a whole number from 1 up, not 0"),
+        (lambda model: model.sample(2.5), "count is a whole number from 1 up, not 2.5"),
+        (lambda model: model.sample("2"), "count is a whole number from 1 up, not '2'"),
+        (lambda model: model.sample(2, seed=0.5), "the seed is a whole number, not 0.5"),
+        (lambda model: model.sample(2, seed=None), "the seed is a whole number, not None"),
+        (lambda model: model.sample(2, pixels="mode"), "no way to draw pixels 'mode' .* There are: mean, sample"),
+        (lambda model: model.sample(2, prior=None), "a prior is asked for by its name, not by None"),
+        (lambda model: model.sample(2, temperature="1"), "temperature is a number, not '1'"),
+        (lambda model: model.sample(2, guidance=None), "guidance is a number, not None"),
+        (lambda model: model.sample(2, keep_best="half"), "keep_best is a number, not 'half'"),
+        (lambda model: model.sample(2, label=True), "a label is a name or a number, not True"),
+        (lambda model: model.sample(2, label=[1, None]), "a label is a name or a number, not None"),
+        (lambda model: model.sample(2, label=1.0), "a label is a name or a number, not 1.0"),
+        (lambda model: model.sample(2, label={1, 2}), "a label is a name or a number, not {1, 2}"),
+        (lambda model: model.conditions(-1), "count is a whole number from 1 up, not -1"),
+        (lambda model: model.conditions(2, caption="a 1"), "takes no caption; it takes a label"),
+        (lambda model: model.encode([torch.zeros(1, 28, 28)]), "images are a tensor of uint8, .*, not a list of Tensor"),
+        (lambda model: model.score(None), "images are a tensor of uint8, .*, not None"),
+        (lambda model: model.score(torch.zeros(0, 1, 28, 28, dtype=torch.uint8)), "there are no images"),
+        (lambda model: model.log_likelihood("a.png"), "images are a tensor of uint8, .*, not str"),
+        (lambda model: model.log_likelihood(torch.zeros(0, 1, 28, 28, dtype=torch.uint8)), "there are no images"),
+        (lambda model: model.decode(None), "latents are a list of 1 tensor, one for each level, not None"),
+        (lambda model: model.decode(torch.zeros(1, 4, 7, 7)), "latents are a list of 1 tensor, .*, not Tensor"),
+        (lambda model: model.decode([np.zeros((1, 4, 7, 7))]), "latents are a list of 1 tensor, .*, not a list of ndarray"),
+        (
+            lambda model: model.complete(Image.new("L", (28, 28))),
+            "a picture is a tensor, uint8 .1, 28, 28., or a file, not Image",
+        ),
+        (lambda model: model.complete(model.sample(1)[0], None), "what is kept is a boolean tensor, .28, 28., .*, not None"),
+        (lambda model: TwoStage.open(model.run.folder, dtype="float16"), "no precision 'float16' - did you mean"),
+        (lambda model: TwoStage.open(model.run.folder, torch.device("cuda:7")), "no device 'cuda:7' - did you mean 'cuda'"),
         (lambda model: TwoStage.open("no such run"), "there is no run 'no such run'"),
         (lambda model: TwoStage.train(model.run.config), "give the run one"),
     ],
@@ -202,6 +233,14 @@ def test_a_picture_is_completed_from_a_tensor_as_from_a_file(run, model, tmp_pat
 def test_a_mistake_is_one_sentence(model, ask, says):
     with pytest.raises(UserError, match=says):
         ask(model)
+
+
+def test_labels_are_taken_from_arrays_and_tensors(model):
+    wanted = model.sample(2, label=[1, 2], seed=3)
+    for labels in (np.array([1, 2]), torch.tensor([1, 2]), [np.int64(1), torch.tensor(2)], ("1", "2"), range(1, 3)):
+        assert torch.equal(model.sample(np.int64(2), label=labels, seed=np.int64(3)), wanted)
+    for label in (np.int64(1), torch.tensor(1)):
+        assert model.conditions(2, label=label) == ["1", "1"]
 
 
 def test_train_goes_on_with_a_run_and_compare_gives_its_comparison(run, small_data, monkeypatch):

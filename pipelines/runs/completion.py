@@ -66,7 +66,10 @@ def known_pixels(keep: str, image_shape: tuple[int, int, int]) -> Tensor:
         grey, _ = read_image(keep, (1, height, width), Image.Resampling.NEAREST, background="black")
     except Unreadable as error:
         raise UserError(f"the mask {keep} cannot be read as a picture ({error})") from error
-    return torch.from_numpy(grey > 127)[0]
+    known = torch.from_numpy(grey > 127)[0]
+    if not known.any():
+        raise UserError(f"the mask {keep} is white nowhere, so nothing of the picture would be kept")
+    return known
 
 
 @torch.inference_mode()
@@ -144,7 +147,7 @@ def completions(
     size = max(1, batch_size // particles)
     images, sizes = zip(*processes.in_batches(completed, torch.arange(count), size, "completing"))
     median = float(torch.cat(sizes).median())
-    few = f": the completions may not fit what is kept; --particles {4 * particles} chooses among more" if median < FEW else ""
+    few = f": the completions may not fit what is kept; {4 * particles} particles choose among more" if median < FEW else ""
     tell(f"effective sample size: median {median:.1f} of {counted(particles, 'particle')}{few}")
     return torch.cat(images)
 

@@ -1,7 +1,9 @@
 """The contexts of a run's learned prior: the label of each image, or its caption as tokens."""
 
 from collections.abc import Sequence
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -74,6 +76,25 @@ def contexts_asked(
     label: by name or number, for all images or one for each; caption: likewise. Raises UserError for an unknown label, or what
     the prior does not take.
     """
+    each = asked_of_each(run, count, label, caption)
+    if each is None:
+        return None
+    if isinstance(run.condition, Caption):
+        tokenizer = CaptionTokenizer(run.folder / "tokenizer.json", run.condition.vocabulary)
+        if unknown := tokenizer.unknown_words([*dict.fromkeys(each)]):
+            say(f"warning: words of no training caption, which the prior cannot know: {some(unknown)}")
+        if cut := [one for one in dict.fromkeys(each) if tokenizer.lengths([one])[0] > run.condition.length]:
+            say(f"warning: captions longer than {run.condition.length} tokens, which are cut: {some(cut)}")
+        return tokenizer.tokens(each, run.condition.length)
+    names = read_facts(run).label_names
+    return torch.tensor([label_number(one, names) for one in each])
+
+
+def asked_of_each(run: Run, count: int, label: Any = None, caption: Any = None) -> list[Any] | None:
+    """The label or caption of each of `count` images, as it was asked for; None where neither is given.
+
+    Raises UserError for what the prior does not take, another number of them, or captions that are no texts.
+    """
     if label is not None and caption is not None:
         raise UserError("give a label or a caption, not both")
     wanted, given = ("label", label) if label is not None else ("caption", caption)
@@ -81,24 +102,23 @@ def contexts_asked(
         return None
     if run.conditioned_on != wanted:
         raise UserError(f"the prior of {run.folder} takes no {wanted}; {takes(run)}")
-    each = [given] * count if isinstance(given, str | int) else list(given)
+    given = given.tolist() if isinstance(given, Tensor | np.ndarray) else given
+    each = list(given) if isinstance(given, Sequence) and not isinstance(given, str | bytes) else [given] * int(count)
     if len(each) != count:
         raise UserError(f"{counted(len(each), wanted)} for {counted(count, 'image')}: give one, or one for each image")
-    if isinstance(run.condition, Caption):
-        tokenizer = CaptionTokenizer(run.folder / "tokenizer.json", run.condition.vocabulary)
-        captions = [str(one) for one in each]
-        if unknown := tokenizer.unknown_words([*dict.fromkeys(captions)]):
-            say(f"warning: words of no training caption, which the prior cannot know: {some(unknown)}")
-        return tokenizer.tokens(captions, run.condition.length)
-    names = read_facts(run).label_names
-    return torch.tensor([label_number(one, names) for one in each])
+    if wanted == "caption" and (others := [one for one in each if not isinstance(one, str)]):
+        raise UserError(f"a caption is a text, not {others[0]!r}")
+    return each
 
 
-def label_number(name: str | int, names: list[str]) -> int:
+def label_number(name: Any, names: list[str]) -> int:
     """Of a label by its name, in upper or lower case; of a name like "5 - five" either half will do. A number stays as it is.
 
-    Raises UserError for an unknown one.
+    Raises UserError for an unknown one, and for what is neither.
     """
+    name = name.item() if isinstance(name, Tensor | np.generic) else name
+    if isinstance(name, bool) or not isinstance(name, str | int):
+        raise UserError(f"a label is a name or a number, not {name!r}")
     if isinstance(name, int):
         if not 0 <= name < len(names):
             raise UserError(f"there is no label number {name}; labels are numbers from 0 to {len(names) - 1}, or names")
