@@ -87,14 +87,14 @@ def test_what_is_painted_over_is_drawn_anew_and_the_rest_is_kept(views, small_da
     read, hidden = hidden_part(views.model, str(tmp_path / "background.png"), [str(tmp_path / "layer.png")])
     assert torch.equal(read, picture), "a picture that was only enlarged is what it was"
     assert torch.equal(hidden, torch.arange(28)[:, None].expand(28, 28) >= 14)
-    given, made = views.complete(picture, hidden, 2, 0, "1", None)
+    given, made = views.complete(picture, hidden, 2, 16, 0, "1", None)
     assert (given.images[0, :, 14:] == 128).all()
     assert torch.equal(made.images[:, :, :14], picture[None, :, :14].expand(2, -1, -1, -1))
     capsys.readouterr()
     views.model.complete(picture, "top-half", 2, label="1", seed=0, particles=16)
     assert made.note.startswith("effective sample size: median ") and made.note == capsys.readouterr().out.splitlines()[-1]
     with pytest.raises(UserError, match="nothing is painted over"):
-        views.complete(picture, torch.zeros_like(hidden), 2, 0, None, None)
+        views.complete(picture, torch.zeros_like(hidden), 2, 16, 0, None, None)
 
 
 def test_a_caption_is_what_a_completion_is_told(views, small_data, monkeypatch):
@@ -106,8 +106,8 @@ def test_a_caption_is_what_a_completion_is_told(views, small_data, monkeypatch):
         return torch.zeros(1, 1, 28, 28)
 
     monkeypatch.setattr(views.model, "complete", complete)
-    views.complete(views.held_out(1), torch.ones(28, 28, dtype=torch.bool), 1, 0, None, "a boot")
-    assert heard[0]["caption"] == "a boot" and heard[0]["label"] is None
+    views.complete(views.held_out(1), torch.ones(28, 28, dtype=torch.bool), 1, 32, 0, None, "a boot")
+    assert heard[0]["caption"] == "a boot" and heard[0]["label"] is None and heard[0]["particles"] == 32
 
 
 def test_what_was_asked_of_one_run_does_not_stop_another(views, small_data, tmp_path, monkeypatch):
@@ -120,7 +120,7 @@ def test_what_was_asked_of_one_run_does_not_stop_another(views, small_data, tmp_
     monkeypatch.setattr(views, "complete", lambda *asked: asked)
     Image.fromarray(views.held_out(1)[0].numpy()).save(tmp_path / "x.png")
     drawing = {"background": str(tmp_path / "x.png"), "layers": []}
-    assert page.complete("run", 0, drawing, 1, "any", "a boot")[4:] == (None, None)
+    assert page.complete("run", 0, drawing, 1, 32, "any", "a boot")[2:] == (1, 32, 0, None, None)
     monkeypatch.setattr(type(views.run), "conditioned_on", "caption")
     assert page.nearest("run", 0, 2, "1", "a boot", *settings)[3:] == (None, "a boot")
 
@@ -133,6 +133,20 @@ def test_guidance_that_is_set_for_a_run_of_captions_comes_with_a_caption(monkeyp
     label, caption, temperature, guidance, _ = page_of(stand_in, monkeypatch).settings("run")
     assert (caption["value"], caption["visible"], label["visible"]) == (value, True, False)
     assert (temperature["value"], guidance["value"]) == (how.temperature, how.guidance)
+
+
+def test_a_file_that_is_no_picture_is_said_in_a_sentence(views, tmp_path, monkeypatch):
+    page = page_of(views, monkeypatch)
+    from gradio.data_classes import ImageData
+
+    from pipelines.explorer.page import shown, upload_of
+
+    broken = tmp_path / "broken.png"
+    broken.write_text("no picture")
+    upload = upload_of("a file")
+    assert upload.preprocess(None) is None
+    read = upload.preprocess(ImageData(path=str(broken)))
+    assert "broken.png cannot be read as a picture" in shown(page.score)("run", 0, read)
 
 
 def page_of(views, monkeypatch):
@@ -193,6 +207,10 @@ def test_what_a_run_lacks_is_said_in_a_sentence(views, monkeypatch, small_data):
     monkeypatch.setattr(views.model, "specs", [LatentSpec((7, 7), vocabulary=5)])
     with pytest.raises(UserError, match="are codes, between which there is no line"):
         views.walk(image, image, 3)
+    page = page_of(views, monkeypatch)
+    monkeypatch.setattr(views, "held_out", lambda number: pytest.fail("the images may not be there, and are not needed"))
+    with pytest.raises(UserError, match="are codes, between which there is no line"):
+        page.walk("run", 0, None, 3, None, 3)
     with pytest.raises(UserError, match="has 49 latent codes"):
         _ = views.plane
 

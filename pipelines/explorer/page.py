@@ -120,6 +120,13 @@ def how_asked(temperature: float, guidance: float, autoguidance: float) -> Sampl
     return sampling(temperature, None, 1.0, guidance, autoguidance)
 
 
+def upload_of(label: str) -> gr.Image:
+    """For a picture from a file, which is handed on as it is: what reads it says what is wrong with it."""
+    image = gr.Image(type="filepath", label=label, sources=["upload"], height=150, min_width=140)
+    image.preprocess = lambda payload: None if payload is None else payload.path  # type: ignore[method-assign]
+    return image
+
+
 class Page:
     """The controls and what they do. device: as the commands name it."""
 
@@ -192,6 +199,7 @@ class Page:
 
     def walk(self, name: str, start: float, upload: str | None, end: float, other: str | None, steps: int) -> list[Strip]:
         views = self.views(name)
+        views.check_line()  # before the images are asked for, which may not be there
         return views.walk(picture(views, start, upload), picture(views, end, other), steps)
 
     def score(self, name: str, number: float, upload: str | None) -> list[Strip]:
@@ -209,13 +217,15 @@ class Page:
             large = small.resize((small.width * times, small.height * times), Image.Resampling.NEAREST)
         return [gr.update(value={"background": large, "layers": [], "composite": None}), ""]
 
-    def complete(self, name: str, seed: float, drawing: dict[str, Any] | None, count: int, *asked: Any) -> list[Strip]:
+    def complete(
+        self, name: str, seed: float, drawing: dict[str, Any] | None, count: int, particles: int, *asked: Any
+    ) -> list[Strip]:
         """asked: the label and the caption."""
         if not drawing or not drawing["background"]:
             raise UserError("there is no picture to complete: load a held-out image, or drop a file")
         views = self.views(name)
         picture, hidden = hidden_part(views.model, drawing["background"], drawing["layers"])
-        return views.complete(picture, hidden, count, whole(seed, "the seed"), *condition_asked(views, *asked))
+        return views.complete(picture, hidden, count, particles, whole(seed, "the seed"), *condition_asked(views, *asked))
 
     def serve(self, host: str, port: int, wait: bool = True) -> gr.Blocks:
         """Serve the page until it is interrupted, or until it is closed where there is no waiting."""
@@ -273,7 +283,7 @@ class Page:
                     for name in ("From", "To"):
                         with gr.Column(min_width=140):
                             ends.append(gr.Number(0, label=f"{name}: held-out image", precision=0))
-                            ends.append(gr.Image(type="filepath", label=f"{name}: or a file", sources=["upload"], height=150))
+                            ends.append(upload_of(f"{name}: or a file"))
                 steps = gr.Slider(3, 32, 12, step=1, label="Steps")
                 button = gr.Button("Walk", variant="primary")
                 one_at_a_time(button.click, fn=shown(self.walk), inputs=[run, *ends, steps], outputs=gr.HTML())
@@ -292,11 +302,13 @@ class Page:
                     canvas_size=(EDITOR_PIXELS, EDITOR_PIXELS),
                     brush=gr.Brush(default_size=24, colors=["#e03030"], default_color="#e03030", color_mode="fixed"),
                 )
-                few = gr.Slider(1, 16, 8, step=1, label="Completions")
+                with gr.Row():
+                    few = gr.Slider(1, 16, 8, step=1, label="Completions", min_width=140)
+                    among = gr.Slider(4, 256, 16, step=4, label="Particles that each is chosen among", min_width=140)
                 button = gr.Button("Draw the painted part", variant="primary")
                 completed = gr.HTML()
                 one_at_a_time(load.click, fn=self.load, inputs=[run, number], outputs=[editor, completed])
-                complete: dict[str, Any] = {"inputs": [run, seed, editor, few, label, caption], "outputs": completed}
+                complete: dict[str, Any] = {"inputs": [run, seed, editor, few, among, label, caption], "outputs": completed}
                 one_at_a_time(button.click, fn=shown(self.complete), **complete)
             with gr.Tab("Nearest"):
                 gr.Markdown(
@@ -310,7 +322,7 @@ class Page:
                 gr.Markdown("How unusual a picture is under both stages, and where: a held-out image by its number, or a file.")
                 with gr.Row():
                     number = gr.Number(0, label="Held-out image", precision=0, min_width=140)
-                    upload = gr.Image(type="filepath", label="Or a file", sources=["upload"], height=150, min_width=140)
+                    upload = upload_of("Or a file")
                 button = gr.Button("Score", variant="primary")
                 one_at_a_time(button.click, fn=shown(self.score), inputs=[run, number, upload], outputs=gr.HTML())
             for begin in (blocks.load, run.change):

@@ -152,10 +152,14 @@ class Views:
             raise UserError(f"there is no held-out image {number}; they are numbered from 0 to {len(images) - 1}")
         return images[torch.tensor([number])][0]
 
-    def walk(self, start: Tensor, end: Tensor, steps: int) -> list[Strip]:
-        """Along the straight line in z between the posteriors' means of two images, uint8 C H W each."""
+    def check_line(self) -> None:
+        """Raises UserError where there is no line between latents."""
         if self.model.specs[0].vocabulary is not None:
             raise UserError(f"the latents of {self.run.name} are codes, between which there is no line; take a run with a VAE")
+
+    def walk(self, start: Tensor, end: Tensor, steps: int) -> list[Strip]:
+        """Along the straight line in z between the posteriors' means of two images, uint8 C H W each."""
+        self.check_line()
         (z,) = self.model.encode(torch.stack([start, end]))
         share = torch.linspace(0, 1, steps)[:, None, None, None]
         images = self.model.decode([torch.lerp(z[:1], z[1:], share)])
@@ -166,14 +170,14 @@ class Views:
         ]
 
     def complete(
-        self, picture: Tensor, hidden: Tensor, count: int, seed: int, label: str | None, caption: str | None
+        self, picture: Tensor, hidden: Tensor, count: int, particles: int, seed: int, label: str | None, caption: str | None
     ) -> list[Strip]:
-        """The hidden part, boolean H W, of a picture, uint8 C H W, drawn anew."""
+        """The hidden part, boolean H W, of a picture, uint8 C H W, drawn anew; each of `count` is chosen among `particles`."""
         if not hidden.any():
             raise UserError("nothing is painted over: paint the part that is to be drawn anew")
         messages: list[str] = []
         made = self.model.complete(
-            picture, ~hidden, count, label=label, caption=caption, seed=seed, particles=16, tell=messages.append
+            picture, ~hidden, count, label=label, caption=caption, seed=seed, particles=particles, tell=messages.append
         )
         given = torch.where(hidden, 128, picture)[None]
         return [Strip("what is kept", given), Strip("the rest drawn anew, under the learned prior", made, messages[-1])]
