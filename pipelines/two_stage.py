@@ -21,7 +21,7 @@ from pipelines.runs.completion import completions, known_pixels, picture_to_comp
 from pipelines.runs.conditions import asked_of_each, contexts_asked
 from pipelines.runs.config import RunConfig, with_settings
 from pipelines.runs.dataset import background_of, load_data, read_facts, write_given
-from pipelines.runs.names import Pixels, PriorName, preset_name
+from pipelines.runs.names import Pixels, preset_name
 from pipelines.runs.options import DEFAULTS, Options
 from pipelines.runs.parts import load_autoencoder, specs_of
 from pipelines.runs.priors import densities, open_prior
@@ -164,7 +164,7 @@ class TwoStage:
             return {}
         return departures(found.tuned(has_weaker(self.prior("learned"))))
 
-    def prior(self, name: PriorName = "learned") -> Prior:
+    def prior(self, name: str = "learned") -> Prior:
         """A prior by name; it is loaded once. Raises UserError for an unknown name."""
         if not isinstance(name, str):
             raise UserError(f"a prior is asked for by its name, not by {name!r}")
@@ -183,7 +183,7 @@ class TwoStage:
         self,
         count: int = 64,
         *,
-        prior: PriorName = "learned",
+        prior: str = "learned",
         label: str | int | Sequence[str | int] | None = None,
         caption: str | Sequence[str] | None = None,
         temperature: float = 1.0,
@@ -315,7 +315,7 @@ class TwoStage:
         images: Tensor,
         samples: int = 16,
         *,
-        prior: PriorName = "learned",
+        prior: str = "learned",
         label: str | int | Sequence[str | int] | None = None,
         caption: str | Sequence[str] | None = None,
         seed: int = 0,

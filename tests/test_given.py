@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch.utils.data import Dataset, TensorDataset
+from torch.utils.data import Dataset, IterableDataset, TensorDataset
 from torchvision import datasets
 
 from pipelines import TwoStage
@@ -91,6 +91,16 @@ def test_class_numbers_of_every_kind_are_labels_and_others_are_said(capsys):
 def test_what_is_no_image_is_said(items, says):
     with pytest.raises(UserError, match=says):
         image_set(Listed(items), "reading")
+
+
+def test_what_has_no_items_by_number_is_no_dataset():
+    class Stream(IterableDataset):
+        def __iter__(self):
+            return iter([torch.zeros(1, 4, 4)] * 12)
+
+    for dataset, kind in ((Stream(), "Stream"), (5, "int")):
+        with pytest.raises(UserError, match=f"which {kind} has not: pass a list of items"):
+            image_set(dataset, "reading")
 
 
 def test_a_dataset_is_trained_on_and_every_command_knows_it(tmp_path, monkeypatch):

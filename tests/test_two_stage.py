@@ -1,5 +1,6 @@
 """A run from Python: what a few lines of a notebook do."""
 
+import inspect
 import os
 import subprocess
 import sys
@@ -259,4 +260,7 @@ def test_what_a_model_is_can_be_read(model):
     assert repr(model).endswith("images 1×28×28, latents 4×7×7, conditioned on the label)")
     assert model.labels == ["0", "1", "2", "3"] and model.priors == [*baselines(model.specs), "learned"]
     assert model.prior("learned") is model.prior()
+    shown = "".join(str(inspect.signature(vars(TwoStage)[name])) for name in ("sample", "log_likelihood", "prior"))
+    assert "prior: str = " in shown and "Annotated" not in shown, "what help() shows is for people"
+    assert "maps" not in repr(model.score(model.sample(1))), "which are long"
     assert vars(Sampling()).keys() <= TwoStage.sample.__kwdefaults__.keys()

@@ -72,6 +72,10 @@ def file_of(dataset: Any, held_out: Any = None) -> bytes:
 
 def image_set(dataset: Any, label: str) -> ImageSet:
     """All of a Dataset, in memory; without labels where an item is an image alone, or its second part no class number."""
+    if not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
+        raise UserError(
+            f"a Dataset has a length, and items by number, which {type(dataset).__name__} has not: pass a list of items"
+        )
     images, labels, pairs = [], [], 0
     with Progress(label, len(dataset), "images") as progress:
         for index in range(len(dataset)):  # a Dataset need not say where it ends otherwise

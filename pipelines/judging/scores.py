@@ -17,7 +17,7 @@ Deep Generative Models Using Typicality"), which sees when bits are few only bec
 import io
 import math
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from einops import rearrange
@@ -50,7 +50,7 @@ class Scores:
     """given z, N"""
     bits_of_png: Tensor
     """N"""
-    maps: list[Tensor]
+    maps: list[Tensor] = field(repr=False)
     """for each level, the bits of z at each position, N h w"""
 
     @property
