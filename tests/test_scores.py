@@ -96,6 +96,22 @@ def test_images_far_from_held_out_ones_in_either_direction_are_unusual():
     assert abs(float(own.mean()) - 0.5) < 0.1  # of images like the held-out ones, as many are less usual as more
 
 
+def test_few_held_out_images_are_no_more_usual_than_new_ones():
+    """Each is judged by the others: of ten by themselves, a third of new images were more unusual than all."""
+    more = []
+    for seed in range(100):
+        held_out = around(10, seed)
+        usual = Usual.of(held_out)
+        others = Scores(*(values[1:] for values in (held_out.bits_of_z, held_out.bits_of_x, held_out.bits_of_png)), maps=[])
+        if seed == 0:
+            alone = Scores(*(values[:1] for values in (held_out.bits_of_z, held_out.bits_of_x, held_out.bits_of_png)), maps=[])
+            expected = (alone.numbers - others.numbers.mean(0))[0]
+            expected = expected @ torch.linalg.pinv(others.numbers.T.cov(), hermitian=True) @ expected
+            assert float(usual.distance(held_out)[0]) == pytest.approx(float(expected), rel=1e-6)
+        more.append(usual.more_usual(around(10, 1000 + seed)))
+    assert float((torch.cat(more) == 1).double().mean()) < 1.5 / 11  # 1/11 by exchangeability
+
+
 def test_a_simple_image_with_as_few_bits_as_a_complex_one_is_unusual():
     """What the likelihood alone does not see (Serrà et al. 2020)."""
     noise = torch.randn(2, 200, generator=torch.Generator().manual_seed(0))

@@ -165,6 +165,7 @@ def check_held_out(images: int) -> None:
 class Usual:
     """What scores of held-out images are like."""
 
+    held_out: Scores
     mean: Tensor
     """of the three numbers of bits, 3"""
     precision: Tensor
@@ -180,13 +181,18 @@ class Usual:
         check_held_out(len(held_out))
         mean, precision = held_out.numbers.mean(0), torch.linalg.pinv(held_out.numbers.T.cov(), hermitian=True)
         maps = [(bits.mean(0), bits.std(0).clamp(min=1e-3)) for bits in held_out.maps]
-        usual = cls(mean, precision, torch.zeros(0), maps)
+        usual = cls(held_out, mean, precision, torch.zeros(0), maps)
         return replace(usual, distances=usual.distance(held_out).sort().values)
 
     def distance(self, scores: Scores) -> Tensor:
-        """The squared Mahalanobis distance of the three numbers of bits from those of held-out images, N."""
+        """The squared Mahalanobis distance of the three numbers of bits from those of held-out images, N.
+
+        Of a held-out image from those of the others: it draws mean and covariance toward itself, and with few images would be
+        more usual than any new one.
+        """
         away = scores.numbers - self.mean
-        return ((away @ self.precision) * away).sum(1)
+        distances = ((away @ self.precision) * away).sum(1)
+        return from_others(distances) if scores is self.held_out else distances
 
     def excess(self, scores: Scores) -> list[Tensor]:
         """For each level, how many standard deviations the bits of z at each position lie above held-out images', N h w."""
@@ -205,6 +211,16 @@ class Usual:
     def more_usual(self, scores: Scores) -> Tensor:
         """The share of held-out images that are more usual than each image, N; 1 where all are."""
         return torch.searchsorted(self.distances, self.distance(scores)).double() / len(self.distances)
+
+
+def from_others(distances: Tensor) -> Tensor:
+    """Squared Mahalanobis distances of N points from all of them, to those from the N - 1 others each, N.
+
+    By the formula of Sherman and Morrison for the inverse of a covariance without one point.
+    """
+    count = len(distances)
+    left = (1 - distances * count / (count - 1) ** 2).clamp(min=1e-12)  # 0 for a point that alone spans a direction
+    return distances / left * (count - 2) * count**2 / (count - 1) ** 3
 
 
 def auroc(usual: Tensor, unusual: Tensor) -> float:
