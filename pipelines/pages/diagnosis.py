@@ -48,10 +48,10 @@ def limit(run: Run, comparison: Comparison) -> str:
         )
     if decoder > max(prior, error(reconstruction, real)):
         finer = "a finer grid or more channels under another --run"
-        return (
-            f"The decoder limits: {where}, {samples}. A better prior cannot help much. Train stage 1 longer:"
-            f" {longer(run, 'stage1')}; or give it {finer}."
-        )
+        idle = comparison.health is not None and comparison.health.gains_nothing
+        prior_too = "" if idle else " A better prior cannot help much."  # then `learning` says to train it longer
+        advice = f"Train stage 1 longer: {longer(run, 'stage1')}; or give it {finer}."
+        return f"The decoder limits: {where}, {samples}.{prior_too} {advice}"
     if prior > error(row, reconstruction):
         if comparison.generator == "standard":
             return f"The prior limits: {where}, {samples}. Train a prior on the same decoder: {another_prior(run, comparison)}"

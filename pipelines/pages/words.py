@@ -295,13 +295,18 @@ def about_nearness(comparison: Comparison) -> str:
     distances, tuned = [priors[name].fd for name in ("standard", "learned")], ""
     assert distances[0] is not None and distances[1] is not None
     if comparison.gap_closed_tuned is not None:
-        share = percent(comparison.gap_closed_tuned, comparison.gap_closed_tuned_plus_minus)
-        tuned = f", and {share} % drawn with {described_tuned(comparison)}"
+        share = part_of_gap(comparison.gap_closed_tuned, comparison.gap_closed_tuned_plus_minus)
+        tuned = f", and {share} drawn with {described_tuned(comparison)}"
     ratio = distances[0] / distances[1]
     nearer = f"{ratio:.1f} times nearer" if ratio >= 1 else f"{1 / ratio:.1f} times as far"
-    share = f"{percent(comparison.gap_closed, comparison.gap_closed_plus_minus)} %" if comparison.gap_closed > 0 else "none"
     return (
         f"Drawn from {start}, samples lie at a Fréchet distance of {standard} from the training images; drawn from the learned"
         f" prior, at {cell(priors['learned'], 'fd')}: {nearer}. The decoder's own reconstructions lie at {best}, so the learned"
-        f" prior closes {share} of the gap that {start} leaves{tuned}."
+        f" prior closes {part_of_gap(comparison.gap_closed, comparison.gap_closed_plus_minus)} of the gap that {start}"
+        f" leaves{tuned}."
     )
+
+
+def part_of_gap(share: float, half: float | None) -> str:
+    """How much of a gap is closed; of a share above 1, which is chance or a reward for typical images, that it is all."""
+    return "all" if share >= 1 else "none" if share <= 0 else f"{percent(share, half)} %"
