@@ -24,7 +24,7 @@ from pipelines.runs.dataset import background_of, load_data, read_facts, write_g
 from pipelines.runs.names import Pixels, preset_name
 from pipelines.runs.options import DEFAULTS, Options
 from pipelines.runs.parts import load_autoencoder, specs_of
-from pipelines.runs.priors import densities, open_prior
+from pipelines.runs.priors import check_without_context, densities, open_prior
 from pipelines.runs.recipes import parts_of, preset
 from pipelines.runs.run import GIVEN, Run, folder_of
 from pipelines.runs.sampling import generate
@@ -513,12 +513,15 @@ def sampling(temperature: float, top_k: int | None, top_p: float, guidance: floa
 def marginal(prior: Prior) -> LogPrior:
     """log p(z) without a condition: of the mixture over labels, Σ p(label) p(z|label); of captions, under the empty caption."""
 
+    if not isinstance(prior.given_condition, LabelCondition):
+        check_without_context(prior)
+
     def log_prob(levels: list[Tensor], _: Tensor | None) -> Tensor:
         condition = prior.given_condition
         if condition is None:
             return prior.log_prob(levels)
         if not isinstance(condition, LabelCondition):
-            return prior.log_prob(levels, condition.null(len(levels[0])))
+            return prior.log_prob(levels, prior.null_contexts(len(levels[0])))
         labels, log_shares = condition.frequencies.nonzero().flatten(), condition.frequencies.log()
         each = [log_shares[label] + prior.log_prob(levels, label.expand(len(levels[0]))) for label in labels]
         return torch.stack(each).logsumexp(0)

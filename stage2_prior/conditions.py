@@ -228,7 +228,7 @@ class CaptionCondition(nn.Module):
 
     def __init__(self, width: int, config: Caption):
         super().__init__()
-        self.config = config
+        self.config, self.dropout = config, config.dropout
         self.embedding = nn.Embedding(config.vocabulary, width)
         self.position = nn.Parameter(0.02 * torch.randn(config.length, width))
 
@@ -245,7 +245,7 @@ class CaptionCondition(nn.Module):
 
     def with_dropout(self, contexts: Tensor) -> Tensor:
         """In training: replace each caption by the null caption with probability `dropout`; B T."""
-        return contexts.masked_fill(torch.rand(len(contexts), 1, device=contexts.device) < self.config.dropout, 0)
+        return contexts.masked_fill(torch.rand(len(contexts), 1, device=contexts.device) < self.dropout, 0)
 
     def forward(self, contexts: Tensor) -> Embedded:
         """contexts: tokens, B T. 0 is padding, and the null caption is all padding."""

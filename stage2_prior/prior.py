@@ -47,8 +47,18 @@ class Prior(nn.Module, ABC):
         return None if isinstance(self.condition, ClusterCondition) else self.condition
 
     def null_contexts(self, batch: int) -> Tensor | None:
-        """Null contexts, B …, with which the prior is unconditional; None where it takes no contexts."""
-        return None if self.given_condition is None else self.given_condition.null(batch)
+        """Null contexts, B …, with which the prior is unconditional; None where it takes no contexts.
+
+        Raises CannotSample for a prior that was trained without any.
+        """
+        if self.given_condition is None:
+            return None
+        if self.given_condition.dropout == 0:
+            raise CannotSample(
+                "this prior was always trained with its label or caption (--prior.condition.dropout 0), so it has no density"
+                " without one, which guidance and scores need"
+            )
+        return self.given_condition.null(batch)
 
     def with_dropout(self, contexts: Tensor | None) -> Tensor | None:
         """In training, the contexts with some of them replaced by the null context; otherwise as they are."""

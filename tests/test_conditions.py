@@ -4,6 +4,7 @@ import pytest
 import torch
 from scipy import stats
 
+from pipelines.judging.tradeoffs import takes_guidance
 from stage2_prior.autoregressive import AutoregressiveConfig, CascadeConfig
 from stage2_prior.conditions import Caption, ClassLabel, CoarserLevel, ConditionConfig
 from stage2_prior.heads import Categorical, truncated
@@ -88,6 +89,16 @@ def test_a_density_forgets_no_label_in_training_mode_but_the_loss_does():
     assert torch.equal(prior.train().log_prob(levels, labels), evaluated)
     assert torch.equal(torch.get_rng_state(), state)
     assert prior(levels, labels)["loss"].item() != pytest.approx(-evaluated.mean().item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("told", [ClassLabel(dropout=0.0), Caption(length=3, dropout=0.0)], ids=["label", "caption"])
+def test_a_prior_that_never_saw_the_null_context_is_not_used_with_it(told):
+    prior = conditional("pixelcnn", "categorical", spec_for("categorical", (2, 2)), condition=told)
+    contexts = prior.condition.null(3) if isinstance(told, Caption) else torch.tensor([0, 1, 2])
+    assert len(prior.sample(torch.arange(3), 0, contexts=contexts)[0]) == 3 and not takes_guidance(prior)
+    with pytest.raises(CannotSample, match="condition.dropout 0"):
+        prior.sample(torch.arange(3), 0, Sampling(guidance=1.0), contexts)
+    assert takes_guidance(conditional("pixelcnn", "categorical", spec_for("categorical", (2, 2))))
 
 
 def test_sampling_forgets_no_label_in_training_mode_either():

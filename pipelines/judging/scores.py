@@ -31,6 +31,7 @@ from pipelines.data.reading import READERS
 from pipelines.judging.quality import share_below
 from pipelines.runs.dataset import read_facts
 from pipelines.runs.parts import load_autoencoder, load_prior, specs_of, weights_of
+from pipelines.runs.priors import check_without_context
 from pipelines.runs.run import Run
 from pipelines.training.order import in_order, seed_of
 from stage1_vae.autoencoder import Autoencoder
@@ -92,6 +93,7 @@ class Scorer:
             raise UserError(
                 f"the prior of {run.folder} is not autoregressive: it has no bits at each position, which a map shows"
             )
+        check_without_context(prior)
         return cls(run, autoencoder, prior)
 
     @torch.inference_mode()

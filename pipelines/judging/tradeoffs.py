@@ -54,8 +54,9 @@ def ways_to_sample(guided: bool, weaker: bool) -> list[Sampling]:
 
 
 def takes_guidance(prior: Prior | None) -> bool:
-    """Whether a prior can be guided toward a label or a caption: the autoregressive ones that take one."""
-    return isinstance(prior, LearnedPrior) and prior.given_condition is not None
+    """Whether a prior can be guided toward a label or a caption: autoregressive ones that were trained with and without one."""
+    condition = prior.given_condition if isinstance(prior, LearnedPrior) else None
+    return condition is not None and condition.dropout > 0
 
 
 def has_weaker(prior: Prior | None) -> bool:

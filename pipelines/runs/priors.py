@@ -13,6 +13,7 @@ from stage2_prior.baselines import baselines
 from stage2_prior.gaussians import AggregatePosterior
 from stage2_prior.latents import LatentSpec
 from stage2_prior.prior import Prior
+from stage2_prior.sampling import CannotSample
 
 
 def densities(run: Run, specs: list[LatentSpec]) -> list[str]:
@@ -51,3 +52,11 @@ def open_prior(run: Run, name: str, specs: list[LatentSpec]) -> Prior:
             raise UserError(f"{path} is of other latents ({error}); delete {path.parent} to have it made again") from error
     run.fabric.to_device(baseline)
     return baseline.eval()
+
+
+def check_without_context(prior: Prior) -> None:
+    """Raises UserError for a prior that has no density without its label or caption."""
+    try:
+        prior.null_contexts(1)
+    except CannotSample as error:
+        raise UserError(str(error)) from error

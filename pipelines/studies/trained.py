@@ -11,7 +11,7 @@ from pipelines.console import UserError
 from pipelines.data.images import Splits
 from pipelines.runs.dataset import load_data
 from pipelines.runs.parts import load_autoencoder, specs_of
-from pipelines.runs.priors import open_prior
+from pipelines.runs.priors import check_without_context, open_prior
 from pipelines.runs.run import Run
 from stage1_vae.autoencoder import Autoencoder
 from stage1_vae.bottlenecks import Gaussian, gaussian_rate
@@ -54,7 +54,9 @@ class Trained:
     @property
     def learned(self) -> Prior:
         """Told nothing of any image. Raises UserError where there is none."""
-        return WithoutContext(open_prior(self.run, "learned", specs_of(self.autoencoder)))
+        prior = open_prior(self.run, "learned", specs_of(self.autoencoder))
+        check_without_context(prior)
+        return WithoutContext(prior)
 
     @classmethod
     def of(cls, run: Run) -> "Trained":
