@@ -105,6 +105,8 @@ TUNED: dict[str, dict[str, Any]] = {
         "prior.top.head": WIDE,
         "prior.bottom.head": WIDE,
         "prior.bottom.backbone": PixelSNAILConfig(),
+        "prior.top.input_noise": 0.3,
+        "prior.bottom.input_noise": 0.3,
     },
     "fashion-dalle": {"stage1.steps": 6000, "stage2.steps": 8000},
     "cifar10-vqvae2": {
