@@ -58,8 +58,9 @@ def gate(features: Tensor) -> Tensor:
 class Dropout(nn.Module):
     """Dropout (Srivastava et al. 2014): in training, a share of the numbers becomes 0, and the others grow by 1 / (1 - share).
 
-    On CPUs, torch draws a random number for each of them on a single thread, which takes an eighth of a training step. Here a
-    random number of 64 bits decides on four of them. So the share is rounded to a multiple of 2^-16.
+    On CPUs, torch draws a random number for each of them on a single thread, which takes an eighth of a training step, and a
+    quarter of a compiled one. Here a random number of 64 bits decides on four of them. So the share is rounded to a multiple of
+    2^-16.
     """
 
     def __init__(self, share: float):
@@ -70,16 +71,22 @@ class Dropout(nn.Module):
         """Any shape to the same."""
         if not self.training or self.share == 0:
             return x
-        if x.device.type != "cpu" or torch.compiler.is_compiling():
+        if x.device.type != "cpu":
             return F.dropout(x, self.share)
         dropped = min(round(self.share * 2**16), 2**16 - 1)
         draws = torch.empty(math.ceil(x.numel() / 4), dtype=torch.int64).random_(-(2**63), None)
         kept = draws.view(torch.int16)[: x.numel()] >= dropped - 2**15
-        laid_out = kept.to(x.dtype).as_strided(x.shape, torch.empty_like(x, device="meta").stride())  # in the memory layout of x
-        return x * laid_out * (2**16 / (2**16 - dropped))
+        return x * in_layout_of(x, kept).to(x.dtype) * (2**16 / (2**16 - dropped))
 
     def extra_repr(self) -> str:
         return f"share={self.share}"
+
+
+def in_layout_of(x: Tensor, values: Tensor) -> Tensor:
+    """As many values as x has, in the order of its memory, as a tensor of its shape."""
+    if x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last):
+        return values.unflatten(0, (len(x), *x.shape[2:], x.shape[1])).movedim(-1, 1)
+    return values.as_strided(x.shape, torch.empty_like(x, device="meta").stride())
 
 
 def shift_down(x: Tensor) -> Tensor:

@@ -316,5 +316,24 @@ def test_dropout_drops_its_share_and_keeps_the_mean(share: float, shape: tuple[i
     assert dropout.eval()(x) is x
 
 
+@pytest.mark.parametrize("shape", [(50, 9, 64), (64, 10, 7, 7)])
+def test_compiled_dropouts_drop_their_share_and_not_the_same(shape: tuple[int, ...]) -> None:
+    """torch.compile may join what is computed twice, and may compute again for the gradient what was not kept."""
+    dropout = Dropout(0.3).train()
+    x = torch.ones(shape)
+    if len(shape) == 4:
+        x = x.to(memory_format=torch.channels_last)
+    x.requires_grad_()
+    both = torch.compile(lambda x: (dropout(x), dropout(2 * x)))(x)
+    tolerance = 5 * math.sqrt(0.3 * 0.7 / x.numel())  # standard deviations
+    for dropped, scale in zip(both, (1, 2)):
+        kept = dropped != 0
+        assert abs(float(kept.double().mean()) - 0.7) < tolerance
+        torch.testing.assert_close(dropped[kept], torch.full_like(dropped[kept], scale / 0.7), rtol=1e-3, atol=0)
+    torch.testing.assert_close(torch.autograd.grad(sum(both).sum(), x)[0], sum(both))
+    agree = (both[0] != 0) & (both[1] != 0)
+    assert abs(float(agree.double().mean()) - 0.49) < 3 * tolerance
+
+
 def test_dropout_of_almost_all_is_finite() -> None:
     assert Dropout(1 - 1e-9).train()(torch.ones(10_000)).isfinite().all()
