@@ -270,7 +270,7 @@ def test_a_learned_prior_that_is_worse_than_the_standard_one_is_not_said_to_be_n
     says = verdict_in_words(replace(comparison, priors=comparison.priors | {"learned": worse}, gap_closed=-1.0))
     assert "2.0 times as far" in says and "closes none of the gap" in says and "nearer" not in says
     more = verdict_in_words(replace(comparison, gap_closed=1.4, gap_closed_tuned=1.5))
-    assert "closes all of the gap that N(0, I) leaves, and all drawn with autoguidance" in more, "it cannot close more"
+    assert "closes all of the gap that N(0, I) leaves, and all of it when drawn with autoguidance" in more, "it cannot close more"
 
 
 def test_the_condition_of_a_prior_has_an_older_name_in_files():

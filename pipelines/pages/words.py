@@ -296,7 +296,7 @@ def about_nearness(comparison: Comparison) -> str:
     assert distances[0] is not None and distances[1] is not None
     if comparison.gap_closed_tuned is not None:
         share = part_of_gap(comparison.gap_closed_tuned, comparison.gap_closed_tuned_plus_minus)
-        tuned = f", and {share} drawn with {described_tuned(comparison)}"
+        tuned = f", and {share} of it when drawn with {described_tuned(comparison)}"
     ratio = distances[0] / distances[1]
     nearer = f"{ratio:.1f} times nearer" if ratio >= 1 else f"{1 / ratio:.1f} times as far"
     return (
