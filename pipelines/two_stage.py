@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from pipelines.console import UserError, counted, nearest, say
+from pipelines.console import UserError, check_seed, counted, nearest, say
 from pipelines.data.given import Given
 from pipelines.data.images import ImageSet
 from pipelines.runs.completion import completions, known_pixels, picture_to_complete
@@ -212,7 +212,7 @@ class TwoStage:
         Raises UserError for an argument that makes no sense for the prior.
         """
         check_from_one(count=count, batch_size=batch_size)
-        check_seed(seed)
+        check_whole("the seed", seed)
         check_choice(pixels, PIXELS, "way to draw pixels")
         check_numbers(keep_best=keep_best)
         if not 0 < keep_best <= 1:
@@ -269,7 +269,7 @@ class TwoStage:
         """The condition of each image that `sample` returns for the same arguments: a label's name, or a caption. Empty for an
         unconditional prior."""
         check_from_one(count=count)
-        check_seed(seed)
+        check_whole("the seed", seed)
         if caption is not None:
             return asked_of_each(self.run, count, label, caption) or []
         prior, contexts = self.prior("learned"), self.contexts(count, "learned", label, caption)
@@ -291,11 +291,7 @@ class TwoStage:
     def decode(self, latents: Sequence[Tensor]) -> Tensor:
         """Decode latents to the mean of p(x|z), uint8 N C H W. latents: one tensor for each level, as `encode` returns them."""
         wanted = f"latents are a list of {counted(len(self.specs), 'tensor')}, one for each level"
-        if (
-            isinstance(latents, Tensor)
-            or not isinstance(latents, Sequence)
-            or not all(isinstance(level, Tensor) for level in latents)
-        ):
+        if not isinstance(latents, Sequence) or not all(isinstance(level, Tensor) for level in latents):
             raise UserError(f"{wanted}, not {what_is(latents)}")
         if len(latents) != len(self.specs):
             raise UserError(f"{wanted}, not {len(latents)}")
@@ -328,7 +324,8 @@ class TwoStage:
         `python -m pipelines.likelihood` says which. Raises UserError where the encoder has no density q(z|x).
         """
         check_from_one(samples=samples)
-        check_seed(seed)
+        check_whole("the seed", seed)
+        check_seed(seed)  # which torch takes here
         self.check_some(images)
         if not self.autoencoder.bottleneck.has_density:
             raise UserError(f"{self.run.folder} has a deterministic encoder: there is no density q(z|x), so no bound on log p(x)")
@@ -370,7 +367,7 @@ class TwoStage:
         tell: is called with each message, the last of which is the effective sample size
         """
         check_from_one(count=count, particles=particles, batch_size=batch_size)
-        check_seed(seed)
+        check_whole("the seed", seed)
         check_choice(pixels, PIXELS, "way to draw pixels")
         shape, network = self.image_shape, self.prior("learned")
         if not isinstance(network, LearnedPrior):
@@ -466,18 +463,15 @@ def own_random_state(device: torch.device) -> AbstractContextManager[None]:
 def check_from_one(**numbers: int) -> None:
     """Raises UserError for an argument, by its name, that is no whole number from 1 up."""
     for name, number in numbers.items():
-        if not is_whole(number) or number < 1:
+        check_whole(name, number, " from 1 up")
+        if number < 1:
             raise UserError(f"{name} is a whole number from 1 up, not {number!r}")
 
 
-def check_seed(seed: int) -> None:
-    """Raises UserError for one that is no whole number."""
-    if not is_whole(seed):
-        raise UserError(f"the seed is a whole number, not {seed!r}")
-
-
-def is_whole(number: Any) -> bool:
-    return isinstance(number, Integral) and not isinstance(number, bool)
+def check_whole(name: str, number: int, more: str = "") -> None:
+    """Raises UserError for an argument that is no whole number. more: what else it has to be, in words."""
+    if not isinstance(number, Integral) or isinstance(number, bool):
+        raise UserError(f"{name} is a whole number{more}, not {number!r}")
 
 
 def check_numbers(**numbers: float) -> None:
@@ -512,16 +506,12 @@ def sampling(temperature: float, top_k: int | None, top_p: float, guidance: floa
 
 def marginal(prior: Prior) -> LogPrior:
     """log p(z) without a condition: of the mixture over labels, Σ p(label) p(z|label); of captions, under the empty caption."""
-
-    if not isinstance(prior.given_condition, LabelCondition):
+    condition = prior.given_condition
+    if not isinstance(condition, LabelCondition):
         check_without_context(prior)
+        return lambda levels, _: prior.log_prob(levels, prior.null_contexts(len(levels[0])))
 
     def log_prob(levels: list[Tensor], _: Tensor | None) -> Tensor:
-        condition = prior.given_condition
-        if condition is None:
-            return prior.log_prob(levels)
-        if not isinstance(condition, LabelCondition):
-            return prior.log_prob(levels, prior.null_contexts(len(levels[0])))
         labels, log_shares = condition.frequencies.nonzero().flatten(), condition.frequencies.log()
         each = [log_shares[label] + prior.log_prob(levels, label.expand(len(levels[0]))) for label in labels]
         return torch.stack(each).logsumexp(0)

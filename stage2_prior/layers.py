@@ -83,7 +83,10 @@ class Dropout(nn.Module):
 
 
 def in_layout_of(x: Tensor, values: Tensor) -> Tensor:
-    """As many values as x has, in the order of its memory, as a tensor of its shape."""
+    """As many values as x has, in the order of its memory, as a tensor of its shape.
+
+    For convolutions by views: torch.compile joins these with what follows, but not as_strided.
+    """
     if x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last):
         return values.unflatten(0, (len(x), *x.shape[2:], x.shape[1])).movedim(-1, 1)
     return values.as_strided(x.shape, torch.empty_like(x, device="meta").stride())
