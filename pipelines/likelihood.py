@@ -40,6 +40,7 @@ def main(arguments: list[str] | None = None) -> None:
     asked.check()
     # Slow to import, and --help needs none of it.
     from pipelines.files import check_writable, write_json
+    from pipelines.judging.comparison import converter
     from pipelines.judging.likelihood import likelihood
     from pipelines.pages.likelihood import as_table
     from pipelines.pages.tables import aligned
@@ -58,7 +59,7 @@ def main(arguments: list[str] | None = None) -> None:
     table = as_table(result)
     say(run.title, *aligned(table.columns, table.rows), *table.notes)
     if asked.json is not None:
-        write_json(asked.json, {"run": run.title, **result})
+        write_json(asked.json, {"run": run.title, **converter().unstructure(result)})
         say(f"figures: {asked.json}")
     say(f"finished in {counted(round(time.monotonic() - started), 'second')}")
 

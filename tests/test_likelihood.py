@@ -11,6 +11,7 @@ import torch
 from pipelines import likelihood as command
 from pipelines.console import Stopped, UserError
 from pipelines.judging import likelihood
+from pipelines.judging.bounds import Bounds
 from pipelines.judging.likelihood import active_units, mutual_information, rate_maps
 from pipelines.pages.likelihood import columns_of, in_nats, notes_of
 from pipelines.runs.dataset import load_data
@@ -25,29 +26,29 @@ from tests.parts import trained_run
 pytestmark = pytest.mark.usefixtures("small_data")
 
 
-def measured(run: Run, **asked) -> dict:
+def measured(run: Run, **asked) -> Bounds:
     return likelihood.likelihood(run, load_data(run), **{"images": 20, "samples": 12, "naive": 50, **asked})
 
 
 def test_what_stage_2_buys_is_the_difference_of_the_rates_on_the_same_draws(run):
     result = measured(run, samples=20)  # whole groups of 10, so that the average of their bounds lies below that of all 20
-    priors = result["priors"]
+    priors = result.priors
     assert set(priors) == {"standard", "gaussian", "mixture", "learned"}
     for name, values in priors.items():
-        assert values["negative_elbo"]["nats"] == pytest.approx(result["distortion"]["nats"] + values["rate"]["nats"], rel=1e-6)
+        assert values.negative_elbo.nats == pytest.approx(result.distortion.nats + values.rate.nats, rel=1e-6)
         if name != "standard":
-            difference = priors["standard"]["rate"]["nats"] - values["rate"]["nats"]
-            assert values["negative_elbo"]["below_standard"]["nats"] == pytest.approx(difference, abs=1e-3)
-        bounds = list(values["by_samples"].values())
-        assert list(values["by_samples"]) == ["1", "10", "20"] and bounds == sorted(bounds, reverse=True)
-        assert bounds[0] == values["negative_elbo"]["nats"] and bounds[-1] == values["importance_weighted"]["nats"]
-        assert 1 <= values["effective_samples"] <= 20
-        assert ("naive" in values) == (name != "learned")  # which is told the label
-        assert name == "learned" or 1 <= values["naive"]["effective_samples"] <= 50.001
-        assert values["negative_elbo"]["error"] > 0
-    latents = result["latents"]
-    assert 0 <= latents["mutual_information"]["nats"] <= latents["log_n"] + 1e-3
-    assert priors["standard"]["rate"]["nats"] >= latents["mutual_information"]["nats"] - 1  # KL(q(z) ‖ N(0, I)) ≥ 0
+            difference = priors["standard"].rate.nats - values.rate.nats
+            assert values.negative_elbo.below_standard.nats == pytest.approx(difference, abs=1e-3)
+        bounds = list(values.by_samples.values())
+        assert list(values.by_samples) == ["1", "10", "20"] and bounds == sorted(bounds, reverse=True)
+        assert bounds[0] == values.negative_elbo.nats and bounds[-1] == values.importance_weighted.nats
+        assert 1 <= values.effective_samples <= 20
+        assert (values.naive is not None) == (name != "learned")  # which is told the label
+        assert name == "learned" or 1 <= values.naive.effective_samples <= 50.001
+        assert values.negative_elbo.error > 0
+    latents = result.latents
+    assert 0 <= latents.mutual_information.nats <= latents.log_n + 1e-3
+    assert priors["standard"].rate.nats >= latents.mutual_information.nats - 1  # KL(q(z) ‖ N(0, I)) ≥ 0
 
 
 def test_the_rate_under_the_standard_normal_is_the_closed_form(run):
@@ -56,8 +57,8 @@ def test_the_rate_under_the_standard_normal_is_the_closed_form(run):
     latents = encode(run, load_autoencoder(run), load_data(run).test, "test")
     (posterior,) = latents.levels
     exact = gaussian_rate(posterior["mean"], posterior["std"].log())
-    assert result["images"] == 120 and "naive" not in result["priors"]["standard"]
-    assert result["priors"]["standard"]["rate"]["nats"] == pytest.approx(float(exact.mean()), rel=0.02)
+    assert result.images == 120 and result.priors["standard"].naive is None
+    assert result.priors["standard"].rate.nats == pytest.approx(float(exact.mean()), rel=0.02)
     (maps,) = rate_maps(run, latents, load_prior(run, specs_of(load_autoencoder(run))), torch.arange(120), seed=0)
     torch.manual_seed(0)
     (z,), _ = latents[torch.arange(120)]
@@ -89,7 +90,7 @@ def test_a_stopped_measurement_goes_on_and_ends_the_same(run, monkeypatch, batch
     (kept,) = set((run.folder / "likelihood").glob("*")) - before
     kept.unlink()
     assert measured(run, **asked) == resumed
-    assert measured(run, **asked, images=25)["images"] == 25 and len(calls) == 9  # more images: only those are new
+    assert measured(run, **asked, images=25).images == 25 and len(calls) == 9  # more images: only those are new
 
 
 def test_the_progress_advances_within_a_batch_of_images(run, monkeypatch):
@@ -111,7 +112,7 @@ def test_the_progress_advances_within_a_batch_of_images(run, monkeypatch):
 
 def test_the_interval_in_the_table_is_that_of_95_percent():
     value = likelihood.estimate(torch.arange(100.0))
-    assert value["error"] == pytest.approx(2.9, abs=0.01) and in_nats(value) == "49.50 ± 5.69"
+    assert value.error == pytest.approx(2.9, abs=0.01) and in_nats(value) == "49.50 ± 5.69"
 
 
 def test_the_figure_of_an_image_does_not_depend_on_what_was_measured_before(run, monkeypatch):
@@ -127,11 +128,11 @@ def test_the_figure_of_an_image_does_not_depend_on_what_was_measured_before(run,
 def test_codes_over_all_levels(tmp_path):
     run = trained_run(tmp_path, "fashion-vqvae2")
     result = measured(run)
-    assert result["samples"] == 1 and result["codes"] == 2 and "latents" not in result
-    assert set(result["priors"]) == {"standard", "unigram", "order2", "learned"}
+    assert result.samples == 1 and result.codes == 2 and result.latents is None
+    assert set(result.priors) == {"standard", "unigram", "order2", "learned"}
     uniform = 7 * 7 * math.log(512) + 14 * 14 * math.log(512)
-    assert result["priors"]["standard"]["rate"]["nats"] == pytest.approx(uniform, rel=1e-5)
-    assert "naive" in result["priors"]["unigram"] and "naive" not in result["priors"]["learned"]  # which is told a label
+    assert result.priors["standard"].rate.nats == pytest.approx(uniform, rel=1e-5)
+    assert result.priors["unigram"].naive and not result.priors["learned"].naive  # which is told a label
     assert columns_of(result) == ["rate", "-ELBO", "naive"]
     with pytest.raises(UserError, match="no prior 'posterior' with a density"):
         measured(run, priors=["posterior"])
@@ -139,7 +140,7 @@ def test_codes_over_all_levels(tmp_path):
     latents = encode(run, autoencoder, load_data(run).test, "test")
     maps = rate_maps(run, latents, load_prior(run, specs_of(autoencoder)), torch.arange(120), seed=0)
     assert [tuple(level["learned"].shape) for level in maps] == [(7, 7), (14, 14)]
-    every = measured(run, images=120, naive=0, priors=["learned"])["priors"]["learned"]["rate"]["nats"]
+    every = measured(run, images=120, naive=0, priors=["learned"]).priors["learned"].rate.nats
     assert sum(float(level["learned"].sum()) for level in maps) == pytest.approx(every, rel=1e-4)
 
 
@@ -153,13 +154,13 @@ def test_codes_over_all_levels(tmp_path):
 )
 def test_bits_per_dimension_of_probabilities_only(tmp_path, kind, says):
     result = measured(trained_run(tmp_path, "mnist5k", likelihood=kind), naive=0, priors=["standard"])
-    best = result["priors"]["standard"]["importance_weighted"]
+    best = result.priors["standard"].importance_weighted
     assert says in notes_of(result)[0]
     if says == "a probability":
-        assert best["bits_per_dimension"] == pytest.approx(best["nats"] / (784 * math.log(2)))
-        assert best["nats"] > 0 and "bits/dim" in columns_of(result)
+        assert best.bits_per_dimension == pytest.approx(best.nats / (784 * math.log(2)))
+        assert best.nats > 0 and "bits/dim" in columns_of(result)
     else:
-        assert "bits_per_dimension" not in best and "bits/dim" not in columns_of(result)
+        assert best.bits_per_dimension is None and "bits/dim" not in columns_of(result)
 
 
 def test_the_command(run, tmp_path, capsys):

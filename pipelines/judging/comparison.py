@@ -22,6 +22,7 @@ from torch import Tensor
 
 from pipelines.console import UserError
 from pipelines.files import read_json, strict, structured, write_json
+from pipelines.judging.bounds import Bound, Bounds, BoundsOfPrior, Estimate, Naive
 from pipelines.judging.features import Features
 from pipelines.judging.health import Health
 from pipelines.judging.quality import error
@@ -152,8 +153,8 @@ class Comparison:
     """of figures that are withheld, why"""
     warnings: list[str]
     versions: dict[str, str]
-    likelihood: dict[str, Any] | None = None
-    """bounds on log p(x), as `likelihood` returns them"""
+    likelihood: Bounds | None = None
+    """bounds on log p(x); None where the encoder has no density"""
     schema: int = SCHEMA
 
     @property
@@ -213,15 +214,19 @@ def title(name: str, codes: bool) -> str:
 @functools.cache  # it makes code for each class that it reads
 def converter() -> cattrs.Converter:
     made = strict(cattrs.Converter())
-    for kind in (Sampling, Row, Features, Tradeoff):
+    for kind in (Sampling, Row, Features, Tradeoff, Estimate, Bound, Naive, BoundsOfPrior):
         made.register_unstructure_hook(kind, make_dict_unstructure_fn(kind, made, _cattrs_omit_if_default=True))
-    # The schema is written though it is what is expected; what is missing stands among the priors; files keep an older name.
-    written = make_dict_unstructure_fn(
+    # Files keep an older name. The schema is written though it is what is expected; what is missing stands among the priors.
+    told = override(rename="told")
+    bounds = make_dict_unstructure_fn(Bounds, made, _cattrs_omit_if_default=True, conditioned_on=told)
+    made.register_unstructure_hook(Bounds, bounds)
+    made.register_structure_hook(Bounds, make_dict_structure_fn(Bounds, made, conditioned_on=told))
+    comparison = make_dict_unstructure_fn(
         Comparison, made, _cattrs_omit_if_default=True, schema=override(omit_if_default=False), missing=override(omit=True),
-        conditioned_on=override(rename="told"),
+        conditioned_on=told,
     )  # fmt: skip
-    made.register_unstructure_hook(Comparison, written)
-    made.register_structure_hook(Comparison, make_dict_structure_fn(Comparison, made, conditioned_on=override(rename="told")))
+    made.register_unstructure_hook(Comparison, comparison)
+    made.register_structure_hook(Comparison, make_dict_structure_fn(Comparison, made, conditioned_on=told))
     return made
 
 

@@ -18,7 +18,6 @@ import signal
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,6 +32,7 @@ from pipelines.console import (
 )
 from pipelines.data.images import Splits
 from pipelines.data.reading import Stored, content_of
+from pipelines.judging.bounds import Bound, Bounds, BoundsOfPrior, Estimate, LatentNumbers, Naive
 from pipelines.runs.latents import encode
 from pipelines.runs.parts import load_autoencoder, specs_of
 from pipelines.runs.priors import densities, open_prior
@@ -71,7 +71,7 @@ def likelihood(
     naive: int = 1000,
     priors: Sequence[str] = (),
     seed: int = 0,
-) -> dict[str, Any]:
+) -> Bounds:
     """The bounds and the accounting of the rate, on `images` images of the test split, drawn by the seed.
 
     samples: L; of codes there is one. naive: draws from each unconditional prior for the naive estimate, 0 for none.
@@ -97,62 +97,62 @@ def likelihood(
     measurement = Measurement(run, autoencoder, fitted, splits.test.images, latents.contexts, order, samples, naive, seed)
     columns = measurement.columns(images)
     measure = autoencoder.likelihood.measure(splits.test.images[chosen])
-    dimensions = math.prod(splits.image_shape)
-    result: dict[str, Any] = {
-        "images": images,
-        "images_of": f"test split of {len(splits.test)}",
-        "samples": samples,
-        "naive_samples": naive,
-        "seed": seed,
-        "likelihood": autoencoder.likelihood.name,
-        "measure": measure,
-        "dimensions": dimensions if measure == "probability" else None,
-        "told": run.conditioned_on if "learned" in fitted else None,
-        "distortion": estimate(-columns["log_likelihood"]),
-        "priors": {name: entry(columns, name, dimensions if measure == "probability" else None) for name in fitted},
-    }
-    if "standard" in fitted:
-        for name, values in result["priors"].items():
-            for kind, count in (("negative_elbo", 1), ("importance_weighted", samples)) if name != "standard" else ():
-                gain = columns[f"{name}/bound/{count}"] - columns[f"standard/bound/{count}"]
-                values[kind]["below_standard"] = estimate(gain)
-    if discrete:
-        result["codes"] = len(specs)
-    else:
-        result["latents"] = {
-            "images": len(latents),
-            "dimensions": specs[0].dimensions,
-            "active_units": active_units(latents),
-            "mutual_information": estimate(mutual_information(latents, chosen, seed)),
-            "log_n": math.log(len(latents)),
-        }
-    return result
+    dimensions = math.prod(splits.image_shape) if measure == "probability" else None
+    latent_numbers = None
+    if not discrete:
+        latent_numbers = LatentNumbers(
+            images=len(latents),
+            dimensions=specs[0].dimensions,
+            active_units=active_units(latents),
+            mutual_information=estimate(mutual_information(latents, chosen, seed)),
+            log_n=math.log(len(latents)),
+        )
+    return Bounds(
+        images=images,
+        images_of=f"test split of {len(splits.test)}",
+        samples=samples,
+        naive_samples=naive,
+        seed=seed,
+        likelihood=autoencoder.likelihood.name,
+        measure=measure,
+        dimensions=dimensions,
+        conditioned_on=run.conditioned_on if "learned" in fitted else None,
+        distortion=estimate(-columns["log_likelihood"]),
+        priors={name: bounds_of_prior(columns, name, samples, dimensions) for name in fitted},
+        codes=len(specs) if discrete else None,
+        latents=latent_numbers,
+    )
 
 
-def estimate(values: Tensor, dimensions: int | None = None) -> dict[str, Any]:
-    """Mean in nats and its standard error, from one value an image; in bits per dimension too where that has a meaning."""
+def estimate(values: Tensor, dimensions: int | None = None) -> Estimate:
+    """The mean of one value an image, in nats. dimensions: of an image, where bits per dimension have a meaning."""
     error = float(values.std() / len(values) ** 0.5) if len(values) > 1 else None
-    found = {"nats": float(values.mean()), "error": error}
-    if dimensions is not None:
-        found["bits_per_dimension"] = float(values.mean()) / (dimensions * math.log(2))
-    return found
+    nats = float(values.mean())
+    return Estimate(nats=nats, error=error, bits_per_dimension=None if dimensions is None else nats / (dimensions * math.log(2)))
 
 
-def entry(columns: dict[str, Tensor], prior: str, dimensions: int | None) -> dict[str, Any]:
+def bounds_of_prior(columns: dict[str, Tensor], prior: str, samples: int, dimensions: int | None) -> BoundsOfPrior:
     """What the columns say of one prior."""
-    bounds = {int(name.split("/")[2]): values for name, values in columns.items() if name.startswith(f"{prior}/bound/")}
-    samples = max(bounds)
-    found: dict[str, Any] = {
-        "rate": estimate(columns[f"{prior}/rate"]),
-        "negative_elbo": estimate(-bounds[1], dimensions),
-        "importance_weighted": estimate(-bounds[samples], dimensions),
-        "by_samples": {str(count): -float(bounds[count].mean()) for count in sorted(bounds)},
-        "effective_samples": float(columns[f"{prior}/effective"].median()),
-    }
+
+    def bound(count: int) -> Bound:
+        values, standard = (columns.get(f"{name}/bound/{count}") for name in (prior, "standard"))
+        assert values is not None
+        below = None if standard is None or prior == "standard" else estimate(values - standard)
+        return Bound(**vars(estimate(-values, dimensions)), below_standard=below)
+
+    naive = None
     if f"{prior}/naive" in columns:
-        found["naive"] = estimate(-columns[f"{prior}/naive"], dimensions)
-        found["naive"]["effective_samples"] = float(columns[f"{prior}/naive_effective"].median())
-    return found
+        effective = float(columns[f"{prior}/naive_effective"].median())
+        naive = Naive(**vars(estimate(-columns[f"{prior}/naive"], dimensions)), effective_samples=effective)
+    counts = sorted(int(name.split("/")[2]) for name in columns if name.startswith(f"{prior}/bound/"))
+    return BoundsOfPrior(
+        rate=estimate(columns[f"{prior}/rate"]),
+        negative_elbo=bound(1),
+        importance_weighted=bound(samples),
+        by_samples={str(count): -float(columns[f"{prior}/bound/{count}"].mean()) for count in counts},
+        effective_samples=float(columns[f"{prior}/effective"].median()),
+        naive=naive,
+    )
 
 
 @dataclass(frozen=True)

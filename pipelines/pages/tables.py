@@ -72,10 +72,10 @@ def write_csv(path: Path, runs: Mapping[str, Comparison]) -> None:
     for run, comparison in runs.items():
         known = {"images": comparison.images, "seed": comparison.seed, "extractor": comparison.features.digest}
         known["reference_images"] = comparison.images_of.reference
-        likelihood = comparison.likelihood["priors"] if comparison.likelihood else {}
+        likelihood = comparison.likelihood.priors if comparison.likelihood else {}
         for name, row in comparison.rows.items():
             half = {column: row.plus_minus.get(figure) for column, figure in errors.items()}
-            nats = {bound: likelihood[name][bound]["nats"] for bound in bounds if bound in likelihood.get(name, {})}
+            nats = {bound: getattr(likelihood[name], bound).nats for bound in bounds if name in likelihood}
             writer.writerow({"run": run, "z": name, **known, **half, **vars(row), **nats})
         for name in comparison.missing:
             writer.writerow({"run": run, "z": name, **known})
