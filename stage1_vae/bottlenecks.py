@@ -18,7 +18,7 @@ a config with a `build`, and add the config to the union `BottleneckConfig` of a
 
 import math
 from dataclasses import dataclass
-from typing import Annotated, Protocol
+from typing import Annotated, Any, Protocol
 
 import torch
 from annotated_types import Interval
@@ -236,8 +236,19 @@ class VectorQuantizedBottleneck(Codes):
         self.register_buffer("counts", torch.zeros(config.codes))  # average number of uses of each code in a batch
         self.register_buffer("sums", torch.zeros(config.codes, config.channels))  # average sum of the outputs that chose it
         self.use = CodeUse(config.codes)  # unlike `counts`, revival does not change it
-        # Control flow in them depends on values, so torch.compile must skip them. A decorator would import the compiler at once.
+        self.hide_from_compiler()
+
+    def hide_from_compiler(self) -> None:
+        """Control flow in these two depends on values, so torch.compile must skip them. A decorator would import it at once."""
         self.initialize_eagerly, self.update_eagerly = map(torch.compiler.disable, (self.initialize, self.update))
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy or a pickle gets: without the two hidden methods, which would change the codebook of this module."""
+        return {name: value for name, value in self.__dict__.items() if not name.endswith("_eagerly")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.hide_from_compiler()
 
     def forward(self, features: Tensor, progress: float) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         encoded = full_precision(self.project(features))

@@ -1,6 +1,8 @@
 """Discrete bottlenecks: the codebook learns, revives and is exact; straight-through gradients; FSQ's codes."""
 
+import copy
 import math
+import pickle
 
 import pytest
 import torch
@@ -108,6 +110,24 @@ def test_nothing_moves_in_evaluation():
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     model(clusters(32, 4, 2, seed=1), 0.5)
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+@pytest.mark.parametrize("name", BOTTLENECKS)
+def test_a_copy_trains_its_own_state_and_no_other(name, copied):
+    torch.manual_seed(0)
+    model, features = BOTTLENECKS[name].build(8).train(), torch.randn(6, 8, 4, 4)
+    model(features, 0.3)
+    before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    other = copied(model)
+    results = []
+    for trained in (other, model):
+        torch.manual_seed(1)
+        results.append(trained(features, 0.3)[0])
+        if trained is other:
+            assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())
+    assert torch.equal(*results)
+    assert all(torch.equal(tensor, other.state_dict()[key]) for key, tensor in model.state_dict().items())
 
 
 def test_gradients_pass_straight_through():
