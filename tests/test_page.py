@@ -27,7 +27,7 @@ from pipelines.judging.together import Entry, names_of
 from pipelines.pages import report
 from pipelines.pages.page import labels_read
 from pipelines.pages.plots import COLOURS, lines, nearest_plot, plain, png, projections, training_curves
-from pipelines.pages.words import between_runs, notes, verdict_in_words, verdict_of_several
+from pipelines.pages.words import between_runs, cell, notes, verdict_in_words, verdict_of_several
 from pipelines.runs.config import replaced
 from pipelines.runs.options import Options
 from pipelines.runs.phases import train
@@ -136,7 +136,7 @@ def test_runs_of_the_same_images_are_compared_in_words_and_others_are_not(compar
     (finding,) = between_runs({name: from_dict(values) for name, values in together.items()})
     assert finding in html.unescape((compared / "both.html").read_text())
     lower, _, higher = sorted(together, key=lambda run: together[run]["priors"]["learned"]["fd"])
-    assert re.search(f"{lower}, drawn from the learned prior, at [\\d.]+ ± .*; {higher}, .* times as far", finding)
+    assert re.search(f"{lower}, drawn from the learned prior, at [\\d.]+ ± .*; {higher}, drawn from .*, at [\\d.]+ ± ", finding)
 
     together["plain"] = copy.deepcopy(together["mnist5k"])
     together["plain"]["priors"]["learned"] = {"note": "none"}
@@ -263,12 +263,11 @@ def test_the_name_of_a_run_is_no_formula_in_a_plot():
         assert png(figure).startswith(b"\x89PNG")
 
 
-def test_a_learned_prior_that_is_worse_than_the_standard_one_is_not_said_to_be_nearer():
+def test_the_part_of_the_gap_that_is_closed_is_said_as_one_of_nothing_to_all():
     comparison = read_comparison(TRAINED / "mnist5k" / "compare" / "metrics.json")
-    assert "times nearer" in verdict_in_words(comparison)
     worse = replace(comparison.priors["learned"], fd=2 * comparison.priors["standard"].fd)
     says = verdict_in_words(replace(comparison, priors=comparison.priors | {"learned": worse}, gap_closed=-1.0))
-    assert "2.0 times as far" in says and "closes none of the gap" in says and "nearer" not in says
+    assert "closes none of the gap" in says and cell(worse, "fd") in says
     more = verdict_in_words(replace(comparison, gap_closed=1.4, gap_closed_tuned=1.5))
     assert "closes all of the gap that N(0, I) leaves, and all of it when drawn with autoguidance" in more, "it cannot close more"
 

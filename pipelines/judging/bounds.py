@@ -27,7 +27,10 @@ class Bound(Estimate):
 
 @dataclass(frozen=True, kw_only=True)
 class Naive(Estimate):
-    """Minus the logarithm of the average of p(x|z) over draws of z from the prior."""
+    """Minus the logarithm of the average of p(x|z) over draws of z from the prior.
+
+    The draws are the same for all images, so the standard error over images is too small.
+    """
 
     effective_samples: float
     """near 1, a single draw dominates the average"""

@@ -22,7 +22,7 @@ def cells_of(result: Bounds, prior: str) -> list[str]:
         "rate": f"{values.rate.nats:.2f}",
         "-ELBO": in_nats(values.negative_elbo),
         f"K = {result.samples}": in_nats(best),
-        "naive": "" if values.naive is None else in_nats(values.naive),
+        "naive": "" if values.naive is None else f"{values.naive.nats:.2f}",
         "bits/dim": "" if best.bits_per_dimension is None else f"{best.bits_per_dimension:.4f}",
     }
     return [cells[column] for column in columns_of(result)]

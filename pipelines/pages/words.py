@@ -223,11 +223,10 @@ def between_runs(runs: Mapping[str, Comparison]) -> list[str]:
     for group in groups.values():
         rows = {run: comparison.priors[comparison.generator] for run, comparison in group.items()}
         ranked = sorted((row.fd, run) for run, row in rows.items() if row.fd is not None)
-        parts: list[str] = []
-        for fd, run in ranked:
+        parts = []
+        for _, run in ranked:
             drawn = drawn_from(group[run]) + ", as a plain autoencoder is" * (group[run].generator == "standard")
-            times = f" ({fd / ranked[0][0]:.1f} times as far)" if parts else ""
-            parts.append(f"{run}, drawn from {drawn}, at {cell(rows[run], 'fd')}{times}")
+            parts.append(f"{run}, drawn from {drawn}, at {cell(rows[run], 'fd')}")
         if len(parts) > 1:
             lines.append(f"Fréchet distance from the same training images, in the same features: {'; '.join(parts)}.")
     if len(groups) > 1:
@@ -292,16 +291,13 @@ def about_nearness(comparison: Comparison) -> str:
         )
     if comparison.gap_closed is None:
         return f"What the learned prior gains cannot be measured here: {comparison.gap_closed_reason}."
-    distances, tuned = [priors[name].fd for name in ("standard", "learned")], ""
-    assert distances[0] is not None and distances[1] is not None
+    tuned = ""
     if comparison.gap_closed_tuned is not None:
         share = part_of_gap(comparison.gap_closed_tuned, comparison.gap_closed_tuned_plus_minus)
         tuned = f", and {share} of it when drawn with {described_tuned(comparison)}"
-    ratio = distances[0] / distances[1]
-    nearer = f"{ratio:.1f} times nearer" if ratio >= 1 else f"{1 / ratio:.1f} times as far"
     return (
         f"Drawn from {start}, samples lie at a Fréchet distance of {standard} from the training images; drawn from the learned"
-        f" prior, at {cell(priors['learned'], 'fd')}: {nearer}. The decoder's own reconstructions lie at {best}, so the learned"
+        f" prior, at {cell(priors['learned'], 'fd')}. The decoder's own reconstructions lie at {best}, so the learned"
         f" prior closes {part_of_gap(comparison.gap_closed, comparison.gap_closed_plus_minus)} of the gap that {start}"
         f" leaves{tuned}."
     )
