@@ -80,7 +80,10 @@ class Autoencoder(nn.Module):
         return max(1, PIXELS_AT_ONCE // math.prod(self.image_shape[1:]))
 
     def features(self, images: Tensor) -> Tensor:
-        """images uint8 B C H W to the encoder's features, B F h w."""
+        """images uint8 B C H W to the encoder's features, B F h w. Raises ValueError for images of another type or shape."""
+        if tuple(images.shape[1:]) != tuple(self.image_shape):
+            shape = "×".join(map(str, self.image_shape))
+            raise ValueError(f"this autoencoder takes images of shape B×{shape}, not {'×'.join(map(str, images.shape))}")
         return self.encoder(2 * likelihoods.unit_interval(images) - 1)
 
     def forward(self, images: Tensor, progress: float = 0.0) -> dict[str, Tensor]:
@@ -123,7 +126,13 @@ class Autoencoder(nn.Module):
         return self.likelihood(self.outputs(levels))
 
     def outputs(self, levels: list[Tensor]) -> Tensor:
-        """Latents to the decoder's outputs, the parameters of p(x|z): B P·C H W, P parameters for each channel of a pixel."""
+        """Latents to the decoder's outputs, the parameters of p(x|z): B P·C H W, P parameters for each channel of a pixel.
+
+        Raises ValueError for anything but a list with one latent for each level, of its shape.
+        """
+        shapes = [tuple(shape) for shape, _ in self.latents]
+        if [tuple(level.shape[1:]) for level in levels] != shapes:
+            raise ValueError(f"latents are a list with one tensor for each level, a batch of the shapes {shapes}")
         return full_precision(self.decoder(self.bottleneck.embed(levels)))
 
     def render(self, levels: list[Tensor], uniforms: Tensor | None = None) -> Tensor:

@@ -10,8 +10,9 @@ B batch, C colour channels, H×W pixels.
     update(outputs, targets)    -> in training, after log_prob: re-estimates parameters that have no gradient
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Literal, Protocol
+from typing import Annotated, Any, ClassVar, Literal, Protocol
 
 import torch
 from annotated_types import Interval
@@ -44,7 +45,9 @@ class Likelihood(Protocol):
 
 
 def unit_interval(images: Tensor) -> Tensor:
-    """uint8 0 … 255 to float 0 … 1."""
+    """uint8 0 … 255 to float 0 … 1. Raises ValueError for another type, which would have another scale."""
+    if images.dtype != torch.uint8:
+        raise ValueError(f"images are uint8 tensors of grey levels 0 … 255, not {images.dtype}")
     return images.to(torch.get_default_dtype()) / 255
 
 
@@ -203,6 +206,8 @@ class DiscretizedLogisticLikelihood(nn.Module):
 class Discretized(distributions.Distribution):
     """A logistic rounded to the grey levels 0, 1/255, … 1. The tails beyond [0, 1] belong to the outermost two levels."""
 
+    arg_constraints: ClassVar[dict[str, Any]] = {}
+
     def __init__(self, loc: Tensor, scale: Tensor):
         """loc and scale in units of the pixel range [0, 1]."""
         self.loc, self.spread = loc, scale
@@ -219,6 +224,11 @@ class Discretized(distributions.Distribution):
             + torch.where(first, 0.0, F.logsigmoid(-below))
             + torch.where(first | last, 0.0, inside)
         )
+
+    def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
+        """By torch's random state. The likelihood's `sample` takes the random numbers as an argument."""
+        values = self.loc + self.spread * torch.rand(*sample_shape, *self.loc.shape).to(self.loc).logit()
+        return (255 * values.clamp(0, 1)).round() / 255
 
     @property
     def mean(self) -> Tensor:

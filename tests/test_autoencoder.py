@@ -71,6 +71,42 @@ def test_contract(network, bottleneck, likelihood, shape):
     assert (spread > 0) == (model.bottleneck.has_density and not codes)
 
 
+@pytest.mark.parametrize("likelihood", LIKELIHOODS)
+def test_what_is_decoded_is_a_distribution_as_torch_has_them(likelihood):
+    model = build(likelihood=likelihood).eval()
+    images = random_images(2)
+    distribution = model.decode(model.mean(model.encode(images)))
+    assert distribution.sample().shape == distribution.mean.shape == images.shape and repr(distribution)
+    assert distribution.log_prob(distribution.sample()).isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        (random_images(2) / 255, "uint8"),
+        (random_images(2).long(), "uint8"),
+        (random_images(2, (1, 32, 32)), r"of shape B×1×28×28, not 2×1×32×32"),
+        (random_images(2, (3, 28, 28)), "not 2×3×28×28"),
+        (random_images(1)[0], "not 1×28×28"),
+    ],
+)
+def test_images_of_another_type_or_shape_are_refused(images, message):
+    model = build()
+    for use in (model, model.encode, lambda images: draws(model, images, 1, {})):
+        with pytest.raises(ValueError, match=message):
+            use(images)
+
+
+@pytest.mark.parametrize("bottleneck", ["gaussian", "vector-quantized", "hierarchical"])
+def test_latents_that_are_no_list_of_levels_are_refused(bottleneck):
+    model = build(bottleneck=bottleneck, shape=(1, 32, 32)).eval()
+    levels = model.mean(model.encode(random_images(1, (1, 32, 32))))
+    for wrong in (levels[0], levels[-1], [*levels, levels[0]], [level[..., :-1] for level in levels]):
+        for use in (model.decode, model.render):
+            with pytest.raises(ValueError, match="a list with one tensor for each level"):
+                use(wrong)
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("bottleneck", ["gaussian", "hierarchical"])
 def test_few_images_are_encoded_and_decoded_at_once_with_the_same_results(bottleneck, monkeypatch):
@@ -219,14 +255,17 @@ def test_the_probabilities_of_the_256_levels_sum_to_one(spread):
     assert ((probabilities * levels).sum(0) - pixels.mean).abs().max() < 0.5 / 255
 
 
-def test_a_discretized_logistic_is_sampled_as_its_probabilities_say():
+@pytest.mark.parametrize("given_noise", [True, False])
+def test_a_discretized_logistic_is_sampled_as_its_probabilities_say(given_noise):
     torch.manual_seed(0)
     likelihood, outputs = discretized(count=1)
     pixels = likelihood(outputs).base_dist
     levels = torch.arange(256, dtype=torch.float64).div(255)
     count = 20_000
     expected = pixels.log_prob(levels.view(-1, 1, 1, 1, 1)).exp().flatten(1) * count
-    samples = likelihood.sample(outputs.expand(count, -1, -1, -1), torch.rand(count, 2, 2, 3, dtype=torch.float64))
+    uniforms = torch.rand(count, 2, 2, 3, dtype=torch.float64)
+    many = outputs.expand(count, -1, -1, -1)
+    samples = likelihood.sample(many, uniforms) if given_noise else likelihood(outputs).sample((count,))
     samples = (samples.flatten(1) * 255).round().long()
     for pixel in range(samples.shape[1]):
         observed = torch.bincount(samples[:, pixel], minlength=256).double()
