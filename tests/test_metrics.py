@@ -34,7 +34,16 @@ from pipelines.console import UserError
 from pipelines.data.images import ImageSet
 from pipelines.judging import compare, features, quality, rows
 from pipelines.judging.comparison import SURELY, Verdict, from_dict, read_comparison, verdict_of, write_comparison
-from pipelines.judging.features import FIGURES, Classifier, FeatureSpace, Judge, feature_space, label_log_prob, rejection_sampled
+from pipelines.judging.features import (
+    FIGURES,
+    Classifier,
+    FeatureSpace,
+    Judge,
+    digest_of,
+    feature_space,
+    label_log_prob,
+    rejection_sampled,
+)
 from pipelines.judging.published import PUBLISHED, DinoV2, published, resized
 from pipelines.judging.quality import (
     Cloud,
@@ -221,7 +230,7 @@ def test_new_samples_are_seldom_called_copies():
 
 def space(tmp_path, count: int) -> FeatureSpace:
     torch.manual_seed(0)
-    model = Classifier(1, 2)
+    model = Classifier(1, 2, (28, 28))
     images = torch.randint(0, 256, (count, 1, 28, 28), dtype=torch.uint8)
     return FeatureSpace(model, {"extractor": "test"}, ImageSet(images), open_fabric("cpu", "float32"), tmp_path)
 
@@ -257,7 +266,7 @@ def test_nothing_is_drawn_to_choose_by_where_there_are_too_few_images(tmp_path):
 @pytest.mark.parametrize("dead", [False, True])
 def test_features_that_do_not_vary_are_withheld_with_the_reason(tmp_path, dead):
     """Of images that are all alike, or of a network whose features are dead."""
-    model = Classifier(1, 2)
+    model = Classifier(1, 2, (8, 8))
     if dead:
         nn.init.constant_(model.layers[-2].weight, 0)
     images = torch.full((100, 1, 8, 8), 7, dtype=torch.uint8)
@@ -283,7 +292,18 @@ def test_a_tradeoff_has_figures_of_as_few_images_as_the_table_has(tmp_path, coun
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4])
 def test_the_classifier_takes_images_of_any_size(size):
-    assert Classifier(3, 2).eval().features(torch.zeros(5, 3, size, size, dtype=torch.uint8)).shape == (5, 64)
+    assert Classifier(3, 2, (size, size)).eval().features(torch.zeros(5, 3, size, size, dtype=torch.uint8)).shape == (5, 64)
+
+
+def test_the_classifier_looks_at_large_images_as_at_smaller_copies(tmp_path):
+    """And is another one for them: its figures do not compare with those of one that sees them whole."""
+    torch.manual_seed(0)
+    images = torch.randint(0, 256, (5, 3, 64, 32), dtype=torch.uint8)
+    large = images.repeat_interleave(4, 2).repeat_interleave(4, 3)
+    whole, reducing = Classifier(3, 2, (64, 32)).eval(), Classifier(3, 2, (256, 128)).eval()
+    reducing.load_state_dict(whole.state_dict(), strict=False)
+    assert torch.allclose(whole.features(images), reducing.features(large), atol=1e-5)
+    assert repr(whole) != repr(reducing) and digest_of(whole.state_dict()) != digest_of(reducing.state_dict())
 
 
 def test_of_too_many_training_images_some_are_compared_with(tmp_path, monkeypatch):
