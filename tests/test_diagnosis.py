@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from pipelines.files import write_json
 from pipelines.judging.comparison import CodeUse, Comparison, ImagesOf, Row
 from pipelines.judging.features import Features, Reference
 from pipelines.judging.health import health_of
@@ -18,6 +19,7 @@ from pipelines.judging.tradeoffs import Tradeoff
 from pipelines.pages.diagnosis import another_prior, diagnosis, health_line
 from pipelines.pages.words import about_measures, about_sampling
 from pipelines.runs.config import replaced
+from pipelines.runs.dataset import FACTS
 from pipelines.runs.recipes import preset
 from pipelines.runs.run import Run
 from pipelines.train_all import parse
@@ -163,6 +165,27 @@ def test_figures_of_too_few_images_are_flagged_and_what_new_images_give_is_right
     assert "Too few held-out images, 8 of at least 50" in said(few) and "Too few" not in said(made(images=50))
     for images, share in ((8, "12.5"), (100, "1"), (1000, "1"), (150, "1.33")):
         assert f"New images give {share} %;" in "\n".join(about_measures(made(images=images)))
+
+
+@pytest.mark.parametrize(
+    ("images", "test", "advised"), [(60, 6, None), (200, 20, "0.33"), (450, 45, "0.15"), (1500, 150, None), (300, 70, None)]
+)
+def test_own_images_get_a_frechet_distance_by_holding_out_more_where_that_leaves_enough(tmp_path, images, test, advised):
+    run = Run.create(tmp_path / "run", preset("folder"), "cpu")
+    facts = {"image_shape": [3, 8, 8], "label_names": [], "images": {"train": images - test - 2, "validation": 2, "test": test}}
+    write_json(run.folder / FACTS, facts)
+    none = replace(made(images=test), real=row(None))
+    (says,) = [line for line in diagnosis(run, none) if "cannot be told" in line]
+    found = re.search(r"--data.test-share ([\d.]+) holds out enough", says)
+    assert (found[1] if found else None) == advised
+    assert "test-share" not in "".join(diagnosis(RUN, none))
+
+
+def test_another_network_is_advised_only_where_its_features_have_images_enough():
+    weak = replace(made().features, accuracy=0.2)
+    for images, reference, inception in ((45, 385, False), (2048, 5000, False), (2049, 2048, False), (2049, 5000, True)):
+        says = said(made(images=images, images_of=ImagesOf(reference), features=weak))
+        assert ("--metrics.extractor inception" in says) == inception and "--metrics.classifier.steps" in says
 
 
 def test_figures_that_fail_a_check_are_flagged():

@@ -23,6 +23,7 @@ from pipelines.data.images import split as split_images
 from pipelines.data.reading import content_of
 from pipelines.data.shards import Shards
 from pipelines.explorer.views import hidden_part
+from pipelines.judging.features import Classifier
 from pipelines.runs.completion import known_pixels, picture_to_complete
 from pipelines.runs.conditions import check_captions
 from pipelines.runs.dataset import load_data, write_facts
@@ -35,6 +36,12 @@ def fill(folder: Path, count: int = 12, first: int = 0, ending: str = "png") -> 
     folder.mkdir(parents=True, exist_ok=True)
     for index in range(first, first + count):
         Image.new("RGB", (8, 8), (index, 10, 20)).save(folder / f"{index}.{ending}")
+
+
+def fill_grey(folder: Path, count: int) -> None:
+    """Images of which no two are the same."""
+    for index in range(count):
+        Image.new("RGB", (8, 8), (index % 256, index // 256, 0)).save(folder / f"{index}.png")
 
 
 def labelled(folder: Path, count: int = 12) -> None:
@@ -91,6 +98,32 @@ def test_what_lies_beside_the_splits_is_left_out_and_said(tmp_path, capsys):
     assert "3 beside test and train" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("count", [60, 194, 195, 300, 640, 650])
+def test_before_the_training_it_is_said_how_many_more_test_images_give_a_frechet_distance(tmp_path, capsys, count):
+    """What is advised holds out as many, and no more than a third; and nothing is said where there are enough."""
+    fill_grey(tmp_path, count)
+    few = loaded(tmp_path)
+    said = capsys.readouterr().out
+    assert len(few.test) == round(0.1 * count)
+    advised = re.search(r"a new run with --data.test-share ([\d.]+) has as many", said)
+    assert ("judge this run by its pictures" in said, advised is not None) == (count < 195, 195 <= count < 645)
+    if advised:
+        enough = loaded(tmp_path, test_share=float(advised[1]))
+        assert Classifier.dimensions < len(enough.test) <= 0.35 * count and "Fréchet" not in capsys.readouterr().out
+        assert sum(enough.sizes.values()) == count and enough.listing == few.listing
+
+
+def test_a_share_for_the_test_is_of_whole_groups_and_does_nothing_where_there_is_a_test_split(tmp_path, capsys):
+    scenes(tmp_path / "PLACES")
+    splits = loaded(tmp_path / "PLACES", split_by="folder", test_share=0.4)
+    assert len(splits.test) == 36 and not {*splits.test.groups} & {*splits.train.groups}
+    for split in ("train", "test"):
+        fill(tmp_path / "split" / split)
+    capsys.readouterr()
+    assert len(loaded(tmp_path / "split", test_share=0.4).test) == 12
+    assert "--data.test-share does nothing" in capsys.readouterr().out
+
+
 # Labels
 
 
@@ -143,7 +176,11 @@ def test_near_duplicates_are_told_and_kept_on_one_side(tmp_path, capsys, by):
 @pytest.mark.parametrize(
     ("name", "remedy"),
     [
-        ("place{number}/{copy}.png", ": --data.split-by folder keeps together what belongs together"),
+        (
+            "place{number}/{copy}.png",
+            ": --data.split-by folder keeps together what belongs together. folder is no help where folders are classes: it would"
+            " hold out whole classes",
+        ),
         ("{number}-{copy}.png", ": --data.split-by name-prefix keeps together what belongs together"),
         ("{copy}{number}.png", ""),
     ],

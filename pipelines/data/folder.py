@@ -22,7 +22,7 @@ from pipelines.data.reading import FolderFiles, Stored, printable
 class Folder(OwnImages):
     """Your own images, of any size and aspect: resized and cropped to squares. Subfolders are labels.
 
-    Folders named `train`, `test` and perhaps `val` at the top are taken as the splits; else a tenth of the images is held
+    Folders named `train`, `test` and perhaps `val` at the top are taken as the splits; else a share of the images is held
     out. A file captions.jsonl in such a folder gives captions: a line {"file_name": "sub/a.png", "text": "…"} for each image.
     """
 

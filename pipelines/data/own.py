@@ -27,6 +27,8 @@ FOLDER_TEST_SHARE = 0.1
 LEAST_ALIKE = 0.01  # share of the test images from which near-duplicates are told of
 FEWEST_IMAGES = 10  # of a folder, or its part
 FEWEST_GROUPS = 3  # for training, validation and test
+FOR_FIGURES = 65  # test images: a Fréchet distance in the 64 features of the classifier needs more images than features
+MOST_FOR_FIGURES = 3  # the part of all images, 1 in so many, that is advised to be held out for it at most
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +44,8 @@ class OwnImages:
     split_by: SplitBy = "file"
     """the groups of images that the split keeps together: each image is a group of its own, or each folder, or in each folder the
     images whose names begin alike, up to the first `-`, `_`, space or dot"""
+    test_share: Annotated[float, Interval(gt=0, le=0.5)] = FOLDER_TEST_SHARE
+    """share of the images that is held out for testing, where they come without a test split"""
     skip_unreadable: bool = False
     """leave out images that cannot be read"""
     in_memory: Annotated[float, Interval(ge=0, le=1_000_000)] = 1.0
@@ -59,7 +63,7 @@ class OwnImages:
             raise UserError(f"--data.background is a colour by its name or as #rrggbb, not {self.background!r}") from error
 
     def splits(self, sets: dict[str, ImageSet], where: str, label_names: list[str], report: Path | None) -> Splits:
-        """Of the sets for `train`, `test` and perhaps `validation`; or of `all`, a tenth of which is held out. Raises as
+        """Of the sets for `train`, `test` and perhaps `validation`; or of `all`, a share of which is held out. Raises as
         `readable`, and where only some sets have captions."""
         captioned = [split for split, images in sets.items() if images.captions is not None]
         if captioned and len(captioned) < len(sets):
@@ -77,7 +81,11 @@ class OwnImages:
         ]
         parts = dict(zip(sets, read))
         if "all" in parts:
-            parts["train"], parts["test"] = without_test(parts.pop("all"))
+            everything = parts.pop("all")
+            parts["train"], parts["test"] = without_test(everything, self.test_share)
+            tell_of_few(len(everything), len(parts["test"]))
+        elif self.test_share != FOLDER_TEST_SHARE:
+            say(f"warning: --data.test-share does nothing: {where} has a test split of its own")
         if "validation" in parts:
             splits = Splits(parts["train"], parts["validation"], parts["test"], label_names, listing, used=used)
         else:
@@ -93,9 +101,11 @@ class OwnImages:
         alike = look_alike(test.images, train.images)
         if len(alike) >= max(1, LEAST_ALIKE * len(test)):
             number, other = next(iter(alike.items()))
-            helping = ", or ".join(helping_splits(test.groups, train.groups, alike)) if chosen and self.split_by == "file" else ""
-            comma = "," * (", or " in helping)
-            remedy = f": --data.split-by {helping}{comma} keeps together what belongs together" if helping else ""
+            ways = helping_splits(test.groups, train.groups, alike) if chosen and self.split_by == "file" else []
+            helping, comma = ", or ".join(ways), "," * (len(ways) > 1)
+            remedy = f": --data.split-by {helping}{comma} keeps together what belongs together" if ways else ""
+            if splits.label_names and "folder" in ways:
+                remedy += ". folder is no help where folders are classes: it would hold out whole classes"
             say(
                 f"warning: test images under {where} with a near-duplicate among the training images: {len(alike)} of"
                 f" {len(test)}, as {printable(test.groups[number])} and {printable(train.groups[other])}. So figures look better"
@@ -114,13 +124,29 @@ def helping_splits(test: list[str], train: list[str], alike: dict[int, int]) -> 
     return ways
 
 
-def without_test(images: ImageSet) -> tuple[ImageSet, ImageSet]:
+def tell_of_few(images: int, test: int) -> None:
+    """Before the training, that so few test images give no Fréchet distance, and the share of all images that would."""
+    if test >= FOR_FIGURES:
+        return
+    held_out = f"{counted(test, 'image is', 'images are')} held out for testing, and a Fréchet distance needs {FOR_FIGURES}"
+    if (share := share_for_figures(images)) is None:
+        say(f"{held_out}, of about {MOST_FOR_FIGURES * FOR_FIGURES} in all: judge this run by its pictures")
+    else:
+        say(f"{held_out}: a new run with --data.test-share {share} has as many")
+
+
+def share_for_figures(images: int) -> float | None:
+    """The share of so many images that gives a Fréchet distance, in whole percent; None where too few were left to train on."""
+    return math.ceil(100 * FOR_FIGURES / images) / 100 if images >= MOST_FOR_FIGURES * FOR_FIGURES else None
+
+
+def without_test(images: ImageSet, share: float = FOLDER_TEST_SHARE) -> tuple[ImageSet, ImageSet]:
     """Images that no split is known of: those to train on, and a share for the test. Raises UserError where there are too few
     groups."""
     groups = images.groups or []
     if (count := len({*groups})) < min(FEWEST_GROUPS, len(groups)):
         raise too_few_groups(count, len(images))
-    return split(images, max(1, round(FOLDER_TEST_SHARE * len(images))))
+    return split(images, max(1, round(share * len(images))))
 
 
 def labels_of(

@@ -30,7 +30,7 @@ GROUPS = 2  # row groups kept in memory: of images read in order, that which is 
 class Parquet(OwnImages):
     """Parquet files with a column of encoded images, and perhaps one of labels and one of captions, found by themselves.
 
-    Files, or folders, whose names begin with `train`, `test` and perhaps `validation` are taken as the splits; else a tenth of
+    Files, or folders, whose names begin with `train`, `test` and perhaps `validation` are taken as the splits; else a share of
     the images is held out. Images beyond --data.in-memory are read a row group at a time, whenever they are used.
     """
 

@@ -28,7 +28,7 @@ class Shards(OwnImages):
     urls: str | None = None
     """shards, as paths or URLs with brace patterns, such as data/train-{000..099}.tar; several patterns are joined by ::"""
     test_urls: str | None = None
-    """shards of the test split; by default a tenth of the samples is held out"""
+    """shards of the test split; by default a share of the samples is held out"""
     cache: Path = Path("data/shards")
     """folder for copies of shards from URLs, and for indices of shards that cannot be written beside them"""
 

@@ -2,10 +2,12 @@
 
 import shlex
 
+from pipelines.data.own import FOR_FIGURES, OwnImages, share_for_figures
 from pipelines.judging.comparison import Comparison, Row
+from pipelines.judging.published import Inception
 from pipelines.judging.quality import ENOUGH
 from pipelines.pages.words import cell
-from pipelines.runs.dataset import place_of_own_images
+from pipelines.runs.dataset import place_of_own_images, read_facts
 from pipelines.runs.run import Run
 from stage2_prior.autoregressive import AutoregressiveConfig, CascadeConfig
 from stage2_prior.conditions import Cluster, Unconditional
@@ -34,7 +36,7 @@ def limit(run: Run, comparison: Comparison) -> str:
     real, reconstruction = comparison.real, comparison.reconstruction
     best = comparison.recommended
     if best is None or real.fd is None or reconstruction.fd is None:
-        return "What limits this run cannot be told: there are too few images for a Fréchet distance."
+        return f"What limits this run cannot be told: there are too few images for a Fréchet distance.{more_held_out(run)}"
     row = comparison.priors[best]
     assert row.fd is not None
     decoder, prior = reconstruction.fd - real.fd, row.fd - reconstruction.fd
@@ -62,6 +64,17 @@ def limit(run: Run, comparison: Comparison) -> str:
             f"The prior limits: {where}, {samples}. {advice}. Another prior on the same decoder: {another_prior(run, comparison)}"
         )
     return f"By these figures, neither the decoder nor the prior limits: {where}, {samples}."
+
+
+def more_held_out(run: Run) -> str:
+    """How a run of the user's own images gets a Fréchet distance, where they are enough; else nothing."""
+    if not isinstance(run.config.data, OwnImages):
+        return ""
+    split = read_facts(run).images
+    share = share_for_figures(sum(split.values()))
+    if share is None or split["test"] >= FOR_FIGURES:
+        return ""
+    return f" A new run with --data.test-share {share} holds out enough, unless the images have a test split of their own."
 
 
 def error(one: Row, other: Row) -> float:
@@ -158,7 +171,9 @@ def data(run: Run, comparison: Comparison) -> list[str]:
         )
     if weak(comparison):
         command = with_setting(run, "metrics.classifier.steps", 2 * run.config.metrics.classifier.steps)
-        lines.append(f"{weak(comparison)} Train it longer: {command}; or use --metrics.extractor inception.")
+        judged = min(comparison.images, comparison.images_of.reference)
+        published = "; or use --metrics.extractor inception" if judged > Inception.dimensions else ""
+        lines.append(f"{weak(comparison)} Train it longer: {command}{published}.")
     return lines
 
 
