@@ -242,6 +242,21 @@ def judged(space: FeatureSpace, count: int) -> tuple[Judge, dict]:
     return judge, judge.figures(judge.under_resamples(features, distances), distances)
 
 
+@pytest.mark.parametrize("count", [6, 45, 200])
+def test_a_share_of_none_or_all_has_the_error_that_so_few_images_leave(tmp_path, count):
+    """Of a share beyond it, none of so many images would be seen with a probability below 5 %."""
+    made = space(tmp_path, 300)
+    judge = Judge(made, torch.linspace(1, 2, count), seed=0)
+    features = made.features(torch.randint(0, 256, (count, 1, 28, 28), dtype=torch.uint8), "features")
+    for distance, share in ((9.0, 0.0), (0.5, 1.0)):
+        distances = torch.full((count,), distance)
+        figures = judge.figures(judge.under_resamples(features, distances), distances)
+        for name in ("copied", "nearer"):
+            assert figures[name] == share and (1 - figures["plus_minus"][name]) ** count == pytest.approx(0.05)
+    some = torch.linspace(1.5, 3, count)
+    assert 0 < judge.figures(judge.under_resamples(features, some), some)["plus_minus"]["nearer"] != 1 - 0.05 ** (1 / count)
+
+
 def test_what_too_few_images_cannot_say_is_withheld_with_the_reason(tmp_path):
     made = space(tmp_path, 100)
     judge, figures = judged(made, 70)

@@ -30,6 +30,7 @@ from pipelines.judging.quality import (
     copied,
     copying_p,
     error,
+    error_of_share,
     likeness,
     nearer,
     resampled,
@@ -50,6 +51,7 @@ MOST_TRAINING = 1_000_000  # images that samples are compared with
 PIXELS_TRAINED = 2**20  # of the images of a microbatch of the classifier's training
 SAME = 1e-10  # of features' mean square: a variance from rounding alone
 FIGURES = ("fd", "kid", "precision", "recall", "density", "coverage", "nearer", "copied")
+SHARES = ("precision", "nearer", "copied")  # of these, a mean of a value from 0 to 1 of each image
 
 
 def convolution(channels: int, features: int) -> list[nn.Module]:
@@ -291,7 +293,11 @@ class Judge:
         """
         return {
             **{name: float(values[name][0]) if name in values else None for name in FIGURES},
-            "plus_minus": {name: error(values[name]) for name in FIGURES if name in values},
+            "plus_minus": {
+                name: error_of_share(values[name], len(distances)) if name in SHARES else error(values[name])
+                for name in FIGURES
+                if name in values
+            },
             "copying_p": copying_p(distances, self.held_out),
             "distance_to_training": float(distances.median()),
         }

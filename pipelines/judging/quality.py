@@ -66,6 +66,15 @@ def error(values: Tensor) -> float:
     return DEVIATIONS * float(values[1:].std())
 
 
+def error_of_share(values: Tensor, images: int) -> float:
+    """The same, of a mean of values from 0 to 1 over so many images.
+
+    Where the values are all 0, or all 1, no resample differs. Then it is the bound 1 - 0.05^(1/N), about 3/N: were the mean
+    farther away, such images would have a probability below 5 % (Hanley and Lippman-Hand 1983).
+    """
+    return 1 - 0.05 ** (1 / images) if float(values[0]) in (0.0, 1.0) else error(values)
+
+
 def error_of_mean(values: Tensor) -> float:
     """Half of the 95 % interval of the mean of two or more values."""
     return DEVIATIONS * float(values.std()) / len(values) ** 0.5

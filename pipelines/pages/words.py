@@ -102,7 +102,8 @@ def about_measures(comparison: Comparison) -> list[str]:
         f"copied: share of samples that lie as near to a training image as the nearest {nearest} of held-out images do."
         f" New images give {nearest}; above that, some are copies.",
         f"±: half of the interval of {comparison.intervals}. It is for the mean over many sets of so many samples of this model:"
-        " two such sets differ by up to 1.4 times as much, those of another training by more.",
+        " two such sets differ by up to 1.4 times as much, those of another training by more. Of precision, nearer or copied that"
+        " is the least or the most possible, ± is the bound that so few images leave: about 3 over their number.",
     ]
 
 
