@@ -100,11 +100,13 @@ def write_asked(asked: Arguments) -> None:
     import torch
 
     from pipelines.runs.completion import SIDES, known_pixels, with_hidden_grey
-    from pipelines.runs.pictures import write_images
+    from pipelines.runs.pictures import check_own, write_images
     from pipelines.two_stage import TwoStage
 
     captions = [] if asked.captions is None else captions_in(asked.captions)
     count = asked.count or len(captions) or 64
+    if not asked.out.suffix:
+        check_own("--out", asked.out, count)
     caption = [captions[number % len(captions)] for number in range(count)] if captions else asked.caption
     model = TwoStage.open(asked.run, asked.device, asked.dtype)
     if asked.complete is None:

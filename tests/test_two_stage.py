@@ -81,6 +81,30 @@ def test_small_images_are_enlarged_in_one_picture_of_several(tmp_path, size, cou
         assert made.size == (size, size)
 
 
+def test_pictures_of_an_earlier_draw_in_a_folder_are_said_and_kept(tmp_path, capsys):
+    images = torch.zeros(5, 1, 8, 8, dtype=torch.uint8)
+    write_images(tmp_path / "drawn", images)
+    for own in ("holiday.png", "2026.png"):
+        (tmp_path / "drawn" / own).write_bytes(b"my own")
+    write_images(tmp_path / "drawn", images)
+    assert capsys.readouterr().out == ""
+    write_images(tmp_path / "drawn", images[:2])
+    assert "still holds 3 pictures of an earlier draw, from 00002.png to 00004.png: delete them" in capsys.readouterr().out
+    assert len([*(tmp_path / "drawn").iterdir()]) == 7
+
+
+def test_a_picture_that_was_not_drawn_is_not_replaced(run, tmp_path):
+    asked = [str(run.folder), "--device", "cpu", "--out", str(tmp_path), "--count"]
+    Image.new("RGB", (8, 8)).save(tmp_path / "00003.png")
+    before = (tmp_path / "00003.png").read_bytes()
+    with pytest.raises(UserError, match="holds 00003.png, which was not drawn and would be lost: name another folder"):
+        generate.main([*asked, "4"])
+    assert (tmp_path / "00003.png").read_bytes() == before and len([*tmp_path.iterdir()]) == 1
+    for _ in range(2):
+        generate.main([*asked, "3"])
+    assert (tmp_path / "00003.png").read_bytes() == before and len([*tmp_path.glob("*.png")]) == 4
+
+
 def test_the_label_of_each_image_stands_below_it_in_one_picture(run, model, tmp_path):
     labels = model.conditions(4, seed=2)
     assert len({*labels}) > 1 and torch.equal(model.sample(4, label=labels, seed=2), model.sample(4, seed=2))

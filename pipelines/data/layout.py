@@ -77,7 +77,7 @@ def images_under(folder: Path, left_out: Counter[str] | None = None) -> list[str
             elif ending in IMAGE_ENDINGS or not ending and begins_as_image(entry.path):
                 if skipped(entry.name):
                     left_out["hidden image"] += 1
-                elif ending == ".png" and entry.name.startswith("samples") and DRAWN.encode() in beginning_of(entry.path, 200):
+                elif ending == ".png" and entry.name.startswith("samples") and is_drawn(entry.path):
                     left_out["drawn image"] += 1
                 else:
                     names.append(prefix + entry.name)
@@ -107,7 +107,12 @@ def begins_as_image(path: str) -> bool:
     return begin.startswith(BEGINNINGS) or begin[:4] == b"RIFF" and begin[8:12] == b"WEBP"
 
 
-def beginning_of(path: str, count: int) -> bytes:
+def is_drawn(path: str | os.PathLike[str]) -> bool:
+    """Whether a file is a picture that says of itself that it was drawn."""
+    return DRAWN.encode() in beginning_of(path, 200)
+
+
+def beginning_of(path: str | os.PathLike[str], count: int) -> bytes:
     """The first `count` bytes of a file; none where it cannot be read."""
     try:
         with open(path, "rb") as file:

@@ -14,8 +14,8 @@ from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
-from pipelines.console import UserError, escaped
-from pipelines.data.layout import DRAWN
+from pipelines.console import UserError, counted, escaped, say
+from pipelines.data.layout import DRAWN, is_drawn
 from pipelines.files import write_files
 from pipelines.grids import grid
 
@@ -92,6 +92,18 @@ def legible(images: Tensor) -> int:
     return max(1, -(-LEGIBLE // images.shape[3])) if len(images) > 1 else 1
 
 
+def name_of(number: int) -> str:
+    """Of the file of an image by its number, in a folder of them."""
+    return f"{number:05}.png"
+
+
+def check_own(option: str, folder: Path, count: int) -> None:
+    """Raises UserError where so many images in a folder would replace a picture that was not drawn."""
+    files = (folder / name_of(number) for number in range(count))
+    if theirs := next((file for file in files if file.exists() and not is_drawn(file)), None):
+        raise UserError(f"{option} {folder} holds {theirs.name}, which was not drawn and would be lost: name another folder")
+
+
 def encoded_files(path: Path, images: Tensor, scale: int | None, texts: Sequence[str]) -> dict[Path, bytes]:
     """What `write_images` writes, by file."""
     if path.suffix == ".npz":
@@ -101,7 +113,7 @@ def encoded_files(path: Path, images: Tensor, scale: int | None, texts: Sequence
     images = enlarged(images, scale or (legible(images) if path.suffix == ".png" else 1))
     if path.suffix == ".png":
         return {path: tiled(images, max(1, round(len(images) ** 0.5)), texts)}
-    made = {path / f"{number:05}.png": tiled(image[None], columns=1) for number, image in enumerate(images)}
+    made = {path / name_of(number): tiled(image[None], columns=1) for number, image in enumerate(images)}
     captions = path / "captions.jsonl"
     if texts or captions.is_file():
         told = dict(zip((file.name for file in made), texts or [""] * len(images), strict=True))
@@ -138,6 +150,10 @@ def write_images(path: Path, images: Tensor, scale: int | None = None, texts: Se
         write_files(made)
     except OSError as error:
         raise UserError(f"{path} cannot be written ({error.strerror}); {elsewhere(path, made)}") from error
+    others = [] if path.suffix else sorted({*path.glob("*.png")} - made.keys())
+    if older := [file for file in others if file.stem.isdecimal() and is_drawn(file)]:
+        pictures = f"{counted(len(older), 'picture')} of an earlier draw, from {older[0].name} to {older[-1].name}"
+        say(f"warning: {path} still holds {pictures}: delete them, or draw into a new folder")
 
 
 def elsewhere(path: Path, made: dict[Path, bytes]) -> str:
