@@ -110,6 +110,14 @@ def test_a_caption_is_what_a_completion_is_told(views, small_data, monkeypatch):
     assert heard[0]["caption"] == "a boot" and heard[0]["label"] is None and heard[0]["particles"] == 32
 
 
+@pytest.mark.parametrize(("caption", "remark"), [("the two", "know: two"), ("the 2 " * 20, "are cut: the 2"), ("the 2", "")])
+def test_what_a_prior_does_not_see_of_a_caption_stands_below_its_samples(caption, remark):
+    views = Views(TwoStage.open("mnist5k-dalle", "cpu"))
+    learned, *others = views.draw(1, 0, AS_FITTED, None, caption)
+    assert remark in learned.note and bool(learned.note) == bool(remark)
+    assert not any("caption" in strip.note for strip in others)
+
+
 def test_what_was_asked_of_one_run_does_not_stop_another(views, small_data, tmp_path, monkeypatch):
     """Its caption may still be in the box, which is hidden where the prior takes labels."""
     page = page_of(views, monkeypatch)

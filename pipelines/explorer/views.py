@@ -22,6 +22,7 @@ from pipelines.judging.quality import nearest_neighbours
 from pipelines.judging.scores import Scorer, Usual
 from pipelines.judging.tradeoffs import described, has_weaker, takes_guidance
 from pipelines.pages.scores import BRIGHTEST, heat
+from pipelines.runs.conditions import remarks_on
 from pipelines.runs.dataset import load_data
 from pipelines.runs.latents import training_latents
 from pipelines.two_stage import TwoStage, marginal
@@ -116,6 +117,10 @@ class Views:
         test = self.data.test
         return Usual.of(self.scorer(test.subset(torch.arange(min(len(test), HELD_OUT))), "scoring held-out images"))
 
+    def remarks(self, caption: str | None) -> str:
+        """What of a caption the prior does not see."""
+        return "; ".join(remarks_on(self.run, [] if caption is None else [caption]))
+
     def draw(self, count: int, seed: int, how: Sampling, label: str | None, caption: str | None) -> list[Strip]:
         """The same seeds under each prior, the learned one first; label, caption and `how` are of the learned one."""
         model, strips = self.model, []
@@ -124,7 +129,8 @@ class Views:
             own = {"label": label, "caption": caption, **vars(how)} if name == "learned" else {}
             heading = f"learned prior, {described(how)}" if name == "learned" else title(name, codes)
             try:
-                strips.append(Strip(heading, model.sample(count, prior=name, seed=seed, **own)))
+                note = self.remarks(caption) if name == "learned" else ""
+                strips.append(Strip(heading, model.sample(count, prior=name, seed=seed, **own), note))
             except UserError as error:
                 if name == "learned":
                     raise
@@ -180,7 +186,8 @@ class Views:
             picture, ~hidden, count, label=label, caption=caption, seed=seed, particles=particles, tell=messages.append
         )
         given = torch.where(hidden, 128, picture)[None]
-        return [Strip("what is kept", given), Strip("the rest drawn anew, under the learned prior", made, messages[-1])]
+        note = "; ".join(filter(None, (self.remarks(caption), messages[-1])))
+        return [Strip("what is kept", given), Strip("the rest drawn anew, under the learned prior", made, note)]
 
     def nearest(self, count: int, seed: int, how: Sampling, label: str | None, caption: str | None) -> list[Strip]:
         """Samples of the learned prior, and below each the training image that is nearest: in pixels and in features."""
@@ -193,7 +200,7 @@ class Views:
         by_pixels = (drawn - pixels[places]).norm(dim=1), places  # what the search gives is rounded: a copy is not quite at 0
         distances, places = nearest_neighbours(self.space.features(samples, "features of the samples"), self.space.reference)
         by_features = distances, self.space.numbers(places)
-        strips = [Strip("samples of the learned prior", samples)]
+        strips = [Strip("samples of the learned prior", samples, self.remarks(caption))]
         for where, (distances, found), note in (("pixels", by_pixels, some), ("a classifier's features", by_features, "")):
             listed = ", ".join(f"{number} ({distance:.2g})" for number, distance in zip(found.tolist(), distances.tolist()))
             images = nearest_training_images(data, found)

@@ -80,14 +80,24 @@ def contexts_asked(
     if each is None:
         return None
     if isinstance(run.condition, Caption):
-        tokenizer = CaptionTokenizer(run.folder / "tokenizer.json", run.condition.vocabulary)
-        if unknown := tokenizer.unknown_words([*dict.fromkeys(each)]):
-            say(f"warning: words of no training caption, which the prior cannot know: {some(unknown)}")
-        if cut := [one for one in dict.fromkeys(each) if tokenizer.lengths([one])[0] > run.condition.length]:
-            say(f"warning: captions longer than {run.condition.length} tokens, which are cut: {some(cut)}")
-        return tokenizer.tokens(each, run.condition.length)
+        for remark in remarks_on(run, each):
+            say(f"warning: {remark}")
+        return CaptionTokenizer(run.folder / "tokenizer.json", run.condition.vocabulary).tokens(each, run.condition.length)
     names = read_facts(run).label_names
     return torch.tensor([label_number(one, names) for one in each])
+
+
+def remarks_on(run: Run, captions: Sequence[str]) -> list[str]:
+    """What of captions the prior of a run does not see: words that it cannot know, and what is cut off."""
+    if not isinstance(run.condition, Caption):
+        return []
+    tokenizer = CaptionTokenizer(run.folder / "tokenizer.json", run.condition.vocabulary)
+    each, remarks = [*dict.fromkeys(captions)], []
+    if unknown := tokenizer.unknown_words(each):
+        remarks.append(f"words of no training caption, which the prior cannot know: {some(unknown)}")
+    if cut := [one for one in each if tokenizer.lengths([one])[0] > run.condition.length]:
+        remarks.append(f"captions longer than {run.condition.length} tokens, which are cut: {some(cut)}")
+    return remarks
 
 
 def asked_of_each(run: Run, count: int, label: Any = None, caption: Any = None) -> list[Any] | None:
