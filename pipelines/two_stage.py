@@ -71,7 +71,7 @@ class TwoStage:
 
     @classmethod
     def open(cls, name: str | Path, device: str = "auto", dtype: Dtype = "float32") -> "TwoStage":
-        """Open a run by its name under checkpoints/, by its path, or by the name of a trained model that comes with the software.
+        """Open a run: a name under checkpoints/, a trained model that comes with the software, a path, or hub:owner/name.
 
         device: auto, cpu, cuda or mps. dtype: see `__init__`.
         """

@@ -13,7 +13,8 @@ B batch, F feature maps, C latent channels, K codes, h×w latent grid, L samples
     latents(grid)        -> shape and vocabulary of each level
 
 Levels are always a list, coarse to fine. The bottlenecks in this file have one level. To add a bottleneck, write its class and
-a config with a `build`, and add the config to the union `BottleneckConfig` of autoencoder.py.
+a config with a `build`, and add the config to the union `BottleneckConfig` of autoencoder.py. Its `continuous` is False where
+latents are codes: the head of the prior follows.
 """
 
 import math
@@ -102,6 +103,7 @@ def check_features(features: int, channels: int, each: int) -> None:
 class Deterministic:
     """A plain autoencoder. q(z|x) is a single point, so there is no rate and no ELBO."""
 
+    continuous = True
     channels: Annotated[int, Interval(ge=1, le=65_536)] = 4
     """latent channels at each position of the grid"""
 
@@ -133,6 +135,7 @@ class DeterministicBottleneck(Continuous):
 class Gaussian:
     """q(z|x) = N(mean, diag(std²)), reparametrized (Kingma and Welling 2014)."""
 
+    continuous = True
     channels: Annotated[int, Interval(ge=1, le=65_536)] = 4
     """latent channels at each position of the grid"""
     beta: Annotated[float, Interval(ge=0, le=1_000_000)] = 1.0
@@ -193,6 +196,7 @@ REVIVAL_ENDS = 0.8  # share of the training after which no code is replaced
 class VectorQuantized:
     """The nearest of K code vectors (VQ-VAE, van den Oord et al. 2017). Moving averages train the codebook."""
 
+    continuous = False
     codes: Annotated[int, Interval(ge=2, le=1_000_000)] = 512
     """K, the size of the codebook; 512 in the paper"""
     channels: Annotated[int, Interval(ge=1, le=65_536)] = 64
@@ -352,6 +356,7 @@ class CodeUse(nn.Module):
 class FiniteScalar:
     """Each channel rounded to a few levels (FSQ, Mentzer et al. 2023). The codebook is fixed, so it cannot collapse."""
 
+    continuous = False
     levels: tuple[Annotated[int, Interval(ge=2, le=1000)], ...] = (8, 8, 8)
     """number of levels of each channel; their product is the number of codes, here 8·8·8 = 512"""
 
@@ -423,6 +428,7 @@ class GumbelSoftmax:
     time, `anneal_share`. In the paper the temperature falls over 150,000 steps, and the weight rises over 5,000.
     """
 
+    continuous = False
     codes: Annotated[int, Interval(ge=2, le=1_000_000)] = 512
     """K, the size of the codebook; 8192 in the paper, for 256×256 images"""
     channels: Annotated[int, Interval(ge=1, le=65_536)] = 64

@@ -28,6 +28,7 @@ from stage1_vae.networks import ResidualBlock
 class Hierarchical:
     """Codes on several grids, each with half the resolution of the next (VQ-VAE-2)."""
 
+    continuous = False
     codes: VectorQuantized = field(default_factory=VectorQuantized)
     """the codebook of every level"""
     levels: Annotated[int, Interval(ge=2, le=10)] = 2

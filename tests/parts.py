@@ -42,7 +42,8 @@ BACKBONES = {
     "pixelsnail": PixelSNAILConfig(width=6, blocks=2, layers=1, heads=2),
     "transformer": TransformerConfig(width=6, layers=2, heads=2),
 }
-HEADS = {"mixture": GaussianMixture(components=3), "categorical": Categorical()}
+CODE_HEADS = {"categorical": Categorical()}
+HEADS = {"mixture": GaussianMixture(components=3), **CODE_HEADS}
 RIVALS = {
     "flow": FlowConfig(transforms=2, hidden=8, bins=4),
     "vamp": VampConfig(components=5),
@@ -93,7 +94,7 @@ def random_prior(spec: LatentSpec, backbone: str, head: str, scale: float = 0.3)
 
 
 def spec_for(head: str, grid: tuple[int, int]) -> LatentSpec:
-    return LatentSpec(grid, vocabulary=5) if head == "categorical" else LatentSpec((2, *grid))
+    return LatentSpec(grid, vocabulary=5) if head in CODE_HEADS else LatentSpec((2, *grid))
 
 
 def random_latents(count: int, spec: LatentSpec, seed: int = 0) -> LatentDataset:

@@ -199,6 +199,12 @@ def test_what_the_decoder_reads_held_out_is_what_the_codes_embed(name):
     assert all(len(level.unique()) > 3 for level in codes)
 
 
+@pytest.mark.parametrize("name", BOTTLENECKS)
+def test_a_config_says_whether_its_latents_are_numbers(name):
+    _, vocabulary = BOTTLENECKS[name].build(6).latents((4, 4))[0]
+    assert BOTTLENECKS[name].continuous == (vocabulary is None)
+
+
 def test_the_code_that_is_stored_is_the_likeliest():
     torch.manual_seed(0)
     model = GumbelSoftmax(codes=6, channels=2).build(4).eval()

@@ -12,7 +12,7 @@ from stage2_prior.conditions import ClassLabel
 from stage2_prior.heads import Categorical
 from stage2_prior.latents import LatentSpec
 from stage2_prior.sampling import AS_FITTED, CannotSample, uniforms
-from tests.parts import BACKBONES, LEARNED, random_latents, random_prior, randomized, spec_for
+from tests.parts import BACKBONES, CODE_HEADS, LEARNED, random_latents, random_prior, randomized, spec_for
 
 FALSE_ALARM = 1e-4
 
@@ -85,7 +85,7 @@ def test_a_single_particle_is_what_whole_forward_passes_would_draw(backbone, hea
 
 @pytest.mark.parametrize(("backbone", "head"), LEARNED)
 def test_held_positions_stay_and_are_seen_by_everything_after(backbone, head):
-    prior = random_prior(spec_for(head, (3, 4)), backbone, head, scale=0.5 if head == "categorical" else 0.3)
+    prior = random_prior(spec_for(head, (3, 4)), backbone, head, scale=0.5 if head in CODE_HEADS else 0.3)
     latent, mask = known(prior.spec, [0, 1, 2, -2])
     latent = latent.double() if head == "mixture" else latent
     with torch.no_grad():

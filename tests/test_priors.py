@@ -21,7 +21,7 @@ from stage2_prior.layers import attend
 from stage2_prior.pixelcnn import PixelCNNConfig
 from stage2_prior.sampling import AS_FITTED, CannotSample, Sampling, uniforms
 from stage2_prior.transformer import TransformerConfig
-from tests.parts import BACKBONES, HEADS, LEARNED, RIVALS, random_latents, random_prior, randomized, spec_for
+from tests.parts import BACKBONES, CODE_HEADS, HEADS, LEARNED, RIVALS, random_latents, random_prior, randomized, spec_for
 
 TINY = {"two-positions": LatentSpec((1, 1, 2)), "two-rows": LatentSpec((1, 2, 1)), "two-channels": LatentSpec((2, 1, 1))}
 FALSE_ALARM = 1e-4  # the stated error rate of each statistical test; seeds are fixed
@@ -34,16 +34,15 @@ def all_priors(spec: LatentSpec) -> dict:
     dataset = LatentDataset([{name: tensor.double() for name, tensor in level.items()} for level in dataset.levels])
     few = LatentDataset([{name: tensor[:20] for name, tensor in level.items()} for level in dataset.levels])
     priors = {name: make([spec]).double() for name, make in CONTINUOUS_BASELINES.items()} | {"posterior": AggregatePosterior(few)}
-    priors |= {
-        f"{backbone}-{head}": random_prior(spec, backbone, head, scale=0.2) for backbone, head in LEARNED if head != "categorical"
-    }
+    learned = [(backbone, head) for backbone, head in LEARNED if head not in CODE_HEADS]
+    priors |= {f"{backbone}-{head}": random_prior(spec, backbone, head, scale=0.2) for backbone, head in learned}
     priors |= {name: config.build([spec]).double().eval() for name, config in RIVALS.items()}
     for name in (*CONTINUOUS_BASELINES, *RIVALS):
         priors[name].estimate(dataset)
     return priors
 
 
-LEARNED_NAMES = [f"{backbone}-{head}" for backbone, head in LEARNED if head != "categorical"]
+LEARNED_NAMES = [f"{backbone}-{head}" for backbone, head in LEARNED if head not in CODE_HEADS]
 NAMES = [*CONTINUOUS_BASELINES, "posterior", *LEARNED_NAMES, *RIVALS]
 EXACT = [name for name in NAMES if name != "second-vae"]
 
@@ -121,7 +120,7 @@ def test_samples_need_no_gradients(kind):
 @pytest.mark.parametrize("kind", HEADS)
 def test_no_latents_have_no_densities(kind):
     spec = spec_for(kind, (2, 3))
-    none = torch.zeros(0, *spec.shape, dtype=torch.int64 if kind == "categorical" else torch.float32)
+    none = torch.zeros(0, *spec.shape, dtype=torch.int64 if kind in CODE_HEADS else torch.float32)
     priors = [make([spec]) for make in baselines([spec]).values()]
     # Not of the flow, whose library needs a row.
     priors += [config.build([spec]) for name, config in RIVALS.items() if kind == "mixture" and name != "flow"]
@@ -655,7 +654,7 @@ def test_the_noise_is_as_large_as_it_says():
 def test_a_transformer_sees_positions_beside_what_is_embedded_from_the_start(head):
     spec = spec_for(head, (8, 8))
     prior = AutoregressiveConfig(TransformerConfig(width=64), HEADS[head]).build([spec])
-    values = torch.arange(5) if head == "categorical" else torch.randn(500, 2)
+    values = torch.arange(5) if head in CODE_HEADS else torch.randn(500, 2)
     assert 0.2 < float((prior.position.std() / prior.head.embed(values).std()).detach()) < 5
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -13,6 +14,7 @@ from pipelines.pages.results import TABLES, Ranking, Results, Training, read_res
 from pipelines.pages.tables import markdown
 from tests.parts import compared, small_splits
 
+ROOT = Path(__file__).parents[1]
 TRAINING = Training(
     command="mnist5k",
     seed=0,
@@ -41,6 +43,11 @@ def test_the_tables_of_readme_and_docs_are_those_of_the_results(document):
     text, results = document.read_text(), read_results(reproduce.RESULTS)
     assert results.trainings and "<!-- table " in text
     assert written(text, results) == text, "make the tables anew: python -m pipelines.reproduce --tables"
+
+
+@pytest.mark.parametrize("page", [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))], ids=lambda path: path.name)
+def test_pages_are_short(page):
+    assert len(page.read_text().splitlines()) <= 150
 
 
 def test_what_is_published_is_what_stands_in_the_results():

@@ -31,7 +31,6 @@ from pipelines.runs.sampling import generate
 from pipelines.runs.whereabouts import without_places
 from pipelines.training.checkpoints import CHECKSUMS, checksum
 from stage1_vae.autoencoder import Autoencoder
-from stage1_vae.bottlenecks import Gaussian
 from stage2_prior.prior import Prior
 from stage2_prior.sampling import AS_FITTED
 
@@ -235,9 +234,10 @@ def card(run: Run, comparison: Comparison | None, name: str, half: bool, license
 
 def kind_of_latents(run: Run) -> str:
     """As a tag on the hub."""
-    if specs_of(new_autoencoder(run, read_facts(run).image_shape))[0].vocabulary is not None:
+    bottleneck = run.config.autoencoder.bottleneck
+    if not bottleneck.continuous:
         return "discrete-latents"
-    return "vae" if isinstance(run.config.autoencoder.bottleneck, Gaussian) else "autoencoder"
+    return "vae" if new_autoencoder(run, read_facts(run).image_shape).bottleneck.has_density else "autoencoder"
 
 
 def labels_table(names: list[str]) -> str:

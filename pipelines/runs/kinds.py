@@ -9,14 +9,17 @@ from typing import Any, NamedTuple, get_args, get_type_hints
 
 from pipelines.console import UserError, nearest
 from pipelines.runs.config import RunConfig, replaced
-from stage1_vae.bottlenecks import Deterministic, Gaussian
 from stage1_vae.hierarchy import Hierarchical
 from stage2_prior.autoregressive import AutoregressiveConfig, CascadeConfig
 from stage2_prior.conditions import Cluster, RivalCondition, Unconditional
 from stage2_prior.heads import Categorical, GaussianMixture, HeadConfig
 from stage2_prior.kinds import PriorConfig, RivalConfig
 
-RIVALS = {"flow": "normalizing flow", "second-vae": "second VAE", "vamp": "mixture of learned posteriors"}
+RIVALS = {
+    "flow": "normalizing flow",
+    "second-vae": "second VAE",
+    "vamp": "mixture of learned posteriors",
+}
 """Kinds of learned priors that are not autoregressive, in words."""
 BOTTLENECK, PRIOR, CONDITION = "autoencoder.bottleneck", "prior", "prior.condition"
 
@@ -128,7 +131,7 @@ def fitting_prior(config: RunConfig, chosen: set[str]) -> PriorConfig:
     bottleneck, prior = config.autoencoder.bottleneck, config.prior
     if isinstance(prior, RivalConfig):  # which has no heads; building it says what does not fit
         return prior
-    continuous, several = isinstance(bottleneck, Deterministic | Gaussian), isinstance(bottleneck, Hierarchical)
+    continuous, several = bottleneck.continuous, isinstance(bottleneck, Hierarchical)
     if PRIOR not in chosen:
         if several and not isinstance(prior, CascadeConfig):
             prior = CascadeConfig(prior, prior)

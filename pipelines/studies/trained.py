@@ -9,12 +9,12 @@ from torch import Tensor
 
 from pipelines.console import UserError
 from pipelines.data.images import Splits
-from pipelines.runs.dataset import load_data
-from pipelines.runs.parts import load_autoencoder, specs_of
+from pipelines.runs.dataset import load_data, read_facts
+from pipelines.runs.parts import load_autoencoder, new_autoencoder, specs_of
 from pipelines.runs.priors import check_without_context, open_prior
 from pipelines.runs.run import Run
 from stage1_vae.autoencoder import Autoencoder
-from stage1_vae.bottlenecks import Gaussian, gaussian_rate
+from stage1_vae.bottlenecks import gaussian_rate
 from stage2_prior.prior import Prior
 from stage2_prior.sampling import AS_FITTED, Sampling
 
@@ -61,7 +61,8 @@ class Trained:
     @classmethod
     def of(cls, run: Run) -> "Trained":
         """Raises UserError where there is no q(z|x) over continuous latents."""
-        if not isinstance(run.config.autoencoder.bottleneck, Gaussian):
+        built = new_autoencoder(run, read_facts(run).image_shape).bottleneck  # without weights
+        if not (run.config.autoencoder.bottleneck.continuous and built.has_density):
             raise UserError(f"{run.folder} has no q(z|x) over continuous latents, which this study is about; use mnist5k")
         autoencoder = load_autoencoder(run)
         specs = specs_of(autoencoder)
