@@ -85,8 +85,11 @@ def test_what_limits_is_named_with_what_to_do_next():
     assert "--prior.condition cluster" in another_prior(untold, without)
     for name, kind in (("folder", "--prior.backbone transformer"), ("folder-vqvae2", "--prior.top.backbone transformer")):
         assert kind in another_prior(replace(RUN, config=preset(name)), without)
-    few = replace(made(), real=row(None), reconstruction=row(None), priors={"standard": row(None), "learned": row(None)})
-    assert said(few).startswith("What limits this run cannot be told") and few.recommended is None
+    priors = {"standard": row(None), "learned": row(None)}
+    alike = made(withheld={"fd": "the training images have all the same features"}, priors=priors)
+    alike = replace(alike, real=row(None), reconstruction=row(None))
+    cannot = "What limits this run cannot be told without a Fréchet distance: the training images have all the same features."
+    assert said(alike).startswith(cannot) and alike.recommended is None
 
 
 def test_a_rival_that_is_better_beyond_the_error_is_recommended():

@@ -15,6 +15,7 @@ import torch
 from PIL import Image, ImageCms, ImageOps, PngImagePlugin, features
 
 from pipelines.console import UserError
+from pipelines.data import decoding
 from pipelines.data.alike import groups_of, look_alike
 from pipelines.data.decoding import Unreadable, read_image
 from pipelines.data.folder import Folder, images_at
@@ -582,6 +583,22 @@ def test_a_picture_of_too_many_pixels_is_refused_before_it_is_decoded(tmp_path, 
     monkeypatch.setattr(Image.Image, "load", None)
     with pytest.raises(Unreadable, match="13300×13300 pixels, of at most"):
         read_image(str(path), (3, 8, 8))
+
+
+@pytest.mark.parametrize("kind", ["one scan", "progressive", "several scans"])
+@pytest.mark.parametrize("mode", ["L", "RGB", "CMYK"])
+def test_a_jpeg_that_is_held_whole_is_limited_by_its_full_size(monkeypatch, mode, kind):
+    """Though it would be decoded at a fraction of it: of a progressive one of 13,300×13,300, decoding takes a GiB."""
+    monkeypatch.setattr(decoding, "MOST_PIXELS", 5000)
+    Image.new(mode, (100, 100)).save(content := io.BytesIO(), "JPEG", progressive=kind == "progressive")
+    if kind == "one scan":
+        assert read_image(content, (3, 8, 8))[0].shape == (3, 8, 8)
+        Image.new(mode, (600, 600)).save(content := io.BytesIO(), "JPEG")  # a fraction that is too large
+    elif kind == "several scans":
+        head, scan, rest = content.getvalue().partition(b"\xff\xda")
+        content = io.BytesIO(head + scan + rest[:2] + bytes([rest[2] + 1]) + rest[3:])  # of one colour fewer, or more
+    with pytest.raises(Unreadable, match="pixels, of at most 5000"):
+        read_image(content, (3, 8, 8) if kind != "one scan" else (3, 64, 64))
 
 
 @pytest.mark.parametrize("kind", ["sparse", "long"])

@@ -5,6 +5,7 @@ C colour channels, H×W pixels.
 
 import functools
 import io
+import math
 import warnings
 from pathlib import Path
 from typing import BinaryIO
@@ -78,9 +79,10 @@ def read_image(
             is_so = {"animated": image.format != "MPO" and getattr(image, "is_animated", False)}
             bits = significant_bits(image)
             side = DRAFT * max(height, width)  # the same whether it is turned or not
+            whole = image.size
             image.draft(None, (side, side))  # a JPEG is decoded at a fraction of its size, where that is enough
-            if image.width * image.height > MOST_PIXELS:
-                raise ValueError(f"{image.width}×{image.height} pixels, of at most {MOST_PIXELS}: make it smaller")
+            if math.prod(whole) > MOST_PIXELS and (math.prod(image.size) > MOST_PIXELS or not row_by_row(image)):
+                raise ValueError(f"{whole[0]}×{whole[1]} pixels, of at most {MOST_PIXELS}: make it smaller")
             upright = in_srgb(eight_bit(ImageOps.exif_transpose(image), bits, is_so))
             shown = opaque(upright, background, is_so).convert("L" if channels == 1 else "RGB")
             sides = sorted((shown.width * height, shown.height * width))
@@ -90,6 +92,22 @@ def read_image(
         raise Unreadable(str(error).splitlines()[0] if str(error) else type(error).__name__) from error
     pixels = np.asarray(fitting)
     return pixels[None] if channels == 1 else pixels.transpose(2, 0, 1), {name for name, so in is_so.items() if so}
+
+
+def row_by_row(image: Image.Image) -> bool:
+    """Whether this is a JPEG of one scan. One of several, as a progressive one, is held in memory at its full size."""
+    if image.format not in ("JPEG", "MPO") or "progressive" in image.info:
+        return False
+    file = image.fp  # type: ignore[attr-defined]
+    here, colours = file.tell(), b""
+    file.seek(2)
+    while len(head := file.read(4)) == 4 and head[0] == 0xFF:
+        if head[1] == 0xDA:  # the first scan begins
+            colours = file.read(1)
+            break
+        file.seek(int.from_bytes(head[2:], "big") - 2, 1)
+    file.seek(here)
+    return colours == bytes([len(image.getbands())])
 
 
 def opaque(image: Image.Image, background: str, is_so: dict[str, bool]) -> Image.Image:

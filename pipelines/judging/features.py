@@ -49,6 +49,7 @@ LARGEST = 64  # pixels of the longer side that the classifier looks at
 FEW = 50  # images that a network of a fixed, larger size looks at together
 MOST_TRAINING = 1_000_000  # images that samples are compared with
 PIXELS_TRAINED = 2**20  # of the images of a microbatch of the classifier's training
+ALIKE = "the training images have all the same features"  # why figures are withheld
 SAME = 1e-10  # of features' mean square: a variance from rounding alone
 FIGURES = ("fd", "kid", "precision", "recall", "density", "coverage", "nearer", "copied")
 SHARES = ("precision", "nearer", "copied")  # of these, a mean of a value from 0 to 1 of each image
@@ -220,7 +221,7 @@ class FeatureSpace:
     def withheld(self, images: int) -> str | None:
         """Why there is no Fréchet distance of so many images, where there is none."""
         if not self.varies:
-            return "the training images have all the same features"
+            return ALIKE
         images = min(images, len(self.reference))
         if images >= self.fewest:
             return None

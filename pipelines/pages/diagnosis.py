@@ -4,6 +4,7 @@ import shlex
 
 from pipelines.data.own import FOR_FIGURES, OwnImages, share_for_figures
 from pipelines.judging.comparison import Comparison, Row
+from pipelines.judging.features import ALIKE
 from pipelines.judging.published import Inception
 from pipelines.judging.quality import ENOUGH
 from pipelines.pages.words import cell
@@ -36,7 +37,9 @@ def limit(run: Run, comparison: Comparison) -> str:
     real, reconstruction = comparison.real, comparison.reconstruction
     best = comparison.recommended
     if best is None or real.fd is None or reconstruction.fd is None:
-        return f"What limits this run cannot be told: there are too few images for a Fréchet distance.{more_held_out(run)}"
+        reason = comparison.withheld.get("fd", "there are too few images")
+        more = "" if reason == ALIKE else more_held_out(run)
+        return f"What limits this run cannot be told without a Fréchet distance: {reason}.{more}"
     row = comparison.priors[best]
     assert row.fd is not None
     decoder, prior = reconstruction.fd - real.fd, row.fd - reconstruction.fd
