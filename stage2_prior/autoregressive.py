@@ -29,10 +29,10 @@ from stage2_prior.conditions import (
     Unconditional,
 )
 from stage2_prior.heads import CategoricalHead, GaussianMixture, HeadConfig
-from stage2_prior.latents import LatentDataset, LatentSpec
+from stage2_prior.latents import LatentDataset, LatentSpec, check_levels
 from stage2_prior.pixelcnn import PixelCNNConfig
 from stage2_prior.pixelsnail import PixelSNAILConfig
-from stage2_prior.prior import Prior
+from stage2_prior.prior import Prior, only
 from stage2_prior.sampling import AS_FITTED, Sampling
 from stage2_prior.transformer import TransformerConfig
 
@@ -71,7 +71,7 @@ class AutoregressivePrior(Prior):
 
     def __init__(self, specs: list[LatentSpec], config: AutoregressiveConfig, classes: int = 0):
         super().__init__()
-        *coarser, self.spec = specs
+        *coarser, self.spec = self.specs = specs
         self.level = len(coarser)
         self.backbone = config.backbone.build()
         self.head = config.head.build(self.spec, self.backbone.width)
@@ -107,9 +107,9 @@ class AutoregressivePrior(Prior):
         """The weaker copy for autoguidance, or None."""
         return self._weaker[0] if self._weaker else None
 
-    def guide_by(self, weaker: "AutoregressivePrior") -> None:
+    def guide_by(self, weaker: "LearnedPrior") -> None:
         """Keep a weaker copy of this prior for autoguidance. It is not saved with the weights, and not trained."""
-        self._weaker = [weaker]  # in a list, a module is no submodule
+        self._weaker = [only(weaker.levels)]  # in a list, a module is no submodule
 
     def estimate(self, dataset: LatentDataset) -> None:
         """Fit the head's scales, and frequencies of labels or clusters. Raises ValueError for missing contexts."""
@@ -138,8 +138,9 @@ class AutoregressivePrior(Prior):
         contexts: None for an unconditional prior. For a prior with clusters, None takes the cluster of each latent; then the
         coarsest level also has log p(cluster), divided equally among its positions.
         noise: largest strength of noise on the inputs, in place of z_<i: see AutoregressiveConfig.input_noise.
-        Raises CannotSample for a conditional prior without contexts.
+        Raises ValueError for latents that do not fit, and CannotSample for a conditional prior without contexts.
         """
+        check_levels(levels, self.specs)
         *coarser, latent = levels
         log_cluster: Tensor | float = 0.0
         if contexts is None and isinstance(self.condition, ClusterCondition):
@@ -238,6 +239,11 @@ class Cascade(Prior):
     def estimate(self, dataset: LatentDataset) -> None:
         for prior in self.levels:
             prior.estimate(dataset)
+
+    def guide_by(self, weaker: "LearnedPrior") -> None:
+        """Keep a weaker copy of this prior for autoguidance: see AutoregressivePrior.guide_by."""
+        for own, other in zip(self.levels, weaker.levels, strict=True):
+            own.guide_by(other)
 
     def forward(self, levels: list[Tensor], contexts: Tensor | None = None, progress: float = 0.0) -> dict[str, Tensor]:
         losses = [prior(levels[: level + 1], contexts, progress)["loss"] for level, prior in enumerate(self.levels)]

@@ -48,9 +48,14 @@ def complete(
     as pixels, in nats, B·M.
     Raises CannotSample for a latent or a mask of the wrong shape.
     """
-    for own, latent, mask in zip(prior.levels, given, observed, strict=True):
-        if latent.shape != own.spec.shape or mask.shape != own.spec.grid or mask.dtype != torch.bool:
-            raise CannotSample(f"a level needs a latent and a boolean mask of {own.spec.shape} and {own.spec.grid}")
+    specs = [own.spec for own in prior.levels]
+    fits = len(given) == len(observed) == len(specs) and all(
+        latent.shape == spec.shape and mask.shape == spec.grid and mask.dtype == torch.bool
+        for latent, mask, spec in zip(given, observed, specs)
+    )
+    if not fits:
+        shapes = ", ".join(f"{spec.shape} and {spec.grid}" for spec in specs)
+        raise CannotSample(f"each level needs a latent, without a batch axis, and a boolean mask of {shapes}")
     # Particle m of sample i is sample number i·M + m under the seed, so a completion too is the same in any batch.
     numbers = (indices[:, None] * particles + torch.arange(particles, device=indices.device)).flatten()
     contexts = prior.draw_contexts(numbers, seed) if contexts is None else contexts.repeat_interleave(particles, 0)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from stage2_prior.conditions import LabelCondition, RivalCondition, Unconditional
-from stage2_prior.latents import LatentDataset, LatentSpec, moments
+from stage2_prior.latents import LatentDataset, LatentSpec, check_levels, moments
 from stage2_prior.prior import Prior, only
 from stage2_prior.sampling import CannotSample, Sampling
 
@@ -36,8 +36,8 @@ class Flattened(nn.Module):
             raise ValueError(
                 f"a {name} models continuous latents, not codes: leave out --prior, or choose --prior autoregressive"
             )
-        self.shape = only(specs).shape
-        self.size = only(specs).dimensions
+        self.spec = only(specs)
+        self.size = self.spec.dimensions
         self.register_buffer("shift", torch.zeros(self.size))
         self.register_buffer("scale", torch.ones(self.size))
 
@@ -48,12 +48,13 @@ class Flattened(nn.Module):
         self.scale.copy_(variance.flatten().sqrt().clamp_min(1e-3))  # not 0 where a number never varies
 
     def values(self, levels: list[Tensor]) -> Tensor:
-        """Standardized, B D."""
+        """Standardized, B D. Raises ValueError for latents of another shape."""
+        check_levels(levels, [self.spec])
         return (only(levels).flatten(1) - self.shift) / self.scale
 
     def latent(self, values: Tensor) -> list[Tensor]:
         """The inverse of `values`."""
-        return [(values * self.scale + self.shift).view(-1, *self.shape)]
+        return [(values * self.scale + self.shift).view(-1, *self.spec.shape)]
 
     def log_volume(self) -> Tensor:
         """log p(values) - log p(latent): the log of the product of all scales."""

@@ -48,6 +48,17 @@ class LatentSpec:
         return math.prod(self.shape)
 
 
+def check_levels(levels: Sequence[Tensor], specs: Sequence[LatentSpec]) -> None:
+    """Raises ValueError for anything but a list with a batch of latents for each level: numbers, or codes as int64."""
+    fits = len(levels) == len(specs) and all(
+        tuple(level.shape[1:]) == tuple(spec.shape) and (spec.vocabulary is None or level.dtype == torch.int64)
+        for level, spec in zip(levels, specs)
+    )
+    if not fits:
+        shapes = ", ".join("×".join(map(str, ("B", *spec.shape))) + (" int64" if spec.vocabulary else "") for spec in specs)
+        raise ValueError(f"latents are a list with one tensor for each level, here of shape {shapes}")
+
+
 def draw(posterior: Posterior, noise: Tensor | None = None) -> Tensor:
     """z ~ q(z|x), B C h w. Codes are returned unchanged.
 

@@ -95,9 +95,14 @@ class Prior(nn.Module, ABC):
         return None if self.condition is None else self.condition.draw(indices, seed)
 
     def given_or_drawn(self, indices: Tensor, seed: int, contexts: Tensor | None) -> Tensor | None:
-        """The contexts that are given, or drawn ones. Raises CannotSample for contexts of an unconditional prior."""
+        """The contexts that are given, or drawn ones.
+
+        Raises CannotSample for contexts of an unconditional prior, and for contexts that are not one for each sample, or for all.
+        """
         if self.condition is None and contexts is not None:
             raise CannotSample("this prior takes no context")
+        if contexts is not None and (contexts.ndim == 0 or len(contexts) not in (1, len(indices))):
+            raise CannotSample(f"{len(indices)} samples take a context each, or one for all, not {contexts.numel()}")
         return self.draw_contexts(indices, seed) if contexts is None else contexts
 
     def fitted_numbers(self) -> int:

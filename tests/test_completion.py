@@ -104,6 +104,8 @@ def test_a_latent_or_a_mask_of_another_shape_is_refused(head):
     for given, held in ((latent, its_mask), (wider, mask), (latent, mask.int())):
         with pytest.raises(CannotSample, match=r"boolean mask of .*3, 4\)"):
             complete(prior, [given], [held], torch.arange(2), 0)
+    with pytest.raises(CannotSample, match="each level"):
+        complete(prior, [], [mask], torch.arange(2), 0)
 
 
 @pytest.mark.parametrize("backbone", BACKBONES)

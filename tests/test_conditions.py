@@ -30,6 +30,15 @@ def test_the_label_reaches_every_position(backbone, head):
     assert all((by_label[a] != by_label[b]).all() for a in range(4) for b in range(a))
 
 
+@pytest.mark.parametrize("contexts", [torch.tensor(1), torch.tensor([1, 2])])
+def test_as_many_contexts_as_samples_or_one_for_all(contexts):
+    prior = conditional("pixelcnn", "mixture", LatentSpec((2, 2, 3)))
+    indices, one = torch.arange(3), torch.tensor([1])
+    assert torch.equal(prior.sample(indices, 0, contexts=one)[0], prior.sample(indices, 0, contexts=one.expand(3))[0])
+    with pytest.raises(CannotSample, match="3 samples take a context each"):
+        prior.sample(indices, 0, contexts=contexts)
+
+
 def test_many_labels_share_maps_and_have_maps_of_their_own_all_the_same():
     """As different from each other as those of few labels are, and far fewer numbers."""
     torch.manual_seed(0)

@@ -275,6 +275,21 @@ def test_a_head_refuses_latents_of_the_other_kind():
             AutoregressiveConfig(BACKBONES["pixelcnn"], HEADS[head]).build([spec_for(other, (2, 2))])
 
 
+@pytest.mark.parametrize("kind", ["mixture", "categorical", *RIVALS])
+def test_latents_that_do_not_fit_are_refused(kind):
+    """Also those that torch would broadcast: of one channel, or of one row."""
+    spec = LatentSpec((3, 3), vocabulary=5) if kind == "categorical" else LatentSpec((2, 3, 3))
+    prior = (
+        RIVALS[kind].build([spec]) if kind in RIVALS else AutoregressiveConfig(BACKBONES["pixelcnn"], HEADS[kind]).build([spec])
+    )
+    (latent,), _ = random_latents(3, spec)[torch.arange(3)]
+    wrong = [latent, latent[:1], [latent, latent], [latent[..., :1]], [latent[:, :1]], []]
+    for levels in wrong + ([[latent.int()], [latent.float()]] if kind == "categorical" else []):
+        for use in (prior, prior.log_prob):
+            with pytest.raises(ValueError, match=r"a list with one tensor for each level, here of shape B×.*3×3"):
+                use(levels)
+
+
 # Standardization and baselines
 
 

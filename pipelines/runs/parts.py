@@ -99,8 +99,7 @@ def guide(run: Run, learned: LearnedPrior, early: Path) -> None:
     except UserError:
         say(f"warning: {early} is damaged, so there is no autoguidance; delete it to go on without this warning")
         return
-    for level, other in zip(learned.levels, weaker.eval().levels):
-        level.guide_by(other)
+    learned.guide_by(weaker.eval())
 
 
 def load(run: Run, model: nn.Module, part: Part) -> None:
