@@ -277,12 +277,16 @@ INLINE float erf_ratio(float x) {
     return x * p / q;
 }
 
-/* The sum of `count` vectors, `stride` numbers apart, times a number each: several sums, for none to wait for the one before. */
-INLINE vector weighted(const float *shares, const float *vectors, size stride, size count) {
+/* The sum of `count` vectors, `stride` numbers apart, times a number each: several sums, for none to wait for the one before.
+   next: where as many vectors lie that are read soon. They are fetched meanwhile, and nothing waits for memory then. */
+INLINE vector weighted(const float *shares, const float *vectors, size stride, size count, const float *next) {
     vector sums[SUMS] = {{0}};
     size i = 0;
     for (; i + SUMS <= count; i += SUMS)
-        for (size n = 0; n < SUMS; n++) sums[n] += shares[i + n] * *(const vector *)(vectors + (i + n) * stride);
+        for (size n = 0; n < SUMS; n++) {
+            __builtin_prefetch(next + (i + n) * stride, 0, 2);
+            sums[n] += shares[i + n] * *(const vector *)(vectors + (i + n) * stride);
+        }
     for (; i < count; i++) sums[0] += shares[i] * *(const vector *)(vectors + i * stride);
     for (size n = 1; n < SUMS; n++) sums[0] += sums[n];
     return sums[0];
@@ -300,13 +304,15 @@ static void attend(size heads, size d, size position, size room, const float *qk
         float *place = keys + position / LANES * LANES * d + position % LANES;
         for (size i = 0; i < d; i++) place[i * LANES] = key[i];
         copy(values + position * d, value, d);
-        for (size p = 0; p < whole; p += LANES) *(vector *)(scores + p) = weighted(qkv, keys + p * d, LANES, d);
+        for (size p = 0; p < whole; p += LANES)
+            *(vector *)(scores + p) = weighted(qkv, keys + p * d, LANES, d, values + p * d);
         exponentials(scores, count);
         for (size p = count; p < whole; p++) scores[p] = 0;
         vector sum = {0};
         for (size p = 0; p < whole; p += LANES) sum += *(const vector *)(scores + p);
         const float share = 1 / sum_of(sum);
-        for (size i = 0; i < d; i += LANES) *(vector *)(out + i) = share * weighted(scores, values + i, d, count);
+        for (size i = 0; i < d; i += LANES)
+            *(vector *)(out + i) = share * weighted(scores, values + i, d, count, keys + d * room + i);
     }
 }
 
