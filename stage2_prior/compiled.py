@@ -4,6 +4,7 @@ B batch, D width, L layers, K codes or mixture components, C latent channels.
 """
 
 import ctypes
+import os
 import warnings
 from collections.abc import Sequence
 from functools import cache
@@ -24,13 +25,19 @@ BLOCK_ROWS_A_THREAD = 8  # the same for blocks of attention, which compute more 
 
 @cache
 def library() -> ctypes.CDLL | None:
-    """The fastest build of steps.c that runs on this processor; None where there is none."""
-    found = {build: find_spec(f"stage2_prior.{build}") for build in BUILDS}
+    """The fastest build of steps.c that runs on this processor; None where there is none.
+
+    To test and to time each build, the environment variable STEPS_BUILD names one, or `none`.
+    """
+    asked = os.environ.get("STEPS_BUILD")
+    if asked == "none":
+        return None
+    found = {build: find_spec(f"stage2_prior.{build}") for build in BUILDS if asked in (None, build)}
     installed = {build: ctypes.CDLL(spec.origin) for build, spec in found.items() if spec is not None and spec.origin is not None}
     current = {build: compiled for build, compiled in installed.items() if version_of(compiled) == VERSION}
     for build, compiled in current.items():
-        if compiled.runs_here():
-            if build == ONE_THREAD:
+        if compiled.runs_here() or asked is not None:
+            if build == ONE_THREAD and asked is None:
                 advise("this was installed by a compiler without OpenMP, so sampling uses one thread: install one with it, and")
             return declared(compiled)
     if len(current) < len(installed):

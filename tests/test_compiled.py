@@ -67,6 +67,7 @@ def test_compiled_draws_of_what_is_not_a_number_stay_within_bounds():
 
 def test_an_older_installation_is_told_of_and_not_used(monkeypatch):
     """One of before there were versions, and one of another."""
+    monkeypatch.delenv("STEPS_BUILD", raising=False)
     unversioned = SimpleNamespace(origin=torch._C.__file__)
     with monkeypatch.context() as patched, pytest.warns(UserWarning, match="pip install -e . again"):
         patched.setattr(compiled, "find_spec", lambda name: unversioned)
@@ -137,6 +138,7 @@ def drawn(backbone, head, noise: torch.Tensor, in_c: bool) -> tuple[torch.Tensor
 @pytest.mark.parametrize("last_runs", [True, False])
 def test_the_first_build_for_this_processor_is_used(last_runs, monkeypatch, recwarn):
     """Of those that are installed. One of another version is not; it is told of where nothing else is left."""
+    monkeypatch.delenv("STEPS_BUILD", raising=False)
     versions = {"of another version": compiled.VERSION + 1}
     processors = {"for another processor": False, "last": last_runs}
     names = iter(["of another version", "for another processor", "last", None])
@@ -149,11 +151,25 @@ def test_the_first_build_for_this_processor_is_used(last_runs, monkeypatch, recw
     assert len(recwarn) == (0 if last_runs else 1)
 
 
+@pytest.mark.parametrize("name", compiled.BUILDS[1:])
+def test_a_build_that_is_asked_for_is_used_though_another_is_faster(name, monkeypatch, recwarn):
+    monkeypatch.setattr(compiled, "find_spec", lambda module: SimpleNamespace(origin=module))
+    monkeypatch.setattr(ctypes, "CDLL", lambda module: SimpleNamespace(name=module, runs_here=lambda: "avx512" in module))
+    monkeypatch.setattr(compiled, "version_of", lambda build: compiled.VERSION)
+    monkeypatch.setattr(compiled, "declared", lambda build: build)
+    for asked, used in ((name, name), (None, compiled.BUILDS[0])):
+        monkeypatch.setenv("STEPS_BUILD", asked) if asked else monkeypatch.delenv("STEPS_BUILD")
+        assert compiled.library.__wrapped__().name == f"stage2_prior.{used}"
+    monkeypatch.setenv("STEPS_BUILD", "none")
+    assert compiled.library.__wrapped__() is None and not len(recwarn)
+
+
 @pytest.mark.parametrize(("installed", "says"), [("compiled_steps_one_thread", "without OpenMP"), (None, "without a C compiler")])
 def test_what_is_missing_is_said_once(installed, says, monkeypatch):
     def spec(name: str) -> SimpleNamespace | None:
         return SimpleNamespace(origin=name) if name == f"stage2_prior.{installed}" else None
 
+    monkeypatch.delenv("STEPS_BUILD", raising=False)
     monkeypatch.setattr(compiled, "find_spec", spec)
     monkeypatch.setattr(ctypes, "CDLL", lambda name: SimpleNamespace(runs_here=lambda: True))
     monkeypatch.setattr(compiled, "version_of", lambda build: compiled.VERSION)
