@@ -25,7 +25,7 @@ from pipelines.judging.comparison import ROWS, from_dict, read_comparison, to_di
 from pipelines.judging.features import FIGURES
 from pipelines.judging.together import Entry, names_of
 from pipelines.pages import report
-from pipelines.pages.page import labels_read
+from pipelines.pages.page import labels_read, unbroken
 from pipelines.pages.plots import COLOURS, lines, nearest_plot, plain, png, projections, training_curves
 from pipelines.pages.words import between_runs, cell, notes, verdict_in_words, verdict_of_several
 from pipelines.runs.config import replaced
@@ -73,6 +73,20 @@ def test_the_page_needs_nothing_else(compared):
         f"Diversity traded for fidelity: {way}" in text for way in ("temperature", "guidance", "autoguidance", "rejection")
     )
     assert "Samples by label" in text
+
+
+def test_the_page_names_the_command_that_made_it(compared):
+    for page, runs in {"both.html": ["mnist5k", "attention", "mnist-vqvae"], "mnist5k/compare/page.html": ["mnist5k"]}.items():
+        (names,) = re.findall(r"Made by python -m pipelines\.compare (.*?)\. ", (compared / page).read_text())
+        assert sorted(names.split()) == sorted(runs)
+
+
+def test_no_line_breaks_inside_of_an_option():
+    line = unbroken("Train longer: train_all --run a-b --stage1.steps 120; or <another> --run.")
+    assert line == (
+        'Train longer: train_all <span class="option">--run</span> a-b <span class="option">--stage1.steps</span> 120; or'
+        ' &lt;another&gt; <span class="option">--run</span>.'
+    )
 
 
 def test_a_prior_has_one_colour_in_all_plots():

@@ -2,12 +2,14 @@
 
 import base64
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import jinja2
 import torch
+from markupsafe import Markup, escape
 from matplotlib.figure import Figure
 from torch import Tensor
 
@@ -66,9 +68,10 @@ class Picture:
 
 @dataclass(frozen=True)
 class Section:
-    """What the page says of one run."""
+    """What the page says of one run, or of several that share a decoder."""
 
     name: str
+    runs: list[str]
     verdict: str
     overview: Picture
     """the first images of every row"""
@@ -105,6 +108,7 @@ def section_of(name: str, comparison: Comparison, exhibits: Exhibits, config: Ru
         rows.append(Row("best" if key == comparison.recommended else key, comparison.title(key), shown))
     return Section(
         name=name,
+        runs=[name],
         verdict=verdict_in_words(comparison),
         overview=overview(lines_of(comparison, exhibits)),
         diagnosis=diagnosis,
@@ -151,6 +155,7 @@ def section_of_several(
     picture = lines([(entry.title, entry.row.fd, entry.images) for entry in entries])
     return Section(
         name=f"One decoder, {len(comparisons)} learned priors",
+        runs=[*comparisons],
         verdict=verdict_of_several(entries),
         overview=overview(picture),
         diagnosis=[],
@@ -268,4 +273,11 @@ def write_page(path: Path, sections: Sequence[Section], versions: dict[str, str]
 def rendered(template: str, **values: object) -> bytes:
     """A page from a template beside this file, by its name."""
     text = (Path(__file__).parent / template).read_text(encoding="utf-8")
-    return jinja2.Environment(autoescape=True).from_string(text).render(values).encode()
+    environment = jinja2.Environment(autoescape=True)
+    environment.filters["unbroken"] = unbroken
+    return environment.from_string(text).render(values).encode()
+
+
+def unbroken(line: str) -> Markup:
+    """Text as HTML, without line breaks inside of options such as --stage1.steps, which browsers break after their hyphens."""
+    return Markup(re.sub(r"(?<!\S)(--[a-z][\w.-]*\w)", r'<span class="option">\1</span>', str(escape(line))))
