@@ -48,7 +48,10 @@ class ClassLabel:
     def build(self, width: int, specs: list[LatentSpec], classes: int) -> "LabelCondition":
         """Raises ValueError where the data set has no labels."""
         if classes < 1:
-            raise ValueError("a prior conditioned on class labels needs images with labels")
+            raise ValueError(
+                "a prior conditioned on class labels needs images with labels: sort them into a folder for each, or use another"
+                " condition"
+            )
         return LabelCondition(width, specs[-1].grid, classes, self.dropout)
 
 

@@ -149,6 +149,17 @@ def test_what_costs_the_labels_is_said(tmp_path, capsys, kind, message):
     assert re.search(message, capsys.readouterr().out)
 
 
+def test_a_label_that_only_held_out_images_have_is_said(tmp_path, capsys):
+    """Of a label with a single image, chance decides."""
+    for number in range(12):
+        fill(tmp_path / f"one{number}", 1, first=number)
+    fill(tmp_path / "many", 28)
+    splits = loaded(tmp_path)
+    trained = {splits.label_names[number] for number in splits.train.labels}
+    never = [name for name in splits.label_names if name not in trained]
+    assert never and f"no training image has the label {', '.join(never)}," in capsys.readouterr().out
+
+
 def scenes(folder: Path, count: int = 30) -> None:
     """Three pictures of each scene, which differ in their colours alone, and by the end of their names."""
     generator = np.random.default_rng(0)

@@ -148,7 +148,7 @@ def test_what_a_rival_takes_is_asked_for(name):
         plain.sample(numbers, 0, contexts=torch.zeros(2, dtype=torch.int64))
     with pytest.raises(CannotSample, match="only an autoregressive prior is guided"):
         labelled.sample(numbers, 0, Sampling(guidance=1.0))
-    with pytest.raises(ValueError, match="needs images with labels"):
+    with pytest.raises(ValueError, match="needs images with labels: sort them into a folder for each, or use another condition"):
         LABELLED[name].build([SPEC])
     with pytest.raises(ValueError, match="needs a data set with contexts"):
         labelled.estimate(random_latents(20, SPEC))

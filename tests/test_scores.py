@@ -183,7 +183,7 @@ def test_too_few_held_out_images_are_said_before_any_picture_is_read(run, tmp_pa
     monkeypatch.setattr(dataset, "load_data", lambda run: few)
     monkeypatch.setattr(folders, "images_at", lambda *_: pytest.fail("read in vain"))
     monkeypatch.setattr(Scorer, "__call__", lambda *_: pytest.fail("scored in vain"))
-    with pytest.raises(UserError, match="held-out images: 9, too few to say what is usual; at least 10 are needed"):
+    with pytest.raises(UserError, match="held-out images: 9, too few .*; at least 10 are needed: train a new run on more"):
         score.main([str(run.folder), "pictures"])
 
 

@@ -91,6 +91,8 @@ class OwnImages:
         else:
             splits = replace(with_validation(parts["train"], parts["test"], label_names, listing), used=used)
         self.warn_of_duplicates(splits, where, chosen="all" in sets)
+        if splits.train.labels is not None and (never := labels_without(splits.train.labels, label_names)):
+            say(f"warning: no training image has the label {some(never)}, which the prior cannot learn to draw")
         return splits
 
     def warn_of_duplicates(self, splits: Splits, where: str, chosen: bool) -> None:
@@ -122,6 +124,12 @@ def helping_splits(test: list[str], train: list[str], alike: dict[int, int]) -> 
         if 2 * together >= len(alike) and len({*groups}) >= FEWEST_GROUPS:
             ways.append(by)
     return ways
+
+
+def labels_without(labels: Tensor, label_names: list[str]) -> list[str]:
+    """The names of the labels that no image has. labels: of the images, N."""
+    counts = labels.bincount(minlength=len(label_names)).tolist()
+    return [name for name, count in zip(label_names, counts) if count == 0]
 
 
 def tell_of_few(images: int, test: int) -> None:

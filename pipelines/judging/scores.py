@@ -160,7 +160,10 @@ def png_bits(image: Tensor) -> float:
 def check_held_out(images: int) -> None:
     """Raises UserError where there are too few held-out images to tell what is usual."""
     if images < FEWEST_HELD_OUT:
-        raise UserError(f"held-out images: {images}, too few to say what is usual; at least {FEWEST_HELD_OUT} are needed")
+        raise UserError(
+            f"held-out images: {images}, too few to say what is usual; at least {FEWEST_HELD_OUT} are needed: train a new run on"
+            " more images, or on own ones with a higher --data.test-share"
+        )
 
 
 @dataclass(frozen=True)
