@@ -5,6 +5,8 @@ import json
 import os
 import shutil
 import sys
+import zipfile
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,6 +27,7 @@ from pipelines.data.layout import images_under
 from pipelines.data.reading import Stored, content_of
 from pipelines.data.sets import EmbeddedDigits, TorchvisionSet
 from pipelines.data.shards import Shards, cache_name
+from pipelines.data.tars import Member
 from pipelines.runs.config import to_dict
 from pipelines.runs.dataset import load_data, write_facts
 from pipelines.runs.recipes import preset
@@ -495,6 +498,26 @@ def test_the_index_of_shards_is_read_from_beside_them_until_they_change(shards, 
     assert len(read) == 4 and len([*(tmp_path / "cache").glob("*.index")]) == 4
     loaded(tmp_path / "cache")
     assert read == []
+
+
+@pytest.mark.parametrize("says", ["much in few bytes", "that much follows"])
+def test_an_index_of_someone_else_that_takes_more_memory_than_its_bytes_is_not_used(tmp_path, says):
+    path, shard = tmp_path / "0.tar.index", (100, 1)
+    path.write_bytes(shard_index.OfShard.of([Member("a", 512, 10, {"txt": b"a text"})], Counter()).packed(shard))
+    assert shard_index.OfShard.unpacked(path, shard).keys == ["a"]
+    with np.load(path) as columns:
+        contents = dict(columns)
+    if says == "much in few bytes":
+        np.savez_compressed(file := io.BytesIO(), **contents)
+        path.write_bytes(file.getvalue())
+    else:
+        with zipfile.ZipFile(path, "w") as parts:
+            for name, column in contents.items():
+                np.save(file := io.BytesIO(), column)
+                claims = b"(%d,), }" % 2**50
+                said = file.getvalue().replace(b"(6,), }".ljust(len(claims)), claims) if name == "txt" else file.getvalue()
+                parts.writestr(f"{name}.npy", said)
+    assert shard_index.OfShard.unpacked(path, shard) is None
 
 
 def test_shards_from_elsewhere_are_copied_once_and_test_shards_are_the_test_split(shards, tmp_path, monkeypatch):

@@ -25,6 +25,7 @@ from pipelines.data.reading import content_of
 from pipelines.data.shards import Shards
 from pipelines.explorer.views import hidden_part
 from pipelines.judging.features import Classifier
+from pipelines.runs import phases
 from pipelines.runs.completion import known_pixels, picture_to_complete
 from pipelines.runs.conditions import check_captions
 from pipelines.runs.dataset import load_data, write_facts
@@ -570,6 +571,16 @@ def test_captions_beside_the_splits_are_used(tmp_path):
     splits = loaded(tmp_path)
     assert sorted(splits.test.captions) == sorted(f"of test/{i}.png" for i in range(12))
     assert set(splits.train.captions) < {f"of train/{i}.png" for i in range(12)}
+
+
+def test_training_begins_after_captions_are_checked(tmp_path, capsys, monkeypatch):
+    fill(tmp_path / "images")
+    captioned(tmp_path / "images", [f"{'very ' * 20}red {i}" for i in range(12)], [f"{i}.png" for i in range(12)])
+    monkeypatch.setattr(phases, "fit", None)  # nothing is trained
+    run = Run.create(tmp_path / "run", replace(preset("folder-dalle"), data=Folder(tmp_path / "images", size=8)), "cpu")
+    with pytest.raises(TypeError, match="NoneType"):
+        phases.train(run)
+    assert "warning: captions longer than 16 tokens" in capsys.readouterr().out and (run.folder / "tokenizer.json").is_file()
 
 
 def test_captions_are_checked_before_anything_is_trained(tmp_path, capsys):

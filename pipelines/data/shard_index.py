@@ -77,6 +77,9 @@ class OfShard:
     def unpacked(cls, path: Path, shard: tuple[int, int]) -> "OfShard | None":
         """From a file, which may come from anyone; None where it is not there, not whole, or of another state of the shard."""
         try:
+            with zipfile.ZipFile(path) as parts:
+                if any(part.compress_type != zipfile.ZIP_STORED for part in parts.infolist()):  # a few bytes for gigabytes
+                    return None
             with np.load(path, allow_pickle=False) as columns:
                 if columns["shard"].tolist() != [VERSION, *shard]:
                     return None
@@ -84,7 +87,7 @@ class OfShard:
                 keys = text.split("\0") if places.size else []
                 annotations = {kind: split(columns[kind].tobytes(), columns[f"{kind}_lengths"]) for kind in ANNOTATIONS}
                 left_out = {str(kind): int(count) for kind, count in json.loads(columns["left_out"].tobytes()).items()}
-        except (OSError, ValueError, KeyError, AttributeError, TypeError, EOFError, zipfile.BadZipFile):
+        except (OSError, ValueError, KeyError, AttributeError, TypeError, EOFError, MemoryError, zipfile.BadZipFile):
             return None
         lengths = {len(keys), *map(len, annotations.values())}
         if places.dtype != np.int64 or places.shape != (2, len(keys)) or len(lengths) > 1:
