@@ -89,7 +89,9 @@ class Autoencoder(nn.Module):
     def forward(self, images: Tensor, progress: float = 0.0) -> dict[str, Tensor]:
         """images uint8 B C H W; returns loss, distortion and the bottleneck's terms (rate), mean nats an image.
 
-        progress: share of the training that is done, from 0 to 1. In training mode, a learned σ of the likelihood is updated.
+        progress: share of the training that is done, from 0 to 1. Left out, schedules stay at their beginning. They act in
+        training mode only. There, a learned σ of the likelihood is updated, too.
+        Raises ValueError for images of another type or shape.
         """
         embedded, penalty, terms = self.bottleneck(self.features(images), progress)
         samples = len(embedded)
@@ -104,7 +106,11 @@ class Autoencoder(nn.Module):
         return {"loss": (distortion + penalty).mean(), **means}
 
     def encode(self, images: Tensor) -> list[Posterior]:
-        """images uint8 B C H W to the posterior q(z|x) of each level, coarse to fine."""
+        """images uint8 B C H W to the posterior q(z|x) of each level, coarse to fine.
+
+        For use in eval mode: in training mode, a VQ-VAE normalizes by the batch, and updates its running means.
+        Raises ValueError for images of another type or shape.
+        """
         parts = [self.bottleneck.posterior(self.features(part)) for part in images.split(self.at_once)]
         if len(parts) == 1:
             return parts[0]

@@ -473,4 +473,5 @@ class GumbelSoftmaxBottleneck(Codes):
         return embedded[None], weight * rate, {"rate": rate, **self.use(logits.argmax(-1))}
 
     def posterior(self, features: Tensor) -> list[Posterior]:
+        """The likeliest code of q(z|x) at each position, not a draw, as the paper encodes images for its prior."""
         return [{"codes": self.project(features).argmax(1)}]

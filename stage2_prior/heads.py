@@ -174,7 +174,8 @@ class GaussianMixtureHead(Head):
         """For the temperature see `tempered`.
 
         Guidance asks for p(z)^(1+w) / weaker(z)^w, which need not have a finite integral. So CANDIDATES are drawn from
-        p(z)^(1/T), and one of them is chosen with weights (p(z) / weaker(z))^(w/T). This is exact as their number grows.
+        p(z)^(1/T), and one of them is chosen with weights (p(z) / weaker(z))^(w/T). This is exact as their number grows. GIVT
+        draws a component first, and guides within it, by rejection sampling.
         """
         how, uniforms, normals = state.how, state.uniforms[position], state.normals[position]
         if state.compiled is not None:
@@ -204,7 +205,8 @@ def tempered(log_weights: Tensor, log_std: Tensor, temperature: float) -> Tensor
     log_weights: … K. log_std: … K C, of axes whose standard deviations multiply to a component's volume.
 
     For components that do not overlap, p^(1/T) is again a mixture: variances are multiplied by T, and a component of weight π and
-    volume s gets the weight π^(1/T) s^(1-1/T). T = 1 is the mixture itself, and T = 0 its highest mode.
+    volume s gets the weight π^(1/T) s^(1-1/T). T = 1 is the mixture itself, and T = 0 its highest mode. The temperature of GIVT
+    multiplies standard deviations, so it is √T, and another one is for the weights.
     """
     log_volume = log_std.sum(-1)
     if temperature == 0:

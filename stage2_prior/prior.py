@@ -75,16 +75,29 @@ class Prior(nn.Module, ABC):
         return self.condition(contexts)
 
     def forward(self, levels: list[Tensor], contexts: Tensor | None = None, progress: float = 0.0) -> dict[str, Tensor]:
+        """The loss of training, mean nats per image, as "loss". levels: one latent for each level, B … each. contexts: B ….
+
+        progress: share of the training that is done, from 0 to 1; where it is left out, noise on inputs never ends.
+        """
         return {"loss": -self.log_prob(levels, contexts).mean()}
 
     @abstractmethod
-    def log_prob(self, levels: list[Tensor], contexts: Tensor | None = None) -> Tensor: ...
+    def log_prob(self, levels: list[Tensor], contexts: Tensor | None = None) -> Tensor:
+        """log p(levels | contexts), or a bound on it: B, nats per image in raw latents. Arguments as in `forward`."""
 
     @abstractmethod
-    def sample(self, indices: Tensor, seed: int, how: Sampling = AS_FITTED, contexts: Tensor | None = None) -> list[Tensor]: ...
+    def sample(self, indices: Tensor, seed: int, how: Sampling = AS_FITTED, contexts: Tensor | None = None) -> list[Tensor]:
+        """One latent for each level, B … each, without gradients. indices: int64, B: the numbers of the samples, as of arange.
+
+        contexts: one for each sample, or one for all. None draws them with the frequencies of the training set.
+        Raises CannotSample for contexts and settings in `how` that the prior does not have.
+        """
 
     def estimate(self, dataset: LatentDataset) -> None:
-        """Fit what has no gradient, here that of the condition. Raises ValueError for missing contexts."""
+        """Fit what has no gradient, once, before the training; here that of the condition.
+
+        Raises ValueError for missing contexts.
+        """
         if self.given_condition is not None and dataset.contexts is None:
             raise ValueError("a conditional prior needs a data set with contexts")
         if self.condition is not None:
@@ -102,8 +115,10 @@ class Prior(nn.Module, ABC):
         if self.condition is None and contexts is not None:
             raise CannotSample("this prior takes no context")
         if contexts is not None and (contexts.ndim == 0 or len(contexts) not in (1, len(indices))):
-            raise CannotSample(f"{len(indices)} samples take a context each, or one for all, not {contexts.numel()}")
-        return self.draw_contexts(indices, seed) if contexts is None else contexts
+            raise CannotSample(
+                f"{len(indices)} samples take a context each, or one for all, not of shape {tuple(contexts.shape)}"
+            )
+        return self.draw_contexts(indices, seed) if contexts is None else contexts.expand(len(indices), *contexts.shape[1:])
 
     def fitted_numbers(self) -> int:
         """The number of trained or fitted parameters."""

@@ -105,10 +105,10 @@ class Sampling:
     """sample each code from the fewest likeliest ones whose probabilities sum to p"""
     guidance: float = 0.0
     """strength w of classifier-free guidance toward the context (Ho and Salimans 2022): p(z|context)^(1+w) / p(z)^w, normalized
-    at each position, not over whole latents; 0 is none"""
+    at each position, not over whole latents; 0 is none. Some codes call 1 + w the scale of guidance"""
     autoguidance: float = 0.0
     """strength w of autoguidance (Karras et al. 2024): the same away from a weaker copy of the prior, which is what the prior was
-    early in its training, under the same context; 0 is none"""
+    early in its training, under the same context; 0 is none. The paper's w is 1 + this one"""
 
     def __post_init__(self) -> None:
         if not 0 <= self.temperature < math.inf:

@@ -1,5 +1,7 @@
 """Conditions: labels, coarser levels, guidance."""
 
+import dataclasses
+
 import pytest
 import torch
 from scipy import stats
@@ -10,7 +12,7 @@ from stage2_prior.conditions import Caption, ClassLabel, CoarserLevel, Condition
 from stage2_prior.heads import Categorical, truncated
 from stage2_prior.latents import LatentDataset, LatentSpec
 from stage2_prior.sampling import CannotSample, Sampling
-from tests.parts import BACKBONES, HEADS, LEARNED, random_latents, randomized, spec_for
+from tests.parts import BACKBONES, HEADS, LEARNED, RIVALS, random_latents, randomized, spec_for
 
 FALSE_ALARM = 1e-4
 LABEL = ClassLabel()
@@ -30,13 +32,17 @@ def test_the_label_reaches_every_position(backbone, head):
     assert all((by_label[a] != by_label[b]).all() for a in range(4) for b in range(a))
 
 
-@pytest.mark.parametrize("contexts", [torch.tensor(1), torch.tensor([1, 2])])
-def test_as_many_contexts_as_samples_or_one_for_all(contexts):
-    prior = conditional("pixelcnn", "mixture", LatentSpec((2, 2, 3)))
-    indices, one = torch.arange(3), torch.tensor([1])
-    assert torch.equal(prior.sample(indices, 0, contexts=one)[0], prior.sample(indices, 0, contexts=one.expand(3))[0])
-    with pytest.raises(CannotSample, match="3 samples take a context each"):
-        prior.sample(indices, 0, contexts=contexts)
+@pytest.mark.parametrize("kind", ["autoregressive", *RIVALS])
+def test_as_many_contexts_as_samples_or_one_for_all(kind):
+    spec, indices, one = LatentSpec((2, 2, 3)), torch.arange(3), torch.tensor([1])
+    if kind in RIVALS:
+        prior = dataclasses.replace(RIVALS[kind], condition=LABEL).build([spec], classes=3).eval()
+    else:
+        prior = conditional("pixelcnn", "mixture", spec)
+    assert torch.equal(prior.sample(indices, 0, contexts=one)[0], prior.sample(indices, 0, contexts=one.repeat(3))[0])
+    for contexts in (torch.tensor(1), torch.tensor([1, 2])):
+        with pytest.raises(CannotSample, match="3 samples take a context each"):
+            prior.sample(indices, 0, contexts=contexts)
 
 
 def test_many_labels_share_maps_and_have_maps_of_their_own_all_the_same():
