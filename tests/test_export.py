@@ -64,6 +64,7 @@ def test_an_export_is_the_same_model(run, copied, small_data, monkeypatch):
         assert torch.equal(model.sample(4, seed=1, **how), other.sample(4, seed=1, **how))
     images = model.sample(3)
     assert torch.equal(model.log_likelihood(images, 4), other.log_likelihood(images, 4))
+    assert torch.equal(model.score(images).numbers, other.score(images).numbers)
     assert {name: row.fd for name, row in other.compare().rows.items()} == {
         name: row.fd for name, row in model.compare().rows.items()
     }

@@ -95,8 +95,8 @@ def aggregate_posterior(trained: Trained) -> Findings:
         f"A larger encoder? At {SWEEP[BY_ENCODER[0]][2]} latent numbers the KL lies between {small.least:.2f} and"
         f" {small.most:.2f} nats with an encoder of {BY_ENCODER[0]} units, between {large.least:.2f} and {large.most:.2f} with"
         f" {BY_ENCODER[-1]}; -ELBO {'falls' if large.loss < small.loss else 'rises'} from {small.loss:.1f} to {large.loss:.1f}."
-        f" What q(z) certainly misses N(0, I) by {'grows' if large.least > small.least else 'shrinks'}"
-        f"{', and is not gone' if large.least > 0 else ''}.",
+        f" So the lower bound on the KL {'grows' if large.least > small.least else 'shrinks'}"
+        f"{', and stays above 0' if large.least > 0 else ''}.",
     ]
     numbers = {
         "rate": rates,
