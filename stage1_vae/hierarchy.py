@@ -40,7 +40,9 @@ class Hierarchical:
     a nat buys the same squared distance, summed over pixels, on every grid"""
 
     def build(self, features: int) -> "HierarchicalBottleneck":
-        """features: F, on the finest grid."""
+        """features: F, on the finest grid. Raises ValueError for fewer than two levels."""
+        if self.levels < 2:
+            raise ValueError(f"a hierarchy has two levels or more, not {self.levels}: for one, use its VectorQuantized alone")
         return HierarchicalBottleneck(self, features, self.levels)
 
 

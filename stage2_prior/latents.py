@@ -123,7 +123,9 @@ class LatentDataset:
         vectors: Tensor | None = None,
     ):
         """levels: posteriors of N images, coarse to fine. contexts: N …, such as labels. vectors: the codebook of the coarsest
-        level, K D. Raises ValueError where lengths differ or are 0."""
+        level, K D. Raises ValueError where lengths differ or are 0, and for tensors in place of posteriors."""
+        if not all(isinstance(level, Mapping) for level in levels):
+            raise ValueError('a latent data set takes a posterior for each level: {"mean": …, "std": …}, or {"codes": …}')
         lengths = {len(tensor) for level in levels for tensor in level.values()}
         lengths |= set() if contexts is None else {len(contexts)}
         if len(lengths) != 1 or 0 in lengths:

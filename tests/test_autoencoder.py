@@ -573,6 +573,7 @@ def test_feature_maps_are_halved_on_the_grids_between_images_and_latents():
                 (bottlenecks.Deterministic(channels=3), "need 3 features"),
             )
         ),
+        (lambda: AutoencoderConfig(bottleneck=Hierarchical(levels=1)).build((1, 32, 32)), "two levels or more, not 1"),
     ],
 )
 def test_refuses_what_cannot_work(config, message):

@@ -613,6 +613,11 @@ def test_the_density_of_the_aggregate_posterior_reads_each_posterior_once_and_fe
     assert max(sizes) == 8 and sum(sizes) == 50
 
 
+def test_a_latent_data_set_of_tensors_is_refused():
+    with pytest.raises(ValueError, match="takes a posterior for each level"):
+        LatentDataset([torch.zeros(10, 1, 2, 2)])
+
+
 def test_a_latent_data_set_draws_afresh():
     dataset = random_latents(10, LatentSpec((1, 2, 2)))
     (first,), (second,) = dataset[torch.arange(3)][0], dataset[torch.arange(3)][0]
