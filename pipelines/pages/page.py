@@ -35,6 +35,7 @@ from pipelines.pages.plots import (
 from pipelines.pages.tables import Row, Table
 from pipelines.pages.words import (
     HEADINGS,
+    SHORT,
     about_measures,
     about_several,
     cell,
@@ -146,7 +147,7 @@ def section_of_several(
     best = next(iter(candidates(entries)), None)
     gaps, rows = above_best(entries), []
     for place, entry in enumerate(entries):
-        shown = [cell(entry.row, figure) for figure in HEADINGS]
+        shown = [cell(entry.row, figure) for figure in SHORT]
         above = "" if place not in gaps else "best" if gaps[place][0] == 0 else "+{:.1f} ± {:.1f}".format(*gaps[place])
         size = "" if entry.row.parameters is None else f"{entry.row.parameters:,}"
         times = ["" if time is None else f"{time:.3g}" for time in (entry.seconds_to_train, entry.seconds_to_draw)]
@@ -159,7 +160,7 @@ def section_of_several(
         verdict=verdict_of_several(entries),
         overview=overview(picture),
         diagnosis=[],
-        columns=[*HEADINGS.values(), "nats above the best", "parameters", "s to train", "s per 1,000"],
+        columns=[*(HEADINGS[figure] for figure in SHORT), "nats above the best", "parameters", "s to train", "s per 1,000"],
         rows=rows,
         notes=[*about_measures(next(iter(comparisons.values()))), *about_several(comparisons)],
         pictures=[

@@ -243,6 +243,7 @@ def about_several(comparisons: Mapping[str, Comparison]) -> list[str]:
         "nats above the best: what a prior needs more for the latents of an image than the best one; ±: half of its 95 %"
         " interval, over the same draws of the same held-out images.",
         "s to train: of stage 2 alone. parameters: numbers trained or fitted.",
+        "KID, density and nearer are in the CSV beside this page, and on the page of each run.",
     ]
     conditions = [f"{run} on the {found.conditioned_on}" for run, found in comparisons.items() if found.conditioned_on]
     return lines + ([f"Some priors are conditioned: {', '.join(conditions)}."] if conditions else [])
