@@ -149,6 +149,17 @@ def test_files_that_cannot_be_used_are_refused_in_a_sentence(tmp_path, make, set
         Parquet(root=tmp_path, **settings).load()
 
 
+def test_a_small_file_of_long_texts_takes_little_memory(tmp_path):
+    """A text of many rows is stored once in each group of them, and held as often; one too long for a caption is refused."""
+    images = [png(number) for number in range(50)]
+    write(tmp_path / "x.parquet", range(50), image=images, caption=["x" * 2**20] * 50)
+    splits = Parquet(root=tmp_path, size=4).load()
+    assert len({id(caption) for caption in splits.train.captions}) <= 50 // 7 + 1 and len(splits.train.captions[0]) == 2**20
+    write(tmp_path / "x.parquet", range(50), image=images, caption=["x" * (2**20 + 1)] * 50)
+    with pytest.raises(UserError, match="'caption' of a Parquet file holds a text of more than 1048576"):
+        Parquet(root=tmp_path, size=4).load()
+
+
 def test_a_cut_off_file_is_refused(tmp_path):
     write(tmp_path / "x.parquet", range(12), image=[png(number) for number in range(12)])
     content = (tmp_path / "x.parquet").read_bytes()

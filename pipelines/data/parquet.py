@@ -18,7 +18,7 @@ from pipelines.data.images import ImageSet, Splits
 from pipelines.data.layout import SPLITS, some
 from pipelines.data.own import FEWEST_IMAGES, OwnImages, labels_of
 from pipelines.data.reading import Stored, printable
-from pipelines.data.tars import MOST_OF_IMAGE
+from pipelines.data.tars import MOST_OF_ANNOTATION, MOST_OF_IMAGE
 
 LABELS = ("label", "labels", "class", "cls", "category", "fine_label")
 CAPTIONS = ("text", "caption", "captions", "prompt", "description")
@@ -71,6 +71,7 @@ class Parquet(OwnImages):
                 about = content.metadata.row_group(group)
                 groups.append((len(files) - 1, group, about.num_rows, about.total_byte_size))
             count = content.metadata.num_rows
+            content = opened(path, [name for name in (columns.label, columns.caption) if name is not None])
             labels += texts_in(content, columns.label, columns.label_names) if columns.label else [None] * count
             captions += texts_in(content, columns.caption) if columns.caption else [None] * count
         made = Rows(ParquetFiles(self.root, files, groups), labels, captions)
@@ -103,11 +104,11 @@ def library() -> Any:
     return pyarrow
 
 
-def opened(path: Path) -> Any:
-    """A file, of which only the footer is read yet."""
+def opened(path: Path, texts: Sequence[str] = ()) -> Any:
+    """A file, of which only the footer is read yet. texts: columns of which each text is held once."""
     arrow = library()
     try:
-        return arrow.parquet.ParquetFile(path)
+        return arrow.parquet.ParquetFile(path, read_dictionary=[*texts])
     except (OSError, arrow.ArrowException) as error:
         raise UserError(f"{path} cannot be read as a Parquet file ({first_line(error)}): copy it again, or remove it") from error
 
@@ -214,11 +215,21 @@ def is_text(kind: Any) -> bool:
 def texts_in(content: Any, column: str, names: Sequence[str] | None = None) -> list[str | None]:
     """A column of texts or whole numbers. names: what the numbers stand for; one below 0 stands for nothing.
 
-    Raises UserError where it cannot be read.
+    Raises UserError where it cannot be read, or holds a text that is too long for a caption.
     """
     arrow = library()
     try:
-        values = content.read([column]).column(column).to_pylist()
+        values: list[Any] = []
+        for chunk in content.read([column]).column(column).chunks:
+            if isinstance(chunk, arrow.DictionaryArray):  # each text is held once, however many rows have it
+                known = chunk.dictionary.to_pylist()
+                if any(text is not None and len(text) > MOST_OF_ANNOTATION for text in known):
+                    raise UserError(
+                        f"the column {column!r} of a Parquet file holds a text of more than {MOST_OF_ANNOTATION} letters"
+                    )
+                values += [None if number is None else known[number] for number in chunk.indices.to_pylist()]
+            else:
+                values += chunk.to_pylist()
     except (OSError, arrow.ArrowException, UnicodeDecodeError) as error:
         raise UserError(f"the column {column!r} of a Parquet file cannot be read ({first_line(error)}): copy it again") from error
     if names is None:
