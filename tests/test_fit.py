@@ -63,6 +63,16 @@ def test_progress_counts_the_steps_that_were_asked_for(tmp_path, capsys, monkeyp
     assert f"test: {CONFIG.steps}/{CONFIG.steps} steps, 100 %" in capsys.readouterr().out
 
 
+def test_progress_shows_the_held_out_loss_beside_that_of_other_models(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(Progress, "SECONDS", 0.0)
+    fit(Fabric(accelerator="cpu"), Noisy(), Points(30), Points(10), CONFIG, 0, tmp_path, "test", beside=lambda: {"other": 7.25})
+    lines = [line for line in capsys.readouterr().out.splitlines() if "steps," in line]
+    assert len(lines) > 4 and all(", other 7.25" in line for line in lines)
+    shown = [float(re.search(r"held out ([\d.]+),", line)[1]) for line in lines if "held out" in line]
+    judged = [moment.held_out["loss"] for moment in checkpoints.usable(tmp_path)[-1].record.history]
+    assert {*shown} <= {float(f"{loss:.4g}") for loss in judged} and 0 < len(shown) < len(lines)
+
+
 def assert_equal(whole, resumed):
     """Two checkpoints, bit for bit."""
     for a, b in ((whole.model(), resumed.model()), (whole.training(), resumed.training())):

@@ -1,5 +1,6 @@
 """Encoded posteriors in several files: the same as in one, written part by part, read where they are used."""
 
+import math
 import sys
 
 import pytest
@@ -7,15 +8,16 @@ import torch
 
 from pipelines.console import UserError
 from pipelines.runs import latents as latents_module
+from pipelines.runs import phases
 from pipelines.runs.dataset import write_facts
 from pipelines.runs.latents import encode, training_latents
-from pipelines.runs.parts import new_autoencoder, specs_of
+from pipelines.runs.parts import load_autoencoder, new_autoencoder, specs_of
 from pipelines.runs.recipes import preset
 from pipelines.runs.run import Run
 from pipelines.training.fit import fit
 from stage2_prior import latents
 from stage2_prior.latents import Joined, LatentDataset
-from tests.parts import shrunk, small_splits
+from tests.parts import shrunk, small_splits, trained_run
 
 
 @pytest.mark.parametrize("lengths", [(5, 1, 4), (10,), (3, 3, 3, 1)])
@@ -126,3 +128,24 @@ def test_many_latents_lie_in_several_files(tmp_path, monkeypatch):
     fewer = splits.train.subset(torch.arange(25))
     assert len(encode(run, autoencoder, fewer, "train")) == 25
     assert [path.name for path in folder.glob("*train*")] == ["stage1-train.safetensors"]
+
+
+@pytest.mark.parametrize(("name", "shown"), [("mnist5k", ["N(0, I)", "Gaussian"]), ("mnist5k-vqvae", ["uniform", "unigram"])])
+def test_stage_2_is_shown_beside_the_losses_of_baselines_on_the_same_held_out_latents(tmp_path, monkeypatch, name, shown):
+    found = {}
+
+    def fitting(fabric, model, train, held_out, *arguments, beside=dict, **options):
+        found.update(beside(), latents=held_out)  # of stage 2, which comes last
+        return fit(fabric, model, train, held_out, *arguments, **options)
+
+    monkeypatch.setattr(phases, "fit", fitting)
+    run = trained_run(tmp_path, name)
+    specs, held_out = specs_of(load_autoencoder(run)), found.pop("latents")
+    assert list(found) == shown
+    if specs[0].vocabulary:
+        assert found["uniform"] == pytest.approx(specs[0].dimensions * math.log(specs[0].vocabulary))
+    else:
+        (posterior,) = held_out.sample()
+        expected = 0.5 * (posterior["mean"].square() + posterior["std"].square() + math.log(2 * math.pi))
+        assert found["N(0, I)"] == pytest.approx(float(expected.flatten(1).sum(1).mean()), rel=0.02), "one draw for each image"
+    assert found[shown[1]] < found[shown[0]]

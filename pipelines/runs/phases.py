@@ -21,15 +21,19 @@ from pipelines.runs.sharing import check_source, share_stage1
 from pipelines.training.config import OnNan
 from pipelines.training.devices import open_fabric, resolved
 from pipelines.training.fabric import Fabric
-from pipelines.training.fit import fit
+from pipelines.training.fit import evaluate, fit
 from pipelines.training.refine import BothStages
 from pipelines.training.trackers import GRID_COLUMNS, Tracking
 from stage1_vae.autoencoder import Autoencoder
 from stage2_prior.autoregressive import LearnedPrior
+from stage2_prior.baselines import baselines
 from stage2_prior.conditions import Caption
 from stage2_prior.latents import LatentDataset, LatentSpec
 from stage2_prior.prior import Prior
 
+BESIDE = {"standard": "N(0, I)", "gaussian": "Gaussian"}
+BESIDE_CODES = {"standard": "uniform", "unigram": "unigram"}
+"""Baselines whose loss stands beside that of stage 2, with what they are called there."""
 CHECKPOINTED = 8  # copies of the weights: in two checkpoints the average, the weights and the optimizer's two
 
 
@@ -163,9 +167,30 @@ class Phases:
         # Autoguidance is for autoregressive priors; and refined, it would be away from a prior of other latents.
         guided = isinstance(prior, LearnedPrior) and run.config.refine is None
         early = run.folder / EARLY_PRIOR if guided else None
-        latents = train, validation
-        where = run.folder / "stage2", PHASES["stage2"].title
-        fit(fabric, prior, *latents, run.config.stage2, run.config.seed, *where, on_nan=self.on_nan, tracker=tracker, early=early)
+        config, latents, where = run.config.stage2, (train, validation), (run.folder / "stage2", PHASES["stage2"].title)
+
+        def of_baselines() -> dict[str, float]:
+            """Held-out losses of priors that need no training."""
+            specs, found = specs_of(autoencoder), {}
+            for name, title in BESIDE_CODES.items() if specs[0].vocabulary else BESIDE.items():
+                baseline = baselines(specs)[name](specs)
+                baseline.estimate(train)
+                run.fabric.to_device(baseline)
+                found[title] = evaluate(run.fabric, baseline, validation, config.batch_size, run.config.seed)["loss"]
+            return found
+
+        fit(
+            fabric,
+            prior,
+            *latents,
+            config,
+            run.config.seed,
+            *where,
+            on_nan=self.on_nan,
+            tracker=tracker,
+            early=early,
+            beside=of_baselines,
+        )
 
     def refine(self, autoencoder: Autoencoder, prior: Prior) -> None:
         """Train both on together, and encode the training images anew."""

@@ -17,7 +17,7 @@ import math
 import signal
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, SupportsFloat
 
@@ -122,11 +122,13 @@ def fit(
     on_nan: OnNan = "stop",
     tracker: Tracker = UNTRACKED,
     early: Path | None = None,
+    beside: Callable[[], Mapping[str, float]] = dict,
     says_skipped: bool = True,
 ) -> checkpoints.Checkpoint:
     """Train `model` in place, from its last checkpoint under `folder` if there is one; returns the best checkpoint.
 
     label: names the training in messages. early: file for the weights after an eighth of the steps, for autoguidance.
+    beside: held-out losses of other models, by name, to show beside this one's; called where there is something to train.
     says_skipped: print a line where the training is finished already.
 
     The model ends with the best checkpoint's weights, in eval mode. A finished training is only loaded.
@@ -140,7 +142,7 @@ def fit(
         # What has been sharded stays so; the caller's model is not.
         trained = copy.deepcopy(model) if isinstance(fabric.strategy, ModelParallelStrategy) else model
         parts = fabric, trained, train, held_out, config, seed, folder, label
-        done = Training(*parts, on_nan=on_nan, tracker=tracker, early=early).run(done)
+        done = Training(*parts, on_nan=on_nan, tracker=tracker, early=early, beside=beside()).run(done)
         warn_of_divergence(label, done[-1].record.history)
     elif says_skipped:
         say(f"{label}: finished, skipped")
@@ -190,6 +192,7 @@ class Training:
     on_nan: OnNan = "stop"
     tracker: Tracker = UNTRACKED
     early: Path | None = None
+    beside: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         fabric, model, config, label = self.fabric, self.model, self.config, self.label
@@ -235,7 +238,7 @@ class Training:
                     progress.update(step - before)
                     continue
                 step += 1
-                progress.update(1, terms)
+                progress.update(1, {**terms, **self.held_out_losses()})
                 if self.early is not None and step == early_step(config):
                     self.write_early(self.early)
                 if step % CURVE_STEPS == 0:
@@ -250,6 +253,11 @@ class Training:
                     where = f"{self.label}, step {step} of {config.steps}"
                     raise Stopped(f"{name}: saved at {where}; the same command goes on from there", due)
         return self.kept
+
+    def held_out_losses(self) -> dict[str, float]:
+        """The last one of the model, and those of others."""
+        own = {"held out": self.history[-1].held_out["loss"]} if self.history else {}
+        return {**own, **self.beside}
 
     def due(self, signals: Signals) -> int:
         """The signal that some process received, 0 when the last checkpoint is too long ago, or -1: the same on all."""
