@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-HASH_BATCH = 1000
+HASH_BATCH = 100
 HASH_GRID = 8
 
 SplitBy = Literal["file", "folder", "name-prefix"]
