@@ -4,10 +4,7 @@ All of them run the same program. The first alone writes and prints; everything 
 where there is one process it costs nothing.
 """
 
-import ctypes
 import os
-import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -22,7 +19,6 @@ from stage1_vae.statistics import world_size as count
 T = TypeVar("T")
 
 AGES = timedelta(days=10_000)
-RETURN_SECONDS = 2.0  # between two returns of memory, which take some hundredths of a second
 
 
 def rank() -> int:
@@ -95,16 +91,6 @@ def on_each(action: Callable[[], object], group: "distributed.ProcessGroup | Non
             raise other
 
 
-def return_memory() -> None:
-    """Give memory that is free back to the system, where glibc holds it.
-
-    What is freed between blocks in use stays with the process. Over batches of large images this grows: a comparison of images of
-    256×256 that used 0.7 GiB held 1.5.
-    """
-    if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)) is not None:
-        trim(0)
-
-
 def shared(work: Callable[[T], object], items: Sequence[T], label: str, unit: str) -> None:
     """Work on each of some items, however long it takes, by turns of the processes.
 
@@ -143,7 +129,6 @@ def in_batches(
     batches = indices.split(size)
     turns, own = (1, 0) if alone else (count(), rank())
     made: list[T] = []
-    returned = time.monotonic()
     with Progress(label, len(indices), unit) as progress:
         for start in range(0, len(batches), turns):
             number = start + own
@@ -151,9 +136,6 @@ def in_batches(
             result = work(batches[min(number, len(batches) - 1)])
             if number < len(batches):
                 made.append(result)
-            if time.monotonic() - returned > RETURN_SECONDS:
-                return_memory()
-                returned = time.monotonic()
             progress.update(sum(len(batch) for batch in batches[start : start + turns]))
     if alone:
         return made

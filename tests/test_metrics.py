@@ -1,15 +1,12 @@
 """Figures of sample quality against other implementations and known cases; the extractors; rejection."""
 
-import ctypes
 import dataclasses
 import io
 import json
 import math
-import os
 import pickle
 import re
 import shutil
-import sys
 import time
 from collections.abc import Callable
 from functools import partial
@@ -32,7 +29,6 @@ from torch_fidelity.metric_kid import kernel_poly, mmd2
 from torchmetrics.image.kid import poly_mmd
 from torchvision import transforms
 
-from pipelines import processes
 from pipelines.benchmarks.measuring import peak_bytes
 from pipelines.console import UserError
 from pipelines.data.images import ImageSet
@@ -667,15 +663,3 @@ def test_a_comparison_comes_back_from_its_file(run, tmp_path, monkeypatch):
     path.write_text(json.dumps(json.loads(path.read_text()) | {"schema": 99}))
     with pytest.raises(UserError, match="version 99.* delete it"):
         read_comparison(path)
-
-
-@pytest.mark.skipif(sys.platform != "linux" or not hasattr(ctypes.CDLL(None), "malloc_trim"), reason="this is not glibc")
-def test_free_memory_goes_back_to_the_system():
-    def resident() -> int:
-        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-
-    blocks = [bytearray(2**16) for _ in range(4000)]  # small enough to lie side by side
-    blocks = blocks[::50]  # and what is free between them stays
-    before = resident()
-    processes.return_memory()
-    assert before - resident() > 100 * 2**20

@@ -203,9 +203,11 @@ class Rows:
             found = self.look("perturbed" if exchanged else "reconstruction", places, images)
             if exchanged:
                 return found
-            pairs = zip(images.split(at_once), subject.splits.test.images[batch].split(at_once))
-            errors = [(ours.double() - real.double()).div(255).square().flatten(1).mean(1) for ours, real in pairs]
-            return Seen(found.features, found.images, found.read, errors=torch.cat(errors))
+            # In place: a list of small results between large temporaries would keep these from being used again, by glibc.
+            errors = torch.empty(len(batch), dtype=torch.float64)
+            for own, ours, real in zip(*(some.split(at_once) for some in (errors, images, subject.splits.test.images[batch]))):
+                own.copy_((ours.double() - real.double()).div_(255).square_().flatten(1).mean(1))
+            return Seen(found.features, found.images, found.read, errors=errors)
 
         subject = self.subject
         autoencoder, fabric, at_once = subject.autoencoder, subject.run.fabric, subject.autoencoder.at_once
