@@ -96,28 +96,16 @@ TUNED: dict[str, dict[str, Any]] = {
     },
     "mnist-plain": {"stage1.steps": 26_000},
     "mnist-vqvae": {"stage1.steps": 8000, "stage2.steps": 10_000},
-    "mnist-vqvae2": {"autoencoder.bottleneck.coarser_rate": 0.25},
     "fashion-mnist": {"stage1.steps": 8000},
     "fashion-vqvae": {"stage1.steps": 6000},
-    "fashion-vqvae2": {
-        "stage2.steps": 4000,
-        "autoencoder.bottleneck.coarser_rate": 0.25,
-        "prior.top.head": WIDE,
-        "prior.bottom.head": WIDE,
-        "prior.bottom.backbone": PixelSNAILConfig(),
-        "prior.top.input_noise": 0.3,
-        "prior.bottom.input_noise": 0.3,
-    },
     "fashion-dalle": {"stage1.steps": 6000, "stage2.steps": 8000},
     "cifar10-vqvae2": {
         "stage1.steps": 12_000,
         "stage1.batch_size": 16,
         "stage2.steps": 5000,
         "stage2.batch_size": 32,
-        "autoencoder.bottleneck.coarser_rate": 0.25,
-        "prior.top.head": WIDE,
-        "prior.bottom.head": WIDE,
-        "prior.bottom.backbone": PixelSNAILConfig(),
+        "prior.top.input_noise": 0.0,
+        "prior.bottom.input_noise": 0.0,
     },
 }
 """By preset, what is otherwise than its recipe makes of its data set."""
@@ -148,15 +136,21 @@ def vqvae(data: DataSet) -> RunConfig:
 
 
 def vqvae2(data: DataSet) -> RunConfig:
-    """Attention in the top prior, as in the paper."""
+    """Attention in the top prior, as in the paper, and in the bottom prior where there are many images."""
     config = vae(data)
-    codebooks = Hierarchical(bottlenecks.VectorQuantized(codes=data.codes, rate_weight=6.0))
-    top = AutoregressiveConfig(PixelSNAILConfig(dropout=data.dropout), Categorical(), data.condition)
-    bottom = AutoregressiveConfig(PixelCNNConfig(dropout=data.dropout), Categorical(), data.condition)
+    codebook, snail = bottlenecks.VectorQuantized(codes=data.codes, rate_weight=6.0), PixelSNAILConfig(dropout=data.dropout)
+    codebooks = Hierarchical(codebook, coarser_rate=0.25)
+    top = AutoregressiveConfig(snail, WIDE, data.condition, input_noise=0.3)
+    bottom, steps = top, 4000
+    if data.few:
+        codebooks = Hierarchical(codebook)
+        top = AutoregressiveConfig(snail, Categorical(), data.condition)
+        bottom = AutoregressiveConfig(PixelCNNConfig(dropout=data.dropout), Categorical(), data.condition)
+        steps = 3 * data.stage2.steps // 4
     config = replace(
         config,
         stage1=replace(data.stage1, steps=3 * data.stage1.steps // 4),
-        stage2=replace(data.stage2, steps=3 * data.stage2.steps // 4, checkpoint_steps=min(500, data.stage2.checkpoint_steps)),
+        stage2=replace(data.stage2, steps=steps, checkpoint_steps=min(500, data.stage2.checkpoint_steps)),
         autoencoder=AutoencoderConfig(replace(data.network, downsample=2), codebooks),
         prior=CascadeConfig(top, bottom),
     )
