@@ -30,6 +30,7 @@ PUBLISHED = {
     "mnist": (0, 1),
     "mnist5k-vqvae": (0,),
     "mnist5k-vqvae2": (0,),
+    "mnist-vqvae2": (0,),
     "fashion-vqvae2": (0,),
     "mnist5k-dalle": (0,),
     "folder --data.size 32 --prior.condition class-label": (0,),

@@ -305,8 +305,8 @@ def test_a_prior_can_be_told_nothing_by_name():
     _, config, _ = parse(["folder-vqvae2", "--prior.condition", "class-label"])
     assert config.prior.top.condition == config.prior.bottom.condition == ClassLabel()
     assert preset("folder").prior.condition == preset("folder-vqvae2").prior.condition == Cluster()
-    names = {name: name_of_prior(preset(name).prior) for name in ("folder", "folder-vqvae2", "mnist5k", "mnist-vqvae2")}
+    names = {name: name_of_prior(preset(name).prior) for name in ("folder", "folder-vqvae2", "mnist5k", "mnist5k-vqvae2")}
     assert names["folder"] == "PixelSNAIL with clusters" and names["folder-vqvae2"] == "PixelSNAIL with clusters"
-    assert names["mnist5k"] == "PixelSNAIL" and names["mnist-vqvae2"] == "PixelSNAIL + PixelCNN"
+    assert names["mnist5k"] == "PixelSNAIL" and names["mnist5k-vqvae2"] == "PixelSNAIL + PixelCNN"
     _, config, _ = parse(["mnist5k", "--prior.condition", "none"])
     assert config.prior.condition == Unconditional() and config.prior.head == preset("mnist5k").prior.head
