@@ -160,6 +160,25 @@ def test_a_small_file_of_long_texts_takes_little_memory(tmp_path):
         Parquet(root=tmp_path, size=4).load()
 
 
+@pytest.mark.parametrize("as_struct", [False, True])
+def test_an_image_that_many_rows_share_is_held_once(tmp_path, as_struct):
+    content = png(0) + bytes(2**20)  # which follows the picture, and is not read
+    rows = [{"bytes": content, "path": None} if as_struct else content] * 400
+    parquet.write_table(arrow.table({"image": rows}), tmp_path / "x.parquet", row_group_size=400)
+    splits = Parquet(root=tmp_path, size=4, in_memory=0).load()
+    files = splits.train.images.files
+    assert splits.train.images[torch.arange(3)].shape == (3, 3, 4, 4)
+    assert files.images(0).nbytes < 2 * len(content)
+
+
+def test_a_row_group_that_unpacks_to_far_more_than_the_file_holds_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("pipelines.data.parquet.UNPACKED", 2**20)
+    table = arrow.table({"image": [png(number) + bytes(2**18) for number in range(20)]})
+    parquet.write_table(table, tmp_path / "x.parquet", compression="zstd", use_dictionary=False)
+    with pytest.raises(UserError, match="a row group unpacks to 5 MiB from 0.0"):
+        Parquet(root=tmp_path, size=4).load()
+
+
 def test_a_cut_off_file_is_refused(tmp_path):
     write(tmp_path / "x.parquet", range(12), image=[png(number) for number in range(12)])
     content = (tmp_path / "x.parquet").read_bytes()

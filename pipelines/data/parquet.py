@@ -23,6 +23,7 @@ from pipelines.data.tars import MOST_OF_ANNOTATION, MOST_OF_IMAGE
 LABELS = ("label", "labels", "class", "cls", "category", "fine_label")
 CAPTIONS = ("text", "caption", "captions", "prompt", "description")
 SPLIT = {name: re.compile(rf"({names})([-_.].*)?", re.IGNORECASE) for name, names in SPLITS.items()}
+UNPACKED, PACKED = 2**28, 100  # bytes of a row group from which on it may take no more than so many times its bytes in the file
 GROUPS = 2  # row groups kept in memory: of images read in order, that which is read and the one after it
 
 
@@ -59,16 +60,20 @@ class Parquet(OwnImages):
     def rows(self, paths: list[Path]) -> "Rows":
         """Of the files of one split. Raises UserError for one that is no Parquet file, or has no images."""
         assert self.root is not None
-        files: list[tuple[Path, str]] = []
+        files: list[tuple[Path, str, str]] = []
         groups: list[tuple[int, int, int, int]] = []
         labels: list[str | None] = []
         captions: list[str | None] = []
         for path in paths:
             content = opened(path)
             columns = Columns.of(content.schema_arrow, self, path)
-            files.append((path, columns.image))
+            leaves = [content.schema.column(number).path for number in range(len(content.schema))]
+            files.append(
+                (path, columns.image, next(leaf for leaf in leaves if leaf in (columns.image, f"{columns.image}.bytes")))
+            )
             for group in range(content.num_row_groups):
                 about = content.metadata.row_group(group)
+                check_packed(about, path)
                 groups.append((len(files) - 1, group, about.num_rows, about.total_byte_size))
             count = content.metadata.num_rows
             content = opened(path, [name for name in (columns.label, columns.caption) if name is not None])
@@ -104,11 +109,19 @@ def library() -> Any:
     return pyarrow
 
 
-def opened(path: Path, texts: Sequence[str] = ()) -> Any:
-    """A file, of which only the footer is read yet. texts: columns of which each text is held once."""
+def check_packed(group: Any, path: Path) -> None:
+    """Raises UserError for a row group that takes far more memory than its bytes in the file: encoded images hardly shrink."""
+    packed = sum(group.column(number).total_compressed_size for number in range(group.num_columns))
+    if group.total_byte_size > max(UNPACKED, PACKED * packed):
+        sizes = f"{group.total_byte_size / 2**20:.0f} MiB from {packed / 2**20:.2f} MiB"
+        raise UserError(f"{path} is refused: a row group unpacks to {sizes}, which encoded images do not; remove it")
+
+
+def opened(path: Path, shared: Sequence[str] = ()) -> Any:
+    """A file, of which only the footer is read yet. shared: columns of which a value is held once, however many rows have it."""
     arrow = library()
     try:
-        return arrow.parquet.ParquetFile(path, read_dictionary=[*texts])
+        return arrow.parquet.ParquetFile(path, read_dictionary=[*shared])
     except (OSError, arrow.ArrowException) as error:
         raise UserError(f"{path} cannot be read as a Parquet file ({first_line(error)}): copy it again, or remove it") from error
 
@@ -238,12 +251,13 @@ def texts_in(content: Any, column: str, names: Sequence[str] | None = None) -> l
 
 
 class ParquetFiles:
-    """Rows of Parquet files. groups: of each row group, the file, its number in it, its rows and its bytes."""
+    """Rows of Parquet files. files: of each, the column of images, and the leaf of it that holds bytes. groups: of each row
+    group, the file, its number in it, its rows and its bytes."""
 
-    def __init__(self, root: Path, files: list[tuple[Path, str]], groups: list[tuple[int, int, int, int]]):
+    def __init__(self, root: Path, files: list[tuple[Path, str, str]], groups: list[tuple[int, int, int, int]]):
         self.files, self.groups = files, groups
         self.ends = np.cumsum([0, *(rows for _, _, rows, _ in groups)])
-        inside = [path.name if path == root else path.relative_to(root).as_posix() for path, _ in files]
+        inside = [path.name if path == root else path.relative_to(root).as_posix() for path, *_ in files]
         counts = [0] * len(files)
         self.names = []
         for file, _, rows, _ in groups:
@@ -254,7 +268,7 @@ class ParquetFiles:
 
     @property
     def paths(self) -> list[str]:
-        return [str(path) for path, _ in self.files]
+        return [str(path) for path, *_ in self.files]
 
     def __len__(self) -> int:
         return len(self.names)
@@ -278,6 +292,7 @@ class ParquetFiles:
             image = self.images(group)[row]
         if image.is_valid:
             image = image["bytes"] if "bytes" in getattr(image.type, "names", ()) else image
+            image = getattr(image, "value", image)  # of a column whose values are shared
         size = image.as_buffer().size if image.is_valid and hasattr(image, "as_buffer") else 0
         if not 0 < size <= MOST_OF_IMAGE:
             raise OSError(f"{size} bytes in this row")
@@ -286,8 +301,8 @@ class ParquetFiles:
     def images_of(self, group: int) -> Any:
         """The images of a row group. Raises OSError where they cannot be read."""
         file, number, _, _ = self.groups[group]
-        path, column = self.files[file]
+        path, column, leaf = self.files[file]
         try:
-            return opened(path).read_row_group(number, columns=[column]).column(column)
+            return opened(path, [leaf]).read_row_group(number, columns=[column]).column(column)
         except library().ArrowException as error:
             raise OSError(first_line(error)) from error
