@@ -125,16 +125,16 @@ class Cloud:
     def of(cls, points: Tensor, weights: Tensor | None = None) -> "Cloud":
         """weights: R + 1 × N; each point once when None. There are at least FEWEST points."""
         weights = torch.ones(1, len(points), dtype=points.dtype) if weights is None else weights
-        found, total = [], torch.zeros(len(weights), dtype=points.dtype)
-        most = min(NEIGHBOURS, len(points) - 1)
+        total, most = torch.zeros(len(weights), dtype=points.dtype), min(NEIGHBOURS, len(points) - 1)
+        # Filled in place: a list of small results between large temporaries would keep these from being used again, by glibc.
+        near, which = points.new_empty(len(points), most), torch.empty(len(points), most, dtype=torch.int64)
         for rows in chunks(len(points), len(points)):
             products = points[rows] @ points.T
             itself = (torch.arange(len(rows)), rows)
             distances = squared_distances(products, points[rows], points).index_put(itself, torch.tensor(math.inf).to(points))
-            found.append(distances.topk(most, largest=False))
+            near[rows], which[rows] = distances.topk(most, largest=False)
             others = kernel(products, points.shape[1]).index_put(itself, torch.zeros(()).to(points))
             total += ((weights @ others.T) * weights[:, rows]).sum(1)
-        near, which = (torch.cat(parts) for parts in zip(*found))
         pairs = weights.sum(1).square() - weights.square().sum(1)
         return cls(points, near, which, total / pairs)
 
