@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from stage2_prior.sampling import CannotSample
+
 VERSION = 3  # of steps.c
 # The extension modules of pyproject.toml, the fastest first.
 ONE_THREAD = "compiled_steps_one_thread"  # without OpenMP
@@ -27,11 +29,13 @@ BLOCK_ROWS_A_THREAD = 8  # the same for blocks of attention, which compute more 
 def library() -> ctypes.CDLL | None:
     """The fastest build of steps.c that runs on this processor; None where there is none.
 
-    To test and to time each build, the environment variable STEPS_BUILD names one, or `none`.
+    To test and to time each build, the environment variable STEPS_BUILD names one, or `none`. Raises CannotSample for others.
     """
     asked = os.environ.get("STEPS_BUILD")
     if asked == "none":
         return None
+    if asked is not None and asked not in BUILDS:
+        raise CannotSample(f"STEPS_BUILD is {', '.join(BUILDS)} or none, not {asked!r}")
     found = {build: find_spec(f"stage2_prior.{build}") for build in BUILDS if asked in (None, build)}
     installed = {build: ctypes.CDLL(spec.origin) for build, spec in found.items() if spec is not None and spec.origin is not None}
     current = {build: compiled for build, compiled in installed.items() if version_of(compiled) == VERSION}

@@ -16,7 +16,7 @@ from stage2_prior.heads import Categorical, GaussianMixture
 from stage2_prior.latents import LatentSpec
 from stage2_prior.pixelcnn import PixelCNNConfig
 from stage2_prior.pixelsnail import PixelSNAILConfig
-from stage2_prior.sampling import AS_FITTED, uniforms
+from stage2_prior.sampling import AS_FITTED, CannotSample, uniforms
 from stage2_prior.transformer import TransformerConfig
 from tests.parts import randomized
 
@@ -162,6 +162,12 @@ def test_a_build_that_is_asked_for_is_used_though_another_is_faster(name, monkey
         assert compiled.library.__wrapped__().name == f"stage2_prior.{used}"
     monkeypatch.setenv("STEPS_BUILD", "none")
     assert compiled.library.__wrapped__() is None and not len(recwarn)
+
+
+def test_a_build_that_there_is_not_is_refused_by_name(monkeypatch):
+    monkeypatch.setenv("STEPS_BUILD", "avx2")
+    with pytest.raises(CannotSample, match="compiled_steps_avx2, .* or none, not 'avx2'"):
+        compiled.library.__wrapped__()
 
 
 @pytest.mark.parametrize(("installed", "says"), [("compiled_steps_one_thread", "without OpenMP"), (None, "without a C compiler")])

@@ -63,7 +63,7 @@ def convolution(channels: int, features: int) -> list[nn.Module]:
 class Classifier(nn.Module):
     """A small convolutional classifier, whose last hidden layer is what images are compared in.
 
-    Larger images than LARGEST are reduced to it. An image of 256×256 would take 15 times as long, and three convolutions would
+    Larger images than LARGEST are reduced to it. An image of 256×256 has 16 times as many pixels, and three convolutions would
     see no more than details of it.
     """
 

@@ -139,14 +139,13 @@ def vqvae2(data: DataSet) -> RunConfig:
     """Attention in the top prior, as in the paper, and in the bottom prior where there are many images."""
     config = vae(data)
     codebook, snail = bottlenecks.VectorQuantized(codes=data.codes, rate_weight=6.0), PixelSNAILConfig(dropout=data.dropout)
-    codebooks = Hierarchical(codebook, coarser_rate=0.25)
-    top = AutoregressiveConfig(snail, WIDE, data.condition, input_noise=0.3)
-    bottom, steps = top, 4000
     if data.few:
-        codebooks = Hierarchical(codebook)
+        codebooks, steps = Hierarchical(codebook), 3 * data.stage2.steps // 4
         top = AutoregressiveConfig(snail, Categorical(), data.condition)
         bottom = AutoregressiveConfig(PixelCNNConfig(dropout=data.dropout), Categorical(), data.condition)
-        steps = 3 * data.stage2.steps // 4
+    else:
+        codebooks, steps = Hierarchical(codebook, coarser_rate=0.25), 4000
+        top = bottom = AutoregressiveConfig(snail, WIDE, data.condition, input_noise=0.3)
     config = replace(
         config,
         stage1=replace(data.stage1, steps=3 * data.stage1.steps // 4),
