@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from stage2_prior.sampling import CannotSample
 
-VERSION = 3  # of steps.c
+VERSION = 4  # of steps.c
 # The extension modules of pyproject.toml, the fastest first.
 ONE_THREAD = "compiled_steps_one_thread"  # without OpenMP
 BUILDS = "compiled_steps_avx512", "compiled_steps_avx2", "compiled_steps", ONE_THREAD
@@ -87,6 +87,14 @@ def lanes(compiled: ctypes.CDLL) -> int:
     return ctypes.c_int.in_dll(compiled, "lanes").value
 
 
+def panels(compiled: ctypes.CDLL, matrices: Tensor) -> Tensor:
+    """Matrices, … inner columns, in the order of memory that steps.c multiplies by: panels of columns one after another."""
+    panel, (inner, columns) = ctypes.c_int.in_dll(compiled, "panel").value, matrices.shape[-2:]
+    whole = columns // panel * panel
+    split = matrices[..., :whole].split(panel, -1) + matrices[..., whole:].split(lanes(compiled), -1)
+    return torch.cat([part.flatten(-2) for part in split], -1).view(*matrices.shape[:-2], inner, columns)
+
+
 def threads_for(batch: int, rows: int = ROWS_A_THREAD) -> int:
     return min(torch.get_num_threads(), -(-batch // rows))
 
@@ -110,9 +118,14 @@ class CompiledSteps:
         threads, block = torch.get_num_threads(), ctypes.c_int.in_dll(compiled, "block").value
         self.scratch = rows.new_empty(threads * block * 2 * width)
         sizes = layers, batch, width, columns, m, padded - columns + 1
-        # The first five weights are of the vertical stack, the others of the horizontal one.
-        self.of_row = *sizes, *map(address, (row_features, rows, seen, *weights[:5], self.scratch)), threads
-        self.of_step, self.rest = (batch, width, m, address(features)), (*map(address, weights[5:]), threads_for(batch))
+        vertical_norm, vertical, vertical_bias, across, across_bias, horizontal_norm, horizontal, output = weights
+        vertical, across, horizontal, output = (
+            panels(compiled, matrices) for matrices in (vertical.unflatten(2, (-1, width)), across, horizontal, output)
+        )
+        of_row, of_step = (vertical_norm, vertical, vertical_bias, across, across_bias), (horizontal_norm, horizontal, output)
+        self.weights = *of_row, *of_step
+        self.of_row = *sizes, *map(address, (row_features, rows, seen, *of_row, self.scratch)), threads
+        self.of_step, self.rest = (batch, width, m, address(features)), (*map(address, of_step), threads_for(batch))
         self.seen, self.inputs = address(seen), address(inputs)
         self.seen_layer, seen_column = seen.stride()[:2]
         self.inputs_layer, self.inputs_row, inputs_column = inputs.stride()[:3]
@@ -133,7 +146,7 @@ class CompiledSteps:
 class CompiledBlocks:
     """`step` of Blocks in steps.py, in C, on the same tensors, but with another order of a head's keys in memory.
 
-    weights: BlockWeights, of which the last is `contract`.
+    weights: BlockWeights.
     """
 
     def __init__(self, compiled: ctypes.CDLL, weights: Sequence[Tensor], heads: int, keys: Tensor, values: Tensor):
@@ -143,8 +156,10 @@ class CompiledBlocks:
         threads = threads_for(batch, BLOCK_ROWS_A_THREAD)
         self.scratch = keys.new_empty(batch * (4 * width + inner) + threads * room)
         self.sizes = batch, width, heads, inner, room
-        kept = keys, values, *weights, self.scratch
-        self.rest = *map(address, kept), threads
+        norm, qkv, output, inner_norm, expand, contract = weights
+        qkv, output, expand, contract = (panels(compiled, matrices) for matrices in (qkv, output, expand, contract))
+        self.weights = norm, qkv, output, inner_norm, expand, contract
+        self.rest = *map(address, (keys, values, *self.weights, self.scratch)), threads
 
     def step(self, x: Tensor, position: int, first: int, last: int) -> None:
         """Blocks.step."""
@@ -165,8 +180,8 @@ class CompiledDraw:
         padding = -output.out_features % lanes(compiled)
         inner, columns = hidden.out_features, output.out_features + padding
         # Weights are transposed: rows are inputs. The outputs are padded to whole tiles.
-        first = hidden.weight.T.contiguous(), hidden.bias.detach()
-        second = F.pad(output.weight, (0, 0, 0, padding)).T.contiguous(), F.pad(output.bias, (0, padding))
+        first = panels(compiled, hidden.weight.detach().T), hidden.bias.detach()
+        second = panels(compiled, F.pad(output.weight.detach(), (0, 0, 0, padding)).T), F.pad(output.bias.detach(), (0, padding))
         self.weights = *first, *second
         self.scratch, self.draw = hidden.weight.new_empty(batch, inner + columns), compiled.draw
         self.sizes = batch, hidden.in_features, inner, count, columns

@@ -5,7 +5,8 @@
 
    B batch, D width, L layers, w columns of the grid, a kernel of k columns and m = (k+1)/2 rows or columns of its causal half,
    d features of an attention head, N positions, K codes or mixture components, C latent channels.
-   Arrays are stored row after row; D is a multiple of LANES. */
+   Arrays are stored row after row; D is a multiple of LANES. Only the matrices that multiply lie panel after panel: see
+   `add_product`. */
 
 #include <math.h>
 #include <stddef.h>
@@ -17,18 +18,19 @@
 #define THREAD 0
 #endif
 
-/* Vectors as wide as the registers of the processor that this is compiled for, and tiles of sums that fit into these: into 32 with
-   AVX-512 and on ARM, elsewhere into 16. */
+/* Vectors as wide as the registers of the processor that this is compiled for, and sums that fit into these: into 32 with AVX-512
+   and on ARM, elsewhere into 16. A product has tiles of ROWS × VECTORS, attention PARTS × WIDE. */
 #if defined(__AVX512F__)
-enum { LANES = 16, ROWS = 4, VECTORS = 4 };
+enum { LANES = 16, ROWS = 4, VECTORS = 4, PARTS = 4, WIDE = 2 };
 #elif defined(__AVX__)
-enum { LANES = 8, ROWS = 4, VECTORS = 2 };
+enum { LANES = 8, ROWS = 4, VECTORS = 2, PARTS = 2, WIDE = 4 };
 #elif defined(__aarch64__)
-enum { LANES = 4, ROWS = 4, VECTORS = 4 };
+enum { LANES = 4, ROWS = 4, VECTORS = 4, PARTS = 2, WIDE = 8 };
 #else
-enum { LANES = 4, ROWS = 2, VECTORS = 4 };
+enum { LANES = 4, ROWS = 2, VECTORS = 4, PARTS = 2, WIDE = 4 };
 #endif
-enum { SUMS = 4 };
+enum { PANEL = VECTORS * LANES };
+enum { LINE = 16 };  /* numbers in a line of a cache */
 enum { BLOCK = 32 }; /* rows whose sums, with the weights of a tile, stay in the first-level cache */
 #define INLINE static inline __attribute__((always_inline))
 
@@ -59,14 +61,17 @@ INLINE void tiles(float *sums, size sums_row, const float *x, size x_row, const 
         tile(sums + row * sums_row, sums_row, x + row * x_row, x_row, weights, weights_row, inner, 1, vectors);
 }
 
-/* sums += x · weights: batch × columns, batch × inner, inner × columns. */
+/* sums += x · weights: batch × columns, batch × inner, inner × columns.
+
+   The weights lie panel after panel, for the columns of a tile to be read one after another: inner × PANEL each, then inner × LANES
+   for the columns that are left. */
 static void add_product(float *sums, size sums_row, const float *x, size x_row, const float *weights, size batch, size inner,
                         size columns) {
     size column = 0;
-    for (; column + VECTORS * LANES <= columns; column += VECTORS * LANES)
-        tiles(sums + column, sums_row, x, x_row, weights + column, columns, batch, inner, VECTORS);
+    for (; column + PANEL <= columns; column += PANEL)
+        tiles(sums + column, sums_row, x, x_row, weights + column * inner, PANEL, batch, inner, VECTORS);
     for (; column < columns; column += LANES)
-        tiles(sums + column, sums_row, x, x_row, weights + column, columns, batch, inner, 1);
+        tiles(sums + column, sums_row, x, x_row, weights + column * inner, LANES, batch, inner, 1);
 }
 
 /* tanh to the precision of float, as a ratio of two polynomials: a minimax fit that Eigen, XLA and others use. */
@@ -277,19 +282,36 @@ INLINE float erf_ratio(float x) {
     return x * p / q;
 }
 
-/* The sum of `count` vectors, `stride` numbers apart, times a number each: several sums, for none to wait for the one before.
-   next: where as many vectors lie that are read soon. They are fetched meanwhile, and nothing waits for memory then. */
-INLINE vector weighted(const float *shares, const float *vectors, size stride, size count, const float *next) {
-    vector sums[SUMS] = {{0}};
+/* out = scale · sums of `count` vectors times a number each, for `wide` sums at once, in PARTS parts, for none to wait for the one
+   before. The vectors of a sum are `stride` numbers apart, and those of the next sum `apart` from them.
+   next: where as many numbers lie that are read soon. They are fetched meanwhile, and nothing waits for memory then. */
+INLINE void weighted(float *out, float scale, const float *factors, const float *vectors, size stride, size apart, size count,
+                     const float *next, const int wide) {
+    vector sums[PARTS][WIDE] = {{{0}}};
     size i = 0;
-    for (; i + SUMS <= count; i += SUMS)
-        for (size n = 0; n < SUMS; n++) {
-            __builtin_prefetch(next + (i + n) * stride, 0, 2);
-            sums[n] += shares[i + n] * *(const vector *)(vectors + (i + n) * stride);
-        }
-    for (; i < count; i++) sums[0] += shares[i] * *(const vector *)(vectors + i * stride);
-    for (size n = 1; n < SUMS; n++) sums[0] += sums[n];
-    return sums[0];
+    for (; i + PARTS <= count; i += PARTS)
+        for (int part = 0; part < PARTS; part++)
+            for (int v = 0; v < wide; v++) {
+                const int read = (part * wide + v) * LANES;
+                if (read % LINE == 0) __builtin_prefetch(next + i * wide * LANES + read, 0, 2);
+                sums[part][v] += factors[i + part] * *(const vector *)(vectors + (i + part) * stride + v * apart);
+            }
+    for (; i < count; i++)
+        for (int v = 0; v < wide; v++) sums[0][v] += factors[i] * *(const vector *)(vectors + i * stride + v * apart);
+    for (int v = 0; v < wide; v++) {
+        for (int part = 1; part < PARTS; part++) sums[0][v] += sums[part][v];
+        *(vector *)(out + v * LANES) = scale * sums[0][v];
+    }
+}
+
+/* The same for `total` sums. */
+INLINE void weighted_sums(size total, float *out, float scale, const float *factors, const float *vectors, size stride, size apart,
+                          size count, const float *next) {
+    size v = 0;
+    for (; v + WIDE <= total; v += WIDE)
+        weighted(out + v * LANES, scale, factors, vectors + v * apart, stride, apart, count, next + v * count * LANES, WIDE);
+    for (; v < total; v++)
+        weighted(out + v * LANES, scale, factors, vectors + v * apart, stride, apart, count, next + v * count * LANES, 1);
 }
 
 /* Attention of one position of one image: takes its key and value in, and reads those so far.
@@ -304,15 +326,12 @@ static void attend(size heads, size d, size position, size room, const float *qk
         float *place = keys + position / LANES * LANES * d + position % LANES;
         for (size i = 0; i < d; i++) place[i * LANES] = key[i];
         copy(values + position * d, value, d);
-        for (size p = 0; p < whole; p += LANES)
-            *(vector *)(scores + p) = weighted(qkv, keys + p * d, LANES, d, values + p * d);
+        weighted_sums(whole / LANES, scores, 1, qkv, keys, LANES, d * LANES, d, values);
         exponentials(scores, count);
         for (size p = count; p < whole; p++) scores[p] = 0;
         vector sum = {0};
         for (size p = 0; p < whole; p += LANES) sum += *(const vector *)(scores + p);
-        const float share = 1 / sum_of(sum);
-        for (size i = 0; i < d; i += LANES)
-            *(vector *)(out + i) = share * weighted(scores, values + i, d, count, keys + d * room + i);
+        weighted_sums(d / LANES, out, 1 / sum_of(sum), scores, values, d, LANES, count, keys + d * room);
     }
 }
 
@@ -357,8 +376,8 @@ void attention_steps(size first, size last, size batch, size width, size heads, 
                        inner_norm, expand, contract, scratch + row * (4 * width + inner) + row / rows * room);
 }
 
-const int lanes = LANES, block = BLOCK; /* for the callers */
-const int steps_version = 3; /* of the functions' arguments and the layouts that they take: compiled.py expects the same */
+const int lanes = LANES, panel = PANEL, block = BLOCK; /* for the callers */
+const int steps_version = 4; /* of the functions' arguments and the layouts that they take: compiled.py expects the same */
 
 /* Whether this is a build for this processor, which has all that it was compiled for. Vectors of x86 without AVX are for
    processors without it only: elsewhere torch's operations are faster. */
