@@ -69,6 +69,17 @@ def test_a_folder_of_any_sizes_with_subfolders_as_labels(tmp_path):
     assert Folder(tmp_path, size=8, channels=1).load().image_shape == (1, 8, 8)
 
 
+def test_an_image_that_is_alone_in_its_class_is_trained_on_and_the_others_are_stratified(tmp_path):
+    fill(tmp_path / "cat", 100)
+    fill(tmp_path / "dog", 100)
+    fill(tmp_path / "unicorn", 1)
+    splits = Folder(tmp_path, size=8).load()
+    assert torch.bincount(splits.test.labels, minlength=3).tolist() == [10, 10, 0]
+    assert splits.train.labels.tolist().count(2) == 1
+    assert sorted(torch.bincount(splits.validation.labels, minlength=3).tolist()) == [0, 4, 5]
+    assert sum(splits.sizes.values()) == 201
+
+
 def test_a_folder_with_splits(tmp_path):
     fill(tmp_path / "train" / "a", 15)
     fill(tmp_path / "train" / "b", 15)

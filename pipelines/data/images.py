@@ -133,9 +133,10 @@ class Splits:
 
 
 def split(images: ImageSet, held_out: int) -> tuple[ImageSet, ImageSet]:
-    """A seeded split, stratified by label where there are labels with enough images each; or one of whole groups.
+    """A seeded split, stratified by label where labels have enough images; or one of whole groups.
 
-    Raises UserError where there is only one group.
+    An image that is alone in its class is kept then, and the others are stratified. Raises UserError where there is only one
+    group.
     """
     from sklearn.model_selection import GroupShuffleSplit, train_test_split  # slow to import
 
@@ -147,10 +148,13 @@ def split(images: ImageSet, held_out: int) -> tuple[ImageSet, ImageSet]:
         rows = next(by_group.split(groups, groups=groups))
         kept, out = (images.subset(torch.from_numpy(part).sort().values) for part in rows)
         return kept, out
-    counts = torch.bincount(labels) if labels is not None else torch.zeros(1)
-    stratify = labels if labels is not None and held_out >= len(counts) and int(counts[counts > 0].min()) >= 2 else None
-    kept, out = train_test_split(torch.arange(len(images)), test_size=held_out, random_state=SPLIT_SEED, stratify=stratify)
-    return images.subset(kept.sort().values), images.subset(out.sort().values)
+    indices, stratify, alone = torch.arange(len(images)), None, torch.arange(0)
+    if labels is not None and held_out >= len(counts := torch.bincount(labels)):
+        several = counts[labels] >= 2
+        if held_out + len(counts) <= int(several.sum()):
+            indices, alone, stratify = indices[several], indices[~several], labels[several]
+    kept, out = train_test_split(indices, test_size=held_out, random_state=SPLIT_SEED, stratify=stratify)
+    return images.subset(torch.cat([kept, alone]).sort().values), images.subset(out.sort().values)
 
 
 def too_few_groups(count: int, images: int) -> UserError:
