@@ -275,10 +275,9 @@ class Training:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.config, step)
         buffers = [buffer.clone() for buffer in self.model.buffers()]  # a forward pass may move them, as a codebook's averages
-        self.optimizer.zero_grad()
         own = self.own(step)
         try:
-            found = [self.backward(part, after, step) for part, after in zip(own, [*own[1:], None])]
+            found = [self.backward(part, after, step, part is own[0]) for part, after in zip(own, [*own[1:], None])]
         except TorchDynamoException as error:
             self.put_back(buffers)
             self.stop_compiling(error)
@@ -310,12 +309,14 @@ class Training:
         say(f"warning: {self.label}: {what}; going on without")
         self.model._compiled_call_impl = None
 
-    def backward(self, part: Tensor, after: Tensor | None, step: int) -> dict[str, Tensor]:
+    def backward(self, part: Tensor, after: Tensor | None, step: int, first: bool) -> dict[str, Tensor]:
         """Add the gradients of a microbatch; after the last one (None comes after it), those of all processes."""
         batch = self.train[part]
         prefetch(self.train, self.own(step + 1)[0] if after is None else after)
         with self.fabric.no_backward_sync(self.wrapped, enabled=after is not None):
             terms = self.wrapped(*self.fabric.to_device(batch), progress=step / self.config.steps)
+            if first:  # not before, for the new gradients to take the memory of the old ones, which is faster on CPUs
+                self.optimizer.zero_grad()
             self.fabric.backward(terms["loss"] / self.config.microbatches)
         return {name: value.detach() for name, value in terms.items()}
 
