@@ -33,7 +33,7 @@ FEWEST = DENSITY_NEIGHBOUR + 1  # images among which each has that neighbour
 ENOUGH = 10 * DENSITY_NEIGHBOUR  # images of which these neighbours are but a tenth; among fewer, nearly all lie near each other
 HALF, MOST = 0.5, 0.9  # of the images, in a resample for recall and for coverage
 NEIGHBOURS = 20  # of generated images, that are known: fewer than three of them lie in a random half with a probability of 2e-4
-CHUNK = 4_000_000  # distances at once, 8 bytes each
+CHUNK = 1_000_000  # distances at once, 8 bytes each: with more, they leave the cache of a processor and take longer
 
 
 def resampled(count: int, resamples: int = RESAMPLES, seed: int = 0) -> Tensor:
