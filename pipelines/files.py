@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all: written aside, flushed and renamed; JSON, tensors, locks and caches.
+"""Files that are whole or absent: they are written aside, flushed and renamed. Also JSON, tensors, locks and caches.
 
 Nothing is read by pickle.
 """

@@ -1,7 +1,6 @@
 """Whether the images, labels and captions of a data set are still the same, wherever its files lie.
 
-Images in files are told apart by the size and time of every file first; only where these have moved, as in a copy, is it read
-what the files hold.
+The size and time of every file are compared first. Only where these differ, as in a copy, are the files read.
 """
 
 import hashlib

@@ -1,4 +1,4 @@
-"""Sets of images, what is drawn of them as examples, and their splits into train, validation and test.
+"""Sets of images, the examples drawn from them (binarized, mirrored), and their splits into train, validation and test.
 
 N images, C colour channels, H×W pixels.
 """

@@ -1,4 +1,4 @@
-"""What is in WebDataset shards, in columns; kept beside each shard, so that it is read from the shard but once.
+"""An index of what is in WebDataset shards, in columns. It is kept beside each shard, so that the shard is scanned only once.
 
 N samples with an image.
 """

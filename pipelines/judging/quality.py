@@ -2,14 +2,14 @@
 
 N generated images, M real ones, F features, R resamples.
 
-Every figure is computed for R + 1 weightings of the generated images at once: first each counts once, then as often as one
-bootstrap resample drew it. The first gives the figure, the spread of the others its error. What is real and the networks are
-held, so the error is that of drawing other samples, not of training again.
+Every figure is computed for R + 1 weightings of the generated images at once. In the first, each image counts once. In the
+others it counts as often as a bootstrap resample drew it. The first gives the figure, the spread of the others its error. Real
+images and networks are the same in all, so the error is that of drawing other samples, not of training again.
 
-Recall and coverage ask whether any generated image lies near. There copies of an image count for nothing, so their spread over
-bootstrap resamples is not that over new samples: such an interval of a recall of 0.3 held it in 43 of 60 trials. Their resamples
-are random parts of the images, without copies (the delete-d jackknife, Shao and Wu 1989): halves for recall, whose radii are
-then wider, and nine tenths for coverage, which may grow in proportion to the number of images.
+Recall and coverage ask whether any generated image lies near. A second copy of an image adds nothing to them, so their spread
+over bootstrap resamples is not that over new samples: in 60 trials with a recall of 0.3, only 43 such intervals held it. Their
+resamples are random parts of the images, without copies (the delete-d jackknife, Shao and Wu 1989): halves for recall, whose
+radii are then wider, and nine tenths for coverage, which may grow in proportion to the number of images.
 
 Distances are taken a chunk of rows at a time: memory does not grow with N · M.
 """

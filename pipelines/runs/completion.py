@@ -1,7 +1,7 @@
 """Completion of a picture: which pixels are kept, and so which latents are held.
 
-The hidden pixels are blanked before encoding. A latent is held when no filling of the hidden pixels that is tried changes it;
-what it could only learn from hidden pixels is drawn again.
+The hidden pixels are blanked before encoding. Several fillings of them are tried. A latent is held if none of them changes it.
+All other latents are drawn again.
 """
 
 from collections.abc import Callable

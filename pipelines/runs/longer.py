@@ -1,7 +1,9 @@
-"""A run that is trained longer than before: what it was stays as a run beside it, and what depends on the longer phase goes.
+"""A run that is trained longer than before.
 
-The longer phase goes on from its last checkpoint. Its schedules are shares of the steps, so from there on they are those of the
-longer training: the learning rate rises to what the longer one has at that step, and decays again.
+A copy of the shorter run stays beside it. What depends on the longer phase is deleted.
+
+The longer phase continues from its last checkpoint. Schedules are functions of the share of the steps that is done. So from there
+on they are those of the longer training: the learning rate rises to what that has at this step, and decays again.
 """
 
 import os

@@ -1,4 +1,4 @@
-"""The names that commands offer, apart from what they stand for, so that --help need not import it."""
+"""The names that commands offer. What they stand for is imported elsewhere, so that --help stays fast."""
 
 from typing import Annotated, Literal
 
@@ -17,14 +17,14 @@ DATA = {
     "parquet": "your own images in Parquet files, as the Hugging Face hub has them: --data.root PATH",
 }
 RECIPES = {
-    "vae": "a VAE and a PixelSNAIL, a gated PixelCNN with attention; meant where no recipe is named",
-    "givt": "GIVT: the same VAE and a transformer with a mixture of Gaussians",
-    "vqvae": "VQ-VAE: one grid of codes, and a prior conditioned on the label",
-    "vqvae2": "VQ-VAE-2: codes on two grids, and priors conditioned on the label",
+    "vae": "the default: a VAE, and a PixelSNAIL (a gated PixelCNN with attention)",
+    "givt": "GIVT: the same VAE, and a transformer with a mixture of Gaussians",
+    "vqvae": "VQ-VAE: codes on one grid, and a PixelSNAIL",
+    "vqvae2": "VQ-VAE-2: codes on two grids, and a prior for each",
     "dalle": "a small DALL-E: a discrete VAE, and a transformer conditioned on a caption",
     "plain": "the opponent of vae: the same networks and time, all for samples from N(0, I)",
     "2d": "the classic plane: fully connected, two latent numbers",
-    "binary": "pixels drawn black or white, for the likelihoods that papers quote; a third phase refines both stages",
+    "binary": "black-and-white pixels, for the likelihoods that papers quote; a third phase fine-tunes both stages",
     "8bit": "vae with a probability of 8-bit images as p(x|z), for bits per dimension",
 }
 DEFAULT_PRESET, DEFAULT_RECIPE = "mnist5k", "vae"

@@ -1,4 +1,4 @@
-"""How a run is trained and where, which no figure depends on."""
+"""How and where a run is trained, as far as it is not part of its config."""
 
 from dataclasses import dataclass
 from typing import Literal

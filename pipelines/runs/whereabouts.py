@@ -1,8 +1,8 @@
-"""Where a run's data lie, and what program brings them: believed where a command on this machine has named it.
+"""Where a run's data lie. A place is trusted only if a command on this machine has named it.
 
-The folder of a run may come from anyone, and the URL of a shard may be a shell command (`pipe:`). So what its config.json says
-of places is not believed for being there. `train_all` puts down the places that it was given, each as an empty file named by a
-checksum, in the user's state folder. It lies outside of every run, and holds for a run that was moved, too.
+The folder of a run may come from anyone, and the URL of a shard may be a shell command (`pipe:`). So the places in its
+config.json are not trusted. `train_all` notes the places that it was given, each as an empty file named by a checksum, in the
+user's state folder. That lies outside of every run, so the notes also hold for a run that was moved.
 """
 
 import hashlib

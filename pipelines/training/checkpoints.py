@@ -1,4 +1,4 @@
-"""Files that survive: a checkpoint is one folder, written aside, flushed, and renamed as a whole.
+"""Checkpoints that survive a crash: each is one folder, written aside, flushed, and renamed as a whole.
 
     step-000500/model.safetensors      the weights to use (averaged where an average is kept)
                 training.safetensors   raw weights and optimizer state, to go on from
