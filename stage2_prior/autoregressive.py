@@ -163,6 +163,7 @@ class AutoregressivePrior(Prior):
         """Nats per image in raw latents, B. Raises CannotSample for a conditional prior without contexts."""
         return self.log_prob_by_position(levels, contexts).flatten(1).sum(1)
 
+    @torch.no_grad()
     def sample(
         self,
         indices: Tensor,
@@ -193,7 +194,9 @@ class AutoregressivePrior(Prior):
             assert self.weaker is not None
             weaker = self.weaker.conditioned(coarser, contexts)
         prior = self.conditioned(coarser, contexts)
-        values = sample_grid(prior, self.spec.grid, indices, seed, how, stream=self.level, weaker=weaker)
+        # As densities, draws are not rounded by mixed precision.
+        with torch.autocast(indices.device.type, enabled=False):
+            values = sample_grid(prior, self.spec.grid, indices, seed, how, stream=self.level, weaker=weaker)
         return [self.head.latent(values)]
 
 

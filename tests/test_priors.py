@@ -748,3 +748,11 @@ def test_mixed_precision_rounds_logits_of_codes_in_training_and_nothing_else_of_
         assert density.dtype == torch.float32
     rounded = torch.bfloat16 if head == "categorical" else torch.float32
     assert dtypes == [rounded, torch.float32, torch.float32]
+
+
+@pytest.mark.parametrize(("backbone", "head"), LEARNED)
+def test_mixed_precision_does_not_round_draws(backbone, head):
+    prior, how = random_prior(spec_for(head, (2, 2)), backbone, head).float(), Sampling(temperature=0.9)
+    (exact,) = prior.sample(torch.arange(200), 0, how)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(*prior.sample(torch.arange(200), 0, how), exact)

@@ -150,6 +150,17 @@ def test_the_noise_of_a_replayed_grid_is_made_few_positions_at_a_time(monkeypatc
     assert made == 3 * [5, 5, 2] and len(graphs) == 1
 
 
+def test_a_graph_keeps_no_gradients(monkeypatch):
+    """A graph's inputs are written again and again: each time, they would keep what the gradients of the last time need."""
+    prior, _, _, _ = setting("pixelcnn", "mixture", AS_FITTED)
+    monkeypatch.setattr(ancestral, "can_replay", lambda device, positions: True)
+    for seed in range(3):
+        prior.sample(torch.arange(4), seed)
+    assert replayed[prior.backbone].graph is not None
+    _, kept, _ = replayed[prior.backbone].graph
+    assert not any(place.requires_grad for place in kept if place is not None)
+
+
 def test_a_graph_goes_with_its_backbone(monkeypatch):
     """Nothing that is kept for replays holds on to the weights."""
     prior, modules, draw, inputs = setting("pixelcnn", "mixture", AS_FITTED)
