@@ -36,7 +36,7 @@ from pipelines.runs.priors import open_prior
 from pipelines.runs.recipes import preset
 from pipelines.runs.run import Run
 from pipelines.train_all import command_to_draw, train_all
-from stage1_vae import bottlenecks
+from stage1_vae import autoencoder, bottlenecks
 from stage1_vae.autoencoder import AutoencoderConfig
 from stage2_prior.conditions import Unconditional
 from stage2_prior.gaussians import StandardNormal
@@ -228,17 +228,35 @@ def test_completion_of_a_picture(runs, name, tmp_path, capsys):
         drawn(runs[name], "--complete", str(tmp_path / "broken.png"), tmp_path=tmp_path)
 
 
-def test_a_completion_keeps_the_kept_pixels_and_says_what_helps_where_there_was_no_choice(capsys):
+def to_complete():
+    """Untrained networks, an image, and which half of it is kept."""
     config = shrunk(preset("mnist5k"))
     torch.manual_seed(0)
-    autoencoder = config.autoencoder.build((1, 28, 28)).eval()
-    prior = config.prior.build([LatentSpec(shape, vocabulary) for shape, vocabulary in autoencoder.latents], 3).eval()
+    model = config.autoencoder.build((1, 28, 28)).eval()
+    prior = config.prior.build([LatentSpec(shape, vocabulary) for shape, vocabulary in model.latents], 3).eval()
     image = torch.randint(0, 256, (1, 28, 28), dtype=torch.uint8)
-    known = torch.arange(28)[:, None].expand(28, 28) < 14
+    return model, prior, image, torch.arange(28)[:, None].expand(28, 28) < 14
+
+
+def completed(model, prior, image, known, particles: int) -> torch.Tensor:
     cpu, labels = torch.device("cpu"), torch.zeros(2, dtype=torch.int64)
-    drawn = completions(
-        autoencoder, prior, image, known, 2, seed=0, device=cpu, batch_size=8, particles=1, contexts=labels, pixels="mean"
+    return completions(
+        model, prior, image, known, 2, seed=0, device=cpu, batch_size=8, particles=particles, contexts=labels, pixels="mean"
     )
+
+
+def test_few_particles_are_decoded_at_once_with_the_same_completions(monkeypatch):
+    model, *others = to_complete()
+    whole, decoded = completed(model, *others, particles=4), []
+    monkeypatch.setattr(autoencoder, "PIXELS_AT_ONCE", 3 * 28 * 28)
+    model.decoder.register_forward_hook(lambda decoder, inputs, outputs: decoded.append(len(outputs)))
+    assert (completed(model, *others, particles=4).int() - whole.int()).abs().max() <= 1
+    assert decoded == [3, 3, 2, 2]
+
+
+def test_a_completion_keeps_the_kept_pixels_and_says_what_helps_where_there_was_no_choice(capsys):
+    model, prior, image, known = to_complete()
+    drawn = completed(model, prior, image, known, particles=1)
     assert torch.equal(drawn[:, :, :14], image[None, :, :14].expand(2, -1, -1, -1))
     assert not torch.equal(drawn[:, :, 14:], image[None, :, 14:].expand(2, -1, -1, -1))
     said = capsys.readouterr().out

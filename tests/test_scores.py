@@ -14,6 +14,7 @@ from pipelines.console import UserError
 from pipelines.data import folder as folders
 from pipelines.judging.scores import Scorer, Scores, Usual, auroc
 from pipelines.runs import dataset
+from stage1_vae import autoencoder
 from stage1_vae.bottlenecks import GaussianBottleneck
 from stage2_prior.heads import gaussian_log_prob
 from tests.parts import small_splits, trained_run
@@ -68,6 +69,15 @@ def test_bits_are_those_of_both_stages_and_a_map_adds_up_to_the_bits_of_z(run):
 def test_scores_are_the_same_when_images_are_scored_again(run):
     scorer = Scorer.of(run)
     assert torch.equal(scorer(SPLITS.test).bits, scorer(SPLITS.test).bits)
+
+
+def test_few_large_images_are_decoded_at_once_with_the_same_scores(run, monkeypatch):
+    scorer, images, decoded = Scorer.of(run), SPLITS.test.subset(torch.arange(7)), []
+    whole = scorer(images)
+    monkeypatch.setattr(autoencoder, "PIXELS_AT_ONCE", 3 * 28 * 28)
+    scorer.autoencoder.decoder.register_forward_hook(lambda decoder, inputs, outputs: decoded.append(len(outputs)))
+    assert torch.allclose(scorer(images).numbers, whole.numbers, rtol=1e-5)
+    assert decoded == [3, 3, 1]
 
 
 def test_held_out_images_are_scored_once(run, monkeypatch):

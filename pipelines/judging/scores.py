@@ -144,8 +144,9 @@ class Scorer:
             if "mean" in posterior:
                 nats = nats + gaussian_log_prob(levels[index], posterior["mean"], posterior["std"].log()).sum(1)
             maps.append((nats / BIT).cpu())
-        likelihood = self.autoencoder.likelihood
-        of_x = -likelihood(self.autoencoder.outputs(levels)).log_prob(likelihood.scale(images)) / BIT
+        scale, at_once = self.autoencoder.likelihood.scale, self.autoencoder.at_once
+        parts = zip(*(some.split(at_once) for some in (images, *levels)))
+        of_x = torch.cat([-self.autoencoder.decode(part).log_prob(scale(some)) / BIT for some, *part in parts])
         of_z = torch.stack([bits.flatten(1).sum(1) for bits in maps]).sum(0)
         return of_z, of_x.cpu(), maps
 

@@ -125,9 +125,12 @@ def completions(
     target, seen = autoencoder.likelihood.scale(image[None].to(device)), known.to(device)
 
     def of_known_pixels(levels: list[Tensor]) -> Tensor:
-        likelihood = autoencoder.decode(levels)
-        assert isinstance(likelihood, torch.distributions.Independent)
-        return (likelihood.base_dist.log_prob(target) * seen).flatten(1).sum(1)
+        found = []
+        for part in zip(*(level.split(autoencoder.at_once) for level in levels)):
+            likelihood = autoencoder.decode([*part])
+            assert isinstance(likelihood, torch.distributions.Independent)
+            found.append((likelihood.base_dist.log_prob(target) * seen).flatten(1).sum(1))
+        return torch.cat(found)
 
     def completed(indices: Tensor) -> tuple[Tensor, Tensor]:
         levels, size = complete(
