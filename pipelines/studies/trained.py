@@ -76,6 +76,7 @@ class Trained:
         chosen = torch.randperm(len(self.splits.test), generator=torch.Generator().manual_seed(0))[:count]
         return self.splits.test.images[chosen]
 
+    @torch.no_grad()
     def typical(self) -> Tensor:
         """Of some test images the one whose rate is nearest the median, C H W."""
         images = self.held_out(500)
