@@ -174,8 +174,12 @@ def check_writable(option: str, path: Path, folder: bool = False) -> None:
             raise UserError(f"{option} {path} cannot be written: {needed} is read only")
 
 
+def as_json(value: Any) -> bytes:
+    return (json.dumps(value, indent=2) + "\n").encode()
+
+
 def write_json(path: Path, value: Any) -> None:
-    write_file(path, (json.dumps(value, indent=2) + "\n").encode())
+    write_file(path, as_json(value))
 
 
 def read_json(path: Path) -> Any:

@@ -24,7 +24,7 @@ from pipelines.data.folder import Folder
 from pipelines.data.images import ImageSet, Splits
 from pipelines.data.sets import EmbeddedDigits
 from pipelines.data.shard_index import index_of
-from pipelines.data.shards import NEEDS_WEBDATASET, Shards
+from pipelines.data.shards import NEEDS_WEBDATASET, Shards, split_name
 from pipelines.runs.names import Device
 
 if TYPE_CHECKING:  # slow to import, and --help needs none of it
@@ -248,14 +248,12 @@ def make_files(folder: Path, count: int, size: int, shards: bool) -> None:
 def index_costs(config: Folder | Shards, shards: list[Path]) -> dict[str, float]:
     """Of a sample: processor seconds to make the index of the shards, and to read what was kept of it; bytes of memory that the
     data set takes, which has read no image."""
-    from webdataset.tariterators import base_plus_ext
-
     costs: dict[str, float] = {}
     for shard in shards:
         Path(f"{shard}.index").unlink(missing_ok=True)
     for what in ("making", "reading"):
         started = time.process_time()
-        samples = len(index_of([*map(str, shards)], base_plus_ext, Counter(), shards[0].parent))
+        samples = len(index_of([*map(str, shards)], split_name(), Counter(), shards[0].parent))
         costs[f"index_{what}_cpu_s"] = (time.process_time() - started) / samples
     tracemalloc.start()
     splits = config.load()

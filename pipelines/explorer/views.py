@@ -22,6 +22,7 @@ from pipelines.judging.quality import nearest_neighbours
 from pipelines.judging.scores import Scorer, Usual
 from pipelines.judging.tradeoffs import described, has_weaker, takes_guidance
 from pipelines.pages.scores import BRIGHTEST, heat
+from pipelines.runs.completion import with_hidden_grey
 from pipelines.runs.conditions import remarks_on
 from pipelines.runs.dataset import load_data
 from pipelines.runs.latents import training_latents
@@ -185,7 +186,7 @@ class Views:
         made = self.model.complete(
             picture, ~hidden, count, label=label, caption=caption, seed=seed, particles=particles, tell=messages.append
         )
-        given = torch.where(hidden, 128, picture)[None]
+        given = with_hidden_grey(picture, ~hidden)[None]
         note = "; ".join(filter(None, (self.remarks(caption), messages[-1])))
         return [Strip("what is kept", given), Strip("the rest drawn anew, under the learned prior", made, note)]
 

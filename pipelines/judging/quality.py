@@ -43,9 +43,9 @@ def resampled(count: int, resamples: int = RESAMPLES, seed: int = 0) -> Tensor:
     return torch.cat([torch.ones(1, count, dtype=torch.float64), counts])
 
 
-def subsampled(count: int, resamples: int, share: float, seed: int = 0) -> Tensor:
+def subsampled(count: int, resamples: int, share: float) -> Tensor:
     """Which of N images count, R + 1 × N, boolean: all of them, then R random parts of this share of them."""
-    numbers = torch.rand(resamples, count, generator=torch.Generator().manual_seed(seed))
+    numbers = torch.rand(resamples, count, generator=torch.Generator().manual_seed(0))
     chosen = numbers.argsort(1)[:, : int(share * count)]
     return torch.cat([torch.ones(1, count), torch.zeros(resamples, count).scatter_(1, chosen, 1.0)]).bool()
 

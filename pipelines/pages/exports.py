@@ -1,6 +1,5 @@
 """A run as a folder to hand on: what drawing needs, its figures and a card, and nothing more."""
 
-import json
 import os
 import re
 import shlex
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from pipelines.console import UserError
-from pipelines.files import aside, check_writable, flush, found_shards, read_tensors, write_flushed
+from pipelines.files import as_json, aside, check_writable, flush, found_shards, read_tensors, write_flushed
 from pipelines.judging.comparison import Comparison, comparison_file, read_comparison
 from pipelines.judging.tradeoffs import as_options, departures
 from pipelines.pages.tables import markdown
@@ -110,10 +109,6 @@ def export(
         flush(made)
         os.rename(made, folder)
         flush(folder.parent)
-
-
-def as_json(value: object) -> bytes:
-    return (json.dumps(value, indent=2) + "\n").encode()
 
 
 def networks_of(run: Run) -> tuple[Autoencoder, Prior]:

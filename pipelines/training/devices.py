@@ -5,7 +5,6 @@ import os
 import warnings
 
 import torch
-import torch._functorch.config
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
