@@ -77,7 +77,7 @@ class Subject:
 
     @property
     def codes(self) -> list[Tensor]:
-        """Of the whole test split, one tensor for each level; none of continuous latents."""
+        """Of the test split, or of an evenly spaced part of one with many latents, one tensor a level; none of continuous latents."""
         return [posterior["codes"] for posterior in self.latents.sample() if "codes" in posterior]
 
     @property
