@@ -77,7 +77,7 @@ class Subject:
 
     @property
     def codes(self) -> list[Tensor]:
-        """Of the test split, or of an evenly spaced part of one with many latents, one tensor a level; none of continuous latents."""
+        """One tensor a level, of the test split or an even part of it, where latents are many; none of continuous latents."""
         return [posterior["codes"] for posterior in self.latents.sample() if "codes" in posterior]
 
     @property
