@@ -30,7 +30,7 @@ enum { LANES = 4, ROWS = 4, VECTORS = 4, PARTS = 2, WIDE = 8 };
 enum { LANES = 4, ROWS = 2, VECTORS = 4, PARTS = 2, WIDE = 4 };
 #endif
 enum { PANEL = VECTORS * LANES };
-enum { LINE = 16 };  /* numbers in a line of a cache */
+enum { LINE = 16 }; /* numbers in a line of a cache */
 enum { BLOCK = 32 }; /* rows whose sums, with the weights of a tile, stay in the first-level cache */
 #define INLINE static inline __attribute__((always_inline))
 
