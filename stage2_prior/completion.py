@@ -64,33 +64,35 @@ def complete(
     logs = torch.zeros(len(indices), particles, dtype=dtype, device=indices.device)
     smallest_sample_size = torch.full((len(indices),), float(particles), dtype=dtype, device=indices.device)
     unchecked = False  # whether the weights have changed since the effective sample size was last computed
-    for level, (own, latent, mask) in enumerate(zip(prior.levels, given, observed, strict=True)):
-        backbone: Backbone = own.backbone
-        head: Head = own.head
-        values = head.values(latent[None]).flatten(1, 2).repeat_interleave(len(numbers), 0)  # B·M P, or B·M P C
-        positions = torch.arange(mask.numel(), device=indices.device)
-        draws = head.begin(uniforms(seed, numbers, positions, head.uniforms_per_position(AS_FITTED), own.level), AS_FITTED)
-        condition = own.conditioned(levels, contexts)
-        state = backbone.begin(len(numbers), own.spec.grid, condition.map, condition.prefix)
-        previous: Tensor | None = None
-        for position, observed_here in enumerate(mask.flatten().tolist()):
-            features = backbone.step(previous, position, state).to(own.position.dtype)
-            if unchecked and not observed_here:  # before the next draw, copies of likely particles replace unlikely ones
-                unchecked, size = False, effective(logs)
-                smallest_sample_size = torch.minimum(smallest_sample_size, size)
-                if (poor := size < RESAMPLE_BELOW * particles).any():
-                    ancestors = resampled(logs, poor, indices, seed, (level << 20) + position)
-                    features, values, levels = features[ancestors], values[ancestors], [done[ancestors] for done in levels]
-                    contexts = None if contexts is None else contexts[ancestors]
-                    state.select(ancestors)
-                    logs[poor] = 0.0
-            if observed_here:
-                logs += head.log_prob(features, values[:, position]).view_as(logs)
-                unchecked = True
-            else:
-                values[:, position] = head.draw(features, position, draws)
-            previous = head.embed(values[:, position])
-        levels.append(head.latent(values.unflatten(1, own.spec.grid)))
+    # As densities, draws and weights are not rounded by mixed precision.
+    with torch.autocast(indices.device.type, enabled=False):
+        for level, (own, latent, mask) in enumerate(zip(prior.levels, given, observed, strict=True)):
+            backbone: Backbone = own.backbone
+            head: Head = own.head
+            values = head.values(latent[None]).flatten(1, 2).repeat_interleave(len(numbers), 0)  # B·M P, or B·M P C
+            positions = torch.arange(mask.numel(), device=indices.device)
+            draws = head.begin(uniforms(seed, numbers, positions, head.uniforms_per_position(AS_FITTED), own.level), AS_FITTED)
+            condition = own.conditioned(levels, contexts)
+            state = backbone.begin(len(numbers), own.spec.grid, condition.map, condition.prefix)
+            previous: Tensor | None = None
+            for position, observed_here in enumerate(mask.flatten().tolist()):
+                features = backbone.step(previous, position, state).to(own.position.dtype)
+                if unchecked and not observed_here:  # before the next draw, copies of likely particles replace unlikely ones
+                    unchecked, size = False, effective(logs)
+                    smallest_sample_size = torch.minimum(smallest_sample_size, size)
+                    if (poor := size < RESAMPLE_BELOW * particles).any():
+                        ancestors = resampled(logs, poor, indices, seed, (level << 20) + position)
+                        features, values, levels = features[ancestors], values[ancestors], [done[ancestors] for done in levels]
+                        contexts = None if contexts is None else contexts[ancestors]
+                        state.select(ancestors)
+                        logs[poor] = 0.0
+                if observed_here:
+                    logs += head.log_prob(features, values[:, position]).view_as(logs)
+                    unchecked = True
+                else:
+                    values[:, position] = head.draw(features, position, draws)
+                previous = head.embed(values[:, position])
+            levels.append(head.latent(values.unflatten(1, own.spec.grid)))
     if log_likelihood is not None:
         logs += log_likelihood(levels).view_as(logs)
     smallest_sample_size = torch.minimum(smallest_sample_size, effective(logs))

@@ -210,6 +210,17 @@ def test_what_else_is_known_weighs_the_particles():
     assert (share - exact).abs().sum() / 2 < 0.05
 
 
+@pytest.mark.parametrize(("backbone", "head"), LEARNED)
+def test_mixed_precision_does_not_round_completions(backbone, head):
+    prior = random_prior(spec_for(head, (2, 3)), backbone, head).float()
+    latent, mask = known(prior.spec, [1, 4])
+    asked = prior, [latent.float() if latent.is_floating_point() else latent], [mask], torch.arange(50), 0
+    exact, sizes = complete(*asked)
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed, mixed_sizes = complete(*asked)
+    assert torch.equal(*mixed, *exact) and torch.equal(mixed_sizes, sizes)
+
+
 def test_effective_sample_size():
     assert effective(torch.zeros(1, 8)) == pytest.approx(8)
     assert effective(torch.tensor([[0.0, -1e9, -1e9]])) == pytest.approx(1)

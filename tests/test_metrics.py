@@ -565,6 +565,28 @@ def test_a_line_for_each_classifier_that_is_trained_and_none_for_one_that_is_the
         assert [line.partition(": accuracy")[0] for line in lines] == expected
 
 
+def test_accuracy_of_a_classifier_is_measured_once_for_the_same_test_images(tmp_path, monkeypatch):
+    splits, config = small_splits((1, 8, 8), 2, count=80), shrunk(preset("mnist5k")).metrics
+    measured, evaluate = [], features.evaluate
+
+    def counted(*arguments):
+        measured.append(evaluate(*arguments))
+        return measured[-1]
+
+    monkeypatch.setattr(features, "evaluate", counted)
+
+    def accuracy(test: ImageSet) -> float:
+        _, described = features.trained_classifier(
+            open_fabric("cpu", "float32"), config, dataclasses.replace(splits, test=test), tmp_path, seed=0
+        )
+        return described["accuracy"]
+
+    other_labels = ImageSet(splits.test.images, 1 - splits.test.labels)
+    first, again, other = accuracy(splits.test), accuracy(splits.test), accuracy(other_labels)
+    assert first == again == measured[0]["accuracy"] and len(measured) == 2
+    assert other == pytest.approx(1 - first)
+
+
 def test_the_gap_closed_is_the_share_of_the_way_to_the_reconstructions():
     def distances(fd: float, spread: float = 0.0, seed: int = 0) -> torch.Tensor:
         others = torch.randn(100, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)

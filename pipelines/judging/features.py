@@ -316,7 +316,7 @@ def trained_classifier(
 ) -> tuple[Classifier, dict[str, Any]]:
     """A classifier of the data set's labels, trained or loaded from `cache`, and its description.
 
-    Of several runs on one data set, the first to need it trains it; the others wait. Its accuracy is printed where it is trained.
+    Of several runs on one data set, the first to need it trains it; the others wait. Its accuracy is said once.
     """
     torch.manual_seed(seed)
     model = Classifier(splits.image_shape[0], len(splits.label_names), splits.image_shape[1:])
@@ -327,14 +327,20 @@ def trained_classifier(
     folder = cache / key.hexdigest()[:16]
     last, label = folder / f"step-{config.classifier.steps:07d}", "second classifier" if seed else "classifier"
     with files.alone(folder, last.is_dir):
-        there = last.is_dir()
         training = in_parts(config.classifier, math.prod(model.size))
         sets = Labelled(splits.train), Labelled(splits.validation)
         fit(fabric, model, *sets, training, seed, folder, label, says_skipped=False)
-    accuracy = evaluate(fabric, model, Labelled(splits.test), at_once(model, splits.test.images), 0)["accuracy"]
-    if not there:
-        say(f"{label}: accuracy {100 * accuracy:.1f} % on {counted(len(splits.test), 'test image')}")
-    return model.eval(), {"extractor": "classifier", "accuracy": accuracy}
+
+    def on_test_images() -> dict[str, Tensor]:
+        found = evaluate(fabric, model, Labelled(splits.test), at_once(model, splits.test.images), 0)["accuracy"]
+        say(f"{label}: accuracy {100 * found:.1f} % on {counted(len(splits.test), 'test image')}")
+        return {"accuracy": torch.tensor(found, dtype=torch.float64)}
+
+    assert splits.test.labels is not None
+    test = hashlib.sha256(content_of(splits.test.images))
+    test.update(content_of(splits.test.labels))
+    accuracy = files.cached(folder / "accuracy.safetensors", test.hexdigest()[:16], on_test_images)["accuracy"]
+    return model.eval(), {"extractor": "classifier", "accuracy": float(accuracy)}
 
 
 def feature_space(fabric: Fabric, config: MetricsConfig, splits: Splits, cache: Path, seed: int = 0) -> FeatureSpace:
