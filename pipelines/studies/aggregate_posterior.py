@@ -71,7 +71,7 @@ def aggregate_posterior(trained: Trained) -> Findings:
         axis.set_title("KL(q(z) ‖ N(0, I)) lies on the bar", fontsize=10)
         axis.legend(fontsize=8)
     plane_of_images(trained, swept[PLANE], axes[1, 1], axes[1, 2])
-    correlation = torch.corrcoef(flat.T).fill_diagonal_(0).nan_to_num().abs()
+    correlation = torch.atleast_2d(torch.corrcoef(flat.T)).fill_diagonal_(0).nan_to_num().abs()  # of one number it has no axis
     few, many = (swept[name] for name in (BY_DIMENSIONS[0], BY_DIMENSIONS[-1]))
     small, large = (swept[name] for name in (BY_ENCODER[0], BY_ENCODER[-1]))
     per_label = f" {rates['per label']:.1f} under one Gaussian for each label," if "per label" in rates else ""
