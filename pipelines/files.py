@@ -131,6 +131,12 @@ def delete(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+def discard(folder: Path) -> None:
+    """Delete a folder so that it is there whole or not at all: what a killed process leaves of it is partial."""
+    os.rename(folder, gone := folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.partial"))
+    delete(gone)
+
+
 def write_file(path: Path, content: bytes) -> None:
     """Write a file so that it is there whole or not at all. Of several processes the first does; the others return at once."""
     if first_process():

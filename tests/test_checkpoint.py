@@ -289,6 +289,21 @@ def test_what_a_killed_process_left_is_cleared(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == [".mine.0123abcd.partial", "step-0000001"]
 
 
+def test_one_that_a_killed_process_was_deleting_is_not_taken_for_a_damaged_one(tmp_path, monkeypatch, capsys):
+    def killed(path):
+        (path / "model.safetensors").unlink()
+        raise KeyboardInterrupt
+
+    made = [save(tmp_path, step) for step in (1, 2, 3)]
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(files, "delete", killed)
+        checkpoints.prune(tmp_path, made)
+    left = checkpoints.usable(tmp_path)
+    assert [found.step for found in left] == [2, 3] and checkpoints.prune(tmp_path, left) == left
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-0000002", "step-0000003"]
+    assert "damaged" not in capsys.readouterr().out
+
+
 def test_many_writers_of_one_file_all_succeed(tmp_path):
     path, contents = tmp_path / "samples.png", [bytes([number]) * 20_000 for number in range(8)]
     with ThreadPoolExecutor(8) as pool:

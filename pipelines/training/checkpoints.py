@@ -15,7 +15,6 @@ import json
 import math
 import os
 import re
-import shutil
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -25,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from pipelines.console import UserError, say
-from pipelines.files import aside, clear_partial, flush, packed, read_tensors, structured, write_flushed
+from pipelines.files import aside, clear_partial, discard, flush, packed, read_tensors, structured, write_flushed
 from pipelines.training import sharding
 
 CHECKSUMS = "checksums.json"
@@ -134,7 +133,7 @@ def save(folder: Path, record: Record, model: dict[str, Tensor], training: dict[
         if target.exists():
             try:
                 check(target)
-                shutil.rmtree(target)  # the very same
+                discard(target)  # the very same
             except UserError:
                 set_aside(target)
         os.rename(made, target)
@@ -261,6 +260,6 @@ def prune(folder: Path, checkpoints: list[Checkpoint]) -> list[Checkpoint]:
         if path not in known:
             set_aside(path)
     for path in known - {each.folder for each in kept}:
-        shutil.rmtree(path, ignore_errors=True)
+        discard(path)
     clear_partial(folder, re.compile(r"step-\d+").fullmatch)
     return kept
