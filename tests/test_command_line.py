@@ -4,21 +4,18 @@ import importlib
 import io
 import json
 import os
-import runpy
 import subprocess
 import sys
-import tempfile
-import traceback
 from collections.abc import Iterator
 from contextlib import redirect_stdout
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 
 import pipelines.__main__ as everything
 from pipelines.data.sets import EmbeddedDigits
+from tests.forks import forked
 from tests.parts import small_splits
 
 SHRUNK = [
@@ -36,34 +33,6 @@ def said_by(module: str, *arguments: str, cwd: Path) -> str:
         patch.chdir(cwd)
         importlib.import_module(f"pipelines.{module}").main([*arguments])
     return output.getvalue()
-
-
-def forked(module: str, *arguments: str, cwd: Path) -> subprocess.CompletedProcess:
-    """The same in a fork of this process, in which everything is imported already: seconds less."""
-    with tempfile.TemporaryFile("w+") as output, tempfile.TemporaryFile("w+") as errors:
-        process = os.fork()
-        if process == 0:
-            code: Any = 1
-            try:
-                os.chdir(cwd)
-                os.dup2(output.fileno(), 1)
-                os.dup2(errors.fileno(), 2)
-                sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
-                sys.argv = [f"pipelines.{module}", *arguments]
-                runpy.run_module(f"pipelines.{module}", run_name="__main__", alter_sys=True)
-                code = 0
-            except SystemExit as end:
-                code = end.code or 0
-            except BaseException:
-                traceback.print_exc()
-            finally:
-                sys.stdout.flush()
-                sys.stderr.flush()
-                os._exit(code if isinstance(code, int) else 1)
-        returncode = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
-        output.seek(0)
-        errors.seek(0)
-        return subprocess.CompletedProcess(arguments, returncode, output.read(), errors.read())
 
 
 @pytest.fixture(scope="module")
@@ -143,7 +112,8 @@ def test_bad_input_is_one_sentence_and_exit_code_2(trained, arguments, says):
     folder, _ = trained
     (folder / "empty").mkdir(exist_ok=True)
     before = sorted(folder.rglob("*"))
-    done = forked(*arguments, cwd=folder)
+    module, *rest = arguments
+    done = forked(f"pipelines.{module}", *rest, cwd=folder)
     assert done.returncode == 2
     assert says in done.stderr and "Traceback" not in done.stderr
     assert sorted(folder.rglob("*")) == before, "something half-written was left"
@@ -154,21 +124,44 @@ COMMANDS = "train_all generate compare likelihood score study benchmark export p
 WITH_TORCH = ["generate", *(f"benchmark {name}" for name in ("training", "data", "sampling", "batches", "metrics"))]
 
 
-@pytest.mark.parametrize("asked", [*COMMANDS, *WITH_TORCH[1:]])
-def test_help_imports_little(asked):
-    """What takes seconds to import is not imported for it."""
-    module, *names = asked.split()
-    slow = {"lightning_fabric", "torchvision", "sklearn", "matplotlib", "torchmetrics", "torch._dynamo"}
-    slow |= set() if asked in WITH_TORCH else {"torch"}
-    script = (
-        f"import runpy, sys; sys.argv = ['x', *{names}, '--help']\n"
-        f"try: runpy.run_module('pipelines.{module}', run_name='__main__')\n"
-        "except SystemExit: pass\n"
-        f"found = {slow} & {{*sys.modules}}; assert not found, found"
-    )
-    done = subprocess.run([sys.executable, "-c", script], cwd=Path(__file__).parents[1], capture_output=True, text=True)
+SLOW = ["torch", "lightning_fabric", "torchvision", "scipy", "sklearn", "matplotlib", "torchmetrics", "torch._dynamo"]
+HELP = """
+import io, json, runpy, sys
+from contextlib import redirect_stdout, suppress
+slow, asked, found = json.loads(sys.argv[1]), sys.argv[2:], {}
+for command in asked:
+    module, *names = command.split()
+    sys.argv[:] = ["x", *names, "--help"]
+    with redirect_stdout(io.StringIO()) as said, suppress(SystemExit):
+        runpy.run_module(f"pipelines.{module}", run_name="__main__")
+    found[command] = said.getvalue(), [name for name in slow if name in sys.modules]
+import pipelines.runs.pictures, pipelines.runs.priors, pipelines.runs.completion, pipelines.two_stage
+found["drawing"] = "", [name for name in slow if name in sys.modules]
+print(json.dumps(found))
+"""
+
+
+@pytest.fixture(scope="module")
+def imported() -> dict[str, tuple[str, list[str]]]:
+    """The help of each command, and what of SLOW is imported by then, in one process: those that may import torch come last."""
+    commands = sorted([*COMMANDS, *WITH_TORCH[1:]], key=lambda command: command in WITH_TORCH)
+    start = [sys.executable, "-c", HELP, json.dumps(SLOW), *commands]
+    done = subprocess.run(start, cwd=Path(__file__).parents[1], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert f"python -m pipelines.{module}" in done.stdout and len(done.stdout) > 200
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("asked", [*COMMANDS, *WITH_TORCH[1:]])
+def test_help_imports_little(imported, asked):
+    """What takes seconds to import is not imported for it."""
+    said, slow = imported[asked]
+    assert set(slow) <= ({"torch"} if asked in WITH_TORCH else set())
+    assert f"python -m pipelines.{asked.split()[0]}" in said and len(said) > 200
+
+
+def test_drawing_imports_neither_metrics_nor_plots(imported):
+    """They take longer to import than all that draws."""
+    assert not {"torchmetrics", "torchvision", "scipy", "matplotlib", "sklearn"} & {*imported["drawing"][1]}
 
 
 def test_one_command_starts_all_others(tmp_path):
@@ -200,8 +193,7 @@ def test_a_command_starts_and_fails_as_a_process_of_its_own(trained):
 
 def test_a_run_that_is_killed_ends_as_one_that_is_not():
     """Few kills of one preset; by itself the script kills more, of several."""
-    script = [sys.executable, "-m", "tests.kill", "--kills", "2", "--presets", "mnist-vqvae"]
-    done = subprocess.run(script, cwd=Path(__file__).parents[1], capture_output=True, text=True, timeout=600)
+    done = forked("tests.kill", "--kills", "2", "--presets", "mnist-vqvae", cwd=Path(__file__).parents[1])
     assert done.returncode == 0 and done.stdout.endswith("2 of 2\n"), done.stdout + done.stderr
 
 
@@ -215,11 +207,3 @@ def test_a_damaged_checkpoint_is_named(trained):
         assert newest.read_bytes() == content  # trained again from the one before
     finally:
         newest.write_bytes(content)
-
-
-def test_drawing_imports_neither_metrics_nor_plots():
-    """They take longer to import than all that draws."""
-    code = "import sys, pipelines.runs.pictures, pipelines.runs.priors, pipelines.runs.completion, pipelines.two_stage;"
-    code += "print(*{'torchmetrics', 'torchvision', 'scipy', 'matplotlib', 'sklearn'} & {*sys.modules})"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.split() == []

@@ -1,7 +1,6 @@
 """The commands on a device that lacks what MPS, a Mac's GPU, lacks: see mps.py."""
 
 import os
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -25,6 +24,7 @@ from stage2_prior.conditions import Caption, ClassLabel, Cluster
 from stage2_prior.heads import Categorical
 from stage2_prior.latents import LatentSpec
 from stage2_prior.sampling import inverse_normal_cdf
+from tests.forks import forked
 from tests.mps import DEVICE, Device, Refused
 from tests.parts import BACKBONES, RIVALS, shrunk, small_splits
 
@@ -120,9 +120,10 @@ def test_windows_opens_no_folder(tmp_path, monkeypatch):
     assert files.read_json(tmp_path / "x.json") == 1 and [path.name for path in tmp_path.iterdir()] == ["x.json"]
 
 
-def test_benchmarks_are_imported_where_there_is_no_module_resource():
-    lines = "import sys; sys.modules['resource'] = None; import pipelines.benchmarks.data"
-    subprocess.run([sys.executable, "-c", lines], check=True)
+def test_benchmarks_are_imported_where_there_is_no_module_resource(monkeypatch):
+    monkeypatch.setitem(sys.modules, "resource", None)
+    done = forked("pipelines.benchmarks.data", cwd=Path(__file__).parents[1], anew=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_what_mps_lacks_is_refused(device):

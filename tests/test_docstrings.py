@@ -1,13 +1,12 @@
 """The examples in the docstrings of the stages run as they stand, alone and one after the other, without pipelines."""
 
-import subprocess
-import sys
 import textwrap
 
 import torch
 
 import stage1_vae
 import stage2_prior
+from tests.forks import forked
 
 CODE = {
     stage: "\n".join(line for line in stage.__doc__.split("\n") if line.startswith("    ") or not line)
@@ -44,7 +43,9 @@ def test_the_example_of_stage_2_runs_on_latents_of_that_of_stage_1():
     assert first["vae"].render(second["drawn"]).shape == (8, 1, 28, 28)
 
 
-def test_the_examples_import_no_pipelines():
+def test_the_examples_import_no_pipelines(tmp_path):
     imports = [line for code in CODE.values() for line in textwrap.dedent(code).split("\n") if "import " in line]
     check = "import sys; assert not any(name.split('.')[0] == 'pipelines' for name in sys.modules)"
-    subprocess.run([sys.executable, "-c", "\n".join([*imports, check])], check=True)
+    (tmp_path / "imports.py").write_text("\n".join([*imports, check]))
+    done = forked("imports", cwd=tmp_path, anew=True)
+    assert done.returncode == 0, done.stderr

@@ -1,12 +1,13 @@
 """The parts that docs/examples/ adds: each diff applies to this code, and the contract tests hold for the new part."""
 
-import os
 import shutil
 import subprocess
-import sys
+import tempfile
 from pathlib import Path
 
 import pytest
+
+from tests.forks import PACKAGES, forked
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "docs/examples"
@@ -27,10 +28,10 @@ def test_every_kind_of_example_is_tried():
 
 
 @pytest.mark.parametrize("name", RUN)
-def test_an_example_is_complete(name, tmp_path):
-    for package in ("stage1_vae", "stage2_prior", "pipelines", "tests"):
+def test_an_example_is_complete(name, tmp_path, monkeypatch):
+    for package in PACKAGES:
         shutil.copytree(ROOT / package, tmp_path / package, ignore=shutil.ignore_patterns("trained", "__pycache__"))
     subprocess.run(["git", "apply", EXAMPLES / f"{name}.diff"], cwd=tmp_path, check=True)
-    alone = {**os.environ, "PYTHONPATH": str(tmp_path), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-m", *RUN[name]], cwd=tmp_path, env=alone, capture_output=True, text=True)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))  # what a fork leaves there
+    done = forked(*RUN[name], cwd=tmp_path, anew=True)
     assert done.returncode == 0, done.stdout + done.stderr  # pytest fails where no test is selected

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
 from tests.test_command_line import SHRUNK
 
@@ -28,10 +29,15 @@ def test_the_wheel_trains_a_run_without_the_repository(tmp_path):
     where = "import pipelines.pages.page, stage2_prior; print(pipelines.pages.page.__file__)"
     found = subprocess.run([sys.executable, "-c", where], cwd=work, env=environment, capture_output=True, text=True, check=True)
     assert Path(found.stdout.strip()).is_relative_to(installed)
-    command = [sys.executable, "-m", "pipelines.train_all", *SHRUNK]
+    images, noise = work / "images", np.random.default_rng(0)
+    images.mkdir()
+    for number in range(200):
+        Image.fromarray(noise.integers(0, 256, (16, 16), np.uint8)).save(images / f"{number}.png")
+    own = ["folder", "--data.root", "images", "--data.size", "16"]
+    command = [sys.executable, "-m", "pipelines.train_all", *own, *SHRUNK]
     done = subprocess.run(command, cwd=work, env=environment, capture_output=True, text=True)
     assert done.returncode == 0 and "gap closed" in done.stdout, done.stderr
-    assert (work / "checkpoints/mnist5k/compare/page.html").is_file()
-    command = [sys.executable, "-m", "pipelines.generate", "mnist5k", "--count", "9", "--out", "nine.npz", "--device", "cpu"]
+    assert (work / "checkpoints/folder/compare/page.html").is_file()
+    command = [sys.executable, "-m", "pipelines.generate", "folder", "--count", "9", "--out", "nine.npz", "--device", "cpu"]
     done = subprocess.run(command, cwd=work, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0 and np.load(work / "nine.npz")["arr_0"].shape == (9, 28, 28, 1), done.stderr
+    assert done.returncode == 0 and np.load(work / "nine.npz")["arr_0"].shape == (9, 16, 16, 3), done.stderr
