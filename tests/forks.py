@@ -2,6 +2,7 @@
 
 import os
 import runpy
+import signal
 import subprocess
 import sys
 import tempfile
@@ -9,6 +10,7 @@ import traceback
 from pathlib import Path
 from typing import Any
 
+LONGEST = 600  # seconds, after which a fork is killed
 PACKAGES = ("stage1_vae", "stage2_prior", "pipelines", "tests")
 
 
@@ -18,6 +20,7 @@ def forked(module: str, *arguments: str, cwd: Path, anew: bool = False) -> subpr
         process = os.fork()
         if process == 0:
             code: Any = 1
+            signal.alarm(LONGEST)
             try:
                 os.chdir(cwd)
                 os.dup2(output.fileno(), 1)
