@@ -10,7 +10,7 @@ import re
 import secrets
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -294,12 +294,14 @@ def alone(path: Path, there: Callable[[], bool]) -> Iterator[None]:
     """Of several runs that need what lies at `path`, the first to get here makes it; the others wait until it has.
 
     there: whether it is made already, so that nobody has to wait. Called by all processes of a run together. The lock lies
-    beside it; a killed process holds none.
+    beside it; a killed process holds none, but may leave its file.
     """
     lock = FileLock(path.with_suffix(".lock"))
 
     def acquire() -> None:
         if there():
+            with suppress(OSError):
+                os.unlink(lock.lock_file)
             return
         path.parent.mkdir(parents=True, exist_ok=True)
         try:

@@ -414,6 +414,14 @@ def test_never_two_hold_a_lock_whose_file_is_deleted_when_it_is_released(tmp_pat
     assert max(most) == 1 and list(tmp_path.iterdir()) == []
 
 
+def test_the_lock_of_a_process_that_was_killed_after_it_made_what_is_cached_is_deleted(tmp_path):
+    path, made = tmp_path / "x.safetensors", {"x": torch.zeros(1)}
+    files.cached(path, "a", lambda: made)
+    path.with_suffix(".lock").touch()
+    assert files.cached(path, "a", dict).keys() == made.keys()
+    assert [*tmp_path.iterdir()] == [path]
+
+
 def test_of_several_runs_one_makes_what_is_cached_and_the_others_wait(tmp_path, capsys):
     made, begun = [], threading.Barrier(4)
 

@@ -20,7 +20,7 @@ from pipelines import compare as compare_module
 from pipelines import generate
 from pipelines.console import UserError
 from pipelines.data.folder import Folder
-from pipelines.data.images import ImageSet, Mirrored
+from pipelines.data.images import ImageSet, Mirrored, Splits
 from pipelines.judging.comparison import from_dict as comparison_from_dict
 from pipelines.judging.comparison import read_comparison
 from pipelines.judging.comparison import to_dict as comparison_to_dict
@@ -58,8 +58,12 @@ def images_of(name: str) -> tuple[int, int, int]:
     return (1, 20, 20) if parts_of(name)[0] in ("mnist5k", "mnist", "fashion-mnist") else (3, 16, 16)
 
 
+def splits_of(name: str, classes: int = 4) -> Splits:
+    return small_splits(images_of(name), classes, IMAGES)
+
+
 def train(name: str, config: RunConfig, monkeypatch, classes: int = 4, through=train_all) -> Run:
-    splits = small_splits(images_of(name), classes, IMAGES)
+    splits = splits_of(name, classes)
     monkeypatch.setattr(type(config.data), "load", lambda self, report=None: splits)
     run = Run.create(CHECKPOINTS / name, config, "cpu")
     through(run)
@@ -80,7 +84,7 @@ def finished(tmp_path_factory) -> Run:
     """A shrunk run of mnist5k with its comparison, which tests take copies of."""
     with pytest.MonkeyPatch.context() as patch:
         config = shrunk(preset("mnist5k"))
-        patch.setattr(type(config.data), "load", lambda self, report=None: small_splits((1, 28, 28), 4, IMAGES))
+        patch.setattr(type(config.data), "load", lambda self, report=None: splits_of("mnist5k"))
         run = Run.create(tmp_path_factory.mktemp("finished") / "checkpoints" / "mnist5k", config, "cpu")
         train_all(run)
     return run
@@ -88,7 +92,7 @@ def finished(tmp_path_factory) -> Run:
 
 def copied(finished: Run, monkeypatch, folder: Path = CHECKPOINTS / "mnist5k") -> Run:
     """With what lies beside it, the classifiers."""
-    monkeypatch.setattr(type(finished.config.data), "load", lambda self, report=None: small_splits((1, 28, 28), 4, IMAGES))
+    monkeypatch.setattr(type(finished.config.data), "load", lambda self, report=None: splits_of("mnist5k"))
     shutil.copytree(finished.folder.parent, folder.parent)
     (folder.parent / finished.folder.name).rename(folder)
     return Run.create(folder, finished.config, "cpu")
