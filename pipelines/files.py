@@ -300,8 +300,9 @@ def alone(path: Path, there: Callable[[], bool]) -> Iterator[None]:
 
     def acquire() -> None:
         if there():
-            with suppress(OSError):
-                os.unlink(lock.lock_file)
+            if os.path.exists(lock.lock_file):  # a killed process left it, unless another is about to release it
+                with suppress(Timeout, OSError):
+                    lock.acquire(timeout=0)
             return
         path.parent.mkdir(parents=True, exist_ok=True)
         try:

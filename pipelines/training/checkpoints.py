@@ -16,6 +16,7 @@ import math
 import os
 import re
 import time
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -260,6 +261,7 @@ def prune(folder: Path, checkpoints: list[Checkpoint]) -> list[Checkpoint]:
         if path not in known:
             set_aside(path)
     for path in known - {each.folder for each in kept}:
-        discard(path)
+        with suppress(OSError):  # one that cannot be deleted stops no training
+            discard(path)
     clear_partial(folder, re.compile(r"step-\d+").fullmatch)
     return kept
