@@ -15,6 +15,7 @@ from pipelines.runs.phases import train
 from pipelines.runs.run import Run
 from pipelines.training import checkpoints, devices
 from pipelines.training.fit import learning_rate
+from stage2_prior.autoregressive import AutoregressivePrior
 from tests.test_fit import CONFIG, Breaks, Killed, assert_equal
 from tests.test_fit import train as fitted
 
@@ -75,7 +76,9 @@ def test_a_longer_stage_1_makes_all_that_depends_on_it_anew_and_keeps_the_run_as
     assert capsys.readouterr().out.count("finished, skipped") == 2
 
 
-def test_a_longer_stage_2_goes_on_after_the_same_stage_1(copy, capsys):
+def test_a_longer_stage_2_goes_on_after_the_same_stage_1(copy, capsys, monkeypatch):
+    """What its checkpoints hold of the latents, such as clusters, is not estimated again."""
+    monkeypatch.setattr(AutoregressivePrior, "estimate", None)
     first = finished(copy, "stage1").digest()
     longer = trained(copy, {"stage2.steps": 6})
     said = capsys.readouterr().out

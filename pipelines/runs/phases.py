@@ -18,6 +18,7 @@ from pipelines.runs.options import DEFAULTS, Options
 from pipelines.runs.parts import EARLY_PRIOR, finished, follow, new_autoencoder, new_prior, specs_of, taken_over
 from pipelines.runs.run import PHASES, Run
 from pipelines.runs.sharing import check_source, share_stage1
+from pipelines.training import checkpoints
 from pipelines.training.config import OnNan
 from pipelines.training.devices import open_fabric, resolved
 from pipelines.training.fabric import Fabric
@@ -157,7 +158,8 @@ class Phases:
         """fabric: the run's, or one over which the prior's weights are sharded."""
         run = self.run
         follow(run, "stage2", "stage1")
-        prior.estimate(train)
+        if not processes.on_first(lambda: checkpoints.usable(run.folder / "stage2")):  # which hold what is estimated, too
+            prior.estimate(train)
 
         def samples(model: Prior) -> dict[str, Tensor]:
             # From a sharded prior, no process could sample alone.
