@@ -54,6 +54,7 @@ from tests.parts import BACKBONES, cheaper_comparisons, random_latents, shrunk, 
 STEPS = 50
 SHARDS = 5
 CONFIG = FitConfig(steps=STEPS, batch_size=8, learning_rate=3e-3, warmup_steps=5, checkpoint_steps=10, gradient_clip=10.0)
+OPTIMIZERS = {"adamw": CONFIG, "muon": dataclasses.replace(CONFIG, optimizer="muon")}
 FIXED = bottlenecks.VectorQuantized(codes=6, channels=3, revival=0.0, rate_weight=2.0)
 WITHOUT_DRAWS = {
     "deterministic": bottlenecks.Deterministic(channels=2),
@@ -102,7 +103,11 @@ def losses(fabric: Fabric, model: nn.Module, train, config: FitConfig = CONFIG) 
 
 def losses_without_draws(fabric: Fabric) -> dict[str, list[float]]:
     found = {name: losses(fabric, autoencoder(kind), images()) for name, kind in WITHOUT_DRAWS.items()}
-    return found | {"categorical prior": losses(fabric, prior(), random_latents(60, CODES))}
+    return found | {f"categorical prior, {name}": losses_of_prior(fabric, config) for name, config in OPTIMIZERS.items()}
+
+
+def losses_of_prior(fabric: Fabric, config: FitConfig) -> list[float]:
+    return losses(fabric, prior(), random_latents(60, CODES), config)
 
 
 def losses_in_microbatches(fabric: Fabric, microbatches: int) -> dict[str, list[float]]:
@@ -182,7 +187,7 @@ def stopped_by_a_signal_to_one(fabric: Fabric, folder: Path) -> str:
 
 
 def trained(fabric: Fabric, model: nn.Module, folder: Path) -> nn.Module:
-    config = dataclasses.replace(CONFIG, steps=20)
+    config = dataclasses.replace(OPTIMIZERS["muon"], steps=20)
     fit(fabric, model, random_latents(60, CODES), random_latents(20, CODES, seed=1), config, 0, folder, "test")
     return model
 
@@ -306,7 +311,7 @@ def main(folder: Path) -> None:
         "whole": trained(fabric, prior(), folder / "whole").state_dict(),
     }
     sharded = open_fabric("cpu", "float32", sharded=True)
-    found["sharded losses"] = losses(sharded, prior(), random_latents(60, CODES))
+    found["sharded losses"] = {name: losses_of_prior(sharded, config) for name, config in OPTIMIZERS.items()}
     found["sharded"] = trained(sharded, prior(), folder / "sharded").state_dict()
     torch.set_default_dtype(torch.float32)
     TorchvisionSet.load = made  # type: ignore[method-assign]

@@ -100,9 +100,11 @@ class ChannelsLast(Noisy):
 
 
 @pytest.mark.parametrize("model", [Noisy, ChannelsLast])
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 @pytest.mark.parametrize("saves", [1, 2])
-def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, monkeypatch, saves, model):
-    _, whole = train(tmp_path / "whole", model=model())
+def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, monkeypatch, saves, optimizer, model):
+    config = dataclasses.replace(CONFIG, optimizer=optimizer)
+    _, whole = train(tmp_path / "whole", config, model())
     save, count = checkpoints.save, 0
 
     def killed_after(*arguments):
@@ -115,9 +117,9 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, monkeypatch, saves,
 
     monkeypatch.setattr(checkpoints, "save", killed_after)
     with pytest.raises(Killed):
-        train(tmp_path / "killed", model=model())
+        train(tmp_path / "killed", config, model())
     monkeypatch.setattr(checkpoints, "save", save)
-    _, resumed = train(tmp_path / "killed", model=model())
+    _, resumed = train(tmp_path / "killed", config, model())
     assert_equal(whole, resumed)
 
 
@@ -129,13 +131,15 @@ def test_a_checkpoint_counts_the_seconds_of_training_of_all_starts(tmp_path):
     assert 0 < first.record.seconds < 100 and 1000 < second.record.seconds < 1100
 
 
-@pytest.mark.parametrize("change", ["no moments", "another shape", "no number", "too many"])
+@pytest.mark.parametrize("change", ["no moments", "another shape", "no number", "too many", "another optimizer"])
 def test_the_optimizer_of_another_training_is_refused(tmp_path, change):
     train(tmp_path, dataclasses.replace(CONFIG, steps=4))
     last = checkpoints.usable(tmp_path)[-1]
     training = last.training()
     if change == "no moments":
         del training["optimizer.0.exp_avg"]
+    elif change == "another optimizer":
+        training["optimizer.0.momentum"] = training.pop("optimizer.0.exp_avg")
     elif change == "another shape":
         training["optimizer.0.exp_avg"] = training["optimizer.0.exp_avg"][:1].clone()
     else:

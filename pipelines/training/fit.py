@@ -35,6 +35,7 @@ from pipelines.training import checkpoints, sharding
 from pipelines.training.average import Average
 from pipelines.training.config import FitConfig, OnNan, check_batches
 from pipelines.training.fabric import Fabric, ModelParallelStrategy
+from pipelines.training.muon import Muon, is_matrix
 from pipelines.training.order import Order, Source, in_order, prefetch, seed_of
 
 REMEDY = "A lower learning rate, under another --run, may help"
@@ -208,9 +209,12 @@ class Training:
                 torch._functorch.config.backward_pass_autocast = "off"
             model.compile()
         self.wrapped = fabric.setup_module(model)
-        self.optimizer = torch.optim.AdamW(
-            model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay, betas=(0.9, 0.99), fused=True
-        )
+        rates = dict(lr=config.learning_rate, weight_decay=config.weight_decay, betas=(0.9, 0.99))
+        self.optimizer: torch.optim.Optimizer
+        if config.optimizer == "muon":
+            self.optimizer = Muon(model.parameters(), **rates)
+        else:
+            self.optimizer = torch.optim.AdamW(model.parameters(), **rates, fused=True)
         self.wrapped_optimizer: Any = fabric.setup_optimizers(self.optimizer)
         self.average = Average(model, config.average_decay)
         self.history: list[checkpoints.Moment] = []
@@ -420,7 +424,8 @@ class Training:
         with self.average.in_use():
             last.load_into(self.model)
         checkpoints.fill(self.model, raw, last.folder / checkpoints.TRAINING)
-        parameters = {str(index): parameter for index, parameter in enumerate(self.model.parameters())}
+        ordered = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        parameters = {str(index): parameter for index, parameter in enumerate(ordered)}
         found: dict[str, dict[str, Tensor]] = {}
         for key, tensor in training.items():
             if key.startswith("optimizer."):
@@ -429,7 +434,10 @@ class Training:
         state: dict[int, dict[str, Tensor]] = {}
         for index, moments in found.items():
             shape = parameters[index].shape if index in parameters else None
-            if {name: tensor.shape for name, tensor in moments.items()} != {"step": (), "exp_avg": shape, "exp_avg_sq": shape}:
+            expected = {"step": (), "exp_avg": shape, "exp_avg_sq": shape}
+            if self.config.optimizer == "muon" and index in parameters and is_matrix(parameters[index]):
+                expected = {"step": (), "momentum": shape}
+            if {name: tensor.shape for name, tensor in moments.items()} != expected:
                 raise UserError(f"{last.folder / 'training.safetensors'} is of another training: optimizer.{index} does not fit")
             # The fused optimizer takes numbers in the order they have in memory, so moments lie there as their weights do.
             state[int(index)] = {
