@@ -99,6 +99,11 @@ TUNED: dict[str, dict[str, Any]] = {
     "fashion-mnist": {"stage1.steps": 8000},
     "fashion-vqvae": {"stage1.steps": 6000},
     "fashion-dalle": {"stage1.steps": 6000, "stage2.steps": 8000},
+    "cifar10": {
+        "stage1.optimizer": "muon",
+        "stage2.optimizer": "muon",
+        "stage2.steps": 8000,
+    },
     "cifar10-vqvae2": {
         "stage1.steps": 12_000,
         "stage1.batch_size": 16,
