@@ -27,7 +27,7 @@ COMMANDS = {
 }
 LAYERS = [
     {"console"},
-    {"processes", "grids"},
+    {"processes", "grids", "arguments"},
     {"files"},
     {"data", "training"},
     {"runs"},

@@ -209,12 +209,10 @@ class Training:
                 torch._functorch.config.backward_pass_autocast = "off"
             model.compile()
         self.wrapped = fabric.setup_module(model)
-        rates = dict(lr=config.learning_rate, weight_decay=config.weight_decay, betas=(0.9, 0.99))
-        self.optimizer: torch.optim.Optimizer
-        if config.optimizer == "muon":
-            self.optimizer = Muon(model.parameters(), **rates)
-        else:
-            self.optimizer = torch.optim.AdamW(model.parameters(), **rates, fused=True)
+        kind = Muon if config.optimizer == "muon" else torch.optim.AdamW
+        self.optimizer = kind(
+            model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay, betas=(0.9, 0.99), fused=True
+        )
         self.wrapped_optimizer: Any = fabric.setup_optimizers(self.optimizer)
         self.average = Average(model, config.average_decay)
         self.history: list[checkpoints.Moment] = []

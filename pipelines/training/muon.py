@@ -9,6 +9,7 @@ torch.optim.Muon refuses the weights of convolutions, and iterates in bfloat16, 
 import math
 from collections import defaultdict
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -58,11 +59,12 @@ class Muon(torch.optim.AdamW):
     https://arxiv.org/abs/2502.16982).
     """
 
-    def __init__(self, weights: Iterable[Tensor], lr: float, weight_decay: float, betas: tuple[float, float]):
+    def __init__(self, weights: Iterable[Tensor], **settings: Any):
+        """settings: those of AdamW, of which matrices take lr and weight_decay."""
         weights = list(weights)
         others = {"params": [weight for weight in weights if not is_matrix(weight)]}
         matrices = {"params": [weight for weight in weights if is_matrix(weight)]}
-        super().__init__([others, matrices], lr=lr, weight_decay=weight_decay, betas=betas, fused=True)
+        super().__init__([others, matrices], **settings)
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
