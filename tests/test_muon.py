@@ -13,12 +13,12 @@ SHAPES = [(4, 4), (4, 40), (40, 4), (64, 576), (100, 100)]
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_singular_values_end_near_one_and_vectors_stay(shape):
-    """Of matrices whose singular values spread over two powers of ten."""
+    """Of matrices whose singular values spread over two powers of ten, and so are 0.002 of the norm or more."""
     left, _, right = torch.linalg.svd(torch.randn(3, *shape, generator=torch.Generator().manual_seed(0)), full_matrices=False)
     values = torch.logspace(0, -2, min(shape))
     turned = left.mT @ orthogonal(left * values @ right) @ right.mT
     diagonal = turned.diagonal(dim1=-2, dim2=-1)
-    assert diagonal.min() > 0.65 and diagonal.max() < 1.25
+    assert diagonal.min() > 0.85 and diagonal.max() < 1.15
     assert (turned - diagonal.diag_embed()).abs().max() < 0.01
 
 

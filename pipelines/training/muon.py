@@ -35,7 +35,7 @@ def is_matrix(weight: Tensor) -> bool:
 
 
 def orthogonal(matrices: Tensor) -> Tensor:
-    """About U Vᵀ for matrices U S Vᵀ, of shape N R C: singular values above a thousandth of the norm end between 0.7 and 1.2.
+    """About U Vᵀ for matrices U S Vᵀ, N R C: singular values above 0.002 of the Frobenius norm end between 0.85 and 1.15.
 
     The iteration is X ← (a I + b X Xᵀ + c (X Xᵀ)²) X. Every X is a polynomial in G = X₀ X₀ᵀ, times X₀. So it runs on that
     polynomial P, of shape N R R, which commutes with G: X Xᵀ = P² G.
