@@ -158,7 +158,7 @@ class Phases:
         """fabric: the run's, or one over which the prior's weights are sharded."""
         run = self.run
         follow(run, "stage2", "stage1")
-        if not processes.on_first(lambda: checkpoints.usable(run.folder / "stage2")):  # which hold what is estimated, too
+        if not processes.on_first(lambda: checkpoints.folders(run.folder / "stage2")):  # which hold what is estimated, too
             prior.estimate(train)
 
         def samples(model: Prior) -> dict[str, Tensor]:

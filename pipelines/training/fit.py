@@ -432,10 +432,9 @@ class Training:
         state: dict[int, dict[str, Tensor]] = {}
         for index, moments in found.items():
             shape = parameters[index].shape if index in parameters else None
-            expected = {"step": (), "exp_avg": shape, "exp_avg_sq": shape}
-            if self.config.optimizer == "muon" and index in parameters and is_matrix(parameters[index]):
-                expected = {"step": (), "momentum": shape}
-            if {name: tensor.shape for name, tensor in moments.items()} != expected:
+            orthogonal = isinstance(self.optimizer, Muon) and index in parameters and is_matrix(parameters[index])
+            names = ["momentum"] if orthogonal else ["exp_avg", "exp_avg_sq"]
+            if {name: tensor.shape for name, tensor in moments.items()} != {"step": (), **dict.fromkeys(names, shape)}:
                 raise UserError(f"{last.folder / 'training.safetensors'} is of another training: optimizer.{index} does not fit")
             # The fused optimizer takes numbers in the order they have in memory, so moments lie there as their weights do.
             state[int(index)] = {

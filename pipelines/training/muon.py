@@ -3,7 +3,7 @@
 The momentum M = U S Vᵀ of a matrix is replaced by about U Vᵀ: all directions are learned at one pace, not the strongest first.
 Vectors and scalars, which have no such directions, are left to AdamW.
 
-torch.optim.Muon refuses the weights of convolutions, and iterates in bfloat16, which most CPUs emulate, at a tenth of the speed.
+torch.optim.Muon refuses the weights of convolutions, and iterates in bfloat16, which is slow on CPUs that emulate it.
 """
 
 import math
@@ -69,10 +69,11 @@ class Muon(torch.optim.AdamW):
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         """One step by the gradients there are. Matrices of one shape go together, which is faster."""
-        groups = others, matrices = self.param_groups
-        self.param_groups = [others]
+        groups = self.param_groups
+        others, matrices = groups
+        self.param_groups = [others]  # AdamW steps these
         super().step()
-        self.param_groups = list(groups)
+        self.param_groups = groups
         alike: dict[torch.Size, list[Tensor]] = defaultdict(list)
         for weight in matrices["params"]:
             if weight.grad is not None:
