@@ -87,6 +87,14 @@ def test_a_longer_stage_2_goes_on_after_the_same_stage_1(copy, capsys, monkeypat
     assert Run.open(str(copy.folder) + "-stage2-4", "cpu").config == copy.config
 
 
+def test_a_damaged_checkpoint_is_left_out_once(copy, capsys):
+    longer = trained(copy, {"stage2.steps": 6})
+    (longer.folder / "stage2" / "step-0000006" / "model.safetensors").write_bytes(b"damaged")
+    capsys.readouterr()
+    trained(longer, {})
+    assert capsys.readouterr().out.count("using step-0000004 instead") == 1
+
+
 @pytest.mark.parametrize(
     "changes", [{"stage1.steps": 60, "stage1.batch_size": 8}, {"stage1.steps": 20}, {"stage1.steps": 60, "seed": 1}], ids=str
 )
