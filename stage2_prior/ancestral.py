@@ -3,13 +3,13 @@
 B batch, P positions, U uniform numbers a position, C latent channels, D width, T prefix length, h×w latent grid.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from stage2_prior.heads import Head
+from stage2_prior.heads import Head, Weaker
 from stage2_prior.layers import Backbone
 from stage2_prior.replay import GraphedFunction, can_replay, replayed
 from stage2_prior.sampling import AS_FITTED, Sampling, uniforms
@@ -34,12 +34,12 @@ def sample_grid(
     how: Sampling = AS_FITTED,
     *,
     stream: int = 0,
-    weaker: Conditioned | None = None,
+    weaker: Sequence[tuple[float, Conditioned]] = (),
 ) -> Tensor:
     """Sample one level by cached steps of the backbone. Returns values B h w C, or codes B h w.
 
     indices: B sample numbers. stream: of the noise, a different one for each level.
-    weaker: the prior that guidance leads away from: the same one without its context, or a weaker copy. None without guidance.
+    weaker: the priors that guidance leads away from, each with its strength: the same one without its context, a weaker copy.
     """
 
     def noise(positions: slice) -> Tensor:
@@ -47,14 +47,14 @@ def sample_grid(
         return uniforms(seed, indices, numbers, prior.head.uniforms_per_position(how), stream)
 
     positions = grid[0] * grid[1]
-    priors = [prior] if weaker is None else [prior, weaker]
+    strengths, priors = [strength for strength, _ in weaker], [prior, *(one for _, one in weaker)]
     if not can_replay(indices.device, positions):
-        return draw_grid(priors, grid, how, len(indices), noise)
+        return draw_grid(priors, strengths, grid, how, len(indices), noise)
 
     def draw(uniform: Tensor, *conditions: Tensor | None) -> Tensor:
         given = zip(priors, conditions[::2], conditions[1::2])
         conditioned = [one._replace(map=map, prefix=prefix) for one, map, prefix in given]
-        return draw_grid(conditioned, grid, how, len(uniform), lambda positions: uniform[:, positions])
+        return draw_grid(conditioned, strengths, grid, how, len(uniform), lambda positions: uniform[:, positions])
 
     modules = [module for one in priors for module in (one.backbone, one.head)]
     numbers = noise_of_grid(noise, positions, positions_at_once(prior.head, how, len(indices)))
@@ -80,11 +80,16 @@ def noise_of_grid(noise: Callable[[slice], Tensor], positions: int, at_once: int
 
 @torch.no_grad()
 def draw_grid(
-    priors: list[Conditioned], grid: tuple[int, int], how: Sampling, batch: int, noise: Callable[[slice], Tensor]
+    priors: list[Conditioned],
+    strengths: list[float],
+    grid: tuple[int, int],
+    how: Sampling,
+    batch: int,
+    noise: Callable[[slice], Tensor],
 ) -> Tensor:
     """The loop of `sample_grid`. It never waits for a value on the GPU, so that a CUDA graph can capture it.
 
-    priors: the prior to sample from and, under guidance, the one that guidance leads away from.
+    priors: the prior to sample from, and those that guidance leads away from. strengths: of guidance away from each of those.
     noise: from a slice of positions to their uniform numbers, B P U. It is called for at most `positions_at_once` of them.
     """
     head, positions = priors[0].head, grid[0] * grid[1]
@@ -99,7 +104,7 @@ def draw_grid(
             draws = head.begin(noise(slice(position, min(position + at_once, positions))), how)
         steps = zip(priors, previous, states)
         features = [prior.backbone.step(before, position, state).to(dtype) for prior, before, state in steps]
-        weaker = (priors[1].head, features[1]) if len(priors) > 1 else None
+        weaker = [Weaker(w, one.head, seen) for w, one, seen in zip(strengths, priors[1:], features[1:])]
         value = head.draw(features[0], place, draws, weaker)
         drawn.append(value)
         previous = [prior.head.embed(value) for prior in priors]

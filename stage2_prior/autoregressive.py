@@ -187,12 +187,12 @@ class AutoregressivePrior(Prior):
             dtype = self.position.dtype if self.spec.vocabulary is None else torch.int64
             return [self.position.new_empty(0, *self.spec.shape, dtype=dtype)]
         coarser = [] if coarser is None else coarser
-        weaker: Conditioned | None = None
+        weaker: list[tuple[float, Conditioned]] = []
         if how.guidance:
-            weaker = self.conditioned(coarser, self.null_contexts(batch))
-        elif how.autoguidance:
+            weaker.append((how.guidance, self.conditioned(coarser, self.null_contexts(batch))))
+        if how.autoguidance:
             assert self.weaker is not None
-            weaker = self.weaker.conditioned(coarser, contexts)
+            weaker.append((how.autoguidance, self.weaker.conditioned(coarser, contexts)))
         prior = self.conditioned(coarser, contexts)
         # As densities, draws are not rounded by mixed precision.
         with torch.autocast(indices.device.type, enabled=False):

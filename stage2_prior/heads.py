@@ -62,15 +62,19 @@ class Head(nn.Module, ABC):
         """Prepare the noise of P positions for `draw`, from uniforms B P U."""
 
     @abstractmethod
-    def draw(self, features: Tensor, position: int, state: Any, weaker: "Weaker | None" = None) -> Tensor:
+    def draw(self, features: Tensor, position: int, state: Any, weaker: "Sequence[Weaker]" = ()) -> Tensor:
         """Sample the values at one position, B …. features: B D. position: 0 … P-1, among those that `begin` prepared.
 
-        state: what `begin` returned. weaker: what guidance leads away from, or None.
+        state: what `begin` returned. weaker: all that guidance leads away from.
         """
 
 
-Weaker = tuple[Any, Tensor]
-"""What guidance leads away from: a head of the same kind, and the features of its backbone at this position, B D."""
+class Weaker(NamedTuple):
+    """What guidance leads away from."""
+
+    strength: float  # w
+    head: Any  # of the same kind
+    features: Tensor  # of its backbone at this position, B D
 
 
 # Continuous latents
@@ -161,20 +165,20 @@ class GaussianMixtureHead(Head):
         return (logits.log_softmax(-1) + per_component).logsumexp(-1) - self.scale.log().sum()
 
     def uniforms_per_position(self, how: Sampling) -> int:
-        return 1 + self.channels if not how.strength else 1 + CANDIDATES * (1 + self.channels)
+        return 1 + CANDIDATES * (1 + self.channels) if how.guided else 1 + self.channels
 
     def begin(self, uniforms: Tensor, how: Sampling) -> MixtureDraws:
-        choice, candidates = uniforms.tensor_split((1 if how.strength else 0,), dim=-1)
+        choice, candidates = uniforms.tensor_split((1 if how.guided else 0,), dim=-1)
         candidates = rearrange(candidates, "b p (m u) -> p b m u", u=1 + self.channels)
         normals = inverse_normal_cdf(candidates[..., 1:]).to(self.shift.dtype).contiguous()
         compiled = compiled_draw(self.hidden, self.output, self.components, len(uniforms)) if how == AS_FITTED else None
         return MixtureDraws(how, candidates[..., 0].contiguous().unbind(), normals.unbind(), choice.unbind(1), compiled)
 
-    def draw(self, features: Tensor, position: int, state: MixtureDraws, weaker: Weaker | None = None) -> Tensor:
+    def draw(self, features: Tensor, position: int, state: MixtureDraws, weaker: Sequence[Weaker] = ()) -> Tensor:
         """For the temperature see `tempered`.
 
-        Guidance asks for p(z)^(1+w) / weaker(z)^w, which need not have a finite integral. So CANDIDATES are drawn from
-        p(z)^(1/T), and one of them is chosen with weights (p(z) / weaker(z))^(w/T). This is exact as their number grows. GIVT
+        Guidance asks for p(z) Π (p(z) / weaker(z))^w, which need not have a finite integral. So CANDIDATES are drawn from
+        p(z)^(1/T), and one of them is chosen with weights Π (p(z) / weaker(z))^(w/T). This is exact as their number grows. GIVT
         draws a component first, and guides within it, by rejection sampling.
         """
         how, uniforms, normals = state.how, state.uniforms[position], state.normals[position]
@@ -184,12 +188,12 @@ class GaussianMixtureHead(Head):
         if how.temperature != 1:
             logits = tempered(logits.log_softmax(-1), floored(components[..., self.channels :]), how.temperature)
         candidates = self.draw_many(logits, components, uniforms, normals, how.temperature)
-        if weaker is None:
+        if not weaker:
             return candidates.squeeze(1)
-        weaker_head, weaker_features = weaker
-        less = weaker_head.log_prob(weaker_features[:, None], candidates)
-        advantage = self.log_prob(features[:, None], candidates) - less
-        chosen = choose(how.strength / how.temperature * advantage, state.choice[position][:, 0])
+        own = self.log_prob(features[:, None], candidates)
+        others = ((one.strength, one.head.log_prob(one.features[:, None], candidates)) for one in weaker)
+        advantage = torch.stack([strength / how.temperature * (own - other) for strength, other in others]).sum(0)
+        chosen = choose(advantage, state.choice[position][:, 0])
         return candidates[torch.arange(len(chosen), device=chosen.device), chosen]
 
     def draw_many(self, logits: Tensor, components: Tensor, uniforms: Tensor, normals: Tensor, temperature: float) -> Tensor:
@@ -276,15 +280,14 @@ class CategoricalHead(Head):
         compiled = compiled_draw(self.hidden, self.output, self.output.out_features, len(uniforms)) if how == AS_FITTED else None
         return CodeDraws(how, uniforms.squeeze(2).T.contiguous().unbind(), compiled)
 
-    def draw(self, features: Tensor, position: int, state: CodeDraws, weaker: Weaker | None = None) -> Tensor:
+    def draw(self, features: Tensor, position: int, state: CodeDraws, weaker: Sequence[Weaker] = ()) -> Tensor:
         how, uniforms = state.how, state.uniforms[position]
         if state.compiled is not None:
             return state.compiled.code(features, uniforms)
         logits = self.logits(features)
-        if weaker is not None:
-            weaker_head, weaker_features = weaker
-            without = weaker_head.logits(weaker_features).log_softmax(-1)
-            logits = without + (1 + how.strength) * (logits.log_softmax(-1) - without)
+        if weaker:
+            own = logits.log_softmax(-1)
+            logits = own + sum(one.strength * (own - one.head.logits(one.features).log_softmax(-1)) for one in weaker)
         return choose(truncated(logits, how), uniforms)
 
 

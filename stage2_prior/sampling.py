@@ -120,13 +120,11 @@ class Sampling:
         for name, strength in (("guidance", self.guidance), ("autoguidance", self.autoguidance)):
             if not 0 <= strength < math.inf:
                 raise CannotSample(f"{name} is 0 or more, not {strength}")
-        if self.guidance and self.autoguidance:
-            raise CannotSample("guidance and autoguidance go one at a time: set one of them to 0")
 
     @property
-    def strength(self) -> float:
-        """w of the guidance in use, of either kind; 0 is none."""
-        return self.guidance or self.autoguidance
+    def guided(self) -> bool:
+        """Whether guidance of either kind is in use. Of both, the two ratios are multiplied."""
+        return self.guidance > 0 or self.autoguidance > 0
 
     def check(self, *, codes: bool, contexts: bool, weaker: bool = False) -> None:
         """Raises CannotSample for settings that a prior does not have.
@@ -140,7 +138,7 @@ class Sampling:
             raise CannotSample(f"this prior takes no context, a label or a caption, to be guided toward: set {other} instead")
         if not weaker and self.autoguidance:
             raise CannotSample("there is no weaker copy of this prior to be guided away from: set autoguidance to 0")
-        if not codes and self.strength and self.temperature == 0:
+        if not codes and self.guided and self.temperature == 0:
             raise CannotSample("draws of continuous latents at a temperature of 0 are all the same: guided, set it above 0")
 
 

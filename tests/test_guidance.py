@@ -1,4 +1,4 @@
-"""Guidance: toward a context, and away from a weaker copy of the prior."""
+"""Guidance: toward a context, away from a weaker copy of the prior, and both at once."""
 
 import math
 
@@ -25,51 +25,52 @@ def priors(backbone, head, spec, scale=0.3, seed=0, condition=ClassLabel()):  # 
     return prior, weaker
 
 
+KINDS = {"guidance": (1.0, 0.0), "autoguidance": (0.0, 1.0), "both": (0.4, 0.6)}
+"""By kind, the shares of a strength."""
+
+
 def of(kind, strength, temperature=1.0):
-    return Sampling(temperature, **{kind: strength})
+    toward, away = KINDS[kind]
+    return Sampling(temperature, guidance=toward * strength, autoguidance=away * strength)
 
 
-def both_densities(kind, prior, weaker, levels, label):
-    """log p of what guidance leads to, and of what it leads away from."""
+def guided_density(prior, weaker, levels, label, how):
+    """log of the density as fitted and, not normalized, of what guidance asks for."""
     labels = torch.full((len(levels[0]),), label)
     with torch.no_grad():
-        away = (
-            weaker.log_prob(levels, labels)
-            if kind == "autoguidance"
-            else prior.log_prob(levels, torch.full_like(labels, NO_LABEL))
-        )
-        return prior.log_prob(levels, labels), away
+        own = prior.log_prob(levels, labels)
+        without, early = prior.log_prob(levels, torch.full_like(labels, NO_LABEL)), weaker.log_prob(levels, labels)
+    return own, own + how.guidance * (own - without) + how.autoguidance * (own - early)
 
 
-@pytest.mark.parametrize("kind", ["guidance", "autoguidance"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_guidance_of_codes_is_the_normalized_product(kind):
-    """One position: samples against p(z)^(1+w) / weaker(z)^w, normalized, by a χ² test."""
+    """One position: samples against p(z) Π (p(z) / weaker(z))^w, normalized, by a χ² test."""
     prior, weaker = priors("pixelcnn", Categorical(), LatentSpec((1, 1), vocabulary=5), scale=0.8)
-    count, w = 20_000, 1.5
-    toward, away = both_densities(kind, prior, weaker, [torch.arange(5).view(5, 1, 1)], 2)
+    count, how = 20_000, of(kind, 1.5)
+    fitted, guided = guided_density(prior, weaker, [torch.arange(5).view(5, 1, 1)], 2, how)
     with torch.no_grad():
-        (samples,) = prior.sample(torch.arange(count), 0, of(kind, w), contexts=torch.full((count,), 2))
-    expected = ((1 + w) * toward - w * away).softmax(0) * count
-    assert (expected - toward.exp() * count).abs().max() > 0.02 * count  # guidance does something here
+        (samples,) = prior.sample(torch.arange(count), 0, how, contexts=torch.full((count,), 2))
+    expected = guided.softmax(0) * count
+    assert (expected - fitted.exp() * count).abs().max() > 0.02 * count  # guidance does something here
     observed = torch.bincount(samples.flatten(), minlength=5)
     assert stats.chisquare(observed.numpy(), expected.numpy()).pvalue > FALSE_ALARM
 
 
 # Of one component a power is exact; weights whose product is a density, and unlike what is drawn from.
-@pytest.mark.parametrize("kind", ["guidance", "autoguidance"])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("components", "temperature", "scale", "seed"), [(3, 1.0, 0.5, 2), (1, 0.5, 0.3, 6)])
 def test_the_bias_of_guided_continuous_draws_falls_with_the_candidates(monkeypatch, kind, components, temperature, scale, seed):
     """One position of one channel: the total variation from the exact product on a grid falls as candidates are added."""
     prior, weaker = priors("pixelcnn", GaussianMixture(components), LatentSpec((1, 1, 1)), scale, seed)
-    count, w, edges = 40_000, 2.0, torch.linspace(-12, 12, 241, dtype=torch.float64)
+    count, how, edges = 40_000, of(kind, 2.0, temperature), torch.linspace(-12, 12, 241, dtype=torch.float64)
     middles = (edges[1:] + edges[:-1]) / 2
-    toward, away = both_densities(kind, prior, weaker, [middles.view(-1, 1, 1, 1)], 1)
-    exact = (((1 + w) * toward - w * away) / temperature).softmax(0)
+    _, guided = guided_density(prior, weaker, [middles.view(-1, 1, 1, 1)], 1, how)
+    exact = (guided / temperature).softmax(0)
     distance = {}
     with torch.no_grad():
         for candidates in (1, 4, 64):
             monkeypatch.setattr("stage2_prior.heads.CANDIDATES", candidates)
-            how = of(kind, w, temperature)
             (z,) = prior.sample(torch.arange(count), 0, how, contexts=torch.ones(count, dtype=torch.int64))
             share = torch.histogram(z.flatten().double(), edges).hist / count
             distance[candidates] = float((share - exact).abs().sum() / 2)
@@ -105,7 +106,7 @@ def test_guidance_leaves_what_is_told_nothing_as_it_is():
 
 
 @pytest.mark.parametrize(("backbone", "head"), LEARNED)
-@pytest.mark.parametrize("kind", ["guidance", "autoguidance"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_guided_sample_is_the_same_in_any_batch(backbone, head, kind):
     prior, _ = priors(backbone, HEADS[head], spec_for(head, (2, 3)))
     labels = torch.arange(12) % 3
@@ -157,11 +158,10 @@ def test_what_cannot_be_guided_says_why():
     with pytest.raises(CannotSample, match="no weaker copy"):
         alone.sample(torch.arange(2), 0, Sampling(autoguidance=1.0))
     prior, _ = priors("pixelcnn", GaussianMixture(3), LatentSpec((2, 2, 2)))
-    for kind in ("guidance", "autoguidance"):
+    for kind in KINDS:
         with pytest.raises(CannotSample, match="all the same: guided, set it above 0"):
             prior.sample(torch.arange(2), 0, of(kind, 1.0, temperature=0.0))
+    for kind in ("guidance", "autoguidance"):
         for wrong in (-1, math.inf, math.nan):
             with pytest.raises(CannotSample, match=f"{kind} is 0 or more"):
-                of(kind, wrong)
-    with pytest.raises(CannotSample, match="one at a time"):
-        Sampling(guidance=1.0, autoguidance=1.0)
+                Sampling(**{kind: wrong})

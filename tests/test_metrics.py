@@ -57,7 +57,7 @@ from pipelines.judging.quality import (
     resampled,
     subsampled,
 )
-from pipelines.judging.tradeoffs import along, choose_sampling, ways_to_sample
+from pipelines.judging.tradeoffs import Tradeoff, along, best_of, choose_sampling, ways_to_sample
 from pipelines.pages.words import notes
 from pipelines.runs.config import MetricsConfig
 from pipelines.runs.dataset import load_data
@@ -276,6 +276,24 @@ def test_what_too_few_images_cannot_say_is_withheld_with_the_reason(tmp_path):
 def test_nothing_is_drawn_to_choose_by_where_there_are_too_few_images(tmp_path):
     made, ways = space(tmp_path, 100), ways_to_sample(guided=True, weaker=True)
     assert choose_sampling(made, ways, 49, lambda how, count: pytest.fail("they are drawn")) == (AS_FITTED, [])
+
+
+def test_a_standard_error_is_that_of_the_table(tmp_path):
+    made = space(tmp_path, 300)
+    judge, figures = judged(made, 100)
+    again = made.features(torch.randint(0, 256, (100, 1, 28, 28), dtype=torch.uint8), "features")
+    distances, _ = nearest_neighbours(again, made.reference)
+    figures = judge.figures(judge.under_resamples(again, distances), distances)
+    assert made.standard_error(again) == pytest.approx(figures["plus_minus"]["fd"] / quality.DEVIATIONS)
+    assert made.standard_error(again[:64]) is None, "too few for a covariance"
+
+
+@pytest.mark.parametrize(("error", "best"), [(None, 0), (0.0, 0), (0.3, 2), (0.6, 2), (1.1, 3)])
+def test_among_distances_within_a_standard_error_of_the_lowest_precision_decides(error, best):
+    figures = {"kid": 0.0, "recall": 0.0, "density": 0.0, "coverage": 0.0, "images": 1000}
+    known = [(1.0, 0.80), (1.2, 0.79), (1.3, 0.85), (2.0, 0.95), (None, 0.99)]
+    points = [Tradeoff(fd=fd, fd_error=error, precision=precision, **figures) for fd, precision in known]
+    assert best_of(points) is points[best] and best_of(points[4:]) is best_of([]) is None
 
 
 @pytest.mark.parametrize("dead", [False, True])

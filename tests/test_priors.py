@@ -684,7 +684,7 @@ def test_noise_of_few_positions_is_made_at_once_with_the_same_samples(strength, 
     spec, how, sizes = spec_for("mixture", (3, 4)), Sampling(autoguidance=strength), []
     prior = random_prior(spec, "pixelcnn", "mixture", scale=0.15).float()
     told = Conditioned(prior.backbone, prior.head, None, None)
-    weaker = told if strength else None
+    weaker = [(strength, told)] if strength else []
     whole = sample_grid(told, spec.grid, torch.arange(5), 3, how, weaker=weaker)
     begin = type(prior.head).begin
     monkeypatch.setattr(

@@ -240,7 +240,7 @@ def test_a_rival_with_labels_is_compared_and_drawn_from_by_label(run):
     other = sharing(run, "labelled", prior=LABELLED["vamp"], prior__backbone=None)
     found = compared(other, load_data(other))
     assert found.conditioned_on == "label" and found.priors["learned"].label_read is not None
-    assert not any(tried.sampling.strength for tried in found.sampling if tried.sampling)
+    assert not any(tried.sampling.guided for tried in found.sampling if tried.sampling)
     model = TwoStage.open(str(other.folder), "cpu")
     images = model.sample(6, label=2, seed=1)
     assert torch.equal(images, model.sample(6, label=[2] * 6, seed=1))

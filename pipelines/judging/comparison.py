@@ -26,7 +26,7 @@ from pipelines.judging.bounds import Bound, Bounds, BoundsOfPrior, Estimate, Nai
 from pipelines.judging.features import Features
 from pipelines.judging.health import Health
 from pipelines.judging.quality import error
-from pipelines.judging.tradeoffs import Tradeoff, described, lowest_fd
+from pipelines.judging.tradeoffs import Tradeoff, best_of, described
 from pipelines.runs.run import Run
 from stage2_prior.sampling import AS_FITTED, Sampling
 
@@ -187,15 +187,14 @@ class Comparison:
     def tuned(self, weaker: bool) -> Sampling:
         """How the learned prior is drawn best, of the ways that were tried; as fitted where that, or another prior, is better.
 
-        weaker: whether the prior still has its weaker copy. Without, the best way is that of the lowest Fréchet distance among
-        those that need none.
+        weaker: whether the prior still has its weaker copy. Without, it is the best of the ways that need none.
         """
         how = self.priors["tuned"].sampling if self.recommended == "tuned" else None
         if how is None:
             return AS_FITTED
         if weaker or not how.autoguidance:
             return how
-        best = lowest_fd([point for point in self.sampling if point.sampling is None or not point.sampling.autoguidance])
+        best = best_of([point for point in self.sampling if point.sampling is None or not point.sampling.autoguidance])
         return best.sampling if best is not None and best.sampling is not None else AS_FITTED
 
     def title(self, name: str) -> str:

@@ -218,6 +218,12 @@ class FeatureSpace:
         """The same, of features N F."""
         return None if self.withheld(len(features)) else self.distance(features)
 
+    def standard_error(self, features: Tensor) -> float | None:
+        """Of `distance_of`, over bootstrap resamples of the images."""
+        if self.withheld(len(features)):
+            return None
+        return float(self.distance.under(features, resampled(len(features))[1:]).std())
+
     def withheld(self, images: int) -> str | None:
         """Why there is no Fréchet distance of so many images, where there is none."""
         if not self.varies:

@@ -23,18 +23,23 @@ SHARES = (1.0, 0.75, 0.5, 0.25, 0.1)  # of samples kept by rejection
 TEMPERATURES = (0.9, 0.8)
 GUIDANCE = (0.25, 0.5, 1.0, 2.0)
 AUTOGUIDANCE = (0.25, 0.5, 1.0, 1.5)
+BOTH = (0.25, 0.5, 1.0)  # of guidance, with half of the best strength of autoguidance
 DRAWN = 1000  # samples that a way to draw is judged by, where a row of the comparison has as many
 
 
 @dataclass(frozen=True, kw_only=True)
 class Tradeoff:
-    """Figures of samples at one point along a trade-off; fd is None where there are too few images."""
+    """Figures of samples at one point along a trade-off; fd is None where there are too few images.
+
+    fd_error: standard error of fd, over bootstrap resamples; None where it is not known.
+    """
 
     sampling: Sampling | None = None
     """how the samples were drawn, where that is varied"""
     kept: float | None = None
     """share of samples kept, where that is varied"""
     fd: float | None
+    fd_error: float | None = None
     kid: float
     precision: float
     recall: float
@@ -44,7 +49,7 @@ class Tradeoff:
 
 
 def ways_to_sample(guided: bool, weaker: bool) -> list[Sampling]:
-    """The ways to draw from a learned prior that are tried, as it was fitted first.
+    """The ways to draw from a learned prior that are tried, as it was fitted first; later some of both kinds of guidance.
 
     guided: whether it can be guided toward a label or a caption; weaker: whether it has a weaker copy.
     """
@@ -82,7 +87,7 @@ def departures(how: Sampling) -> dict[str, float]:
 def choose_sampling(
     space: FeatureSpace, ways: list[Sampling], count: int, drawn: Callable[[Sampling, int], Tensor]
 ) -> tuple[Sampling, list[Tradeoff]]:
-    """How the learned prior is drawn best, by the lowest Fréchet distance, and what was tried.
+    """How the learned prior is drawn best, as `best_of` says, and what was tried: `ways`, then BOTH guidances where it has both.
 
     space: of another network than the one that judges the comparison, so that what is chosen does not flatter the figures.
     count: images that a row of the comparison is judged by; here DRAWN of them are drawn, or a fifth as many if that is more.
@@ -92,9 +97,19 @@ def choose_sampling(
     few = max(math.ceil(count / 5), min(count, DRAWN))
     if not enough(few, space):
         return AS_FITTED, []
-    some = {how: drawn(how, few) for how in ways}
-    tried = [replace(point, sampling=how) for how, point in along(some, space).items()]
-    best = lowest_fd(tried)
+
+    def judged(ways: list[Sampling]) -> list[Tradeoff]:
+        features = {how: drawn(how, few) for how in ways}
+        return [
+            replace(point, sampling=how, fd_error=space.standard_error(features[how]))
+            for how, point in along(features, space).items()
+        ]
+
+    tried = judged(ways)
+    away = lowest_fd([point for point in tried if point.sampling and point.sampling.autoguidance])
+    if away and away.sampling and any(how.guidance for how in ways):
+        tried += judged([Sampling(guidance=strength, autoguidance=away.sampling.autoguidance / 2) for strength in BOTH])
+    best = best_of(tried)
     return (best.sampling if best and best.sampling else AS_FITTED), tried
 
 
@@ -151,3 +166,13 @@ def lowest_fd(points: Sequence[Tradeoff]) -> Tradeoff | None:
     """The point of the lowest Fréchet distance; None where there are too few images for any."""
     judged = [(point.fd, index) for index, point in enumerate(points) if point.fd is not None]
     return points[min(judged)[1]] if judged else None
+
+
+def best_of(points: Sequence[Tradeoff]) -> Tradeoff | None:
+    """Of the points whose fd is within one standard error of the lowest, that of the highest precision; None where none has an
+    fd. Within the error, their distances do not tell them apart (the one-standard-error rule of Breiman et al. 1984)."""
+    lowest = lowest_fd(points)
+    if lowest is None or lowest.fd is None:
+        return None
+    near = [point for point in points if point.fd is not None and point.fd <= lowest.fd + (lowest.fd_error or 0.0)]
+    return max(near, key=lambda point: point.precision)

@@ -242,9 +242,16 @@ def latents(comparison: Comparison, exhibits: Exhibits) -> list[Picture]:
 
 def tradeoffs(comparison: Comparison) -> list[Picture]:
     made = []
-    for kind, explained in WAYS.items():
-        ways = {how: point for point in comparison.sampling if (how := point.sampling) is not None}
-        points = {getattr(how, kind): point for how, point in ways.items() if departures(how).keys() <= {kind}}
+    ways = {how: point for point in comparison.sampling if (how := point.sampling) is not None}
+    charts = [
+        (kind, explained, {getattr(how, kind): point for how, point in ways.items() if departures(how).keys() <= {kind}})
+        for kind, explained in WAYS.items()
+    ]
+    both = {how: point for how, point in ways.items() if how.guidance and how.autoguidance}
+    if both:
+        kind = f"guidance, with autoguidance {next(iter(both)).autoguidance:g}"
+        charts.append((kind, "Both kinds of guidance at once.", {how.guidance: point for how, point in both.items()}))
+    for kind, explained, points in charts:
         if len(points) > 1:
             caption = f"Samples of the learned prior. {explained} Judged in the features of another network than the table's."
             made.append(chart_picture(f"Diversity traded for fidelity: {kind}", caption, tradeoff_plot(points, kind)))

@@ -7,7 +7,7 @@ from pipelines.console import counted
 from pipelines.judging.comparison import ROWS, Comparison, Row
 from pipelines.judging.quality import ENOUGH, nearest_share
 from pipelines.judging.together import Entry, candidates, names_of
-from pipelines.judging.tradeoffs import described, lowest_fd
+from pipelines.judging.tradeoffs import best_of, described
 
 SHORT = ("fd", "precision", "recall", "coverage", "copied", "nll")
 """Columns that the terminal shows, too"""
@@ -190,15 +190,15 @@ def about_sampling(comparison: Comparison) -> list[str]:
     if not tried:
         return []
     ways, count = "; ".join(described(point.sampling) for point in tried if point.sampling), tried[0].images
-    best = lowest_fd(tried)
+    best = best_of(tried)
     if best is None or best.sampling is None:
         return [f"tuned: not used; {counted(count, 'sample')} for each way to sample are too few for a Fréchet distance."]
     chosen = f"tuned: {described(best.sampling)}"
     if "tuned" not in comparison.priors:
         chosen = f"tuned: not used; sampling {described(best.sampling)}"
     return [
-        f"{chosen} has the lowest fd of the {len(tried)} ways tried, on {count} samples of another seed, in the features of"
-        f" another network. Tried: {ways}."
+        f"{chosen} has the highest precision of those of {len(tried)} ways whose fd is within one standard error of the lowest,"
+        f" on {count} samples of another seed, in the features of another network. Tried: {ways}."
     ]
 
 
