@@ -162,7 +162,7 @@ def cheaper_comparisons(patch: pytest.MonkeyPatch) -> None:
 
     Commands that tests start as processes of their own compare as users' do.
     """
-    for ways, one in (("TEMPERATURES", 0.8), ("GUIDANCE", 2.0), ("AUTOGUIDANCE", 0.5), ("BOTH", 1.0)):
+    for ways, one in (("TEMPERATURES", 0.8), ("GUIDANCE", 2.0), ("AUTOGUIDANCE", 0.5), ("BOTH", 0.5)):
         patch.setattr(tradeoffs, ways, (one,))
     patch.setattr(tradeoffs, "SHARES", (1.0, 0.5))
     patch.setattr(baselines, "MIXTURE_COMPONENTS", (2, 10))

@@ -19,10 +19,9 @@ from pipelines import TwoStage, generate, likelihood
 from pipelines.console import UserError
 from pipelines.data.captions import CaptionTokenizer
 from pipelines.data.folder import Folder
-from pipelines.judging import tradeoffs
 from pipelines.judging.comparison import read_comparison
 from pipelines.judging.features import FIGURES, FeatureSpace, feature_space
-from pipelines.judging.tradeoffs import best_of, described, lowest_fd, ways_to_sample
+from pipelines.judging.tradeoffs import best_of, described, lowest_fd, ways_to_sample, ways_with_both
 from pipelines.pages.exports import card, first_samples, networks_of
 from pipelines.pages.words import notes
 from pipelines.runs import sampling
@@ -367,9 +366,9 @@ def test_the_comparison_of_a_conditional_prior_of_codes(runs):
         assert ("tuned" in comparison.priors) == (best != AS_FITTED)
         tried = [point.sampling for point in comparison.sampling]
         away = lowest_fd([point for point in comparison.sampling if point.sampling.autoguidance and not point.sampling.guidance])
-        assert tried == ways_to_sample(guided=True, weaker=True) + with_both(away.sampling.autoguidance)
+        assert tried == ways_to_sample(guided=True, weaker=True) + ways_with_both(away.sampling.autoguidance)
         named = described(best) if "tuned" in comparison.priors else f"not used; sampling {described(best)}"
-        assert any(note.startswith(f"tuned: {named} has the highest precision of those") for note in notes(comparison))
+        assert any(note.startswith(f"tuned: {named} has the highest label accuracy of those") for note in notes(comparison))
 
 
 def test_the_best_way_to_draw_that_is_guidance_is_named_with_a_caption(runs, tmp_path):
@@ -396,12 +395,7 @@ def test_with_few_images_sampling_is_not_tuned(runs):
     assert few in notes(comparison) and "tuned" not in comparison.priors
 
 
-def with_both(autoguidance):
-    """The ways with both kinds of guidance that are tried where this strength of autoguidance is the best."""
-    return [Sampling(guidance=strength, autoguidance=autoguidance / 2) for strength in tradeoffs.BOTH]
-
-
-BEST = [AS_FITTED, Sampling(0.8), Sampling(guidance=2.0), Sampling(autoguidance=0.5), Sampling(guidance=1.0, autoguidance=0.25)]
+BEST = [AS_FITTED, Sampling(0.8), Sampling(guidance=2.0), Sampling(autoguidance=0.5), Sampling(guidance=0.5, autoguidance=0.25)]
 
 
 @pytest.mark.parametrize("best", BEST, ids=described)
@@ -412,7 +406,7 @@ def test_the_comparison_finds_the_best_way_to_draw(runs, monkeypatch, best):
     """
     run = Run.open(runs["fashion-vqvae2" if best.guidance else "mnist-vqvae"], "cpu")
     ways, judges = ways_to_sample(guided=True, weaker=True), []
-    ways += with_both(0.5)
+    ways += ways_with_both(0.5)
     distances = itertools.chain([1.0 + (how != best) for how in ways], itertools.repeat(2.0))
 
     def distance_of(space, features):
@@ -421,7 +415,7 @@ def test_the_comparison_finds_the_best_way_to_draw(runs, monkeypatch, best):
 
     with monkeypatch.context() as patch:
         patch.setattr(FeatureSpace, "distance_of", distance_of)
-        patch.setattr(FeatureSpace, "standard_error", lambda space, features: 0.5)
+        patch.setattr(FeatureSpace, "error_of", lambda space, features: 0.5)
         comparison = compared(run, load_data(run))
     assert [point.sampling for point in comparison.sampling] == ways and {point.images for point in comparison.sampling} == {120}
     assert comparison.features.digest not in judges[: len(ways)]

@@ -278,21 +278,24 @@ def test_nothing_is_drawn_to_choose_by_where_there_are_too_few_images(tmp_path):
     assert choose_sampling(made, ways, 49, lambda how, count: pytest.fail("they are drawn")) == (AS_FITTED, [])
 
 
-def test_a_standard_error_is_that_of_the_table(tmp_path):
+def test_the_error_of_a_distance_is_that_of_the_table(tmp_path):
     made = space(tmp_path, 300)
-    judge, figures = judged(made, 100)
+    judge, _ = judged(made, 100)
     again = made.features(torch.randint(0, 256, (100, 1, 28, 28), dtype=torch.uint8), "features")
     distances, _ = nearest_neighbours(again, made.reference)
     figures = judge.figures(judge.under_resamples(again, distances), distances)
-    assert made.standard_error(again) == pytest.approx(figures["plus_minus"]["fd"] / quality.DEVIATIONS)
-    assert made.standard_error(again[:64]) is None, "too few for a covariance"
+    assert made.error_of(again) == pytest.approx(figures["plus_minus"]["fd"])
+    assert made.error_of(again[:64]) is None, "too few for a covariance"
 
 
 @pytest.mark.parametrize(("error", "best"), [(None, 0), (0.0, 0), (0.3, 2), (0.6, 2), (1.1, 3)])
-def test_among_distances_within_a_standard_error_of_the_lowest_precision_decides(error, best):
+@pytest.mark.parametrize("labelled", [False, True])
+def test_among_distances_within_the_error_of_the_lowest_label_accuracy_or_precision_decides(error, best, labelled):
     figures = {"kid": 0.0, "recall": 0.0, "density": 0.0, "coverage": 0.0, "images": 1000}
     known = [(1.0, 0.80), (1.2, 0.79), (1.3, 0.85), (2.0, 0.95), (None, 0.99)]
-    points = [Tradeoff(fd=fd, fd_error=error, precision=precision, **figures) for fd, precision in known]
+    points = [Tradeoff(fd=fd, fd_plus_minus=error, precision=share, **figures) for fd, share in known]
+    if labelled:
+        points = [dataclasses.replace(point, label_read=point.precision, precision=1 - point.precision) for point in points]
     assert best_of(points) is points[best] and best_of(points[4:]) is best_of([]) is None
 
 

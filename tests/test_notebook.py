@@ -15,7 +15,7 @@ from pipelines.judging import tradeoffs
 from tests.parts import small_splits
 
 EmbeddedDigits.load = lambda self, report=None: small_splits((1, 28, 28), 10)
-tradeoffs.TEMPERATURES, tradeoffs.GUIDANCE, tradeoffs.AUTOGUIDANCE, tradeoffs.BOTH = (0.8,), (2.0,), (0.5,), (1.0,)
+tradeoffs.TEMPERATURES, tradeoffs.GUIDANCE, tradeoffs.AUTOGUIDANCE, tradeoffs.BOTH = (0.8,), (2.0,), (0.5,), (0.5,)
 STEPS = 4
 SETTINGS = {"metrics.images": 60, "metrics.classifier.steps": 4, "prior.backbone.width": 8}
 SETTINGS |= {"autoencoder.network.width": 8, "autoencoder.network.blocks": 1}

@@ -122,12 +122,12 @@ def tuned_sampling(subject: Subject, rows: Rows) -> tuple[Sampling, list[Tradeof
         def features(places: Tensor, samples: Samples) -> Tensor:
             return space.of_batch(samples.images)
 
-        return space.scaled(torch.cat(rows.sampled(described(how), learned, features, how, count, seed=1)))
+        return torch.cat(rows.sampled(described(how), learned, features, how, count, seed=1))
 
     run = subject.run
     space = choosing_space(run.fabric, subject.judging, subject.splits, run.classifiers)
     ways = ways_to_sample(takes_guidance(learned), has_weaker(learned))
-    return choose_sampling(space, ways, len(subject.chosen), drawn)
+    return choose_sampling(space, ways, len(subject.chosen), drawn, subject.labels)
 
 
 def judge(subject: Subject, rows: Rows) -> Judged:

@@ -218,11 +218,16 @@ class FeatureSpace:
         """The same, of features N F."""
         return None if self.withheld(len(features)) else self.distance(features)
 
-    def standard_error(self, features: Tensor) -> float | None:
-        """Of `distance_of`, over bootstrap resamples of the images."""
-        if self.withheld(len(features)):
+    def error_of(self, features: Tensor) -> float | None:
+        """Half of the 95 % interval of `distance_of`, over bootstrap resamples of the images."""
+        return None if self.withheld(len(features)) else error(self.distance.under(features, resampled(len(features))))
+
+    def share_read(self, features: Tensor, labels: Tensor) -> float | None:
+        """How often the classifier predicts the labels, N, from features as it gives them, N F; None for another network."""
+        if not isinstance(self.model, Classifier):
             return None
-        return float(self.distance.under(features, resampled(len(features))[1:]).std())
+        logits = self.model.output(self.fabric.to_device(features))
+        return float((logits.argmax(1).cpu() == labels).float().mean())
 
     def withheld(self, images: int) -> str | None:
         """Why there is no Fréchet distance of so many images, where there is none."""

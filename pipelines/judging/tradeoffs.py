@@ -23,28 +23,28 @@ SHARES = (1.0, 0.75, 0.5, 0.25, 0.1)  # of samples kept by rejection
 TEMPERATURES = (0.9, 0.8)
 GUIDANCE = (0.25, 0.5, 1.0, 2.0)
 AUTOGUIDANCE = (0.25, 0.5, 1.0, 1.5)
-BOTH = (0.25, 0.5, 1.0)  # of guidance, with half of the best strength of autoguidance
+BOTH = (0.25, 0.5)  # of guidance, with the best strength of autoguidance and with half of it
 DRAWN = 1000  # samples that a way to draw is judged by, where a row of the comparison has as many
 
 
 @dataclass(frozen=True, kw_only=True)
 class Tradeoff:
-    """Figures of samples at one point along a trade-off; fd is None where there are too few images.
-
-    fd_error: standard error of fd, over bootstrap resamples; None where it is not known.
-    """
+    """Figures of samples at one point along a trade-off; fd is None where there are too few images."""
 
     sampling: Sampling | None = None
     """how the samples were drawn, where that is varied"""
     kept: float | None = None
     """share of samples kept, where that is varied"""
     fd: float | None
-    fd_error: float | None = None
+    fd_plus_minus: float | None = None
+    """half of the 95 % interval of fd"""
     kid: float
     precision: float
     recall: float
     density: float
     coverage: float
+    label_read: float | None = None
+    """label accuracy, where samples are drawn by label or caption"""
     images: int
 
 
@@ -56,6 +56,11 @@ def ways_to_sample(guided: bool, weaker: bool) -> list[Sampling]:
     ways = [AS_FITTED, *(Sampling(temperature) for temperature in TEMPERATURES)]
     ways += [Sampling(guidance=strength) for strength in GUIDANCE if guided]
     return ways + [Sampling(autoguidance=strength) for strength in AUTOGUIDANCE if weaker]
+
+
+def ways_with_both(best: float) -> list[Sampling]:
+    """Both kinds of guidance at once. best: the best strength of autoguidance alone."""
+    return [Sampling(guidance=toward, autoguidance=away) for toward in BOTH for away in (best / 2, best)]
 
 
 def takes_guidance(prior: Prior | None) -> bool:
@@ -85,13 +90,14 @@ def departures(how: Sampling) -> dict[str, float]:
 
 
 def choose_sampling(
-    space: FeatureSpace, ways: list[Sampling], count: int, drawn: Callable[[Sampling, int], Tensor]
+    space: FeatureSpace, ways: list[Sampling], count: int, drawn: Callable[[Sampling, int], Tensor], labels: Tensor | None = None
 ) -> tuple[Sampling, list[Tradeoff]]:
     """How the learned prior is drawn best, as `best_of` says, and what was tried: `ways`, then BOTH guidances where it has both.
 
     space: of another network than the one that judges the comparison, so that what is chosen does not flatter the figures.
     count: images that a row of the comparison is judged by; here DRAWN of them are drawn, or a fifth as many if that is more.
-    drawn: the features of as many images, N F, drawn in a way; other ones than those that the comparison judges.
+    drawn: the features of as many images, N F, drawn in a way; other ones than those that the comparison judges. labels: that
+    images are drawn as, at least as many, or None.
     As fitted, where nothing is better, or there are too few images to tell.
     """
     few = max(math.ceil(count / 5), min(count, DRAWN))
@@ -100,15 +106,17 @@ def choose_sampling(
 
     def judged(ways: list[Sampling]) -> list[Tradeoff]:
         features = {how: drawn(how, few) for how in ways}
+        read = {how: None if labels is None else space.share_read(some, labels[:few]) for how, some in features.items()}
+        scaled = {how: space.scaled(some) for how, some in features.items()}
         return [
-            replace(point, sampling=how, fd_error=space.standard_error(features[how]))
-            for how, point in along(features, space).items()
+            replace(point, sampling=how, fd_plus_minus=space.error_of(scaled[how]), label_read=read[how])
+            for how, point in along(scaled, space).items()
         ]
 
     tried = judged(ways)
     away = lowest_fd([point for point in tried if point.sampling and point.sampling.autoguidance])
     if away and away.sampling and any(how.guidance for how in ways):
-        tried += judged([Sampling(guidance=strength, autoguidance=away.sampling.autoguidance / 2) for strength in BOTH])
+        tried += judged(ways_with_both(away.sampling.autoguidance))
     best = best_of(tried)
     return (best.sampling if best and best.sampling else AS_FITTED), tried
 
@@ -169,10 +177,13 @@ def lowest_fd(points: Sequence[Tradeoff]) -> Tradeoff | None:
 
 
 def best_of(points: Sequence[Tradeoff]) -> Tradeoff | None:
-    """Of the points whose fd is within one standard error of the lowest, that of the highest precision; None where none has an
-    fd. Within the error, their distances do not tell them apart (the one-standard-error rule of Breiman et al. 1984)."""
+    """Of the points whose fd is within the error of the lowest, that of the highest label accuracy, or without labels of the
+    highest precision. None where no point has an fd.
+
+    The Fréchet distance does not tell those points apart, and hardly sees a few malformed images among many good ones.
+    """
     lowest = lowest_fd(points)
     if lowest is None or lowest.fd is None:
         return None
-    near = [point for point in points if point.fd is not None and point.fd <= lowest.fd + (lowest.fd_error or 0.0)]
-    return max(near, key=lambda point: point.precision)
+    near = [point for point in points if point.fd is not None and point.fd <= lowest.fd + (lowest.fd_plus_minus or 0.0)]
+    return max(near, key=lambda point: (point.label_read or 0.0, point.precision))

@@ -247,10 +247,10 @@ def tradeoffs(comparison: Comparison) -> list[Picture]:
         (kind, explained, {getattr(how, kind): point for how, point in ways.items() if departures(how).keys() <= {kind}})
         for kind, explained in WAYS.items()
     ]
-    both = {how: point for how, point in ways.items() if how.guidance and how.autoguidance}
-    if both:
-        kind = f"guidance, with autoguidance {next(iter(both)).autoguidance:g}"
-        charts.append((kind, "Both kinds of guidance at once.", {how.guidance: point for how, point in both.items()}))
+    for strength in sorted({how.autoguidance for how in ways if how.guidance and how.autoguidance}):
+        of_both = sorted((how for how in ways if how.autoguidance == strength), key=lambda how: how.guidance)
+        points = {how.guidance: ways[how] for how in of_both}
+        charts.append((f"guidance, with autoguidance {strength:g}", "Both kinds of guidance at once.", points))
     for kind, explained, points in charts:
         if len(points) > 1:
             caption = f"Samples of the learned prior. {explained} Judged in the features of another network than the table's."

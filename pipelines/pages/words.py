@@ -193,12 +193,12 @@ def about_sampling(comparison: Comparison) -> list[str]:
     best = best_of(tried)
     if best is None or best.sampling is None:
         return [f"tuned: not used; {counted(count, 'sample')} for each way to sample are too few for a Fréchet distance."]
-    chosen = f"tuned: {described(best.sampling)}"
+    chosen, figure = f"tuned: {described(best.sampling)}", "precision" if best.label_read is None else "label accuracy"
     if "tuned" not in comparison.priors:
         chosen = f"tuned: not used; sampling {described(best.sampling)}"
     return [
-        f"{chosen} has the highest precision of those of {len(tried)} ways whose fd is within one standard error of the lowest,"
-        f" on {count} samples of another seed, in the features of another network. Tried: {ways}."
+        f"{chosen} has the highest {figure} of those of {len(tried)} ways whose fd is within the error of the lowest, on"
+        f" {count} samples of another seed, by another network. Tried: {ways}."
     ]
 
 
