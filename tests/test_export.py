@@ -15,7 +15,7 @@ import safetensors.torch
 import torch
 from PIL import Image
 
-from pipelines import TwoStage, generate, score, train_all
+from pipelines import TwoStage, compare, generate, score, train_all
 from pipelines import export as command
 from pipelines.console import NotThere, UserError
 from pipelines.data.sets import TorchvisionSet
@@ -180,6 +180,18 @@ def test_own_images_of_an_export_are_looked_for_beside_downloads(tmp_path, monke
             Image.new("RGB", (32, 32), (number, 0, 0)).save(folder / f"{number}.png")
     with pytest.raises(UserError, match="is trained on other images: 47500"):
         load_data(run)
+
+
+@pytest.mark.usefixtures("small_data")
+def test_a_card_says_whether_its_figures_are_of_the_weights_before_they_were_rounded(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    TwoStage.open(run.folder, "cpu").compare()
+    command.main([str(run.folder), "--out", "half", "--half", "--device", "cpu"])
+    before = "Measured before the weights were rounded"
+    assert before in Path("half", CARD).read_text()
+    compare.main(["half", "--device", "cpu"])
+    command.main(["half", "--out", "again", "--device", "cpu"])
+    assert before not in Path("again", CARD).read_text()
 
 
 def test_half_precision_is_half_the_size_and_nearly_the_same_model(run, exported, tmp_path, monkeypatch):

@@ -381,7 +381,7 @@ def test_the_best_way_to_draw_that_is_guidance_is_named_with_a_caption(runs, tmp
     command = shlex.split(command_to_draw(run, guided).removeprefix("python -m pipelines.generate "))
     drawn(*command[: command.index("--count")], tmp_path=tmp_path)
     lines = card(run, guided, "boots", False, None).splitlines()
-    start = next(number for number, line in enumerate(lines) if line.startswith("Samples are nearest"))
+    start = next(number for number, line in enumerate(lines) if line.startswith("By the comparison, samples are best"))
     call, options = (re.search("`(.*)`", line)[1] for line in lines[start + 2 : start + 4])
     assert len(eval(f"model.{call}".replace("64", "2"), {"model": TwoStage.open(run.folder, "cpu")})) == 2
     drawn(str(run.folder), *shlex.split(options), tmp_path=tmp_path)

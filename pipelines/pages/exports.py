@@ -21,7 +21,17 @@ from pipelines.runs.conditions import contexts_asked
 from pipelines.runs.config import to_dict
 from pipelines.runs.dataset import FACTS, read_facts
 from pipelines.runs.exported import CARD, FORMAT, LIBRARY, LIST, files_of, metadata_of
-from pipelines.runs.parts import EARLY_PRIOR, Part, early_prior, finished, last_phase, load_autoencoder, new_autoencoder, specs_of
+from pipelines.runs.parts import (
+    EARLY_PRIOR,
+    Part,
+    early_prior,
+    finished,
+    last_phase,
+    load_autoencoder,
+    new_autoencoder,
+    specs_of,
+    weights_of,
+)
 from pipelines.runs.pictures import tiled
 from pipelines.runs.priors import open_prior
 from pipelines.runs.recipes import DATA_SETS
@@ -220,10 +230,11 @@ def card(run: Run, comparison: Comparison | None, name: str, half: bool, license
         if how.guidance and context == "caption":  # there is no guidance without one
             values.insert(0, f'caption="{example}"')
             options += f" --caption {shlex.quote(example)}"
-        lines += ["Samples are nearest to the training images with these settings:", ""]
+        lines += ["By the comparison, samples are best with these settings:", ""]
         lines += [f"- in Python: `sample(64, {', '.join(values)})`", f"- on the command line: `{options}`", ""]
     if comparison is not None:
-        lines += figures(comparison, half, autoguidance)
+        rounded_since = half and not (run.exported and comparison.weights == weights_of(run))
+        lines += figures(comparison, rounded_since, autoguidance)
     return "\n".join(lines) + "\n"
 
 
@@ -239,7 +250,7 @@ def labels_table(names: list[str]) -> str:
     return markdown([["number", "label"], *([str(number), name.replace("|", r"\|")] for number, name in enumerate(names))])
 
 
-def figures(comparison: Comparison, half: bool, autoguidance: bool) -> list[str]:
+def figures(comparison: Comparison, rounded_since: bool, autoguidance: bool) -> list[str]:
     """What the comparison says of what can be drawn, and how it was measured."""
     shown = {name: row for name, row in comparison.rows.items() if autoguidance or not (row.sampling or AS_FITTED).autoguidance}
     rows = [[comparison.title(name), "" if row.fd is None else f"{row.fd:.2f}"] for name, row in shown.items()]
@@ -249,5 +260,5 @@ def figures(comparison: Comparison, half: bool, autoguidance: bool) -> list[str]
         "",
         f"Fréchet distance between {comparison.images:,} images in each row and {reference:,} training images; lower is"
         f" better. Features: {comparison.features.extractor}."
-        + (" Measured before the weights were rounded to half precision." if half else ""),
+        + (" Measured before the weights were rounded to half precision." if rounded_since else ""),
     ]
