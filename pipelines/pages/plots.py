@@ -77,14 +77,17 @@ def rate_plot(levels: list[dict[str, Tensor]], comparison: Comparison) -> Figure
 
 
 def tradeoff_plot(points: dict[float, Tradeoff], label: str) -> Figure:
-    """Precision, recall and fd against what is varied, from the most diverse samples on, the lowest fd marked."""
+    """Precision, recall, label accuracy and fd against what is varied, from the most diverse samples on, the lowest fd marked."""
     values, tried = list(points), list(points.values())
     figure = Figure(figsize=(WIDTH, 3.6), layout="constrained")
     axis = figure.subplots()
     axis.plot(values, [point.precision for point in tried], color="tab:purple", marker="o", label="precision")
     axis.plot(values, [point.recall for point in tried], color="tab:olive", marker="s", label="recall")
+    read = [point.label_read for point in tried if point.label_read is not None]
+    if len(read) == len(tried):
+        axis.plot(values, read, color="tab:cyan", marker="d", label="label accuracy")
     margin = 0.03 * (values[-1] - values[0])
-    axis.set(xlabel=label, xticks=values, ylabel="precision, recall", xlim=(values[0] - margin, values[-1] + margin), ylim=(0, 1))
+    axis.set(xlabel=label, xticks=values, ylabel="share", xlim=(values[0] - margin, values[-1] + margin), ylim=(0, 1))
     axis.set_title(f"{tried[0].images} images a point", fontsize=10)
     if best := lowest_fd(tried):
         distances, at = [point.fd or 0.0 for point in tried], values[tried.index(best)]
@@ -97,7 +100,7 @@ def tradeoff_plot(points: dict[float, Tradeoff], label: str) -> Figure:
             bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1},  # it may lie on another line
         )  # fmt: skip
         right.set(ylabel="fd", ylim=(0, 1.3 * max(distances)))
-    figure.legend(loc="outside lower center", ncols=3, fontsize=9)
+    figure.legend(loc="outside lower center", ncols=4, fontsize=9)
     return figure
 
 
@@ -176,6 +179,7 @@ def projections(points: dict[str, Tensor], comparison: Comparison) -> Figure:
         for which in ("posterior", name):
             across, up = points[which].T
             axis.scatter(across, up, s=3, color=COLOURS[which], linewidths=0)
-        axis.set_title(comparison.title(name), fontsize=10)
+        heading = comparison.title(name)
+        axis.set_title(heading.replace(", ", "\n") if name == "tuned" else heading, fontsize=10)
         axis.set(xticks=[], yticks=[])
     return figure
