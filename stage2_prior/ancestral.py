@@ -47,14 +47,15 @@ def sample_grid(
         return uniforms(seed, indices, numbers, prior.head.uniforms_per_position(how), stream)
 
     positions = grid[0] * grid[1]
-    strengths, priors = [strength for strength, _ in weaker], [prior, *(one for _, one in weaker)]
     if not can_replay(indices.device, positions):
-        return draw_grid(priors, strengths, grid, how, len(indices), noise)
+        return draw_grid(prior, weaker, grid, how, len(indices), noise)
+    priors = [prior, *(one for _, one in weaker)]
 
     def draw(uniform: Tensor, *conditions: Tensor | None) -> Tensor:
         given = zip(priors, conditions[::2], conditions[1::2])
-        conditioned = [one._replace(map=map, prefix=prefix) for one, map, prefix in given]
-        return draw_grid(conditioned, strengths, grid, how, len(uniform), lambda positions: uniform[:, positions])
+        first, *others = (one._replace(map=map, prefix=prefix) for one, map, prefix in given)
+        led = [(strength, one) for (strength, _), one in zip(weaker, others)]
+        return draw_grid(first, led, grid, how, len(uniform), lambda positions: uniform[:, positions])
 
     modules = [module for one in priors for module in (one.backbone, one.head)]
     numbers = noise_of_grid(noise, positions, positions_at_once(prior.head, how, len(indices)))
@@ -80,8 +81,8 @@ def noise_of_grid(noise: Callable[[slice], Tensor], positions: int, at_once: int
 
 @torch.no_grad()
 def draw_grid(
-    priors: list[Conditioned],
-    strengths: list[float],
+    prior: Conditioned,
+    weaker: Sequence[tuple[float, Conditioned]],
     grid: tuple[int, int],
     how: Sampling,
     batch: int,
@@ -89,11 +90,10 @@ def draw_grid(
 ) -> Tensor:
     """The loop of `sample_grid`. It never waits for a value on the GPU, so that a CUDA graph can capture it.
 
-    priors: the prior to sample from, and those that guidance leads away from. strengths: of guidance away from each of those.
     noise: from a slice of positions to their uniform numbers, B P U. It is called for at most `positions_at_once` of them.
     """
-    head, positions = priors[0].head, grid[0] * grid[1]
-    states = [prior.backbone.begin(batch, grid, prior.map, prior.prefix) for prior in priors]
+    head, positions, priors = prior.head, grid[0] * grid[1], [prior, *(one for _, one in weaker)]
+    states = [one.backbone.begin(batch, grid, one.map, one.prefix) for one in priors]
     dtype = next(head.parameters()).dtype  # mixed precision may round the backbone, but never a density
     at_once = positions_at_once(head, how, batch)
     previous: list[Tensor] | list[None] = [None] * len(priors)
@@ -103,9 +103,9 @@ def draw_grid(
         if place == 0:
             draws = head.begin(noise(slice(position, min(position + at_once, positions))), how)
         steps = zip(priors, previous, states)
-        features = [prior.backbone.step(before, position, state).to(dtype) for prior, before, state in steps]
-        weaker = [Weaker(w, one.head, seen) for w, one, seen in zip(strengths, priors[1:], features[1:])]
-        value = head.draw(features[0], place, draws, weaker)
+        own, *others = [one.backbone.step(before, position, state).to(dtype) for one, before, state in steps]
+        led = [Weaker(strength, one.head, features) for (strength, one), features in zip(weaker, others)]
+        value = head.draw(own, place, draws, led)
         drawn.append(value)
-        previous = [prior.head.embed(value) for prior in priors]
+        previous = [one.head.embed(value) for one in priors]
     return torch.stack(drawn, dim=1).unflatten(1, grid)

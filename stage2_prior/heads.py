@@ -191,9 +191,8 @@ class GaussianMixtureHead(Head):
         if not weaker:
             return candidates.squeeze(1)
         own = self.log_prob(features[:, None], candidates)
-        others = ((one.strength, one.head.log_prob(one.features[:, None], candidates)) for one in weaker)
-        advantage = torch.stack([strength / how.temperature * (own - other) for strength, other in others]).sum(0)
-        chosen = choose(advantage, state.choice[position][:, 0])
+        advantage = sum(one.strength * (own - one.head.log_prob(one.features[:, None], candidates)) for one in weaker)
+        chosen = choose(advantage / how.temperature, state.choice[position][:, 0])
         return candidates[torch.arange(len(chosen), device=chosen.device), chosen]
 
     def draw_many(self, logits: Tensor, components: Tensor, uniforms: Tensor, normals: Tensor, temperature: float) -> Tensor:

@@ -60,7 +60,14 @@ def content(folder: Path) -> dict[str, bytes]:
 
 def test_an_export_is_the_same_model(run, copied, small_data, monkeypatch):
     before, model, other = content(copied), TwoStage.open(run.folder, "cpu"), TwoStage.open(copied, "cpu")
-    for how in ({}, {"label": "1", "guidance": 2.0}, {"autoguidance": 1.0}, {"prior": "standard"}, {"prior": "gaussian"}):
+    for how in (
+        {},
+        {"label": "1", "guidance": 2.0},
+        {"autoguidance": 1.0},
+        {"guidance": 1.0, "autoguidance": 1.0},
+        {"prior": "standard"},
+        {"prior": "gaussian"},
+    ):
         assert torch.equal(model.sample(4, seed=1, **how), other.sample(4, seed=1, **how))
     images = model.sample(3)
     assert torch.equal(model.log_likelihood(images, 4), other.log_likelihood(images, 4))
@@ -192,6 +199,9 @@ def test_a_card_says_whether_its_figures_are_of_the_weights_before_they_were_rou
     compare.main(["half", "--device", "cpu"])
     command.main(["half", "--out", "again", "--device", "cpu"])
     assert before not in Path("again", CARD).read_text()
+    command.main([str(run.folder), "--out", "full", "--device", "cpu"])
+    command.main(["full", "--out", "rounded", "--half", "--device", "cpu"])
+    assert before not in Path("full", CARD).read_text() and before in Path("rounded", CARD).read_text()
 
 
 def test_half_precision_is_half_the_size_and_nearly_the_same_model(run, exported, tmp_path, monkeypatch):

@@ -64,7 +64,7 @@ from pipelines.runs.dataset import load_data
 from pipelines.runs.recipes import preset
 from pipelines.training.devices import open_fabric
 from stage1_vae import autoencoder
-from stage2_prior.sampling import AS_FITTED
+from stage2_prior.sampling import AS_FITTED, Sampling
 from tests.parts import compared, shrunk, small_splits
 
 
@@ -286,6 +286,24 @@ def test_the_error_of_a_distance_is_that_of_the_table(tmp_path):
     figures = judge.figures(judge.under_resamples(again, distances), distances)
     assert made.error_of(again) == pytest.approx(figures["plus_minus"]["fd"])
     assert made.error_of(again[:64]) is None, "too few for a covariance"
+
+
+def test_label_accuracy_among_the_ways_to_draw_is_of_the_labels_in_their_order(tmp_path):
+    """And decides where fd does not; a weak classifier has none."""
+    made, ways = space(tmp_path, 400), [AS_FITTED, Sampling(0.9)]
+    nn.init.zeros_(made.model.output.bias)
+    made.model.output.weight.data.zero_()[:, 0] = torch.tensor([-1.0, 1.0])  # label 1 where the first feature is positive
+    features = torch.randn(400, 64)
+    labels = (features[:, 0] > 0).long()
+    worse = torch.where(torch.rand(400)[:, None] < 0.5, features.roll(1, 0), features)
+    assert made.share_read(features, labels) is None, "no accuracy is known of a network that is no classifier"
+    made.description = dataclasses.replace(made.description, accuracy=0.9)
+    assert made.share_read(features, labels) == 1.0 > made.share_read(features, labels.roll(1)) > 0.3
+    drawn = {AS_FITTED: worse, Sampling(0.9): features}
+    best, tried = choose_sampling(made, ways, 400, lambda how, count: drawn[how][:count], torch.cat([labels, labels]))
+    assert [point.label_read for point in tried] == [made.share_read(worse, labels), 1.0] and best == Sampling(0.9)
+    made.description = dataclasses.replace(made.description, accuracy=0.6)
+    assert made.share_read(features, labels) is None
 
 
 @pytest.mark.parametrize(("error", "best"), [(None, 0), (0.0, 0), (0.3, 2), (0.6, 2), (1.1, 3)])

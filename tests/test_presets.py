@@ -26,7 +26,7 @@ from pipelines.judging.comparison import read_comparison
 from pipelines.judging.comparison import to_dict as comparison_to_dict
 from pipelines.judging.features import feature_space
 from pipelines.judging.quality import nearest_neighbours
-from pipelines.judging.tradeoffs import lowest_fd
+from pipelines.judging.tradeoffs import best_of
 from pipelines.pages.report import is_of
 from pipelines.runs import latents as latents_module
 from pipelines.runs import phases
@@ -105,7 +105,7 @@ def test_end_to_end(name, tmp_path, monkeypatch, capsys):
     metrics = json.loads((run.folder / "compare" / "metrics.json").read_text())
     discrete = "codes" in metrics
     known = [name for name in PRIORS if name not in (CONTINUOUS_BASELINES if discrete else CODE_BASELINES) or name == "standard"]
-    tuned, best = metrics["priors"].pop("tuned", None), lowest_fd(comparison_from_dict(metrics).sampling)
+    tuned, best = metrics["priors"].pop("tuned", None), best_of(comparison_from_dict(metrics).sampling)
     assert (tuned is not None) == bool(best and best.sampling != AS_FITTED)
     assert set(metrics["priors"]) == set(known)
     if not run.learned:

@@ -60,12 +60,14 @@ def setting(backbone, head, how, batch=4):
     """The prior, the modules of the loop, the loop, and its inputs under a seed."""
     spec = spec_for(head, (3, 4))
     prior = random_prior(spec, backbone, head, scale=0.15).float()
-    copies = 2 if how.guidance else 1
+    strengths = [strength for strength in (how.guidance, how.autoguidance) if strength]
+    copies = 1 + len(strengths)
     modules = [prior.backbone, prior.head] * copies
 
     def draw(uniform, *conditions):
-        both = [Conditioned(prior.backbone, prior.head, *pair) for pair in zip(conditions[::2], conditions[1::2])]
-        return draw_grid(both, spec.grid, how, len(uniform), lambda positions: uniform[:, positions])
+        own, *others = [Conditioned(prior.backbone, prior.head, *pair) for pair in zip(conditions[::2], conditions[1::2])]
+        weaker = list(zip(strengths, others))
+        return draw_grid(own, weaker, spec.grid, how, len(uniform), lambda positions: uniform[:, positions])
 
     def inputs(seed):
         generator = torch.Generator().manual_seed(seed)

@@ -9,7 +9,7 @@ from torch import Tensor
 from pipelines import processes
 from pipelines.data.images import Splits
 from pipelines.judging.comparison import CodeUse, Comparison, ImagesOf, Row, title, verdict_of
-from pipelines.judging.features import Judge, OfTraining, choosing_space
+from pipelines.judging.features import Judge, OfTraining, choosing_space, commonest_of
 from pipelines.judging.health import health_of
 from pipelines.judging.likelihood import likelihood, rate_maps
 from pipelines.judging.quality import intervals, nearest_neighbours
@@ -208,7 +208,7 @@ def comparison_of(subject: Subject, rows: Rows, judged: Judged, tried: list[Trad
         sampling=tried,
         rejection=rejected,
         health=health_of(rows.nats, history) if run.learned else None,
-        commonest=float(labels.bincount().max() / len(labels)) if labels is not None and len(labels) else None,
+        commonest=commonest_of(labels) if labels is not None and len(labels) else None,
         codes=[code_use(level, spec) for level, spec in zip(codes, subject.specs)],
         gap_closed=verdict.closed,
         gap_closed_plus_minus=verdict.plus_minus,

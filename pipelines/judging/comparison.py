@@ -170,19 +170,19 @@ class Comparison:
 
     @property
     def recommended(self) -> str | None:
-        """The row that is best drawn from: the lowest Fréchet distance; the learned prior, where another is not better beyond
-        the error. None where there are no such figures."""
+        """The row that is best drawn from: the lowest Fréchet distance; but the tuned row, or else the learned prior as fitted,
+        where another is not better beyond the error. None where there are no such figures."""
         known = {name: row for name, row in self.priors.items() if name != "posterior" and row.fd is not None}
         distances = {name: row.fd or 0.0 for name, row in known.items()}
-        own = {name: distances[name] for name in ("learned", "tuned") if name in distances}
         if not distances:
             return None
         best = min(distances, key=distances.__getitem__)
-        if not own or best in own:
-            return best
-        first = min(own, key=own.__getitem__)
-        errors = [known[name].plus_minus.get("fd", 0.0) for name in (best, first)]
-        return best if own[first] - distances[best] > sum(error**2 for error in errors) ** 0.5 else first
+        for own in ("tuned", "learned"):
+            if own in distances:
+                errors = [known[name].plus_minus.get("fd", 0.0) for name in (best, own)]
+                if distances[own] - distances[best] <= sum(error**2 for error in errors) ** 0.5:
+                    return own
+        return best
 
     def tuned(self, weaker: bool) -> Sampling:
         """How the learned prior is drawn best, of the ways that were tried; as fitted where that, or another prior, is better.

@@ -51,8 +51,19 @@ MOST_TRAINING = 1_000_000  # images that samples are compared with
 PIXELS_TRAINED = 2**20  # of the images of a microbatch of the classifier's training
 ALIKE = "the training images have all the same features"  # why figures are withheld
 SAME = 1e-10  # of features' mean square: a variance from rounding alone
+LEAST_LEARNED = 2 / 3  # of the errors of always guessing the commonest label, those a classifier avoids; below, it is weak
 FIGURES = ("fd", "kid", "precision", "recall", "density", "coverage", "nearer", "copied")
 SHARES = ("precision", "nearer", "copied")  # of these, a mean of a value from 0 to 1 of each image
+
+
+def commonest_of(labels: Tensor) -> float:
+    """The share of the commonest label."""
+    return float(labels.bincount().max() / len(labels))
+
+
+def is_weak(accuracy: float, commonest: float) -> bool:
+    """Whether a classifier is little better than always guessing the commonest label, of this share."""
+    return commonest < 1 and (accuracy - commonest) / (1 - commonest) < LEAST_LEARNED
 
 
 def convolution(channels: int, features: int) -> list[nn.Module]:
@@ -222,10 +233,13 @@ class FeatureSpace:
         """Half of the 95 % interval of `distance_of`, over bootstrap resamples of the images."""
         return None if self.withheld(len(features)) else error(self.distance.under(features, resampled(len(features))))
 
+    @torch.inference_mode()
     def share_read(self, features: Tensor, labels: Tensor) -> float | None:
-        """How often the classifier predicts the labels, N, from features as it gives them, N F; None for another network."""
-        if not isinstance(self.model, Classifier):
+        """How often the classifier predicts the labels, N, from features as it gives them, N F; None of a weak one, or of another
+        network."""
+        if self.description.accuracy is None or is_weak(self.description.accuracy, commonest_of(labels)):
             return None
+        assert isinstance(self.model, Classifier)
         logits = self.model.output(self.fabric.to_device(features))
         return float((logits.argmax(1).cpu() == labels).float().mean())
 

@@ -23,7 +23,8 @@ SHARES = (1.0, 0.75, 0.5, 0.25, 0.1)  # of samples kept by rejection
 TEMPERATURES = (0.9, 0.8)
 GUIDANCE = (0.25, 0.5, 1.0, 2.0)
 AUTOGUIDANCE = (0.25, 0.5, 1.0, 1.5)
-BOTH = (0.25, 0.5)  # of guidance, with the best strength of autoguidance and with half of it
+BOTH = (0.25, 0.5)  # of guidance, with the best strength of autoguidance and with the next weaker one
+FEW_PER_FEATURE = 5  # samples for each feature; with fewer, nearly all ways are within the error of the lowest fd
 DRAWN = 1000  # samples that a way to draw is judged by, where a row of the comparison has as many
 
 
@@ -37,7 +38,7 @@ class Tradeoff:
     """share of samples kept, where that is varied"""
     fd: float | None
     fd_plus_minus: float | None = None
-    """half of the 95 % interval of fd"""
+    """half of the 95 % interval of fd, where a choice depends on it"""
     kid: float
     precision: float
     recall: float
@@ -49,7 +50,7 @@ class Tradeoff:
 
 
 def ways_to_sample(guided: bool, weaker: bool) -> list[Sampling]:
-    """The ways to draw from a learned prior that are tried, as it was fitted first; later some of both kinds of guidance.
+    """The ways to draw from a learned prior that are tried first, as it was fitted the first of them.
 
     guided: whether it can be guided toward a label or a caption; weaker: whether it has a weaker copy.
     """
@@ -59,8 +60,9 @@ def ways_to_sample(guided: bool, weaker: bool) -> list[Sampling]:
 
 
 def ways_with_both(best: float) -> list[Sampling]:
-    """Both kinds of guidance at once. best: the best strength of autoguidance alone."""
-    return [Sampling(guidance=toward, autoguidance=away) for toward in BOTH for away in (best / 2, best)]
+    """Both kinds of guidance at once. best: the strength of autoguidance that alone has the lowest fd."""
+    strengths = [strength for strength in AUTOGUIDANCE if strength <= best][-2:]
+    return [Sampling(guidance=toward, autoguidance=away) for toward in BOTH for away in strengths]
 
 
 def takes_guidance(prior: Prior | None) -> bool:
@@ -96,27 +98,33 @@ def choose_sampling(
 
     space: of another network than the one that judges the comparison, so that what is chosen does not flatter the figures.
     count: images that a row of the comparison is judged by; here DRAWN of them are drawn, or a fifth as many if that is more.
-    drawn: the features of as many images, N F, drawn in a way; other ones than those that the comparison judges. labels: that
-    images are drawn as, at least as many, or None.
+    drawn: the features of as many images, N F and not scaled, drawn in a way; other ones than those that the comparison judges.
+    labels: that all the images of a row are drawn as, or None.
     As fitted, where nothing is better, or there are too few images to tell.
     """
     few = max(math.ceil(count / 5), min(count, DRAWN))
     if not enough(few, space):
         return AS_FITTED, []
 
+    scaled: dict[Sampling, Tensor] = {}
+
     def judged(ways: list[Sampling]) -> list[Tradeoff]:
         features = {how: drawn(how, few) for how in ways}
         read = {how: None if labels is None else space.share_read(some, labels[:few]) for how, some in features.items()}
-        scaled = {how: space.scaled(some) for how, some in features.items()}
-        return [
-            replace(point, sampling=how, fd_plus_minus=space.error_of(scaled[how]), label_read=read[how])
-            for how, point in along(scaled, space).items()
-        ]
+        here = {how: space.scaled(some) for how, some in features.items()}
+        scaled.update(here)
+        return [replace(point, sampling=how, label_read=read[how]) for how, point in along(here, space).items()]
 
     tried = judged(ways)
     away = lowest_fd([point for point in tried if point.sampling and point.sampling.autoguidance])
     if away and away.sampling and any(how.guidance for how in ways):
         tried += judged(ways_with_both(away.sampling.autoguidance))
+    if few >= FEW_PER_FEATURE * space.model.dimensions:
+        needing_none = [point for point in tried if point.sampling and not point.sampling.autoguidance]
+        lowest = {point.sampling for point in (lowest_fd(tried), lowest_fd(needing_none)) if point}
+        for index, point in enumerate(tried):
+            if point.sampling and point.sampling in lowest:
+                tried[index] = replace(point, fd_plus_minus=space.error_of(scaled[point.sampling]))
     best = best_of(tried)
     return (best.sampling if best and best.sampling else AS_FITTED), tried
 
@@ -177,8 +185,8 @@ def lowest_fd(points: Sequence[Tradeoff]) -> Tradeoff | None:
 
 
 def best_of(points: Sequence[Tradeoff]) -> Tradeoff | None:
-    """Of the points whose fd is within the error of the lowest, that of the highest label accuracy, or without labels of the
-    highest precision. None where no point has an fd.
+    """Of the points whose fd is within the error of the lowest, that of the highest label accuracy, or where that is not known of
+    the highest precision. None where no point has an fd.
 
     The Fréchet distance does not tell those points apart, and hardly sees a few malformed images among many good ones.
     """

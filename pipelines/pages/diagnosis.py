@@ -4,9 +4,10 @@ import shlex
 
 from pipelines.data.own import FOR_FIGURES, OwnImages, share_for_figures
 from pipelines.judging.comparison import Comparison, Row
-from pipelines.judging.features import ALIKE
+from pipelines.judging.features import ALIKE, is_weak
 from pipelines.judging.published import Inception
 from pipelines.judging.quality import ENOUGH
+from pipelines.judging.tradeoffs import FEW_PER_FEATURE
 from pipelines.pages.words import cell
 from pipelines.runs.dataset import place_of_own_images, read_facts
 from pipelines.runs.run import Run
@@ -14,9 +15,7 @@ from stage2_prior.autoregressive import AutoregressiveConfig, CascadeConfig
 from stage2_prior.conditions import Cluster, Unconditional
 from stage2_prior.transformer import TransformerConfig
 
-LEAST_LEARNED = 2 / 3  # of the errors of always guessing the commonest label, those a classifier avoids; below, it is weak
 FEW_IMAGES = 1000  # for training
-FEW_PER_FEATURE = 5  # samples a feature, behind the choice of how to draw
 COLLAPSED = 0.02  # of the codes, the perplexity below which they count as collapsed
 
 
@@ -183,9 +182,7 @@ def data(run: Run, comparison: Comparison) -> list[str]:
 def weak(comparison: Comparison) -> str:
     """What to say of a classifier that is little better than always guessing the commonest label; empty where it is good."""
     accuracy, commonest = comparison.features.accuracy, comparison.commonest
-    if accuracy is None or commonest is None or commonest == 1:
-        return ""
-    if (accuracy - commonest) / (1 - commonest) >= LEAST_LEARNED:
+    if accuracy is None or commonest is None or not is_weak(accuracy, commonest):
         return ""
     return (
         f"The classifier is weak: its accuracy on test images is {100 * accuracy:.1f} %, and always guessing the commonest label"

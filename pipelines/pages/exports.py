@@ -1,5 +1,6 @@
 """A run as a folder to hand on: what drawing needs, its figures and a card, and nothing more."""
 
+import hashlib
 import os
 import re
 import shlex
@@ -80,12 +81,14 @@ def export(
     phases: set[Phase] = {last_phase(run, "autoencoder")} | ({last_phase(run, "prior")} if run.learned else set())
     autoencoder, prior = networks_of(run)
     trained = parameters_of(run, autoencoder, prior) if half else set()
+    weights: dict[str, str] = {}
     for phase in phases:
         best = finished(run, phase).folder
         place = f"{phase}/{best.name}"
         model, halves = stored(best / "model.safetensors", trained)
         half = half or halves
         kept |= {f"{place}/model.safetensors": model, f"{place}/config.json": (best / "config.json").read_bytes()}
+        weights[phase] = hashlib.sha256(model).hexdigest()
     if autoguidance and (early := early_prior(run)) is not None:
         kept[EARLY_PRIOR], _ = stored(early, trained, matrices=torch.float8_e4m3fn)  # it is meant to be weak
     if run.conditioned_on == "caption":
@@ -99,7 +102,7 @@ def export(
                 parameter.copy_(rounded(parameter, torch.float16))
     kept[SAMPLES] = tiled(first_samples(run, autoencoder, prior), 4)
     license = license or license_of(run.folder / CARD)
-    kept[CARD] = card(run, comparison, name or folder.name, half, license, EARLY_PRIOR in kept).encode()
+    kept[CARD] = card(run, comparison, name or folder.name, half, license, EARLY_PRIOR in kept, weights).encode()
     folder.parent.mkdir(parents=True, exist_ok=True)
     with aside(folder, folder=True) as made:
         for file, content in kept.items():
@@ -179,10 +182,19 @@ def license_of(path: Path) -> str | None:
     return found[1] if found else None
 
 
-def card(run: Run, comparison: Comparison | None, name: str, half: bool, license: str | None, autoguidance: bool = False) -> str:
+def card(
+    run: Run,
+    comparison: Comparison | None,
+    name: str,
+    half: bool,
+    license: str | None,
+    autoguidance: bool = False,
+    weights: dict[str, str] | None = None,
+) -> str:
     """README.md, as the Hugging Face hub has it: metadata, what the model is, its figures with how they were measured.
 
-    autoguidance: whether the earlier state of the prior goes along, so that it can be drawn with.
+    autoguidance: whether the earlier state of the prior goes along, so that it can be drawn with. weights: digests of those that
+    are handed on, by phase; the run's own when None.
     """
     facts = read_facts(run)
     channels, height, width = facts.image_shape
@@ -230,10 +242,10 @@ def card(run: Run, comparison: Comparison | None, name: str, half: bool, license
         if how.guidance and context == "caption":  # there is no guidance without one
             values.insert(0, f'caption="{example}"')
             options += f" --caption {shlex.quote(example)}"
-        lines += ["By the comparison, samples are best with these settings:", ""]
+        lines += ["The comparison chose these settings:", ""]
         lines += [f"- in Python: `sample(64, {', '.join(values)})`", f"- on the command line: `{options}`", ""]
     if comparison is not None:
-        rounded_since = half and not (run.exported and comparison.weights == weights_of(run))
+        rounded_since = half and comparison.weights != (weights_of(run) if weights is None else weights)
         lines += figures(comparison, rounded_since, autoguidance)
     return "\n".join(lines) + "\n"
 

@@ -85,7 +85,7 @@ def tradeoff_plot(points: dict[float, Tradeoff], label: str) -> Figure:
     axis.plot(values, [point.recall for point in tried], color="tab:olive", marker="s", label="recall")
     read = [point.label_read for point in tried if point.label_read is not None]
     if len(read) == len(tried):
-        axis.plot(values, read, color="tab:cyan", marker="d", label="label accuracy")
+        axis.plot(values, read, color="tab:pink", marker="d", label="label accuracy")
     margin = 0.03 * (values[-1] - values[0])
     axis.set(xlabel=label, xticks=values, ylabel="share", xlim=(values[0] - margin, values[-1] + margin), ylim=(0, 1))
     axis.set_title(f"{tried[0].images} images a point", fontsize=10)

@@ -7,7 +7,7 @@ from pipelines.console import counted
 from pipelines.judging.comparison import ROWS, Comparison, Row
 from pipelines.judging.quality import ENOUGH, nearest_share
 from pipelines.judging.together import Entry, candidates, names_of
-from pipelines.judging.tradeoffs import best_of, described
+from pipelines.judging.tradeoffs import best_of, described, lowest_fd
 
 SHORT = ("fd", "precision", "recall", "coverage", "copied", "nll")
 """Columns that the terminal shows, too"""
@@ -193,13 +193,14 @@ def about_sampling(comparison: Comparison) -> list[str]:
     best = best_of(tried)
     if best is None or best.sampling is None:
         return [f"tuned: not used; {counted(count, 'sample')} for each way to sample are too few for a Fréchet distance."]
-    chosen, figure = f"tuned: {described(best.sampling)}", "precision" if best.label_read is None else "label accuracy"
+    chosen = f"tuned: {described(best.sampling)}"
     if "tuned" not in comparison.priors:
         chosen = f"tuned: not used; sampling {described(best.sampling)}"
-    return [
-        f"{chosen} has the highest {figure} of those of {len(tried)} ways whose fd is within the error of the lowest, on"
-        f" {count} samples of another seed, by another network. Tried: {ways}."
-    ]
+    number, reason = f"the {len(tried)} ways tried", "the lowest fd of"
+    if best is not lowest_fd(tried):
+        figure = "precision" if best.label_read is None else "label accuracy"
+        number, reason = f"{number} whose fd is within the 95 % interval of the lowest", f"the highest {figure} of those of"
+    return [f"{chosen} has {reason} {number}, on {count} samples of another seed, judged by another network. Tried: {ways}."]
 
 
 def about_gap(comparison: Comparison) -> list[str]:
