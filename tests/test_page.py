@@ -286,7 +286,7 @@ def test_the_part_of_the_gap_that_is_closed_is_said_as_one_of_nothing_to_all():
     says = verdict_in_words(replace(comparison, priors=comparison.priors | {"learned": worse}, gap_closed=-1.0))
     assert "closes none of the gap" in says and cell(worse, "fd") in says
     more = verdict_in_words(replace(comparison, gap_closed=1.4, gap_closed_tuned=1.5))
-    assert "closes all of the gap that N(0, I) leaves, and all of it when drawn with autoguidance" in more, "it cannot close more"
+    assert "closes all of the gap that N(0, I) leaves, and all of it when drawn with guidance" in more, "it cannot close more"
 
 
 def test_the_condition_of_a_prior_has_an_older_name_in_files():
