@@ -34,6 +34,7 @@ from pipelines.runs.phases import train
 from pipelines.runs.recipes import preset
 from pipelines.runs.run import TRAINED, Run
 from pipelines.training.checkpoints import Moment
+from stage2_prior.sampling import AS_FITTED
 from stage2_prior.transformer import TransformerConfig
 from tests.parts import SAVE_FIGURE, shrunk, small_splits
 
@@ -287,6 +288,15 @@ def test_the_part_of_the_gap_that_is_closed_is_said_as_one_of_nothing_to_all():
     assert "closes none of the gap" in says and cell(worse, "fd") in says
     more = verdict_in_words(replace(comparison, gap_closed=1.4, gap_closed_tuned=1.5))
     assert "closes all of the gap that N(0, I) leaves, and all of it when drawn with guidance" in more, "it cannot close more"
+
+
+def test_the_tuned_row_is_recommended_unless_the_prior_as_fitted_is_better_beyond_the_error():
+    comparison = read_comparison(TRAINED / "mnist5k" / "compare" / "metrics.json")
+    fitted, how = comparison.priors["learned"].fd, comparison.priors["tuned"].sampling
+    for fd, best in ((fitted + 0.01, "tuned"), (fitted + 5, "learned")):
+        tuned = replace(comparison.priors["tuned"], fd=fd)
+        other = replace(comparison, priors=comparison.priors | {"tuned": tuned})
+        assert other.recommended == best and other.tuned(weaker=True) == (how if best == "tuned" else AS_FITTED)
 
 
 def test_the_condition_of_a_prior_has_an_older_name_in_files():
