@@ -185,8 +185,8 @@ def lowest_fd(points: Sequence[Tradeoff]) -> Tradeoff | None:
 
 
 def best_of(points: Sequence[Tradeoff]) -> Tradeoff | None:
-    """Of the points whose fd is within the error of the lowest, that of the highest label accuracy, or where that is not known of
-    the highest precision. None where no point has an fd.
+    """Of the points whose fd is within the error of the lowest, that of the highest label accuracy; where that is not known, the
+    lowest. None where no point has an fd.
 
     The Fréchet distance does not tell those points apart, and hardly sees a few malformed images among many good ones.
     """
@@ -194,4 +194,4 @@ def best_of(points: Sequence[Tradeoff]) -> Tradeoff | None:
     if lowest is None or lowest.fd is None:
         return None
     near = [point for point in points if point.fd is not None and point.fd <= lowest.fd + (lowest.fd_plus_minus or 0.0)]
-    return max(near, key=lambda point: (point.label_read or 0.0, point.precision))
+    return lowest if lowest.label_read is None else max(near, key=lambda point: (point.label_read or 0.0, point.precision))

@@ -198,8 +198,7 @@ def about_sampling(comparison: Comparison) -> list[str]:
         chosen = f"tuned: not used; sampling {described(best.sampling)}"
     number, reason = f"the {len(tried)} ways tried", "the lowest fd of"
     if best is not lowest_fd(tried):
-        figure = "precision" if best.label_read is None else "label accuracy"
-        number, reason = f"{number} whose fd is within the 95 % interval of the lowest", f"the highest {figure} of those of"
+        number, reason = f"{number} whose fd is within the 95 % interval of the lowest", "the highest label accuracy of those of"
     return [f"{chosen} has {reason} {number}, on {count} samples of another seed, judged by another network. Tried: {ways}."]
 
 
