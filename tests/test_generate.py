@@ -407,7 +407,8 @@ def test_the_comparison_finds_the_best_way_to_draw(runs, monkeypatch, best):
     run = Run.open(runs["fashion-vqvae2" if best.guidance else "mnist-vqvae"], "cpu")
     ways, judges = ways_to_sample(guided=True, weaker=True), []
     ways += ways_with_both(0.5)
-    distances = itertools.chain([1.0 + (how != best) for how in ways], itertools.repeat(2.0))
+    first = [2.0]  # of autoguidance alone, to see which strength goes with guidance
+    distances = itertools.chain(first, [1.0 + (how != best) for how in ways], itertools.repeat(2.0))
 
     def distance_of(space, features):
         judges.append(space.description.digest)

@@ -293,7 +293,7 @@ def test_label_accuracy_among_the_ways_to_draw_is_of_the_labels_in_their_order(t
     made, ways = space(tmp_path, 400), [AS_FITTED, Sampling(0.9)]
     nn.init.zeros_(made.model.output.bias)
     made.model.output.weight.data.zero_()[:, 0] = torch.tensor([-1.0, 1.0])  # label 1 where the first feature is positive
-    features = torch.randn(400, 64)
+    features = torch.randn(400, 64, dtype=torch.float64)
     labels = (features[:, 0] > 0).long()
     worse = torch.where(torch.rand(400)[:, None] < 0.5, features.roll(1, 0), features)
     assert made.share_read(features, labels) is None, "no accuracy is known of a network that is no classifier"

@@ -122,7 +122,7 @@ def tuned_sampling(subject: Subject, rows: Rows) -> tuple[Sampling, list[Tradeof
         def features(places: Tensor, samples: Samples) -> Tensor:
             return space.of_batch(samples.images)
 
-        return torch.cat(rows.sampled(described(how), learned, features, how, count, seed=1))
+        return space.scaled(torch.cat(rows.sampled(described(how), learned, features, how, count, seed=1)))
 
     run = subject.run
     space = choosing_space(run.fabric, subject.judging, subject.splits, run.classifiers)

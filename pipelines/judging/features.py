@@ -235,12 +235,11 @@ class FeatureSpace:
 
     @torch.inference_mode()
     def share_read(self, features: Tensor, labels: Tensor) -> float | None:
-        """How often the classifier predicts the labels, N, from features as it gives them, N F; None of a weak one, or of another
-        network."""
+        """How often the classifier predicts the labels, N, from features N F; None of a weak one, or of another network."""
         if self.description.accuracy is None or is_weak(self.description.accuracy, commonest_of(labels)):
             return None
         assert isinstance(self.model, Classifier)
-        logits = self.model.output(self.fabric.to_device(features))
+        logits = self.model.output(self.fabric.to_device((features / self.scale).float()))
         return float((logits.argmax(1).cpu() == labels).float().mean())
 
     def withheld(self, images: int) -> str | None:

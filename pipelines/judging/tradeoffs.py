@@ -98,33 +98,30 @@ def choose_sampling(
 
     space: of another network than the one that judges the comparison, so that what is chosen does not flatter the figures.
     count: images that a row of the comparison is judged by; here DRAWN of them are drawn, or a fifth as many if that is more.
-    drawn: the features of as many images, N F and not scaled, drawn in a way; other ones than those that the comparison judges.
-    labels: that all the images of a row are drawn as, or None.
+    drawn: the features of as many images, N F, drawn in a way; other ones than those that the comparison judges. labels: that
+    all the images of a row are drawn as, or None.
     As fitted, where nothing is better, or there are too few images to tell.
     """
     few = max(math.ceil(count / 5), min(count, DRAWN))
     if not enough(few, space):
         return AS_FITTED, []
 
-    scaled: dict[Sampling, Tensor] = {}
-
-    def judged(ways: list[Sampling]) -> list[Tradeoff]:
-        features = {how: drawn(how, few) for how in ways}
-        read = {how: None if labels is None else space.share_read(some, labels[:few]) for how, some in features.items()}
-        here = {how: space.scaled(some) for how, some in features.items()}
-        scaled.update(here)
-        return [replace(point, sampling=how, label_read=read[how]) for how, point in along(here, space).items()]
-
-    tried = judged(ways)
-    away = lowest_fd([point for point in tried if point.sampling and point.sampling.autoguidance])
-    if away and away.sampling and any(how.guidance for how in ways):
-        tried += judged(ways_with_both(away.sampling.autoguidance))
+    features = {how: drawn(how, few) for how in ways}
+    led_away = [(space.distance_of(features[how]), how.autoguidance) for how in ways if how.autoguidance]
+    known = [(distance, strength) for distance, strength in led_away if distance is not None]
+    if known and any(how.guidance for how in ways):
+        _, strength = min(known)
+        features |= {how: drawn(how, few) for how in ways_with_both(strength)}
+    tried = [
+        replace(point, sampling=how, label_read=None if labels is None else space.share_read(features[how], labels[:few]))
+        for how, point in along(features, space).items()
+    ]
     if few >= FEW_PER_FEATURE * space.model.dimensions:
         needing_none = [point for point in tried if point.sampling and not point.sampling.autoguidance]
         lowest = {point.sampling for point in (lowest_fd(tried), lowest_fd(needing_none)) if point}
         for index, point in enumerate(tried):
             if point.sampling and point.sampling in lowest:
-                tried[index] = replace(point, fd_plus_minus=space.error_of(scaled[point.sampling]))
+                tried[index] = replace(point, fd_plus_minus=space.error_of(features[point.sampling]))
     best = best_of(tried)
     return (best.sampling if best and best.sampling else AS_FITTED), tried
 
