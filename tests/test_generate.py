@@ -382,7 +382,7 @@ def test_the_best_way_to_draw_that_is_guidance_is_named_with_a_caption(runs, tmp
     drawn(*command[: command.index("--count")], tmp_path=tmp_path)
     lines = card(run, guided, "boots", False, None).splitlines()
     start = next(number for number, line in enumerate(lines) if line.startswith("The comparison chose"))
-    call, options = (re.search("`(.*)`", line)[1] for line in lines[start + 2 : start + 4])
+    call, options = (re.search("`(.*)`", line)[1] for line in lines[start + 4 : start + 6])
     assert len(eval(f"model.{call}".replace("64", "2"), {"model": TwoStage.open(run.folder, "cpu")})) == 2
     drawn(str(run.folder), *shlex.split(options), tmp_path=tmp_path)
 

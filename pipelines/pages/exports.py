@@ -243,7 +243,8 @@ def card(
             values.insert(0, f'caption="{example}"')
             options += f" --caption {shlex.quote(example)}"
         lines += ["The comparison chose these settings:", ""]
-        lines += [f"- in Python: `sample(64, {', '.join(values)})`", f"- on the command line: `{options}`", ""]
+        ways = [["in Python", f"`sample(64, {', '.join(values)})`"], ["on the command line", f"`{options}`"]]
+        lines += [markdown([["where", "settings"], *([where, said.replace("|", r"\|")] for where, said in ways)]), ""]
     if comparison is not None:
         rounded_since = half and comparison.weights != (weights_of(run) if weights is None else weights)
         lines += figures(comparison, rounded_since, autoguidance)
