@@ -244,7 +244,7 @@ def card(
             options += f" --caption {shlex.quote(example)}"
         lines += ["The comparison chose these settings:", ""]
         ways = [["in Python", f"`sample(64, {', '.join(values)})`"], ["on the command line", f"`{options}`"]]
-        lines += [markdown([["where", "settings"], *([where, said.replace("|", r"\|")] for where, said in ways)]), ""]
+        lines += [markdown([["where", "settings"], *ways]), ""]
     if comparison is not None:
         rounded_since = half and comparison.weights != (weights_of(run) if weights is None else weights)
         lines += figures(comparison, rounded_since, autoguidance)
@@ -260,7 +260,7 @@ def kind_of_latents(run: Run) -> str:
 
 
 def labels_table(names: list[str]) -> str:
-    return markdown([["number", "label"], *([str(number), name.replace("|", r"\|")] for number, name in enumerate(names))])
+    return markdown([["number", "label"], *([str(number), name] for number, name in enumerate(names))])
 
 
 def figures(comparison: Comparison, rounded_since: bool, autoguidance: bool) -> list[str]:

@@ -43,8 +43,8 @@ class Table:
 
 
 def markdown(rows: list[list[str]]) -> str:
-    """Rows of cells, the heading first."""
-    heading, *others = rows
+    """Rows of cells, the heading first. A bar in a cell is escaped, as it would end the cell."""
+    heading, *others = ([cell.replace("|", r"\|") for cell in cells] for cells in rows)
     lines = [heading, ["---"] * len(heading), *others]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
