@@ -51,6 +51,8 @@ class Arguments:
     """write the label or caption of each image below it; for DIR/, into its captions.jsonl"""
     pixels: Pixels = "mean"
     """decode to the mean of p(x|z), or to a sample from it"""
+    tuned: bool = False
+    """draw from the learned prior with the settings that the comparison of the run chose, in place of those below"""
     how: Annotated[Sampling, tyro.conf.arg(name="")] = AS_FITTED
     batch_size: int = 256
     """images sampled at once"""
@@ -60,10 +62,15 @@ class Arguments:
 
     def check(self) -> None:
         check_least(self, count=1, batch_size=1, particles=1, scale=1)
-        if self.complete is not None and (self.how != AS_FITTED or self.keep_best < 1 or self.dtype != "float32"):
+        if self.complete is not None and (self.tuned or self.how != AS_FITTED or self.keep_best < 1 or self.dtype != "float32"):
             raise UserError(
-                "--complete draws from the density as fitted: without temperature, top-k, top-p, guidance, keep-best or dtype"
+                "--complete draws from the density as fitted: without tuned, temperature, top-k, top-p, guidance, keep-best or"
+                " dtype"
             )
+        if self.tuned and self.how != AS_FITTED:
+            raise UserError("give --tuned or settings of sampling, such as --guidance, not both")
+        if self.tuned and self.prior != "learned":
+            raise UserError(f"--tuned needs the learned prior, not {self.prior}")
         if self.complete is not None and self.prior != "learned":
             raise UserError(f"--complete needs the learned prior, not {self.prior}")
         if self.captions is not None and self.caption is not None:
@@ -99,6 +106,7 @@ def write_asked(asked: Arguments) -> None:
     # Slow to import, and --help needs none of it.
     import torch
 
+    from pipelines.judging.tradeoffs import described
     from pipelines.runs.completion import SIDES, known_pixels, with_hidden_grey
     from pipelines.runs.pictures import check_own, write_images
     from pipelines.two_stage import TwoStage
@@ -109,24 +117,27 @@ def write_asked(asked: Arguments) -> None:
         check_own("--out", asked.out, count)
     caption = [captions[number % len(captions)] for number in range(count)] if captions else asked.caption
     model = TwoStage.open(asked.run, asked.device, asked.dtype)
+    how = tuned(model) if asked.tuned else asked.how
     if asked.complete is None:
         images = model.sample(
             count,
             prior=asked.prior,
             label=asked.label,
             caption=caption,
-            **vars(asked.how),
+            **vars(how),
             seed=asked.seed,
             pixels=asked.pixels,
             keep_best=asked.keep_best,
             batch_size=asked.batch_size,
         )
         write_images(asked.out, images, asked.scale, texts_of(model, asked, count, caption))
-        say(f"{counted(count, 'image')} from the {asked.prior} prior of {model.run.known_as}: {asked.out}")
+        drawn = f", drawn with {described(how)}" if how != AS_FITTED else ""
+        say(f"{counted(count, 'image')} from the {asked.prior} prior of {model.run.known_as}{drawn}: {asked.out}")
         if asked.prior == "learned" and caption is None and (examples := model.captions):
             say(f"they were drawn without a caption; with one they are better, such as --caption {shlex.quote(examples[0])}")
-        elif asked.prior == "learned" and asked.how == AS_FITTED and asked.keep_best == 1 and (options := tuned_options(model)):
-            say(f"they were drawn as fitted; by the comparison of this run, samples are better with {options}")
+        elif asked.prior == "learned" and how == AS_FITTED and asked.keep_best == 1 and model.tuned:
+            best = described(Sampling(**model.tuned))
+            say(f"they were drawn as fitted; by the comparison of this run, samples are better with --tuned: {best}")
         return
     picture, known = model.read(asked.complete), known_pixels(asked.keep, model.image_shape)
     images = model.complete(
@@ -146,11 +157,16 @@ def write_asked(asked: Arguments) -> None:
     say(f"{counted(count, 'completion')} of {asked.complete}, keeping {kept}: {asked.out}")
 
 
-def tuned_options(model: "TwoStage") -> str:
-    """The options that draw best from the learned prior; empty where none are known."""
-    from pipelines.judging.tradeoffs import as_options
+def tuned(model: "TwoStage") -> Sampling:
+    """The settings that the comparison of a run chose. Raises UserError where the run was not compared."""
+    from pipelines.judging.comparison import comparison_file
 
-    return as_options(Sampling(**model.tuned))
+    if not comparison_file(model.run).is_file():
+        name = model.run.known_as
+        raise UserError(f"--tuned: {name} was not compared; first run python -m pipelines.compare {shlex.quote(name)}")
+    if not model.tuned:
+        say(f"--tuned: the comparison of {model.run.known_as} names no better settings than as fitted")
+    return Sampling(**model.tuned)
 
 
 def texts_of(model: "TwoStage", asked: Arguments, count: int, caption: str | list[str] | None) -> list[str]:

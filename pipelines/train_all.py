@@ -195,14 +195,12 @@ def train_all(run: "Run", options: "Options | None" = None) -> None:
 
 def command_to_draw(run: "Run", comparison: "Comparison") -> str:
     """The command that draws from a run in the best way that its comparison has found."""
-    from pipelines.judging.tradeoffs import as_options
     from pipelines.runs.dataset import read_facts
     from stage2_prior.sampling import AS_FITTED
 
     best = comparison.recommended or comparison.generator
     how = comparison.priors[best].sampling or AS_FITTED
-    words = ["python", "-m", "pipelines.generate", run.name, "--prior", "learned" if best == "tuned" else best]
-    words += as_options(how).split()
+    words = ["python", "-m", "pipelines.generate", run.name, *(["--tuned"] if best == "tuned" else ["--prior", best])]
     if how.guidance and run.conditioned_on == "caption":  # there is no guidance without one
         words += ["--caption", next(iter(read_facts(run).caption_examples), "…")]
     return shlex.join([*words, "--count", "64", "--out", "samples.png"])

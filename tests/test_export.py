@@ -21,7 +21,7 @@ from pipelines.console import NotThere, UserError
 from pipelines.data.sets import TorchvisionSet
 from pipelines.explorer.views import Views
 from pipelines.judging.comparison import read_comparison
-from pipelines.judging.tradeoffs import Tradeoff
+from pipelines.judging.tradeoffs import Tradeoff, described
 from pipelines.pages import exports
 from pipelines.pages.exports import SAMPLES, first_samples, networks_of, rounded
 from pipelines.runs import run as runs
@@ -109,7 +109,7 @@ def test_the_cards_of_the_trained_models_are_as_export_writes_them(folder):
     run, metrics = Run.open(str(folder), "cpu"), folder / "compare/metrics.json"
     early = (folder / EARLY_PRIOR).is_file()
     written = exports.card(run, read_comparison(metrics), folder.name, True, "mit", early)
-    assert early or "--autoguidance" not in written
+    assert early or "autoguidance" not in written
     assert (folder / CARD).read_text() == written and "library_name: two-stage-latent-prior\nlicense: mit\n" in written
     assert json.loads((folder / LIST).read_text())["files"][CARD] == checksum(folder / CARD)
 
@@ -123,8 +123,8 @@ def test_without_a_weaker_copy_a_card_names_the_best_way_to_draw_that_needs_none
     row = dataclasses.replace(found.priors["learned"], fd=1.0, sampling=Sampling(autoguidance=1.0))
     comparison = dataclasses.replace(found, sampling=ways, priors=found.priors | {"tuned": row})
     whole, small = (exports.card(run, comparison, "x", True, None, autoguidance=known) for known in (True, False))
-    assert "`--autoguidance 1`" in whole and "| learned, autoguidance 1 | 1.00 |" in whole
-    assert "`--guidance 1 --caption " in small and "autoguidance" not in small
+    assert "chose autoguidance 1." in whole and "| learned, autoguidance 1 | 1.00 |" in whole
+    assert "chose guidance 1." in small and "`--tuned --caption " in small and "autoguidance" not in small
     assert dataclasses.replace(comparison, sampling=ways[:1]).tuned(weaker=False) == AS_FITTED
     assert dataclasses.replace(comparison, sampling=[]).tuned(weaker=False) == AS_FITTED
 
@@ -139,12 +139,30 @@ def test_of_a_trained_model_without_a_weaker_copy_the_explorer_begins_with_what_
 
 def test_of_a_run_that_was_compared_the_best_settings_are_known(tmp_path, capsys):
     model = TwoStage.open("mnist5k", "cpu")
-    options = " ".join(f"--{name} {value:g}" for name, value in model.tuned.items())
-    assert options and not torch.equal(model.sample(2, **model.tuned), model.sample(2))
-    generate.main(["mnist5k", "--count", "1", "--device", "cpu", "--out", str(tmp_path / "x.png")])
-    assert f"samples are better with {options}" in capsys.readouterr().out
-    generate.main(["mnist5k", "--count", "1", "--device", "cpu", "--temperature", "0.9", "--out", str(tmp_path / "x.png")])
+    best = described(Sampling(**model.tuned))
+    assert best != "as fitted" and not torch.equal(model.sample(2, **model.tuned), model.sample(2))
+    to = ["--device", "cpu", "--out", str(tmp_path / "x.npz")]
+    generate.main(["mnist5k", "--count", "1", *to])
+    assert f"samples are better with --tuned: {best}\n" in capsys.readouterr().out
+    generate.main(["mnist5k", "--count", "1", "--temperature", "0.9", *to])
     assert "better" not in capsys.readouterr().out
+    generate.main(["mnist5k", "--count", "2", "--tuned", *to])
+    printed, images = capsys.readouterr().out, np.load(tmp_path / "x.npz")["arr_0"]
+    assert f"drawn with {best}: " in printed and "better" not in printed
+    assert torch.equal(torch.from_numpy(images), model.sample(2, **model.tuned).movedim(1, -1))
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        (["--guidance", "1"], "give --tuned or settings"),
+        (["--prior", "standard"], "--tuned needs the learned prior"),
+        (["--complete", "digit.png"], "without tuned"),
+    ],
+)
+def test_the_best_settings_are_for_samples_of_the_learned_prior_alone(options, reason):
+    with pytest.raises(UserError, match=reason):
+        generate.main(["mnist5k", "--tuned", *options])
 
 
 def test_where_there_is_no_comparison_or_a_damaged_one_nothing_is_advised(tmp_path, capsys):
@@ -160,6 +178,8 @@ def test_where_there_is_no_comparison_or_a_damaged_one_nothing_is_advised(tmp_pa
     del listing["files"]["compare/metrics.json"]
     (run / LIST).write_text(json.dumps(listing))
     assert TwoStage.open(run, "cpu").tuned == {}
+    with pytest.raises(UserError, match="was not compared; first run python -m pipelines.compare"):
+        generate.main([str(run), "--tuned", "--device", "cpu"])
 
 
 def test_where_the_images_of_an_export_are_looked_for_is_said(monkeypatch):

@@ -371,19 +371,19 @@ def test_the_comparison_of_a_conditional_prior_of_codes(runs):
         assert any(note.startswith(f"tuned: {named} has the lowest fd of the") for note in notes(comparison))
 
 
-def test_the_best_way_to_draw_that_is_guidance_is_named_with_a_caption(runs, tmp_path):
+def test_the_best_way_to_draw_that_is_guidance_is_named_with_a_caption(runs, tmp_path, monkeypatch):
     """Without one there is no guidance."""
     run = Run.open(runs["fashion-dalle"], "cpu")
     comparison = read_comparison(run.folder / "compare" / "metrics.json")
     row = dataclasses.replace(comparison.priors["learned"], fd=1e-6, sampling=Sampling(guidance=2.0))
     guided = dataclasses.replace(comparison, priors=comparison.priors | {"tuned": row})
     assert guided.recommended == "tuned"
+    monkeypatch.setattr(TwoStage, "tuned", {"guidance": 2.0})
     command = shlex.split(command_to_draw(run, guided).removeprefix("python -m pipelines.generate "))
     drawn(*command[: command.index("--count")], tmp_path=tmp_path)
-    lines = card(run, guided, "boots", False, None).splitlines()
-    start = next(number for number, line in enumerate(lines) if line.startswith("The comparison chose"))
-    call, options = (re.search("`(.*)`", line)[1] for line in lines[start + 4 : start + 6])
-    assert len(eval(f"model.{call}".replace("64", "2"), {"model": TwoStage.open(run.folder, "cpu")})) == 2
+    (line,) = [line for line in card(run, guided, "boots", False, None).splitlines() if line.startswith("The comparison chose")]
+    call, options = re.findall("`(.*?)`", line)
+    assert len(eval(call.replace("64", "2"), {"model": TwoStage.open(run.folder, "cpu")})) == 2
     drawn(str(run.folder), *shlex.split(options), tmp_path=tmp_path)
 
 

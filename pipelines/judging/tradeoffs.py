@@ -81,11 +81,6 @@ def described(how: Sampling) -> str:
     return ", ".join(f"{name} {value:g}" for name, value in departures(how).items()) or "as fitted"
 
 
-def as_options(how: Sampling) -> str:
-    """A way to draw, as options of the command line; empty for as fitted."""
-    return " ".join(f"--{name.replace('_', '-')} {value:g}" for name, value in departures(how).items())
-
-
 def departures(how: Sampling) -> dict[str, float]:
     """By which settings a way to draw departs from the density as fitted."""
     return {field.name: getattr(how, field.name) for field in fields(how) if getattr(how, field.name) != field.default}

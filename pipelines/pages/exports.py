@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from pipelines.console import UserError
 from pipelines.files import as_json, aside, check_writable, flush, found_shards, read_tensors, write_flushed
 from pipelines.judging.comparison import Comparison, comparison_file, read_comparison
-from pipelines.judging.tradeoffs import as_options, departures
+from pipelines.judging.tradeoffs import described
 from pipelines.pages.tables import markdown
 from pipelines.runs.conditions import contexts_asked
 from pipelines.runs.config import to_dict
@@ -227,24 +227,24 @@ def card(
         "```python",
         "from pipelines import TwoStage",
         "",
-        f'images = TwoStage.open("{name}").sample(64, seed=0)  # uint8, 64 {channels} {height} {width}',
+        f'model = TwoStage.open("{name}")',
+        f"images = model.sample(64, seed=0)  # uint8, 64 {channels} {height} {width}",
         "```",
         "",
         f"Or from the command line: `python -m pipelines.generate {name} --count 64 --out samples.png`.",
         "",
-        *([f'The prior is conditioned on the {context}: `sample(64, {context}="{example}")`.', ""] if context else []),
+        *([f'The prior is conditioned on the {context}: `model.sample(64, {context}="{example}")`.', ""] if context else []),
         *([labels_table(facts.label_names), ""] if context == "label" else []),
     ]
     how = AS_FITTED if comparison is None else comparison.tuned(autoguidance)
     if how != AS_FITTED:
-        values = [f"{name}={value:g}" for name, value in departures(how).items()]
-        options = as_options(how)
-        if how.guidance and context == "caption":  # there is no guidance without one
-            values.insert(0, f'caption="{example}"')
-            options += f" --caption {shlex.quote(example)}"
-        lines += ["The comparison chose these settings:", ""]
-        ways = [["in Python", f"`sample(64, {', '.join(values)})`"], ["on the command line", f"`{options}`"]]
-        lines += [markdown([["where", "settings"], *ways]), ""]
+        caption = f'caption="{example}", ' if how.guidance and context == "caption" else ""  # there is no guidance without one
+        option = f" --caption {shlex.quote(example)}" if caption else ""
+        lines += [
+            f"The comparison chose {described(how)}. To draw so, call `model.sample(64, {caption}**model.tuned)`, or add"
+            f" `--tuned{option}` to the command.",
+            "",
+        ]
     if comparison is not None:
         rounded_since = half and comparison.weights != (weights_of(run) if weights is None else weights)
         lines += figures(comparison, rounded_since, autoguidance)
