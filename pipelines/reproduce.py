@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 PUBLISHED = {
     "mnist5k": (0, 1, 2),
     "mnist5k --prior.condition cluster": (0, 1, 2),
-    "mnist5k --prior.condition none": (0, 1),
+    "mnist5k --prior.condition none": (0, 1, 2),
     "mnist5k-plain": (0,),
     "mnist5k-givt": (0,),
     "fashion-mnist": (0, 1),
