@@ -403,8 +403,8 @@ class TwoStage:
         """Score how unusual images are: their bits under both stages, and where in the image these are; see `Scores`. To be
         compared with the scores of usual images.
 
-        images: uint8 N C H W. A conditional prior is used without its condition. Raises UserError where the prior is not
-        autoregressive, or the encoder has no density.
+        images: uint8 N C H W. A conditional prior is used with the null context. That is not the p(z) of `log_likelihood`, which
+        sums over the labels. Raises UserError where the prior is not autoregressive, or the encoder has no density.
         """
         from pipelines.judging.scores import Scorer  # slow to import, and drawing needs none of it
 

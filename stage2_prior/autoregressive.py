@@ -82,12 +82,12 @@ class AutoregressivePrior(Prior):
         self.coarser = nn.ModuleList(CoarserLevel(spec, self.spec.grid, self.backbone.width) for spec in coarser)
         # The distribution of a latent depends on its place in the image; this learned map tells the backbone the position.
         self.position = nn.Parameter(0.02 * torch.randn(1, self.backbone.width, *self.spec.grid))
-        if isinstance(config.backbone, TransformerConfig):
+        if self.backbone.needs_positions:
             self.show_positions()
 
     @torch.no_grad()
     def show_positions(self) -> None:
-        """Initialize positions at least as large as embeddings: they are a transformer's only information about the grid.
+        """Initialize positions at least as large as embeddings, where they are the only information about the grid.
 
         Embeddings of codes get the standard deviation of GPT (Radford et al. 2018, section 4.1), which the positions have
         already. Embeddings of continuous latents have a standard deviation near 1, so there the positions are scaled up.
@@ -135,15 +135,15 @@ class AutoregressivePrior(Prior):
     def log_prob_by_position(self, levels: list[Tensor], contexts: Tensor | None = None, noise: float = 0.0) -> Tensor:
         """log p(z_i | z_<i, coarser levels, context) in nats of raw latents, B h w.
 
-        contexts: None for an unconditional prior. For a prior with clusters, None takes the cluster of each latent; then the
-        coarsest level also has log p(cluster), divided equally among its positions.
+        contexts: as in `forward`. A prior with clusters ignores them, and takes the cluster of each latent; its coarsest level
+        also has log p(cluster), divided equally among its positions.
         noise: largest strength of noise on the inputs, in place of z_<i: see AutoregressiveConfig.input_noise.
         Raises ValueError for latents that do not fit, and CannotSample for a conditional prior without contexts.
         """
         check_levels(levels, self.specs)
         *coarser, latent = levels
         log_cluster: Tensor | float = 0.0
-        if contexts is None and isinstance(self.condition, ClusterCondition):
+        if isinstance(self.condition, ClusterCondition):
             contexts = self.condition.assign(levels[0])
             if not coarser:
                 log_cluster = self.condition.log_prob(contexts)[:, None, None] / math.prod(self.spec.grid)

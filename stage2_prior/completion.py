@@ -21,7 +21,7 @@ from torch import Tensor
 from stage2_prior.autoregressive import LearnedPrior
 from stage2_prior.heads import Head
 from stage2_prior.layers import Backbone
-from stage2_prior.sampling import AS_FITTED, CHOICE_STREAM, CannotSample, choose_many, first_uniforms, uniforms
+from stage2_prior.sampling import AS_FITTED, CHOICE_STREAM, RESAMPLING_STREAM, CannotSample, choose_many, first_uniforms, uniforms
 
 RESAMPLE_BELOW = 0.5  # particles are resampled when their effective sample size is below this share of their number
 
@@ -43,10 +43,10 @@ def complete(
     given: one latent for each level, without a batch axis.
     observed: for each level a mask, h w: True where `given` holds, False where values are drawn.
     indices: B sample numbers. particles: M.
-    contexts: one for each sample. None draws one for each particle, with the frequencies of the training set.
+    contexts: one for each sample, or one for all. None draws one for each particle, with the frequencies of the training set.
     log_likelihood: a further weight. From the levels of all particles, B·M … each, to log p(y|z) of other observations y, such
     as pixels, in nats, B·M.
-    Raises CannotSample for a latent or a mask of the wrong shape.
+    Raises CannotSample for a latent or a mask of the wrong shape, and for contexts that the prior does not have.
     """
     specs = [own.spec for own in prior.levels]
     fits = len(given) == len(observed) == len(specs) and all(
@@ -58,7 +58,11 @@ def complete(
         raise CannotSample(f"each level needs a latent, without a batch axis, and a boolean mask of {shapes}")
     # Particle m of sample i is sample number i·M + m under the seed, so a completion too is the same in any batch.
     numbers = (indices[:, None] * particles + torch.arange(particles, device=indices.device)).flatten()
-    contexts = prior.draw_contexts(numbers, seed) if contexts is None else contexts.repeat_interleave(particles, 0)
+    coarsest = prior.levels[0]
+    if contexts is None:
+        contexts = coarsest.draw_contexts(numbers, seed)
+    else:
+        contexts = coarsest.for_each(indices, contexts).repeat_interleave(particles, 0)
     levels: list[Tensor] = []
     dtype = torch.float32 if indices.device.type == "mps" else torch.float64  # MPS has no wider one
     logs = torch.zeros(len(indices), particles, dtype=dtype, device=indices.device)
@@ -112,7 +116,7 @@ def resampled(logs: Tensor, which: Tensor, indices: Tensor, seed: int, counter: 
     Particles of the other samples keep themselves. logs: log weights, B M. counter: another number for each call.
     """
     batch, particles = logs.shape
-    start = first_uniforms(seed, indices + (counter << 32), CHOICE_STREAM + 1)[:, None].to(logs.dtype)
+    start = first_uniforms(seed, indices + (counter << 32), RESAMPLING_STREAM)[:, None].to(logs.dtype)
     places = (start + torch.arange(particles, device=logs.device)) / particles
     own = torch.arange(particles, device=logs.device).expand(batch, -1)
     ancestors = torch.where(which[:, None], choose_many(logs, places.contiguous()), own)

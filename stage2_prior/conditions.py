@@ -239,7 +239,12 @@ class CaptionCondition(nn.Module):
         """Nothing to estimate."""
 
     def draw(self, indices: Tensor, seed: int) -> Tensor:
-        """The null caption, because there is no density of captions to draw from; B T."""
+        """The null caption, because there is no density of captions to draw from; B T.
+
+        Raises CannotSample where the prior was trained without it.
+        """
+        if self.dropout == 0:
+            raise CannotSample("this prior was always trained with a caption (--prior.condition.dropout 0): give one")
         return self.null(len(indices))
 
     def null(self, batch: int) -> Tensor:

@@ -149,9 +149,9 @@ class Order2Codes(Prior):
 
     def estimate(self, dataset: LatentDataset) -> None:
         """Choose α of each level on images that are not counted, if there are enough; then count all images."""
-        self.unigram.estimate(dataset)
         codes = [posterior["codes"].long() for posterior in dataset.sample()]
         counted, held_out = choosing_images(len(codes[0]))
+        self.unigram.estimate(LatentDataset([{"codes": values[counted]} for values in codes]))
         for number, (level, values) in enumerate(zip(self.levels, codes)):
             level.count(values[counted])
             losses = []
@@ -160,6 +160,7 @@ class Order2Codes(Prior):
                 losses.append((-float(self.of_level(number, values[held_out]).sum()), weight))
             level.weight.fill_(min(losses)[1] if losses else 16.0)
             level.count(values)
+        self.unigram.estimate(dataset)
 
     def of_level(self, number: int, codes: Tensor) -> Tensor:
         """log p of the codes of one level, B."""

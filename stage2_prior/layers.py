@@ -31,8 +31,8 @@ class Backbone(Protocol):
 
     width: int
     """D"""
-    reach: int | None
-    """how far back a position sees: see PixelCNN.reach. None where it sees all earlier positions"""
+    needs_positions: bool
+    """whether only `map` tells the backbone which inputs are near, as for attention without convolutions"""
 
     def __call__(self, inputs: Tensor, map: Tensor | None = None, prefix: Tensor | None = None) -> Tensor: ...
 

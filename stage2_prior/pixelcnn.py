@@ -106,6 +106,7 @@ class PixelCNN(nn.Module):
     """The backbone: see Backbone in layers.py for its methods."""
 
     layers: list[GatedLayer]
+    needs_positions = False
 
     def __init__(self, config: PixelCNNConfig):
         super().__init__()
@@ -113,8 +114,6 @@ class PixelCNN(nn.Module):
         layers = (GatedLayer(config.width, config.kernel, config.dropout) for _ in range(config.layers))
         self.layers = nn.ModuleList(layers)  # type: ignore[assignment]
         self.norm = ChannelNorm(config.width)
-        self.reach: int | None = len(self.layers) * (config.kernel // 2)
-        """A position sees reach + 1 positions to its left, and reach columns to either side in the reach + 1 rows above."""
 
     def forward(self, inputs: Tensor, map: Tensor | None = None, prefix: Tensor | None = None) -> Tensor:
         """inputs and the result B D h w, map B D h w or 1 D h w, prefix B T D; see Backbone."""

@@ -104,7 +104,7 @@ class PixelSNAIL(nn.Module):
     """The backbone: see Backbone in layers.py for its methods."""
 
     blocks: list[Block]
-    reach: int | None = None
+    needs_positions = False
 
     def __init__(self, config: PixelSNAILConfig):
         super().__init__()

@@ -108,17 +108,21 @@ class Prior(nn.Module, ABC):
         return None if self.condition is None else self.condition.draw(indices, seed)
 
     def given_or_drawn(self, indices: Tensor, seed: int, contexts: Tensor | None) -> Tensor | None:
-        """The contexts that are given, or drawn ones.
+        """A context for each sample: those that are given, or drawn ones. Raises CannotSample as `for_each` does."""
+        return self.draw_contexts(indices, seed) if contexts is None else self.for_each(indices, contexts)
 
-        Raises CannotSample for contexts of an unconditional prior, and for contexts that are not one for each sample, or for all.
+    def for_each(self, indices: Tensor, contexts: Tensor) -> Tensor:
+        """Contexts, one for each sample or one for all, as one for each.
+
+        Raises CannotSample for another number of them, and where the prior takes none.
         """
-        if self.condition is None and contexts is not None:
+        if self.condition is None:
             raise CannotSample("this prior takes no context")
-        if contexts is not None and (contexts.ndim == 0 or len(contexts) not in (1, len(indices))):
+        if contexts.ndim == 0 or len(contexts) not in (1, len(indices)):
             raise CannotSample(
                 f"{len(indices)} samples take a context each, or one for all, not of shape {tuple(contexts.shape)}"
             )
-        return self.draw_contexts(indices, seed) if contexts is None else contexts.expand(len(indices), *contexts.shape[1:])
+        return contexts.expand(len(indices), *contexts.shape[1:])
 
     def fitted_numbers(self) -> int:
         """The number of trained or fitted parameters."""

@@ -15,8 +15,8 @@ from torch import Tensor
 
 WORD = 0xFFFFFFFF  # the low 32 bits of an int64
 MOST_NUMBERS = 2**18  # of one position: the counter has 16 bits for blocks of 4 numbers
-# Streams of the noise. Level l of the latents uses stream l. CHOICE_STREAM + 1 is in use too.
-CONTEXT_STREAM, COMPONENT_STREAM, CHOICE_STREAM, PIXEL_STREAM = 1000, 1001, 1002, 1004
+# Streams of the noise. Level l of the latents uses stream l.
+CONTEXT_STREAM, COMPONENT_STREAM, CHOICE_STREAM, RESAMPLING_STREAM, PIXEL_STREAM = 1000, 1001, 1002, 1003, 1004
 
 
 def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int]) -> tuple[Tensor, ...]:

@@ -91,7 +91,7 @@ class Transformer(nn.Module):
     """The backbone: see Backbone in layers.py for its methods."""
 
     blocks: list[Block]
-    reach: int | None = None
+    needs_positions = True
 
     def __init__(self, config: TransformerConfig):
         super().__init__()

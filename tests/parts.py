@@ -25,7 +25,7 @@ from stage1_vae import bottlenecks, likelihoods
 from stage1_vae.hierarchy import Hierarchical
 from stage1_vae.networks import Convolutional, ConvolutionalFlat, FullyConnected
 from stage2_prior import baselines
-from stage2_prior.autoregressive import AutoregressiveConfig, AutoregressivePrior, CascadeConfig
+from stage2_prior.autoregressive import AutoregressiveConfig, AutoregressivePrior, BackboneConfig, CascadeConfig
 from stage2_prior.flow import FlowConfig
 from stage2_prior.heads import Categorical, GaussianMixture, GaussianMixtureHead
 from stage2_prior.kinds import PriorConfig, RivalConfig
@@ -82,6 +82,17 @@ def randomized(module: nn.Module, scale: float = 0.4, seed: int = 0) -> nn.Modul
         for norm in (part for part in module.modules() if isinstance(part, nn.LayerNorm)):
             norm.weight.add_(1)
     return module
+
+
+def in_receptive_field(config: BackboneConfig, output: tuple[int, int], earlier: tuple[int, int]) -> bool:
+    """Whether a backbone sees an earlier position: the receptive field of a PixelCNN grows with its layers, others see all."""
+    if not isinstance(config, PixelCNNConfig):
+        return True
+    reach = config.layers * (config.kernel // 2)
+    rows_above, left = output[0] - earlier[0], output[1] - earlier[1]
+    if rows_above == 0:
+        return 1 <= left <= reach + 1
+    return 1 <= rows_above <= reach + 1 and abs(left) <= reach
 
 
 def random_prior(spec: LatentSpec, backbone: str, head: str, scale: float = 0.3) -> AutoregressivePrior:

@@ -12,7 +12,7 @@ from stage2_prior.layers import Dropout, attend, shift_raster, shift_right
 from stage2_prior.pixelcnn import PixelCNNConfig
 from stage2_prior.pixelsnail import PixelSNAILConfig
 from stage2_prior.transformer import TransformerConfig
-from tests.parts import BACKBONES, jacobian, randomized
+from tests.parts import BACKBONES, in_receptive_field, jacobian, randomized
 
 GRIDS = [(4, 4), (3, 5), (1, 6), (5, 2)]
 RESIDUAL = [
@@ -26,16 +26,6 @@ def build(name: str):
 
 def raster(grid: tuple[int, int]) -> list[tuple[int, int]]:
     return [(r, c) for r in range(grid[0]) for c in range(grid[1])]
-
-
-def in_reach(reach: int | None, output: tuple[int, int], earlier: tuple[int, int]) -> bool:
-    """The receptive field that Backbone.reach states."""
-    if reach is None:
-        return True
-    rows_above, left = output[0] - earlier[0], output[1] - earlier[1]
-    if rows_above == 0:
-        return 1 <= left <= reach + 1
-    return 1 <= rows_above <= reach + 1 and abs(left) <= reach
 
 
 def example(backbone, grid: tuple[int, int], batch: int = 3, tokens: int = 2, seed: int = 2) -> tuple[torch.Tensor, ...]:
@@ -60,10 +50,10 @@ def test_depends_on_exactly_the_positions_before_it(name, grid, told):
             value = float(influence[(*output, *earlier)])
             if j >= i:
                 assert value == 0, f"position {output} sees {earlier}"
-            elif in_reach(backbone.reach, output, earlier):
+            elif in_receptive_field(BACKBONES[name], output, earlier):
                 assert value > 0, f"position {output} is blind to {earlier}"
             else:
-                assert value == 0, f"position {output} sees {earlier}, outside the stated receptive field"
+                assert value == 0, f"position {output} sees {earlier}, outside the receptive field"
 
 
 @pytest.mark.parametrize("name", BACKBONES)

@@ -1,6 +1,7 @@
 """Clusters of latents, which a prior tells itself where images have no labels."""
 
 import warnings
+from unittest import mock
 
 import pytest
 import torch
@@ -23,6 +24,12 @@ def clustered(backbone: str, head: str, spec: LatentSpec, clusters: int = 3):
     return randomized(prior.double().eval(), 0.3), dataset
 
 
+def log_prob_in(prior, levels: list[torch.Tensor], cluster: int) -> torch.Tensor:
+    """log p(cluster) + log p(levels | cluster), B."""
+    with mock.patch.object(prior.condition, "assign", lambda latents: torch.full((len(latents),), cluster)):
+        return prior.log_prob(levels)
+
+
 @pytest.mark.parametrize(("backbone", "head"), LEARNED)
 def test_the_density_is_that_of_the_nearest_cluster_a_bound_on_the_mixture(backbone, head):
     prior, dataset = clustered(backbone, head, spec_for(head, (2, 3)))
@@ -32,7 +39,7 @@ def test_the_density_is_that_of_the_nearest_cluster_a_bound_on_the_mixture(backb
     nearest = torch.cdist(points.flatten(1), condition.centres).argmin(1)
     assert len(nearest.unique()) == 3
     with torch.no_grad():
-        each = torch.stack([prior.log_prob(levels, torch.full((50,), k)) + condition.frequencies[k].log() for k in range(3)])
+        each = torch.stack([log_prob_in(prior, levels, k) for k in range(3)])
         torch.testing.assert_close(prior.log_prob(levels), each.gather(0, nearest[None])[0])
         assert prior.bounded and (prior.log_prob(levels) < each.logsumexp(0)).all()
         torch.testing.assert_close(prior(levels)["loss"], -prior.log_prob(levels).mean())
@@ -43,7 +50,7 @@ def test_the_mixture_over_clusters_sums_to_one_and_samples_follow_it():
     prior, _ = clustered("pixelcnn", "categorical", spec)
     every = torch.cartesian_prod(torch.arange(3), torch.arange(3)).view(9, 1, 2)
     with torch.no_grad():
-        each = [prior.log_prob([every], torch.full((9,), k)) + prior.condition.frequencies[k].log() for k in range(3)]
+        each = [log_prob_in(prior, [every], k) for k in range(3)]
     mixture = torch.stack(each).logsumexp(0).exp()
     assert float(mixture.sum()) == pytest.approx(1)
     (drawn,) = prior.sample(torch.arange(20_000), seed=0)
@@ -95,9 +102,20 @@ def test_levels_of_a_cascade_are_told_the_same_cluster():
     codes = levels[0]["codes"]
     assert torch.equal(top.assign(codes), bottom.assign(codes)) and torch.equal(top.frequencies, bottom.frequencies)
     assert prior.bounded and [tuple(level.shape) for level in prior.sample(torch.arange(2), seed=0)] == [(2, 2, 2), (2, 4, 4)]
-    both = [codes, levels[1]["codes"]]
-    clusters = top.assign(codes)
-    torch.testing.assert_close(prior.eval().log_prob(both), prior.log_prob(both, clusters) + top.log_prob(clusters))
+    both, clusters = [codes, levels[1]["codes"]], top.assign(codes)
+    before, share = prior.eval().log_prob(both), top.log_prob(clusters)
+    bottom.frequencies.mul_(0.5)
+    assert torch.equal(prior.log_prob(both), before)
+    top.frequencies.copy_(torch.tensor([0.6, 0.3, 0.1]))
+    torch.testing.assert_close(prior.log_prob(both) - before, top.log_prob(clusters) - share)  # it is counted once
+
+
+def test_labels_of_the_data_set_are_no_clusters():
+    """A data set may have labels that the prior is not conditioned on."""
+    prior, dataset = clustered("pixelcnn", "categorical", LatentSpec((2, 3), vocabulary=5))
+    levels, labels = dataset[torch.arange(50)][0], torch.full((50,), 7)
+    assert torch.equal(prior.log_prob(levels, labels), prior.log_prob(levels))
+    assert torch.equal(prior(levels, labels)["loss"], prior(levels)["loss"])
 
 
 def test_clusters_are_part_of_the_weights():

@@ -157,6 +157,18 @@ def test_a_label_that_is_given_is_told_to_every_particle():
     assert (exact[0] - exact[1]).abs().sum() / 2 > 0.1  # the label matters here
 
 
+def test_a_label_is_given_to_all_completions_at_once_and_to_no_unconditional_prior():
+    given, held = [torch.tensor([[2, 0], [0, 0]])], [torch.tensor([[True, False], [False, False]])]
+    prior = told_a_label(LatentSpec((2, 2), vocabulary=3))
+    each, one = (complete(prior, given, held, torch.arange(4), 0, contexts=torch.tensor(labels))[0] for labels in ([1] * 4, [1]))
+    assert torch.equal(each[0], one[0])
+    with pytest.raises(CannotSample, match="a context each, or one for all"):
+        complete(prior, given, held, torch.arange(4), 0, contexts=torch.tensor([1, 1]))
+    with pytest.raises(CannotSample, match="takes no context"):
+        prior = random_prior(LatentSpec((2, 2), vocabulary=3), "pixelcnn", "categorical")
+        complete(prior, given, held, torch.arange(4), 0, contexts=torch.tensor([1]))
+
+
 def test_labels_and_coarser_levels_are_weighed_together():
     prior = told_a_label(LatentSpec((1, 2), vocabulary=3), LatentSpec((1, 2), vocabulary=4))
     held = [torch.tensor([[True, False]]), torch.tensor([[False, True]])]

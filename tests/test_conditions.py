@@ -113,6 +113,9 @@ def test_a_prior_that_never_saw_the_null_context_is_not_used_with_it(told):
     assert len(prior.sample(torch.arange(3), 0, contexts=contexts)[0]) == 3 and not takes_guidance(prior)
     with pytest.raises(CannotSample, match="condition.dropout 0"):
         prior.sample(torch.arange(3), 0, Sampling(guidance=1.0), contexts)
+    if isinstance(told, Caption):
+        with pytest.raises(CannotSample, match="give one"):
+            prior.sample(torch.arange(3), 0)
     assert takes_guidance(conditional("pixelcnn", "categorical", spec_for("categorical", (2, 2))))
 
 

@@ -38,6 +38,7 @@ from pipelines.runs.run import Run
 from pipelines.train_all import command_to_draw, train_all
 from stage1_vae import autoencoder, bottlenecks
 from stage1_vae.autoencoder import AutoencoderConfig
+from stage1_vae.networks import FullyConnected
 from stage2_prior.conditions import Unconditional
 from stage2_prior.gaussians import StandardNormal
 from stage2_prior.latents import LatentSpec
@@ -306,6 +307,16 @@ def test_a_position_is_held_only_when_all_its_channels_stay():
     picture, known = torch.arange(0, 160, 10, dtype=torch.uint8).view(1, 4, 4), known_pixels("top-half", (1, 4, 4))
     (given,), (held,) = held_latents(Doubled(), picture, known, torch.device("cpu"))
     assert torch.equal(held, known) and torch.equal(given[0][known], picture[0][known] / 255)
+
+
+def test_of_a_picture_that_is_known_whole_a_latent_of_one_position_is_held_too():
+    torch.manual_seed(0)
+    model = AutoencoderConfig(FullyConnected(positions=1), bottlenecks.Gaussian(channels=1)).build((1, 8, 8)).eval()
+    model.bottleneck.project.weight.data.mul_(100)  # away from the initial weights, which hardly tell pictures apart
+    picture = torch.randint(0, 256, (1, 8, 8), dtype=torch.uint8)
+    for all_known in (True, False):
+        _, (held,) = held_latents(model, picture, torch.full((8, 8), all_known), torch.device("cpu"))
+        assert held.tolist() == [[all_known]]
 
 
 def test_hidden_pixels_do_not_weigh_the_completions(runs, tmp_path):

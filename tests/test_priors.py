@@ -21,7 +21,18 @@ from stage2_prior.layers import attend
 from stage2_prior.pixelcnn import PixelCNNConfig
 from stage2_prior.sampling import AS_FITTED, CannotSample, Sampling, uniforms
 from stage2_prior.transformer import TransformerConfig
-from tests.parts import BACKBONES, CODE_HEADS, HEADS, LEARNED, RIVALS, random_latents, random_prior, randomized, spec_for
+from tests.parts import (
+    BACKBONES,
+    CODE_HEADS,
+    HEADS,
+    LEARNED,
+    RIVALS,
+    in_receptive_field,
+    random_latents,
+    random_prior,
+    randomized,
+    spec_for,
+)
 
 TINY = {"two-positions": LatentSpec((1, 1, 2)), "two-rows": LatentSpec((1, 2, 1)), "two-channels": LatentSpec((2, 1, 1))}
 FALSE_ALARM = 1e-4  # the stated error rate of each statistical test; seeds are fixed
@@ -150,8 +161,7 @@ def test_every_factor_depends_on_nothing_later(backbone, head):
     later = positions[None, :] > positions[:, None]
     assert (influence[later] == 0).all()
     for i, j in torch.nonzero(~later).tolist():
-        (r, c), (r2, c2), reach = divmod(i, 3), divmod(j, 3), prior.backbone.reach
-        seen = i == j or reach is None or (c - c2 <= reach + 1 if r == r2 else r - r2 <= reach + 1 and abs(c - c2) <= reach)
+        seen = i == j or in_receptive_field(BACKBONES[backbone], divmod(i, 3), divmod(j, 3))
         assert (influence[i, j] > 0) == seen
 
 

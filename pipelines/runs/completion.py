@@ -19,6 +19,7 @@ from pipelines.runs.sampling import pixel_noise
 from stage1_vae.autoencoder import Autoencoder
 from stage2_prior.autoregressive import LearnedPrior
 from stage2_prior.completion import complete
+from stage2_prior.sampling import CannotSample
 
 SIDES = {"top-half": (0, True), "bottom-half": (0, False), "left-half": (1, True), "right-half": (1, False)}
 FILLINGS = 24  # of the hidden pixels, to see which latents they can change
@@ -89,7 +90,7 @@ def held_latents(
         if "codes" in posterior:
             same = (level == level[:1]).all(0)
         else:
-            spread = torch.maximum(level[0].flatten(1).std(1)[:, None, None], posterior["std"][0])
+            spread = torch.maximum(level[0].flatten(1).std(1, correction=0)[:, None, None], posterior["std"][0])
             same = ((level - level[:1]).abs() <= SMALL_CHANGE * spread).all(0).all(0)
         latents.append(level[0])
         held.append(same)
@@ -133,16 +134,19 @@ def completions(
         return torch.cat(found)
 
     def completed(indices: Tensor) -> tuple[Tensor, Tensor]:
-        levels, size = complete(
-            prior,
-            given,
-            held,
-            indices.to(device),
-            seed,
-            particles=particles,
-            contexts=None if contexts is None else contexts[indices].to(device),
-            log_likelihood=of_known_pixels,
-        )
+        try:
+            levels, size = complete(
+                prior,
+                given,
+                held,
+                indices.to(device),
+                seed,
+                particles=particles,
+                contexts=None if contexts is None else contexts[indices].to(device),
+                log_likelihood=of_known_pixels,
+            )
+        except CannotSample as error:
+            raise UserError(str(error)) from error
         noise = pixel_noise(pixels, seed, indices.to(device), autoencoder.image_shape)
         drawn = autoencoder.render(levels, noise).cpu()
         return torch.where(known, image, drawn), size.cpu()  # a decoder would blur what is kept

@@ -31,6 +31,7 @@ from stage2_prior.baselines import baselines
 from stage2_prior.conditions import Caption
 from stage2_prior.latents import LatentDataset, LatentSpec
 from stage2_prior.prior import Prior
+from stage2_prior.sampling import CannotSample
 
 BESIDE = {"standard": "N(0, I)", "gaussian": "Gaussian"}
 BESIDE_CODES = {"standard": "uniform", "unigram": "unigram"}
@@ -215,8 +216,12 @@ class Phases:
         return {"reconstructions": torch.cat([shown, autoencoder.render(autoencoder.mean(autoencoder.encode(shown)))])}
 
     def samples(self, prior: Prior, autoencoder: Autoencoder) -> dict[str, Tensor]:
+        """For a tracker: samples, where the prior can be drawn from without a caption."""
         indices = torch.arange(GRID_COLUMNS, device=self.run.fabric.device)
-        return {"samples": autoencoder.render(prior.sample(indices, seed=0))}
+        try:
+            return {"samples": autoencoder.render(prior.sample(indices, seed=0))}
+        except CannotSample:
+            return {}
 
 
 def warn_of_unused_codes(latents: LatentDataset, specs: list[LatentSpec]) -> None:
