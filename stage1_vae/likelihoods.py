@@ -72,7 +72,7 @@ class BernoulliLikelihood(nn.Module):
         return distributions.Independent(distributions.Bernoulli(logits=outputs, validate_args=False), 3, validate_args=False)
 
     def sample(self, outputs: Tensor, uniforms: Tensor) -> Tensor:
-        return above(uniforms, torch.sigmoid(-outputs))
+        return is_above(uniforms, torch.sigmoid(-outputs))
 
     def update(self, outputs: Tensor, targets: Tensor) -> None:
         """Nothing is estimated."""
@@ -193,7 +193,7 @@ class DiscretizedLogisticLikelihood(nn.Module):
         """The lowest grey level whose CDF reaches the uniform number, by bisection."""
         pixels, level = self.pixels(outputs), torch.zeros_like(uniforms)
         for half in (128, 64, 32, 16, 8, 4, 2, 1):
-            level = level + half * above(uniforms, pixels.cdf((level + half - 1) / 255))
+            level = level + half * is_above(uniforms, pixels.cdf((level + half - 1) / 255))
         return level / 255
 
     def update(self, outputs: Tensor, targets: Tensor) -> None:
@@ -215,13 +215,13 @@ class Discretized(distributions.Distribution):
 
     def log_prob(self, value: Tensor) -> Tensor:
         """By σ(b) - σ(a) = σ(b) σ(-a) (1 - e^(a-b)), where no digits cancel, however narrow or distant the logistic is."""
-        above = (value + HALF_GREY_LEVEL - self.loc) / self.spread
-        below = (value - HALF_GREY_LEVEL - self.loc) / self.spread
+        upper = (value + HALF_GREY_LEVEL - self.loc) / self.spread
+        lower = (value - HALF_GREY_LEVEL - self.loc) / self.spread
         first, last = value < HALF_GREY_LEVEL, value > 1 - HALF_GREY_LEVEL
         inside = torch.log(-torch.expm1(-2 * HALF_GREY_LEVEL / self.spread))
         return (
-            torch.where(last, 0.0, F.logsigmoid(above))
-            + torch.where(first, 0.0, F.logsigmoid(-below))
+            torch.where(last, 0.0, F.logsigmoid(upper))
+            + torch.where(first, 0.0, F.logsigmoid(-lower))
             + torch.where(first | last, 0.0, inside)
         )
 
@@ -240,7 +240,7 @@ class Discretized(distributions.Distribution):
         return torch.where(value > 1 - HALF_GREY_LEVEL, 1.0, torch.sigmoid((value + HALF_GREY_LEVEL - self.loc) / self.spread))
 
 
-def above(first: Tensor, second: Tensor) -> Tensor:
+def is_above(first: Tensor, second: Tensor) -> Tensor:
     """1 where the first is above the second, else 0; both in [0, 1]. NaN stays NaN."""
     return (first - second).ceil().clamp(min=0)
 

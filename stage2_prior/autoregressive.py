@@ -114,7 +114,7 @@ class AutoregressivePrior(Prior):
     def estimate(self, dataset: LatentDataset) -> None:
         """Fit the head's scales, and frequencies of labels or clusters. Raises ValueError for missing contexts."""
         super().estimate(dataset)
-        self.head.estimate(dataset.sample()[self.level])
+        self.head.estimate(dataset.subsample()[self.level])
 
     def conditioned(self, coarser: list[Tensor], contexts: Tensor | None) -> Conditioned:
         """Backbone and head with their conditions: the position on the grid, the coarser levels, and the context.

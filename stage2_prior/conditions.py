@@ -162,7 +162,7 @@ class ClusterCondition(nn.Module):
         from sklearn.exceptions import ConvergenceWarning
         from threadpoolctl import threadpool_limits
 
-        posterior = dataset.sample()[0]
+        posterior = dataset.subsample()[0]
         latents = posterior["codes"] if "codes" in posterior else posterior["mean"]
         if len(self.vectors):
             if dataset.vectors is None:

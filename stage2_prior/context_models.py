@@ -45,7 +45,7 @@ class IndependentCodes(Prior):
     def estimate(self, dataset: LatentDataset) -> None:
         """Count codes, plus one of each, so that no probability is 0."""
         if self.fitted:
-            for table, posterior in zip(self.tables(), dataset.sample()):
+            for table, posterior in zip(self.tables(), dataset.subsample()):
                 cells = torch.arange(0, table.numel(), table.shape[-1], device=table.device).view(table.shape[:-1])
                 counts = torch.ones_like(table)
                 for codes in posterior["codes"].long().split(1000):
@@ -149,7 +149,7 @@ class Order2Codes(Prior):
 
     def estimate(self, dataset: LatentDataset) -> None:
         """Choose α of each level on images that are not counted, if there are enough; then count all images."""
-        codes = [posterior["codes"].long() for posterior in dataset.sample()]
+        codes = [posterior["codes"].long() for posterior in dataset.subsample()]
         counted, held_out = choosing_images(len(codes[0]))
         self.unigram.estimate(LatentDataset([{"codes": values[counted]} for values in codes]))
         for number, (level, values) in enumerate(zip(self.levels, codes)):

@@ -43,7 +43,7 @@ class Flattened(nn.Module):
 
     def estimate(self, dataset: LatentDataset) -> None:
         """Shift and scale become the mean and standard deviation of the aggregate posterior, for each number."""
-        mean, variance = moments(only(dataset.sample()))
+        mean, variance = moments(only(dataset.subsample()))
         self.shift.copy_(mean.flatten())
         self.scale.copy_(variance.flatten().sqrt().clamp_min(1e-3))  # not 0 where a number never varies
 

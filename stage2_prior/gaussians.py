@@ -76,7 +76,7 @@ class GaussianMixturePrior(ResizableBuffers, Prior):
 
     def estimate(self, dataset: LatentDataset) -> None:
         if self.tried == (1,):
-            self.match_moments(only(dataset.sample()))
+            self.match_moments(only(dataset.subsample()))
             return
         fitted, held_out = choosing_images(len(dataset))
         most = max(max(self.tried), min(MIXTURE_POINTS, MIXTURE_BYTES // (8 * self.means.shape[1])))

@@ -149,7 +149,7 @@ class LatentDataset:
         """The posteriors of these images, one for each level."""
         return [{name: tensor[indices] for name, tensor in level.items()} for level in self.levels]
 
-    def sample(self) -> list[Posterior]:
+    def subsample(self) -> list[Posterior]:
         """Posteriors to estimate statistics from: all, or as many evenly spaced ones as SAMPLE_BYTES allow."""
         one = self.posteriors(slice(0, 1))
         size = len(self) * sum(tensor.nbytes for level in one for tensor in level.values())

@@ -69,7 +69,7 @@ class VampPrior(FlattenedPrior):
     def log_weights(self, contexts: Tensor | None) -> Tensor:
         """log w_k, B K or 1 K. Raises CannotSample for a conditional prior without contexts."""
         logits = self.embedded(contexts)
-        return (torch.zeros_like(self.means[:, :1].T) if logits is None else logits).log_softmax(1)
+        return (self.means.new_zeros(1, len(self.means)) if logits is None else logits).log_softmax(1)
 
     def log_prob(self, levels: list[Tensor], contexts: Tensor | None = None) -> Tensor:
         values = self.flattened.values(levels)

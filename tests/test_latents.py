@@ -61,9 +61,9 @@ def test_two_data_sets_added_are_one(told):
 def test_statistics_of_too_many_posteriors_are_of_some_evenly_spaced(monkeypatch):
     codes = torch.arange(100)[:, None, None].expand(100, 2, 2)
     dataset = LatentDataset([{"codes": Joined([*codes.split(30)])}])
-    assert torch.equal(dataset.sample()[0]["codes"], codes)
+    assert torch.equal(dataset.subsample()[0]["codes"], codes)
     monkeypatch.setattr(latents, "SAMPLE_BYTES", 100 * 4 * 8 // 5)
-    assert dataset.sample()[0]["codes"][:, 0, 0].tolist() == list(range(0, 100, 5))
+    assert dataset.subsample()[0]["codes"][:, 0, 0].tolist() == list(range(0, 100, 5))
 
 
 class Killed(Exception):
@@ -145,7 +145,7 @@ def test_stage_2_is_shown_beside_the_losses_of_baselines_on_the_same_held_out_la
     if specs[0].vocabulary:
         assert found["uniform"] == pytest.approx(specs[0].dimensions * math.log(specs[0].vocabulary))
     else:
-        (posterior,) = held_out.sample()
+        (posterior,) = held_out.subsample()
         expected = 0.5 * (posterior["mean"].square() + posterior["std"].square() + math.log(2 * math.pi))
         assert found["N(0, I)"] == pytest.approx(float(expected.flatten(1).sum(1).mean()), rel=0.02), "one draw for each image"
     assert found[shown[1]] < found[shown[0]]

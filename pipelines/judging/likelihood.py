@@ -283,7 +283,7 @@ class Measurement:
 
 def active_units(latents: LatentDataset) -> int:
     """Latent numbers whose posterior mean varies over images by more than ACTIVE."""
-    (posterior,) = latents.sample()
+    (posterior,) = latents.subsample()
     return int((posterior["mean"].var(0, correction=0) > ACTIVE).sum())
 
 

@@ -78,7 +78,7 @@ class Subject:
     @property
     def codes(self) -> list[Tensor]:
         """One tensor a level, of the test split or an even part of it, where latents are many; none of continuous latents."""
-        return [posterior["codes"] for posterior in self.latents.sample() if "codes" in posterior]
+        return [posterior["codes"] for posterior in self.latents.subsample() if "codes" in posterior]
 
     @property
     def labels(self) -> Tensor | None:

@@ -226,7 +226,7 @@ class Phases:
 
 def warn_of_unused_codes(latents: LatentDataset, specs: list[LatentSpec]) -> None:
     """A codebook that the data cannot fill, or that has collapsed, wastes what the prior has to learn."""
-    for spec, posterior in zip(specs, latents.sample()):
+    for spec, posterior in zip(specs, latents.subsample()):
         if spec.vocabulary is not None:
             used = len(posterior["codes"].unique())
             if used < spec.vocabulary / 2:
