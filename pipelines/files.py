@@ -28,8 +28,8 @@ except ImportError:  # on Windows, where what killed writers left stays
     fcntl = None  # type: ignore[assignment]
 
 T = TypeVar("T")
-PARTIAL = re.compile(r"\.(?P<name>.+?)(?:\.[0-9a-f]{8})?\.partial", re.DOTALL)
-"""Name of what is written aside: each writer's own. An earlier version had one for all writers of a file."""
+PARTIAL = re.compile(r"\.(?P<name>.+?)\.[0-9a-f]{8}\.partial", re.DOTALL)
+"""Name of what is written aside, each writer's own."""
 
 
 def flush(path: Path) -> None:

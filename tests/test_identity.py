@@ -158,17 +158,6 @@ def test_a_set_in_memory_that_changes_is_another(tmp_path, monkeypatch, binarize
         load_data(run)
 
 
-def test_a_run_of_an_earlier_version_takes_the_data_as_they_are(tmp_path):
-    write(tmp_path / "data", "folder")
-    run = begun(tmp_path, "folder", tmp_path / "data")
-    facts = json.loads((run.folder / FACTS).read_text())
-    (run.folder / FACTS).write_text(
-        json.dumps({name: facts[name] for name in ("image_shape", "label_names", "images", "listing")})
-    )
-    write_facts(run, load_data(run))
-    assert json.loads((run.folder / FACTS).read_text()) == facts
-
-
 @pytest.mark.usefixtures("small_data")
 def test_latents_are_those_of_these_images(run, tmp_path, monkeypatch):
     copy = dataclasses.replace(run, folder=shutil.copytree(run.folder, tmp_path / "run"))

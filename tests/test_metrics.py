@@ -33,7 +33,7 @@ from pipelines.benchmarks.measuring import peak_bytes
 from pipelines.console import UserError
 from pipelines.data.images import ImageSet
 from pipelines.judging import compare, features, quality, rows
-from pipelines.judging.comparison import SURELY, Verdict, from_dict, read_comparison, verdict_of, write_comparison
+from pipelines.judging.comparison import SURELY, Verdict, read_comparison, verdict_of, write_comparison
 from pipelines.judging.features import (
     FIGURES,
     Classifier,
@@ -710,17 +710,8 @@ def test_a_comparison_comes_back_from_its_file(run, tmp_path, monkeypatch):
         write_comparison(path, comparison)
         assert read_comparison(path) == comparison
     assert json.loads(path.read_text())["priors"]["learned"] == {"note": "none: none"}
-    write_comparison(path, made)
-    values = json.loads(path.read_text())
     assert any(note.startswith("copies: ") for note in notes(made))
-    for name in ("gap_closed_plus_minus", "gap_closed_tuned_plus_minus"):
-        values.pop(name, None)
-    for row in (values["real"], values["reconstruction"], *values["priors"].values()):  # as an earlier version wrote it
-        assert row.pop("copied") >= 0 and 0 <= row.pop("copying_p") <= 1 and row["plus_minus"].pop("copied") >= 0
-        row["copying_z"] = 0.0
-    earlier = from_dict(values)
-    assert earlier.real.copied is None and earlier.gap_closed == made.gap_closed
-    assert not any(note.startswith("copies: ") for note in notes(earlier))
+    write_comparison(path, made)
     path.write_text(json.dumps(json.loads(path.read_text()) | {"schema": 99}))
     with pytest.raises(UserError, match="version 99.* delete it"):
         read_comparison(path)

@@ -21,7 +21,7 @@ from PIL import Image
 
 from pipelines import compare, processes, studies
 from pipelines.judging.compare import with_labels_read
-from pipelines.judging.comparison import ROWS, from_dict, read_comparison, to_dict
+from pipelines.judging.comparison import ROWS, from_dict, read_comparison
 from pipelines.judging.features import FIGURES
 from pipelines.judging.together import Entry, names_of
 from pipelines.pages import report
@@ -297,11 +297,3 @@ def test_the_tuned_row_is_recommended_unless_the_prior_as_fitted_is_better_beyon
         tuned = replace(comparison.priors["tuned"], fd=fd)
         other = replace(comparison, priors=comparison.priors | {"tuned": tuned})
         assert other.recommended == best and other.tuned(weaker=True) == (how if best == "tuned" else AS_FITTED)
-
-
-def test_the_condition_of_a_prior_has_an_older_name_in_files():
-    for name, told in (("mnist5k", "label"), ("mnist5k-dalle", "caption"), ("mnist5k-2d", None)):
-        comparison = read_comparison(TRAINED / name / "compare" / "metrics.json")
-        written = to_dict(comparison)
-        assert comparison.conditioned_on == written["told"] == told and "conditioned_on" not in written
-        assert from_dict(written) == comparison

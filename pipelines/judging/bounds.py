@@ -83,7 +83,7 @@ class Bounds:
     dimensions: int | None
     """numbers in an image, where they have a probability"""
     conditioned_on: Literal["label", "caption"] | None
-    """what the learned prior is conditioned on; `told` in files"""
+    """what the learned prior is conditioned on"""
     distortion: Estimate
     """-E_q[log p(x|z)]"""
     priors: dict[str, BoundsOfPrior]

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import cattrs
-from cattrs.gen import make_dict_structure_fn, make_dict_unstructure_fn, override
+from cattrs.gen import make_dict_unstructure_fn, override
 from torch import Tensor
 
 from pipelines.console import UserError
@@ -63,7 +63,7 @@ class Row:
     plus_minus: dict[str, float]
     """of each figure above, half of its 95 % interval"""
     copying_p: float | None = None
-    """the probability that `copied` is by chance what it is, if no sample is a copy; None in files of an earlier version"""
+    """the probability that `copied` is by chance what it is, if no sample is a copy"""
     distance_to_training: float
     """median distance to the nearest training image"""
     mse: float | None = None
@@ -78,7 +78,7 @@ class Row:
     label_read: float | None = None
     """label accuracy: share of images for which the classifier predicts the requested label"""
     labels_read: dict[str, float] = field(default_factory=dict)
-    """the same of the images of each label; none in files of an earlier version"""
+    """the same of the images of each label"""
     sampling: Sampling | None = None
     """how the row was drawn, where not as the prior was fitted"""
     note: str | None = None
@@ -129,7 +129,7 @@ class Comparison:
     """one for each level; none of continuous latents"""
     gap_closed: float | None
     gap_closed_plus_minus: float | None = None
-    """half of its 95 % interval; None in files of an earlier version"""
+    """half of its 95 % interval"""
     gap_closed_reason: str | None = None
     """why there is none"""
     gap_closed_tuned: float | None = None
@@ -137,14 +137,14 @@ class Comparison:
     prior: str = "learned prior"
     """what the learned prior is, such as PixelSNAIL"""
     conditioned_on: Literal["label", "caption"] | None
-    """what the learned prior is conditioned on; `told` in files"""
+    """what the learned prior is conditioned on"""
     images: int
     """in every row"""
     images_of: ImagesOf
     seed: int
-    weights: dict[str, str] = field(default_factory=dict)
+    weights: dict[str, str]
     """digests of the weights that are compared, by the phase that trained them"""
-    judged_by: dict[str, Any] = field(default_factory=dict)
+    judged_by: dict[str, Any]
     """how samples were judged, as `judged_by` of the run's config says"""
     features: Features
     intervals: str
@@ -213,19 +213,13 @@ def title(name: str, codes: bool) -> str:
 @functools.cache  # it makes code for each class that it reads
 def converter() -> cattrs.Converter:
     made = strict(cattrs.Converter())
-    for kind in (Sampling, Row, Features, Tradeoff, Estimate, Bound, Naive, BoundsOfPrior):
+    for kind in (Sampling, Row, Features, Tradeoff, Estimate, Bound, Naive, BoundsOfPrior, Bounds):
         made.register_unstructure_hook(kind, make_dict_unstructure_fn(kind, made, _cattrs_omit_if_default=True))
-    # Files keep an older name. The schema is written though it is what is expected; what is missing stands among the priors.
-    told = override(rename="told")
-    bounds = make_dict_unstructure_fn(Bounds, made, _cattrs_omit_if_default=True, conditioned_on=told)
-    made.register_unstructure_hook(Bounds, bounds)
-    made.register_structure_hook(Bounds, make_dict_structure_fn(Bounds, made, conditioned_on=told))
+    # The schema is written though it is what is expected; what is missing stands among the priors.
     comparison = make_dict_unstructure_fn(
-        Comparison, made, _cattrs_omit_if_default=True, schema=override(omit_if_default=False), missing=override(omit=True),
-        conditioned_on=told,
-    )  # fmt: skip
+        Comparison, made, _cattrs_omit_if_default=True, schema=override(omit_if_default=False), missing=override(omit=True)
+    )
     made.register_unstructure_hook(Comparison, comparison)
-    made.register_structure_hook(Comparison, make_dict_structure_fn(Comparison, made, conditioned_on=told))
     return made
 
 

@@ -93,7 +93,7 @@ class Classifier(nn.Module):
         self.output = nn.Linear(self.dimensions, classes)
         height, width = (max(SMALLEST, round(side * min(1, LARGEST / max(size)))) for side in size)
         self.size = height, width
-        # In its state, because figures are told apart by it; earlier versions looked at images of any size whole.
+        # In its state, because figures are told apart by it.
         self.register_buffer("reduced", torch.tensor(self.size) if max(size) > LARGEST else None)
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # on CPUs, three tenths less time in training
 

@@ -172,7 +172,7 @@ class Measurement:
 
     def key(self) -> str:
         """Names the weights, the images and what is asked of them, but not how many images."""
-        digest = hashlib.sha256(repr(("whole batches", self.samples, self.naive, self.seed, list(self.priors))).encode())
+        digest = hashlib.sha256(repr((self.samples, self.naive, self.seed, list(self.priors))).encode())
         models = [self.autoencoder, *self.priors.values()]
         digest.update(content_of(self.images))
         for tensor in (tensor for model in models for tensor in model.state_dict().values()):
@@ -190,8 +190,6 @@ class Measurement:
         at_once = max(1, min(BATCH, DRAWS_AT_ONCE // self.samples))
         total = min(len(self.order), at_once * math.ceil(count / at_once))
         done = len(next(iter(columns.values()))) if columns else 0
-        done -= 0 if done == len(self.order) else done % at_once  # an earlier version kept parts of batches
-        columns = {name: values[:done] for name, values in columns.items()}
         if done >= total:
             return {name: values[:count] for name, values in columns.items()}
         prior_draws = self.drawn_from_priors()

@@ -115,7 +115,7 @@ class Scorer:
 
     def held_out(self, images: ImageSet) -> Scores:
         """Of the test split, from disk when they were made by these very weights of these images."""
-        key = " ".join([*weights_of(self.run).values(), str(len(images)), read_facts(self.run).content or ""])
+        key = " ".join([*weights_of(self.run).values(), str(len(images)), read_facts(self.run).content])
 
         def made() -> dict[str, Tensor]:
             scores = self(images, "scoring held-out images")

@@ -93,8 +93,7 @@ def is_of(comparison: Comparison, run: Run, splits: Splits) -> bool:
     extractor = next((name for name in PUBLISHED if comparison.features.extractor.startswith(name)), "classifier")
     as_configured = comparison.seed == 0 and extractor == asked.extractor
     as_many = comparison.images == min(asked.images, len(splits.test))
-    # A comparison of an earlier version says neither how it was judged nor of what weights it is.
-    same = comparison.judged_by in ({}, judged_by(asked)) and comparison.weights in ({}, weights_of(run))
+    same = comparison.judged_by == judged_by(asked) and comparison.weights == weights_of(run)
     whole = {"standard", *(["learned"] if run.learned else [])} <= comparison.priors.keys()
     return as_configured and as_many and same and whole
 

@@ -158,7 +158,7 @@ def differences(old: Any, new: Any, name: str = "") -> list[str]:
 
 
 def read_config(path: Path) -> RunConfig:
-    """What is not in the file, because a later version added it, has its default. Raises UserError for another file."""
+    """What is not in the file has its default. Raises UserError for another file."""
     try:
         config = from_dict(json.loads(path.read_text()))
         check_ranges(config)

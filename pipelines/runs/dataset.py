@@ -35,12 +35,12 @@ class Facts:
     label_names: list[str]
     images: dict[str, int]
     """number of images in each split"""
+    content: str
+    """a checksum of the images, and of labels that came with them"""
+    captions: str
+    """a checksum of the captions"""
     listing: str | None = None
     """of the user's own images, a checksum of their names and labels"""
-    content: str | None = None
-    """a checksum of the images, and of labels that came with them; None in a run of an earlier version"""
-    captions: str | None = None
-    """a checksum of the captions"""
     caption_examples: list[str] = field(default_factory=list)
     """some captions of training images, for a prior conditioned on captions"""
     stamp: str | None = None
@@ -60,7 +60,7 @@ class Facts:
         if content is None:
             content = content_of_files(splits.used) if splits.used else splits.content_in_memory()
         captions = content_of_captions(part.captions for part in (splits.train, splits.validation, splits.test))
-        return cls(splits.image_shape, splits.label_names, splits.sizes, splits.listing, content, captions, stamp=now)
+        return cls(splits.image_shape, splits.label_names, splits.sizes, content, captions, splits.listing, stamp=now)
 
 
 def write_facts(run: Run, splits: Splits) -> None:
@@ -152,9 +152,9 @@ def refuse_other_images(run: Run, splits: Splits) -> None:
         what = f"other images: {sizes[0]} of them ({', '.join(before.images)}), now there are {sizes[1]}. {others}"
     elif before.listing != now.listing:
         what = f"other images: as many ({sizes[0]}), but under other names or labels. {others}"
-    elif before.content is not None and before.content != now.content:
+    elif before.content != now.content:
         what = f"other images: as many ({sizes[0]}), but what is in them has changed. "
-    elif run.conditioned_on == "caption" and before.captions is not None and before.captions != now.captions:
+    elif run.conditioned_on == "caption" and before.captions != now.captions:
         what = "other captions of these images. "
     else:
         return

@@ -28,7 +28,7 @@ def encode(run: Run, autoencoder: Autoencoder, images: ImageSet, part: str, phas
     phase: whose weights these are; the last one when None.
     """
     phase = last_phase(run, "autoencoder") if phase is None else phase
-    key = f"{finished(run, phase).digest()} {len(images)} {read_facts(run).content or ''}".rstrip()
+    key = f"{finished(run, phase).digest()} {len(images)} {read_facts(run).content}"
     path = run.work / "latents" / f"{phase}-{part}.safetensors"
     # Mean and std, or a code of 64 bits: 8 bytes a position either way.
     batches = max(1, SHARD_BYTES // (ENCODING_BATCH * 8 * sum(spec.dimensions for spec in specs_of(autoencoder))))

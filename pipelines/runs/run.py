@@ -240,8 +240,6 @@ def longer(before: RunConfig, now: RunConfig) -> list[Phase]:
 def refuse_another(path: Path, config: RunConfig) -> None:
     """Raises UserError where a run's config.json is of another config, which is not just of a longer training."""
     before = read_config(path)
-    if before.precision == "auto":  # an earlier version did not put down what it used
-        before = replace(before, precision=config.precision)
     free = FREE + tuple(f"{PHASES[phase].config}.steps:" for phase in longer(before, config))
     changed = [change for change in differences(to_dict(before), to_dict(config)) if not change.startswith(free)]
     if changed:

@@ -65,7 +65,7 @@ class Moment:
 
 @dataclass(frozen=True)
 class Record:
-    """What a checkpoint says of itself. What has a default is missing in files of an earlier version."""
+    """What a checkpoint says of itself."""
 
     step: int
     held_out: dict[str, float] | None
