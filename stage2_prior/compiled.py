@@ -21,6 +21,17 @@ VERSION = 4  # of steps.c
 # The extension modules of pyproject.toml, the fastest first.
 ONE_THREAD = "compiled_steps_one_thread"  # without OpenMP
 BUILDS = "compiled_steps_avx512", "compiled_steps_avx2", "compiled_steps", ONE_THREAD
+SIGNATURES = {
+    "gated_row": "place layers batch width columns m k *features *rows *seen *norm *vertical *vertical_bias *across *across_bias"
+    " *scratch threads",
+    "gated_steps": "first last batch width m *features *seen seen_layer *inputs inputs_layer inputs_row *norm *horizontal *output"
+    " threads",
+    "draw": "batch width hidden_width count columns channels *x x_row *hidden *hidden_bias *output *output_bias *uniforms"
+    " *normals ~least_std *values *codes *scratch threads",
+    "attention_steps": "first last batch width heads inner room position *x x_row *keys *values *norm *qkv *output *inner_norm"
+    " *expand *contract *scratch threads",
+}
+"""The parameters of each function of steps.c, in order: * is an address, ~ a float, the others are sizes."""
 ROWS_A_THREAD = 16  # rows of a batch for each thread; with fewer, another thread costs more than it saves
 BLOCK_ROWS_A_THREAD = 8  # the same for blocks of attention, which compute more for each row
 
@@ -57,13 +68,10 @@ def advise(what: str) -> None:
 
 def declared(compiled: ctypes.CDLL) -> ctypes.CDLL:
     """Declare the argument types of the library's functions, and return it."""
-    number: Any = ctypes.c_ssize_t
-    address: Any = ctypes.c_void_p
-    compiled.gated_row.argtypes = [number] * 7 + [address] * 9 + [number]
-    compiled.gated_steps.argtypes = [number] * 5 + [address] * 2 + [number, address] + [number] * 2 + [address] * 3 + [number]
-    compiled.draw.argtypes = [number] * 6 + [address, number] + [address] * 6 + [ctypes.c_float] + [address] * 3 + [number]
-    compiled.attention_steps.argtypes = [number] * 8 + [address, number] + [address] * 9 + [number]
-    for function in (compiled.gated_row, compiled.gated_steps, compiled.draw, compiled.attention_steps):
+    types: dict[str, Any] = {"*": ctypes.c_void_p, "~": ctypes.c_float}
+    for name, parameters in SIGNATURES.items():
+        function = getattr(compiled, name)
+        function.argtypes = [types.get(parameter[0], ctypes.c_ssize_t) for parameter in parameters.split()]
         function.restype = None
     return compiled
 

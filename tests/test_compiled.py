@@ -3,6 +3,7 @@ installed, see test_backbones.py."""
 
 import ctypes
 import itertools
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -26,6 +27,19 @@ ROOT = Path(__file__).parent.parent
 @pytest.mark.skipif(shutil.which("gcc") is None, reason="no compiler at installation, none of its work here")
 def test_an_installation_with_a_compiler_has_the_compiled_steps():
     assert compiled.library() is not None
+
+
+def test_arguments_are_declared_as_in_the_c_code():
+    """A wrong order or type would write over other memory."""
+    prototypes = re.findall(r"^void (\w+)\(([^)]*)\) \{", (ROOT / "stage2_prior" / "steps.c").read_text(), re.MULTILINE)
+    marks = {"size": "", "float": "~", "float *": "*", "const float *": "*", "int64_t *": "*"}
+
+    def declared(parameter: str) -> str:
+        kind, name = re.fullmatch(r"(.*?)(\w+)", " ".join(parameter.split())).groups()
+        return marks[kind.strip()] + name
+
+    found = {name: " ".join(map(declared, parameters.split(","))) for name, parameters in prototypes}
+    assert found == compiled.SIGNATURES
 
 
 @pytest.mark.parametrize("threads", [1, 3])
