@@ -25,7 +25,8 @@ class Arguments:
     prior: PriorName = "learned"
     """the prior that z is sampled from: standard is N(0, I), or uniform codes; posterior reconstructs training images"""
     label: str | None = None
-    """name of the class to draw, for a prior conditioned on class labels; by default classes are drawn as often as in training"""
+    """class to draw, by name or number, for a prior conditioned on class labels; by default classes are drawn as often as in
+    training"""
     keep_best: float = 1.0
     """rejection sampling (VQ-VAE-2): draw count / keep-best images, and keep those that a classifier assigns to their label most
     confidently"""

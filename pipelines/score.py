@@ -63,7 +63,8 @@ def score(asked: Arguments) -> None:
     scores = held_out if images is splits.test else scorer(images)
     write_scores(asked.out, run.name, scorer, images, names, scores, usual, asked.shown)
     unusual = int((usual.more_usual(scores) > 0.99).sum())
-    say(f"more unusual than 99 % of held-out images: {unusual} of {counted(len(scores), 'image')}")
+    of_all = f"{unusual} of {counted(len(scores), 'image is', 'images are')}"
+    say(f"{of_all} more unusual than 99 % of the held-out images")
     if asked.images and len(names) > 1:
         first, *others = [
             f"{auroc(usually, values):.2f} by {name}"

@@ -127,12 +127,12 @@ def test_the_health_line_compares_nats_and_says_when_stage_2_fails():
     worse = health_of(nats, [*history, Moment(4, {"loss": 50.0}, {"loss": 130.0})])
     assert worse.overfits and "overfits: its held-out loss was lowest at step 2 of 4, and 29.0 nats" in said(made(health=worse))
     idle = health_of({**nats, "learned": nats["mixture"] + 0.1}, history)
-    assert idle.gains_nothing and "gains nothing over the Gaussian mixture" in said(made(health=idle))
+    assert idle.gains_nothing and "no better than the Gaussian mixture" in said(made(health=idle))
     assert "A better prior cannot help much" in said(made(reconstruction=20.0, learned=22.0, mixture=60.0, health=found))
     both = said(made(reconstruction=20.0, learned=22.0, mixture=60.0, health=idle))
     assert "decoder limits" in both and "cannot help much" not in both and "Train it longer" in both
     lost = health_of({"standard": nats["learned"] - 0.1, "learned": nats["learned"]}, history)
-    assert lost.gains_nothing and "gains nothing over N(0, I)" in said(made(health=lost))
+    assert lost.gains_nothing and "no better than N(0, I)" in said(made(health=lost))
     single = health_of({name: values[:1] for name, values in nats.items()}, history)
     assert not single.gains_nothing and "inf" not in said(made(health=single)), "a single image cannot tell"
     assert health_of({"standard": hard}, history) is None and health_of({}, history) is None

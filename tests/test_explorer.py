@@ -203,7 +203,7 @@ def test_the_score_says_how_many_held_out_images_are_more_usual(views, small_dat
     noise = torch.randint(0, 256, (1, 28, 28), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     both, maps = views.score(noise)
     assert torch.equal(both.images[0], noise) and maps.images.shape == (1, 3, 28, 28)
-    assert both.note.startswith("100 % of 120 held-out images are more usual")
+    assert both.note.startswith("More unusual than 100 % of 120 held-out images")
 
 
 def test_what_a_run_lacks_is_said_in_a_sentence(views, monkeypatch, small_data):

@@ -109,7 +109,7 @@ def test_the_cards_of_the_trained_models_are_as_export_writes_them(folder):
     run, metrics = Run.open(str(folder), "cpu"), folder / "compare/metrics.json"
     early = (folder / EARLY_PRIOR).is_file()
     written = exports.card(run, read_comparison(metrics), folder.name, True, "mit", early)
-    assert early or "autoguidance" not in written
+    assert early or "| learned, autoguidance" not in written
     assert (folder / CARD).read_text() == written and "library_name: two-stage-latent-prior\nlicense: mit\n" in written
     assert json.loads((folder / LIST).read_text())["files"][CARD] == checksum(folder / CARD)
 
@@ -124,7 +124,8 @@ def test_without_a_weaker_copy_a_card_names_the_best_way_to_draw_that_needs_none
     comparison = dataclasses.replace(found, sampling=ways, priors=found.priors | {"tuned": row})
     whole, small = (exports.card(run, comparison, "x", True, None, autoguidance=known) for known in (True, False))
     assert "chose autoguidance 1." in whole and "| learned, autoguidance 1 | 1.00 |" in whole
-    assert "chose guidance 1." in small and "`--tuned --caption " in small and "autoguidance" not in small
+    assert "chose guidance 1." in small and "`--tuned --caption " in small and "| learned, autoguidance" not in small
+    assert "Better still is autoguidance 1, which needs the weaker copy of the prior." in small and "Better still" not in whole
     assert dataclasses.replace(comparison, sampling=ways[:1]).tuned(weaker=False) == AS_FITTED
     assert dataclasses.replace(comparison, sampling=[]).tuned(weaker=False) == AS_FITTED
 

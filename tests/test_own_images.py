@@ -107,8 +107,8 @@ def test_before_the_training_it_is_said_how_many_more_test_images_give_a_frechet
     few = loaded(tmp_path)
     said = capsys.readouterr().out
     assert len(few.test) == round(0.1 * count)
-    advised = re.search(r"a new run with --data.test-share ([\d.]+) has as many", said)
-    assert ("judge this run by its pictures" in said, advised is not None) == (count < 195, 195 <= count < 645)
+    advised = re.search(r"A new run with --data.test-share ([\d.]+) has as many", said)
+    assert ("Judge this run by its pictures" in said, advised is not None) == (count < 195, 195 <= count < 645)
     if advised:
         enough = loaded(tmp_path, test_share=float(advised[1]))
         assert Classifier.dimensions < len(enough.test) <= 0.35 * count and "Fréchet" not in capsys.readouterr().out

@@ -138,9 +138,9 @@ def tell_of_few(images: int, test: int) -> None:
         return
     held_out = f"{counted(test, 'image is', 'images are')} held out for testing, and a Fréchet distance needs {FOR_FIGURES}"
     if (share := share_for_figures(images)) is None:
-        say(f"{held_out}, of about {MOST_FOR_FIGURES * FOR_FIGURES} in all: judge this run by its pictures")
+        say(f"{held_out}, so about {MOST_FOR_FIGURES * FOR_FIGURES} images in all. Judge this run by its pictures")
     else:
-        say(f"{held_out}: a new run with --data.test-share {share} has as many")
+        say(f"{held_out}. A new run with --data.test-share {share} has as many")
 
 
 def share_for_figures(images: int) -> float | None:

@@ -214,7 +214,7 @@ class Views:
         size = (picture.shape[1], picture.shape[2])
         maps = [heat(level, size) for level in usual.excess(scores)]
         percent = float(100 * usual.more_usual(scores))
-        verdict = f"{percent:.0f} % of {len(usual.distances)} held-out images are more usual than it"
+        verdict = f"More unusual than {percent:.0f} % of {len(usual.distances)} held-out images"
         order = " From the coarse grid to the fine one." if len(maps) > 1 else ""
         again = self.model.decode(self.model.encode(picture[None]))
         return [

@@ -245,6 +245,9 @@ def card(
             f" `--tuned{option}` to the command.",
             "",
         ]
+    found = AS_FITTED if comparison is None else comparison.tuned(weaker=True)
+    if found != how:
+        lines += [f"Better still is {described(found)}, which needs the weaker copy of the prior. This export leaves it out.", ""]
     if comparison is not None:
         rounded_since = half and comparison.weights != (weights_of(run) if weights is None else weights)
         lines += figures(comparison, rounded_since, autoguidance)

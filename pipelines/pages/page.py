@@ -172,7 +172,7 @@ def section_of_several(
 
 
 def overview(figure: Figure) -> Picture:
-    return chart_picture("Samples of every prior", f"The first {SHOWN} of each, not chosen.", figure)
+    return chart_picture("Samples of every prior", "The first of each, not chosen.", figure)
 
 
 def pictures_of(comparison: Comparison, exhibits: Exhibits) -> list[Picture]:

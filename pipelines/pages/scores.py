@@ -58,7 +58,7 @@ def cards_of(scorer: Scorer, images: ImageSet, names: list[str], scores: Scores,
     more_usual = usual.more_usual(scores)[numbers]
     cards = []
     for place, number in enumerate(numbers.tolist()):
-        share = f"{float(100 * more_usual[place]):.0f} % of held-out images are more usual"
+        share = f"more unusual than {float(100 * more_usual[place]):.0f} % of the held-out images"
         pictures = [uri(some[place]), uri(again[place]), *(uri(level[place]) for level in maps)]
         cards.append(Card(names[place], pictures, f"{share}; {scores.in_words(number)}"))
     return cards

@@ -83,8 +83,7 @@ def about_distance(comparison: Comparison) -> list[str]:
     read = "" if features.accuracy is None else f", which is right on {100 * features.accuracy:.1f} % of test images"
     return [
         f"fd: Fréchet distance to {comparison.images_of.reference} training images in {features.dimensions} features; lower is"
-        f" better. {counted(comparison.images, 'image')} a row, seed {comparison.seed}. Features: {features.extractor}"
-        f" {features.digest}{read}."
+        f" better. {counted(comparison.images, 'image')} a row, seed {comparison.seed}. Features: {features.extractor}{read}."
     ]
 
 

@@ -111,7 +111,7 @@ def asked_of_each(run: Run, count: int, label: Any = None, caption: Any = None) 
     if given is None:
         return None
     if run.conditioned_on != wanted:
-        raise UserError(f"the prior of {run.folder} takes no {wanted}; {takes(run)}")
+        raise UserError(f"the prior of {run.known_as} takes no {wanted}; {takes(run)}")
     given = given.tolist() if isinstance(given, Tensor | np.ndarray) else given
     each = list(given) if isinstance(given, Sequence) and not isinstance(given, str | bytes) else [given] * int(count)
     if len(each) != count:
@@ -122,9 +122,10 @@ def asked_of_each(run: Run, count: int, label: Any = None, caption: Any = None) 
 
 
 def label_number(name: Any, names: list[str]) -> int:
-    """Of a label by its name, in upper or lower case; of a name like "5 - five" either half will do. A number stays as it is.
+    """The number of a label.
 
-    Raises UserError for an unknown one, and for what is neither.
+    name: its name, in upper or lower case, or either half of a name like "5 - five"; or its number, as digits too where no label
+    has that name. Raises UserError for an unknown label, and for what is neither.
     """
     name = name.item() if isinstance(name, Tensor | np.generic) else name
     if isinstance(name, bool) or not isinstance(name, str | int):
@@ -135,6 +136,8 @@ def label_number(name: Any, names: list[str]) -> int:
         return name
     found = [number for number, known in enumerate(names) if name.lower() in (known.lower(), *known.lower().split(" - "))]
     found = [number for number in found if names[number] == name] or found
+    if not found and name.isdecimal():
+        return label_number(int(name), names)
     if not found:
         raise UserError(f"there is no label {name!r}{nearest(name, names)}")
     return found[0]
