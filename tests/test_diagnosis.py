@@ -19,7 +19,7 @@ from pipelines.judging.tradeoffs import Tradeoff
 from pipelines.pages.diagnosis import another_prior, diagnosis, health_line
 from pipelines.pages.words import about_measures, about_sampling
 from pipelines.runs.config import replaced
-from pipelines.runs.dataset import FACTS
+from pipelines.runs.dataset import FACTS, Facts
 from pipelines.runs.recipes import preset
 from pipelines.runs.run import Run
 from pipelines.train_all import parse
@@ -47,6 +47,8 @@ def made(reconstruction: float = 0.6, learned: float = 1.2, mixture: float = 20.
         images=1000,
         images_of=ImagesOf(5000),
         seed=0,
+        weights={},
+        judged_by={},
         features=Features("classifier", 64, "digest", Reference(5000, "digest"), accuracy=0.95),
         intervals="",
         withheld={},
@@ -175,8 +177,8 @@ def test_figures_of_too_few_images_are_flagged_and_what_new_images_give_is_right
 )
 def test_own_images_get_a_frechet_distance_by_holding_out_more_where_that_leaves_enough(tmp_path, images, test, advised):
     run = Run.create(tmp_path / "run", preset("folder"), "cpu")
-    facts = {"image_shape": [3, 8, 8], "label_names": [], "images": {"train": images - test - 2, "validation": 2, "test": test}}
-    write_json(run.folder / FACTS, facts)
+    facts = Facts((3, 8, 8), [], {"train": images - test - 2, "validation": 2, "test": test}, content="", captions="")
+    write_json(run.folder / FACTS, vars(facts))
     none = replace(made(images=test), real=row(None))
     (says,) = [line for line in diagnosis(run, none) if "cannot be told" in line]
     found = re.search(r"--data.test-share ([\d.]+) holds out enough", says)
