@@ -83,6 +83,8 @@ class Judged:
     fd: dict[str, Tensor]
     """Fréchet distances as drawn, then under each resample; empty where withheld"""
     withheld: dict[str, str]
+    nats: dict[str, Tensor]
+    """what `nats_of_latents` returns"""
 
 
 def compare(run: Run, splits: Splits, judging: MetricsConfig, seed: int = 0) -> tuple[Comparison, Exhibits]:
@@ -92,13 +94,8 @@ def compare(run: Run, splits: Splits, judging: MetricsConfig, seed: int = 0) -> 
     how, tried = tuned_sampling(subject, rows)
     if how != AS_FITTED:
         rows.add_samples("tuned", subject.priors["learned"], how)
-    judged = judge(subject, rows)
-    rows.nats = nats_of_latents(subject)
-    figures = with_nats(subject, rows.nats, judged.rows)
-    figures = with_labels_read(subject, rows, figures)
-    if "tuned" in figures:
-        figures["tuned"] = replace(figures["tuned"], sampling=how)
-    comparison = comparison_of(subject, rows, replace(judged, rows=figures), tried)
+    judged = judge(subject, rows, how)
+    comparison = comparison_of(subject, rows, judged, tried)
     return comparison, exhibits_of(subject, rows, judged, comparison)
 
 
@@ -130,7 +127,8 @@ def tuned_sampling(subject: Subject, rows: Rows) -> tuple[Sampling, list[Tradeof
     return choose_sampling(space, ways, len(subject.chosen), drawn, subject.labels)
 
 
-def judge(subject: Subject, rows: Rows) -> Judged:
+def judge(subject: Subject, rows: Rows, how: Sampling) -> Judged:
+    """The figures of every row. how: the settings of the tuned row."""
     space = subject.space
     learned_from = space.reference
     if subject.run.config.mirror:  # a copy may be of either
@@ -150,8 +148,12 @@ def judge(subject: Subject, rows: Rows) -> Judged:
         kind = "full" if mixture.full else "diagonal"
         note = f"{len(mixture.weights)} components with {kind} covariances, the best of {', '.join(map(str, mixture.tried))}"
         figures["mixture"] = replace(figures["mixture"], note=note)
+    if "tuned" in figures:
+        figures["tuned"] = replace(figures["tuned"], sampling=how)
     distances = {name: found["fd"] for name, found in values.items() if "fd" in found}
-    return Judged(figures, nearest, distances, measure.withheld)
+    nats = nats_of_latents(subject)
+    figures = with_labels_read(subject, rows, with_nats(subject, nats, figures))
+    return Judged(figures, nearest, distances, measure.withheld, nats)
 
 
 def with_nats(subject: Subject, nats: dict[str, Tensor], figures: dict[str, Row]) -> dict[str, Row]:
@@ -189,12 +191,12 @@ def comparison_of(subject: Subject, rows: Rows, judged: Judged, tried: list[Trad
         learned = rows.seen["learned"]
         assert learned.confidence is not None
         rejected = rejection(subject.space, learned.confidence, subject.space.scaled(learned.features), subject.labels)
-    codes, withheld = subject.codes, None
+    withheld = None
     if not run.learned:
         withheld = NO_LEARNED_PRIOR
     elif "fd" in judged.withheld:
         withheld = f"no Fréchet distance: {judged.withheld['fd']}"
-    verdict = verdict_of(judged.fd, withheld, title("standard", bool(codes)))
+    verdict = verdict_of(judged.fd, withheld, title("standard", bool(subject.code_counts)))
     history = checkpoints.usable(run.folder / "stage2")[-1].record.history if run.learned else []
     labels = splits.test.labels
     bounds = None
@@ -207,9 +209,9 @@ def comparison_of(subject: Subject, rows: Rows, judged: Judged, tried: list[Trad
         missing={} if run.learned else {"learned": NO_LEARNED_PRIOR},
         sampling=tried,
         rejection=rejected,
-        health=health_of(rows.nats, history) if run.learned else None,
+        health=health_of(judged.nats, history) if run.learned else None,
         commonest=commonest_of(labels) if labels is not None and len(labels) else None,
-        codes=[code_use(level, spec) for level, spec in zip(codes, subject.specs)],
+        codes=[code_use(counts, spec) for counts, spec in zip(subject.code_counts, subject.specs)],
         gap_closed=verdict.closed,
         gap_closed_plus_minus=verdict.plus_minus,
         gap_closed_reason=verdict.reason,
@@ -236,7 +238,7 @@ def exhibits_of(subject: Subject, rows: Rows, judged: Judged, comparison: Compar
     maps = []
     if subject.autoencoder.bottleneck.has_density and isinstance(learned, LearnedPrior):
         maps = rate_maps(run, subject.latents, learned, subject.chosen[:BATCH], subject.seed)
-    lines = len(subject.specs) == 1 and not subject.codes and len(subject.chosen) > 1
+    lines = len(subject.specs) == 1 and not subject.code_counts and len(subject.chosen) > 1
     made = {phase: checkpoints.usable(run.folder / phase) for phase in PHASES}
     records = {phase: found[-1].record for phase, found in made.items() if found}  # an export has only what is used
     return Exhibits(
@@ -245,15 +247,13 @@ def exhibits_of(subject: Subject, rows: Rows, judged: Judged, comparison: Compar
         nearest=nearest_training_images(subject.splits, subject.space.numbers(judged.nearest[generator][1][:SHOWN])),
         distances={name: judged.nearest[name][0] for name in ("real", generator, "posterior")},
         projections=projected(rows.points) if min(rows.points["posterior"].shape) > 1 else {},
-        code_counts=[
-            torch.bincount(level.flatten(), minlength=spec.vocabulary or 0) for level, spec in zip(subject.codes, subject.specs)
-        ],
+        code_counts=subject.code_counts,
         interpolations=interpolations(subject) if lines else None,
         rate_maps=maps,
         histories={phase: record.history for phase, record in records.items()},
         seconds=rows.seconds,
         training_seconds={name: record.seconds for name, record in records.items() if record.seconds is not None},
-        nats=rows.nats,
+        nats=judged.nats,
     )
 
 
@@ -303,7 +303,5 @@ def nats_of_latents(subject: Subject) -> dict[str, Tensor]:
     return {name: torch.cat([batch[name] for batch in batches]) for name in priors}
 
 
-def code_use(codes: Tensor, spec: LatentSpec) -> CodeUse:
-    assert spec.vocabulary is not None
-    counts = torch.bincount(codes.flatten(), minlength=spec.vocabulary).double()
-    return CodeUse(spec.grid, spec.vocabulary, int((counts > 0).sum()), float(perplexity(counts)))
+def code_use(counts: Tensor, spec: LatentSpec) -> CodeUse:
+    return CodeUse(spec.grid, len(counts), int((counts > 0).sum()), float(perplexity(counts.double())))

@@ -75,10 +75,12 @@ class Subject:
         priors = {name: open_prior(run, name, specs) for name in (*densities(run, specs), "posterior")}
         return cls(run, splits, judging, seed, autoencoder, specs, space, latents, chosen, contexts, priors)
 
-    @property
-    def codes(self) -> list[Tensor]:
-        """One tensor a level, of the test split or an even part of it, where latents are many; none of continuous latents."""
-        return [posterior["codes"] for posterior in self.latents.subsample() if "codes" in posterior]
+    @cached_property
+    def code_counts(self) -> list[Tensor]:
+        """For each level, how often the test split, or an even part of it where latents are many, uses each code, K; empty for
+        continuous latents."""
+        levels = zip(self.latents.subsample(), self.specs)
+        return [torch.bincount(level["codes"].flatten(), minlength=spec.vocabulary) for level, spec in levels if spec.vocabulary]
 
     @property
     def labels(self) -> Tensor | None:
@@ -137,8 +139,6 @@ class Rows:
         """the first latents as the decoder reads them, POINTS D"""
         self.seconds: dict[str, float] = {}
         """for 1,000 images"""
-        self.nats: dict[str, Tensor] = {}
-        """of each prior, -log p(z) of the chosen images' latents, N"""
         self.warnings: list[str] = []
         self.reader: Classifier | None = None
         """the classifier that predicts labels, where the prior is conditioned on them: the one that judges, where one does"""
