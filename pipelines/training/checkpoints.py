@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from pipelines.console import UserError, say
-from pipelines.files import aside, clear_partial, discard, flush, packed, read_tensors, structured, write_flushed
+from pipelines.files import aside, clear_partial, discard, flush, read_tensors, structured, write_flushed
 from pipelines.training import sharding
 
 CHECKSUMS = "checksums.json"
@@ -118,11 +118,14 @@ class Checkpoint:
 
 
 def save(folder: Path, record: Record, model: dict[str, Tensor], training: dict[str, Tensor]) -> Checkpoint:
-    """Write `folder`/step-N whole or not at all. Raises OSError when the disk does not take it; older ones are untouched."""
+    """Write `folder`/step-N whole or not at all. Raises OSError when the disk does not take it; older ones are untouched.
+
+    model, training: contiguous tensors on the CPU that share no memory.
+    """
     target = folder / f"step-{record.step:07d}"
     contents = {
-        "model.safetensors": safetensors.torch.save(packed(model)),
-        TRAINING: safetensors.torch.save(packed(training)),
+        "model.safetensors": safetensors.torch.save(model),
+        TRAINING: safetensors.torch.save(training),
         "config.json": json.dumps(asdict(record)).encode(),
     }
     contents[CHECKSUMS] = json.dumps({name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}).encode()

@@ -24,7 +24,7 @@ def as_split(tensor: Tensor, example: Tensor) -> Tensor:
 
 
 def on_cpu(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Copies of tensors, sharded ones brought together, on the CPU of the first process; nothing on the others."""
+    """Contiguous copies of tensors, sharded ones brought together, on the CPU of the first process; nothing on the others."""
     copies = {}
     for name, tensor in state.items():
         entire = whole(tensor.detach())
