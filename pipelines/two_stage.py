@@ -23,8 +23,8 @@ from pipelines.runs.config import RunConfig, with_settings
 from pipelines.runs.dataset import background_of, load_data, read_facts, write_given
 from pipelines.runs.names import Pixels, preset_name
 from pipelines.runs.options import DEFAULTS, Options
-from pipelines.runs.parts import load_autoencoder, specs_of
-from pipelines.runs.priors import check_without_context, densities, open_prior
+from pipelines.runs.parts import check_density, load_autoencoder, specs_of
+from pipelines.runs.priors import WithoutContext, densities, open_prior
 from pipelines.runs.recipes import parts_of, preset
 from pipelines.runs.run import GIVEN, Run, folder_of
 from pipelines.runs.sampling import generate
@@ -327,8 +327,7 @@ class TwoStage:
         check_whole("the seed", seed)
         check_seed(seed)  # which torch takes here
         self.check_some(images)
-        if not self.autoencoder.bottleneck.has_density:
-            raise UserError(f"{self.run.folder} has a deterministic encoder: there is no density q(z|x), so no bound on log p(x)")
+        check_density(self.run, self.autoencoder)
         contexts, network = self.contexts(len(images), prior, label, caption), self.prior(prior)
         log_prior = network.log_prob if contexts is not None else marginal(network)
         samples = 1 if self.specs[0].vocabulary is not None else samples
@@ -475,8 +474,7 @@ def marginal(prior: Prior) -> LogPrior:
     """log p(z) without a condition: of the mixture over labels, Σ p(label) p(z|label); of captions, under the empty caption."""
     condition = prior.given_condition
     if not isinstance(condition, LabelCondition):
-        check_without_context(prior)
-        return lambda levels, _: prior.log_prob(levels, prior.null_contexts(len(levels[0])))
+        return WithoutContext(prior).log_prob
 
     def log_prob(levels: list[Tensor], _: Tensor | None) -> Tensor:
         labels, log_shares = condition.frequencies.nonzero().flatten(), condition.frequencies.log()

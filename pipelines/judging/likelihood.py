@@ -34,7 +34,7 @@ from pipelines.data.images import Splits
 from pipelines.data.reading import Stored, content_of
 from pipelines.judging.bounds import Bound, Bounds, BoundsOfPrior, Estimate, LatentNumbers, Naive
 from pipelines.runs.latents import encode
-from pipelines.runs.parts import load_autoencoder, specs_of
+from pipelines.runs.parts import check_density, load_autoencoder, specs_of
 from pipelines.runs.priors import densities, open_prior
 from pipelines.runs.run import Run
 from pipelines.training.order import seed_of
@@ -80,8 +80,7 @@ def likelihood(
     Raises UserError where there is no likelihood, and Stopped when a signal asked to end.
     """
     autoencoder = load_autoencoder(run)
-    if not autoencoder.bottleneck.has_density:
-        raise UserError(f"{run.folder} has a deterministic encoder: there is no density q(z|x), so no bound on log p(x)")
+    check_density(run, autoencoder)
     specs = specs_of(autoencoder)
     discrete = specs[0].vocabulary is not None
     known = densities(run, specs) + ([] if discrete else ["posterior"])

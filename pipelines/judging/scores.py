@@ -30,7 +30,7 @@ from pipelines.data.images import ImageSet
 from pipelines.data.reading import READERS
 from pipelines.judging.quality import share_below
 from pipelines.runs.dataset import read_facts
-from pipelines.runs.parts import load_autoencoder, load_prior, specs_of, weights_of
+from pipelines.runs.parts import check_density, load_autoencoder, load_prior, specs_of, weights_of
 from pipelines.runs.priors import check_without_context
 from pipelines.runs.run import Run
 from pipelines.training.order import in_order, seed_of
@@ -86,8 +86,7 @@ class Scorer:
         autoencoder = load_autoencoder(run)
         if not run.learned:
             raise UserError(f"{run.folder} has no learned prior (stage2.steps 0), by which images are scored")
-        if not autoencoder.bottleneck.has_density:
-            raise UserError(f"{run.folder} has a deterministic encoder: there is no density q(z|x), so no bits of z")
+        check_density(run, autoencoder)
         prior = load_prior(run, specs_of(autoencoder))
         if not isinstance(prior, LearnedPrior):
             raise UserError(

@@ -66,6 +66,12 @@ def load_autoencoder(run: Run) -> Autoencoder:
     return autoencoder
 
 
+def check_density(run: Run, autoencoder: Autoencoder) -> None:
+    """Raises UserError where the encoder has no density q(z|x)."""
+    if not autoencoder.bottleneck.has_density:
+        raise UserError(f"{run.folder} has a deterministic encoder: there is no density q(z|x), so no bound on log p(x)")
+
+
 def load_prior(run: Run, specs: list[LatentSpec]) -> Prior:
     """Raises UserError when stage 2 is not finished, nor refined where the config asks for it, or there is none."""
     if not run.learned:

@@ -13,7 +13,7 @@ from stage2_prior.baselines import baselines
 from stage2_prior.gaussians import AggregatePosterior
 from stage2_prior.latents import LatentSpec
 from stage2_prior.prior import Prior
-from stage2_prior.sampling import CannotSample
+from stage2_prior.sampling import AS_FITTED, CannotSample, Sampling
 
 
 def densities(run: Run, specs: list[LatentSpec]) -> list[str]:
@@ -60,3 +60,19 @@ def check_without_context(prior: Prior) -> None:
         prior.null_contexts(1)
     except CannotSample as error:
         raise UserError(str(error)) from error
+
+
+class WithoutContext(Prior):
+    """A prior under null contexts, so that it compares with unconditional priors."""
+
+    def __init__(self, prior: Prior):
+        """Raises UserError as `check_without_context`."""
+        super().__init__()
+        check_without_context(prior)
+        self.prior = prior
+
+    def log_prob(self, levels: list[Tensor], contexts: Tensor | None = None) -> Tensor:
+        return self.prior.log_prob(levels, self.prior.null_contexts(len(levels[0])))
+
+    def sample(self, indices: Tensor, seed: int, how: Sampling = AS_FITTED, contexts: Tensor | None = None) -> list[Tensor]:
+        return self.prior.sample(indices, seed, how, self.prior.null_contexts(len(indices)))

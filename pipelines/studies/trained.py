@@ -11,12 +11,11 @@ from pipelines.console import UserError
 from pipelines.data.images import Splits
 from pipelines.runs.dataset import load_data, read_facts
 from pipelines.runs.parts import load_autoencoder, new_autoencoder, specs_of
-from pipelines.runs.priors import check_without_context, open_prior
+from pipelines.runs.priors import WithoutContext, open_prior
 from pipelines.runs.run import Run
 from stage1_vae.autoencoder import Autoencoder
 from stage1_vae.bottlenecks import gaussian_rate
 from stage2_prior.prior import Prior
-from stage2_prior.sampling import AS_FITTED, Sampling
 
 CHUNK = 500
 
@@ -26,20 +25,6 @@ class Findings:
     sentences: list[str]
     numbers: dict[str, Any]
     figure: Figure
-
-
-class WithoutContext(Prior):
-    """A learned prior under null contexts, so that it compares with unconditional priors."""
-
-    def __init__(self, prior: Prior):
-        super().__init__()
-        self.prior = prior
-
-    def log_prob(self, levels: list[Tensor], contexts: Tensor | None = None) -> Tensor:
-        return self.prior.log_prob(levels, self.prior.null_contexts(len(levels[0])))
-
-    def sample(self, indices: Tensor, seed: int, how: Sampling = AS_FITTED, contexts: Tensor | None = None) -> list[Tensor]:
-        return self.prior.sample(indices, seed, how, self.prior.null_contexts(len(indices)))
 
 
 @dataclass(frozen=True)
@@ -53,10 +38,8 @@ class Trained:
 
     @property
     def learned(self) -> Prior:
-        """Told nothing of any image. Raises UserError where there is none."""
-        prior = open_prior(self.run, "learned", specs_of(self.autoencoder))
-        check_without_context(prior)
-        return WithoutContext(prior)
+        """The learned prior without its label or caption. Raises UserError where there is none."""
+        return WithoutContext(open_prior(self.run, "learned", specs_of(self.autoencoder)))
 
     @classmethod
     def of(cls, run: Run) -> "Trained":
