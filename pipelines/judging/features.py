@@ -352,8 +352,8 @@ def trained_classifier(
     last, label = folder / f"step-{config.classifier.steps:07d}", "second classifier" if seed else "classifier"
     with files.alone(folder, last.is_dir):
         training = in_parts(config.classifier, math.prod(model.size))
-        sets = Labelled(splits.train), Labelled(splits.validation)
-        fit(fabric, model, *sets, training, seed, folder, label, says_skipped=False)
+        train, held_out = Labelled(splits.train), Labelled(splits.validation)
+        fit(fabric, model, train, held_out, training, seed, folder, label, says_skipped=False)
 
     def on_test_images() -> dict[str, Tensor]:
         found = evaluate(fabric, model, Labelled(splits.test), at_once(model, splits.test.images), 0)["accuracy"]

@@ -1,10 +1,12 @@
 """The phases of a run's training, one after the other; each goes on where it was, and a finished one is skipped."""
 
 import shutil
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pipelines import processes
 from pipelines.console import UserError, say
@@ -16,15 +18,16 @@ from pipelines.runs.latents import encode, encode_training
 from pipelines.runs.longer import keep_shorter
 from pipelines.runs.options import DEFAULTS, Options
 from pipelines.runs.parts import EARLY_PRIOR, finished, follow, new_autoencoder, new_prior, specs_of, taken_over
-from pipelines.runs.run import PHASES, Run
+from pipelines.runs.run import PHASES, Phase, Run, training_of
 from pipelines.runs.sharing import check_source, share_stage1
 from pipelines.training import checkpoints
 from pipelines.training.config import OnNan
 from pipelines.training.devices import open_fabric, resolved
 from pipelines.training.fabric import Fabric
 from pipelines.training.fit import evaluate, fit
+from pipelines.training.order import Source
 from pipelines.training.refine import BothStages
-from pipelines.training.trackers import GRID_COLUMNS, Tracking
+from pipelines.training.trackers import GRID_COLUMNS, Draw, Tracking
 from stage1_vae.autoencoder import Autoencoder
 from stage2_prior.autoregressive import LearnedPrior
 from stage2_prior.baselines import baselines
@@ -70,9 +73,9 @@ def train(run: Run, options: Options = DEFAULTS) -> Splits:
         say(f"{run.folder}: {parts}")
         phases = Phases(run, splits, options.on_nan, tracking)
         phases.train_autoencoder(autoencoder)
-        latents = phases.encode(autoencoder)
+        train_latents, validation_latents = phases.encode(autoencoder)
         if run.learned:
-            phases.train_prior(prior, *latents, autoencoder, prior_fabric)
+            phases.train_prior(prior, train_latents, validation_latents, autoencoder, prior_fabric)
         else:
             say("stage 2: not trained, since stage2.steps is 0")
         if run.config.refine is not None:
@@ -136,10 +139,36 @@ class Phases:
             run.fabric.to_device(autoencoder).eval()
             say("stage 1: finished, skipped")
             return
-        tracker = self.tracking.stage("stage1", self.reconstructions)
-        images = examples_of(run, self.splits.train), self.splits.validation
-        where = run.folder / "stage1", PHASES["stage1"].title
-        fit(run.fabric, autoencoder, *images, run.config.stage1, run.config.seed, *where, on_nan=self.on_nan, tracker=tracker)
+        self.fit("stage1", autoencoder, examples_of(run, self.splits.train), self.splits.validation, self.reconstructions)
+
+    def fit(
+        self,
+        phase: Phase,
+        model: nn.Module,
+        train: Source,
+        held_out: Source,
+        shown: Draw,
+        fabric: Fabric | None = None,
+        early: Path | None = None,
+        beside: Callable[[], Mapping[str, float]] = dict,
+    ) -> None:
+        """Train the model of a phase. shown: pictures for a tracker. fabric: the run's when None. early, beside: as in `fit`."""
+        run, config = self.run, training_of(self.run.config, phase)
+        assert config is not None
+        fit(
+            run.fabric if fabric is None else fabric,
+            model,
+            train,
+            held_out,
+            config,
+            seed=run.config.seed,
+            folder=run.folder / phase,
+            label=PHASES[phase].title,
+            on_nan=self.on_nan,
+            tracker=self.tracking.stage(phase, shown),
+            early=early,
+            beside=beside,
+        )
 
     def encode(self, autoencoder: Autoencoder) -> tuple[LatentDataset, LatentDataset]:
         """The latents of the training and the validation images, as stage 1 encodes them."""
@@ -166,11 +195,9 @@ class Phases:
             # From a sharded prior, no process could sample alone.
             return self.samples(model, autoencoder) if fabric is run.fabric else {}
 
-        tracker = self.tracking.stage("stage2", samples)
         # Autoguidance is for autoregressive priors; and refined, it would be away from a prior of other latents.
         guided = isinstance(prior, LearnedPrior) and run.config.refine is None
         early = run.folder / EARLY_PRIOR if guided else None
-        config, latents, where = run.config.stage2, (train, validation), (run.folder / "stage2", PHASES["stage2"].title)
 
         def of_baselines() -> dict[str, float]:
             """Held-out losses of priors that need no training."""
@@ -179,21 +206,10 @@ class Phases:
                 baseline = baselines(specs)[name](specs)
                 baseline.estimate(train)
                 run.fabric.to_device(baseline)
-                found[title] = evaluate(run.fabric, baseline, validation, config.batch_size, run.config.seed)["loss"]
+                found[title] = evaluate(run.fabric, baseline, validation, run.config.stage2.batch_size, run.config.seed)["loss"]
             return found
 
-        fit(
-            fabric,
-            prior,
-            *latents,
-            config,
-            run.config.seed,
-            *where,
-            on_nan=self.on_nan,
-            tracker=tracker,
-            early=early,
-            beside=of_baselines,
-        )
+        self.fit("stage2", prior, train, validation, samples, fabric=fabric, early=early, beside=of_baselines)
 
     def refine(self, autoencoder: Autoencoder, prior: Prior) -> None:
         """Train both on together, and encode the training images anew."""
@@ -204,10 +220,8 @@ class Phases:
         def both(model: BothStages) -> dict[str, Tensor]:
             return self.reconstructions(model.autoencoder) | self.samples(model.prior, model.autoencoder)
 
-        tracker = self.tracking.stage("refined", both)
-        images = examples_of(run, self.splits.train), self.splits.validation
-        model, where = BothStages(autoencoder, prior), (run.folder / "refined", PHASES["refined"].title)
-        fit(run.fabric, model, *images, run.config.refine, run.config.seed, *where, on_nan=self.on_nan, tracker=tracker)
+        train = examples_of(run, self.splits.train)
+        self.fit("refined", BothStages(autoencoder, prior), train, self.splits.validation, both)
         encode_training(run, autoencoder, self.splits.train)
 
     def reconstructions(self, autoencoder: Autoencoder) -> dict[str, Tensor]:

@@ -19,8 +19,8 @@ def mean_or_sample(trained: Trained) -> Findings:
     torch.manual_seed(0)
     point = config.build(splits.image_shape)
     folder = run.work / "studies" / "point-posterior"
-    examples = (examples_of(run, splits.train), splits.validation)
-    fit(run.fabric, point, *examples, run.config.stage1, run.config.seed, folder, "point posterior")
+    train = examples_of(run, splits.train)
+    fit(run.fabric, point, train, splits.validation, run.config.stage1, run.config.seed, folder, "point posterior")
     space = feature_space(run.fabric, run.config.metrics, splits, run.classifiers)
     images = trained.held_out(200)
     with torch.inference_mode():

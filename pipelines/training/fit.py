@@ -142,8 +142,21 @@ def fit(
         done = processes.on_first(lambda: checkpoints.resumable(done))
         # What has been sharded stays so; the caller's model is not.
         trained = copy.deepcopy(model) if isinstance(fabric.strategy, ModelParallelStrategy) else model
-        parts = fabric, trained, train, held_out, config, seed, folder, label
-        done = Training(*parts, on_nan=on_nan, tracker=tracker, early=early, beside=beside()).run(done)
+        training = Training(
+            fabric,
+            trained,
+            train,
+            held_out,
+            config,
+            seed,
+            folder,
+            label,
+            on_nan=on_nan,
+            tracker=tracker,
+            early=early,
+            beside=beside(),
+        )
+        done = training.run(done)
         warn_of_divergence(label, done[-1].record.history)
     elif says_skipped:
         say(f"{label}: finished, skipped")
