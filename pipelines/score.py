@@ -41,7 +41,7 @@ def score(asked: Arguments) -> None:
     # Slow to import, and --help needs none of it.
     from pipelines.data.folder import images_at
     from pipelines.files import check_writable
-    from pipelines.judging.scores import Scorer, Usual, auroc, check_held_out
+    from pipelines.judging.scores import Scorer, Usual, auroc, check_held_out, every
     from pipelines.pages.scores import write_scores
     from pipelines.runs.dataset import background_of, load_data
     from pipelines.runs.run import Run
@@ -60,15 +60,19 @@ def score(asked: Arguments) -> None:
         names = [f"{asked.split} {number}" for number in range(len(images))]
     held_out = scorer.held_out(splits.test)
     usual = Usual.of(held_out)
-    scores = held_out if images is splits.test else scorer(images)
-    write_scores(asked.out, run.name, scorer, images, names, scores, usual, asked.shown)
-    unusual = int((usual.more_usual(scores) > 0.99).sum())
+    if images is splits.test:
+        scores, distances = held_out, usual.distances
+    else:
+        scores = scorer(images)
+        distances = usual.distance(scores)
+    write_scores(asked.out, run.name, scorer, images, names, scores, distances, usual, asked.shown)
+    unusual = int((usual.more_usual(distances) > 0.99).sum())
     of_all = f"{unusual} of {counted(len(scores), 'image is', 'images are')}"
     say(f"{of_all} more unusual than 99 % of the held-out images")
     if asked.images and len(names) > 1:
         first, *others = [
             f"{auroc(usually, values):.2f} by {name}"
-            for (name, usually), values in zip(usual.every(held_out).items(), usual.every(scores).values())
+            for (name, usually), values in zip(every(held_out, usual.distances).items(), every(scores, distances).values())
         ]
         say(f"AUROC against held-out images: {first}, which orders the table; {', '.join(others)}. 0.5 is chance.")
     say(f"table: {asked.out}; look at {asked.out.with_suffix('.html')}; {counted(round(time.monotonic() - started), 'second')}")

@@ -100,9 +100,9 @@ def test_codes_have_maps_of_every_level(tmp_path):
 
 def test_images_far_from_held_out_ones_in_either_direction_are_unusual():
     usual = Usual.of(around())
-    more = usual.more_usual(of([100.0, 40.0, 160.0, 100.0], [50.0, 44.0, 56.0, 60.0]))
+    more = usual.more_usual(usual.distance(of([100.0, 40.0, 160.0, 100.0], [50.0, 44.0, 56.0, 60.0])))
     assert more[0] < 0.2 and (more[1:] == 1).all()
-    own = usual.more_usual(around(seed=1))
+    own = usual.more_usual(usual.distance(around(seed=1)))
     assert abs(float(own.mean()) - 0.5) < 0.1  # of images like the held-out ones, as many are less usual as more
 
 
@@ -117,8 +117,8 @@ def test_few_held_out_images_are_no_more_usual_than_new_ones():
             alone = Scores(*(values[:1] for values in (held_out.bits_of_z, held_out.bits_of_x, held_out.bits_of_png)), maps=[])
             expected = (alone.numbers - others.numbers.mean(0))[0]
             expected = expected @ torch.linalg.pinv(others.numbers.T.cov(), hermitian=True) @ expected
-            assert float(usual.distance(held_out)[0]) == pytest.approx(float(expected), rel=1e-6)
-        more.append(usual.more_usual(around(10, 1000 + seed)))
+            assert float(usual.distances[0]) == pytest.approx(float(expected), rel=1e-6)
+        more.append(usual.more_usual(usual.distance(around(10, 1000 + seed))))
     assert float((torch.cat(more) == 1).double().mean()) < 1.5 / 11  # 1/11 by exchangeability
 
 
@@ -126,7 +126,7 @@ def test_a_simple_image_with_as_few_bits_as_a_complex_one_is_unusual():
     """What the likelihood alone does not see (Serrà et al. 2020)."""
     noise = torch.randn(2, 200, generator=torch.Generator().manual_seed(0))
     usual = Usual.of(of((100 + 5 * noise[0]).tolist(), [50.0] * 200, (900 + 50 * noise[0] + 10 * noise[1]).tolist()))
-    more = usual.more_usual(of([100.0, 100.0], [50.0, 50.0], [900.0, 600.0]))
+    more = usual.more_usual(usual.distance(of([100.0, 100.0], [50.0, 50.0], [900.0, 600.0])))
     assert more[0] < 0.2 and more[1] == 1
 
 

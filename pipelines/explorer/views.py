@@ -213,7 +213,7 @@ class Views:
         scores, usual = self.scorer(ImageSet(picture[None])), self.usual
         size = (picture.shape[1], picture.shape[2])
         maps = [heat(level, size) for level in usual.excess(scores)]
-        percent = float(100 * usual.more_usual(scores))
+        percent = float(100 * usual.more_usual(usual.distance(scores)))
         verdict = f"More unusual than {percent:.0f} % of {len(usual.distances)} held-out images"
         order = " From the coarse grid to the fine one." if len(maps) > 1 else ""
         again = self.model.decode(self.model.encode(picture[None]))

@@ -97,7 +97,7 @@ class Scorer:
 
     @torch.inference_mode()
     def __call__(self, images: ImageSet, label: str = "scoring") -> Scores:
-        """Of images as the model takes them. A conditional prior is used without its condition."""
+        """The scores of images as the model takes them. A conditional prior is used without its condition."""
 
         def scored(rows: Tensor) -> Scores:
             torch.manual_seed(seed_of(0, int(rows[0])))
@@ -113,7 +113,7 @@ class Scorer:
         )
 
     def held_out(self, images: ImageSet) -> Scores:
-        """Of the test split, from disk when they were made by these very weights of these images."""
+        """The scores of the test split, from disk when they were made by these very weights of these images."""
         key = " ".join([*weights_of(self.run).values(), str(len(images)), read_facts(self.run).content])
 
         def made() -> dict[str, Tensor]:
@@ -151,7 +151,8 @@ class Scorer:
 
 
 def png_bits(image: Tensor) -> float:
-    """Of an image, uint8 C H W. The highest compression saves a hundredth of them, and takes up to three times as long."""
+    """The bits of an image, uint8 C H W, as a PNG file. The highest compression saves a hundredth of them, and takes up to three
+    times as long."""
     file, pixels = io.BytesIO(), rearrange(image, "c h w -> h w c").numpy()
     Image.fromarray(pixels.squeeze(2) if pixels.shape[2] == 1 else pixels).save(file, "PNG")
     return 8.0 * file.tell()
@@ -170,13 +171,13 @@ def check_held_out(images: int) -> None:
 class Usual:
     """What scores of held-out images are like."""
 
-    held_out: Scores
     mean: Tensor
     """of the three numbers of bits, 3"""
     precision: Tensor
     """the inverse of their covariance, 3 3"""
     distances: Tensor
-    """of the held-out images, sorted, N"""
+    """of each held-out image, from the others, N: it draws mean and covariance toward itself, and from all of them it would be
+    nearer than new images are"""
     maps: list[tuple[Tensor, Tensor]]
     """for each level, mean and standard deviation of the bits at each position, h w each"""
 
@@ -186,36 +187,32 @@ class Usual:
         check_held_out(len(held_out))
         mean, precision = held_out.numbers.mean(0), torch.linalg.pinv(held_out.numbers.T.cov(), hermitian=True)
         maps = [(bits.mean(0), bits.std(0).clamp(min=1e-3)) for bits in held_out.maps]
-        usual = cls(held_out, mean, precision, torch.zeros(0), maps)
-        return replace(usual, distances=usual.distance(held_out).sort().values)
+        usual = cls(mean, precision, torch.zeros(0), maps)
+        return replace(usual, distances=from_others(usual.distance(held_out)))
 
     def distance(self, scores: Scores) -> Tensor:
-        """The squared Mahalanobis distance of the three numbers of bits from those of held-out images, N.
-
-        Of a held-out image from those of the others: it draws mean and covariance toward itself, and with few images would be
-        more usual than any new one.
-        """
+        """The squared Mahalanobis distance of new images' three numbers of bits from those of held-out images, N."""
         away = scores.numbers - self.mean
-        distances = ((away @ self.precision) * away).sum(1)
-        return from_others(distances) if scores is self.held_out else distances
+        return ((away @ self.precision) * away).sum(1)
 
     def excess(self, scores: Scores) -> list[Tensor]:
-        """For each level, how many standard deviations the bits of z at each position lie above held-out images', N h w."""
+        """How many standard deviations the bits of z at each position lie above held-out images', N h w for each level."""
         return [(bits - mean) / std for bits, (mean, std) in zip(scores.maps, self.maps, strict=True)]
 
-    def every(self, scores: Scores) -> dict[str, Tensor]:
-        """Each way to order images by how unusual they are, the higher the more, N each; the first is the one that works."""
-        return {
-            "all three": self.distance(scores),
-            "bits": scores.bits,
-            "bits of z": scores.bits_of_z,
-            "bits of x given z": scores.bits_of_x,
-            "bits of PNG": scores.bits_of_png,
-        }
+    def more_usual(self, distances: Tensor) -> Tensor:
+        """The share of held-out images that are more usual than each image at these distances, N; 1 where all are."""
+        return torch.searchsorted(self.distances.sort().values, distances).double() / len(self.distances)
 
-    def more_usual(self, scores: Scores) -> Tensor:
-        """The share of held-out images that are more usual than each image, N; 1 where all are."""
-        return torch.searchsorted(self.distances, self.distance(scores)).double() / len(self.distances)
+
+def every(scores: Scores, distances: Tensor) -> dict[str, Tensor]:
+    """Each way to order images by how unusual they are, the higher the more, N each; the first is the one that works."""
+    return {
+        "all three": distances,
+        "bits": scores.bits,
+        "bits of z": scores.bits_of_z,
+        "bits of x given z": scores.bits_of_x,
+        "bits of PNG": scores.bits_of_png,
+    }
 
 
 def from_others(distances: Tensor) -> Tensor:

@@ -28,11 +28,19 @@ class Card:
 
 
 def write_scores(
-    path: Path, run: str, scorer: Scorer, images: ImageSet, names: list[str], scores: Scores, usual: Usual, shown: int
+    path: Path,
+    run: str,
+    scorer: Scorer,
+    images: ImageSet,
+    names: list[str],
+    scores: Scores,
+    distances: Tensor,
+    usual: Usual,
+    shown: int,
 ) -> None:
     """A row for each image in `path`, a CSV file, and the first `shown` on a page beside it; the most unusual first."""
-    order = usual.distance(scores).argsort(descending=True, stable=True)
-    more_usual = usual.more_usual(scores)
+    order = distances.argsort(descending=True, stable=True)
+    more_usual = usual.more_usual(distances)
     buffer = io.StringIO()
     writer = csv.writer(buffer)
     writer.writerow(["image", "bits", "bits_of_z", "bits_of_x_given_z", "bits_of_png", "held_out_more_usual"])
@@ -41,7 +49,7 @@ def write_scores(
         writer.writerow([names[number], *(f"{float(figure):.2f}" for figure in figures), f"{float(more_usual[number]):.4f}"])
     write_file(path, buffer.getvalue().encode())
     first = order[:shown]
-    cards = cards_of(scorer, images, [names[number] for number in first.tolist()], scores, usual, first)
+    cards = cards_of(scorer, images, [names[number] for number in first.tolist()], scores, usual, more_usual, first)
     page = rendered(
         "scores.html", run=run, cards=cards, images=counted(len(scores), "image"), brightest=BRIGHTEST, table=path.name
     )
@@ -49,16 +57,17 @@ def write_scores(
 
 
 @torch.inference_mode()
-def cards_of(scorer: Scorer, images: ImageSet, names: list[str], scores: Scores, usual: Usual, numbers: Tensor) -> list[Card]:
+def cards_of(
+    scorer: Scorer, images: ImageSet, names: list[str], scores: Scores, usual: Usual, more_usual: Tensor, numbers: Tensor
+) -> list[Card]:
     (some,) = images[numbers]
     posteriors = scorer.autoencoder.encode(scorer.run.fabric.to_device(some))
     again = scorer.autoencoder.render(scorer.autoencoder.mean(posteriors)).cpu()
     size = (some.shape[-2], some.shape[-1])
     maps = [heat(level[numbers], size) for level in usual.excess(scores)]
-    more_usual = usual.more_usual(scores)[numbers]
     cards = []
     for place, number in enumerate(numbers.tolist()):
-        share = f"more unusual than {float(100 * more_usual[place]):.0f} % of the held-out images"
+        share = f"more unusual than {float(100 * more_usual[number]):.0f} % of the held-out images"
         pictures = [uri(some[place]), uri(again[place]), *(uri(level[place]) for level in maps)]
         cards.append(Card(names[place], pictures, f"{share}; {scores.in_words(number)}"))
     return cards

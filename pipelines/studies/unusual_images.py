@@ -6,7 +6,7 @@ from torch import Tensor
 from torchvision.transforms.v2.functional import gaussian_blur
 
 from pipelines.data.images import ImageSet
-from pipelines.judging.scores import Scorer, Usual, auroc
+from pipelines.judging.scores import Scorer, Usual, auroc, every
 from pipelines.studies.trained import Findings, Trained
 
 COUNT = 500  # images of each kind
@@ -22,7 +22,7 @@ def unusual_images(trained: Trained) -> Findings:
     patched, patch = exchanged(images)
     kinds = {**changed(images), "patch of another": patched}
     found = {name: scorer(ImageSet(some), f"scoring: {name}") for name, some in {"held out": images, **kinds}.items()}
-    values = {name: usual.every(scores) for name, scores in found.items()}
+    values = {name: every(scores, usual.distance(scores)) for name, scores in found.items()}
     aurocs = {name: {way: auroc(own, values[name][way]) for way, own in values["held out"].items()} for name in kinds}
     finest = usual.excess(found["patch of another"])[-1]
     inside = torch.nn.functional.interpolate(patch[None, None].float(), finest.shape[1:], mode="area")[0, 0] > 0.5
