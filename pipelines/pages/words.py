@@ -23,7 +23,7 @@ HEADINGS = {
     "copied": "copied, %",
     "nll": "nll of z",
 }
-"""Of the columns, in the order shown"""
+"""The headings of the columns, in the order shown."""
 
 
 def cell(row: Row | None, figure: str) -> str:
@@ -56,7 +56,7 @@ def percent(share: float, half: float | None) -> str:
 
 
 def cells(comparison: Comparison, figures: Iterable[str] = HEADINGS) -> dict[str, list[str]]:
-    """For each row of the table, in the order shown, its cells."""
+    """The cells of each row of the table, in the order shown."""
     rows: dict[str, Row | None] = {**comparison.rows, **dict.fromkeys(comparison.missing)}
     return {name: [cell(rows[name], figure) for figure in figures] for name in ROWS if name in rows}
 
@@ -101,8 +101,8 @@ def about_measures(comparison: Comparison) -> list[str]:
         f"copied: share of samples that lie as near to a training image as the nearest {nearest} of held-out images do."
         f" New images give {nearest}; above that, some are copies.",
         f"±: half of the interval of {comparison.intervals}. It is for the mean over many sets of so many samples of this model:"
-        " two such sets differ by up to 1.4 times as much, those of another training by more. Of precision, nearer or copied that"
-        " is the least or the most possible, ± is the bound that so few images leave: about 3 over their number.",
+        " two such sets differ by up to 1.4 times as much, those of another training by more. If precision, nearer or"
+        " copied is exactly 0 or 1, ± is an upper bound, about 3 / number of images.",
     ]
 
 
@@ -236,7 +236,7 @@ def between_runs(runs: Mapping[str, Comparison]) -> list[str]:
 
 
 def about_several(comparisons: Mapping[str, Comparison]) -> list[str]:
-    """Of the table of several runs that share a decoder."""
+    """What stands below the table of several runs that share a decoder."""
     lines = [
         f"runs: {'; '.join(f'{name} of {run}' for run, name in names_of(comparisons).items())}.",
         "nats above the best: what a prior needs more for the latents of an image than the best one; ±: half of its 95 %"
