@@ -158,7 +158,7 @@ def write_files(contents: Mapping[Path, bytes]) -> None:
 
 
 def replace_file(path: Path, content: bytes, cleared: bool = False) -> None:
-    """As `write_file`, but every process that calls this writes. cleared: as of `aside`."""
+    """Like `write_file`, but every process that calls this writes. cleared: as of `aside`."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with aside(path, cleared=cleared) as made:
         write_flushed(made, content)
@@ -241,7 +241,7 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
 
 
 def replace_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    """As `write_tensors`, but every process that calls this writes."""
+    """Like `write_tensors`, but every process that calls this writes."""
     replace_file(path, safetensors.torch.save(packed(tensors), metadata))
 
 
@@ -251,7 +251,7 @@ def packed(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """On a CPU these are views of the file, which take memory only where they are read.
+    """The tensors of a file. On a CPU they are views of it, which take memory only where they are read.
 
     Raises UserError when it is no safetensors file. Nothing in it is ever run.
     """
@@ -291,7 +291,7 @@ def key_of(path: Path) -> str | None:
 
 @contextmanager
 def alone(path: Path, there: Callable[[], bool]) -> Iterator[None]:
-    """Of several runs that need what lies at `path`, the first to get here makes it; the others wait until it has.
+    """The first of several runs that need what lies at `path` makes it; the others wait until it has.
 
     there: whether it is made already, so that nobody has to wait. Called by all processes of a run together. The lock lies
     beside it; a killed process holds none, but may leave its file.

@@ -146,7 +146,7 @@ class BenchmarkData:
     def training(
         self, fabric: "Fabric", config: "RunConfig", splits: Splits, sources: dict[str, ImageSet]
     ) -> tuple[dict[str, float], dict[str, float]]:
-        """Of some steps of stage 1 from each source: seconds, and processor time, which other work leaves alone."""
+        """The seconds of some steps of stage 1 from each source, and the processor time, which other work leaves alone."""
         from pipelines.training.fit import Training
 
         core: dict[str, list[float]] = {name: [] for name in sources}
@@ -246,8 +246,8 @@ def make_files(folder: Path, count: int, size: int, shards: bool) -> None:
 
 
 def index_costs(config: Folder | Shards, shards: list[Path]) -> dict[str, float]:
-    """Of a sample: processor seconds to make the index of the shards, and to read what was kept of it; bytes of memory that the
-    data set takes, which has read no image."""
+    """The costs of a sample: processor seconds to make the index of the shards, and to read what was kept of it; bytes of memory
+    that the data set takes, which has read no image."""
     costs: dict[str, float] = {}
     for shard in shards:
         Path(f"{shard}.index").unlink(missing_ok=True)

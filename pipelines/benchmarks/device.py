@@ -59,7 +59,7 @@ class BenchmarkDevice:
 
     @property
     def batches(self) -> tuple[int, ...]:
-        """Of training: as the presets have it, and large."""
+        """The batch sizes of training: as the presets have it, and large."""
         return (4,) if self.small else (64, 1024)
 
     def rows(self) -> Rows:
@@ -180,7 +180,7 @@ def trained(
 
 
 def sampling(asked: BenchmarkDevice) -> Iterator[Measured]:
-    """On a GPU with the CUDA graph that it captures, and without."""
+    """Time sampling; on a GPU with the CUDA graph that it captures, and without."""
     from pipelines.training.devices import open_fabric
 
     device = open_fabric(asked.device).device
@@ -259,7 +259,7 @@ PARTS: dict[str, Callable[[BenchmarkDevice], Iterator[Measured]]] = {
     "sharded": sharded,
     "compiled": compiled,
 }
-"""In this order: compiling takes longest, and comes last."""
+"""The parts, in the order in which they run: compiling takes longest, and comes last."""
 
 
 def line(row: dict[str, Any]) -> str:

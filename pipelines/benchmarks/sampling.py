@@ -60,7 +60,7 @@ class BenchmarkSampling:
     device: Device = "auto"
 
     def prior(self, grid: tuple[int, int], device: torch.device) -> AutoregressivePrior:
-        """With random weights: speed does not depend on them."""
+        """A prior with random weights: speed does not depend on them."""
         torch.manual_seed(0)
         head, latents = HEADS[self.head]
         prior = AutoregressiveConfig(BACKBONES[self.backbone], head).build([latents(grid)]).to(device).eval()

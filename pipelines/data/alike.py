@@ -48,7 +48,7 @@ def look_alike(images: Tensor, others: Tensor) -> dict[int, int]:
 
 
 def hashes(images: Tensor) -> list[bytes]:
-    """Of each image the bits of its difference hash, a byte for each."""
+    """The bits of each image's difference hash, a byte for each."""
     found = []
     for batch in images.split(HASH_BATCH):
         grey = batch.float().mean(1, keepdim=True)

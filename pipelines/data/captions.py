@@ -107,5 +107,5 @@ class CaptionTokenizer:
         return [*found]
 
     def lengths(self, captions: Sequence[str]) -> list[int]:
-        """Of each caption, in tokens."""
+        """The length of each caption, in tokens."""
         return [len(encoding.ids) for encoding in self.tokenizer.encode_batch(list(captions))]

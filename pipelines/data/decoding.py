@@ -34,7 +34,7 @@ REMARKS = {
     "transparent": ("transparent in parts", "--data.background shows there"),
     "dark": ("of 16 bits and darker than a quarter", "values are as in the file: scale them up if they have fewer bits"),
 }
-"""By name, what may be special about an image, and what is done with it."""
+"""What may be special about an image, by name, and what is done with it."""
 GREY = ("1", "L", "LA", "La", "I", "F")
 """Pillow's modes of pictures without colour; after a semicolon, in which bits."""
 
@@ -111,7 +111,7 @@ def row_by_row(image: Image.Image) -> bool:
 
 
 def opaque(image: Image.Image, background: str, is_so: dict[str, bool]) -> Image.Image:
-    """In front of a background, where the image is transparent: the colour of a pixel that is not seen can be anything."""
+    """The image in front of a background, where it is transparent: the colour of a pixel that is not seen can be anything."""
     if not image.has_transparency_data:
         return image
     image = image.convert("RGBA")
@@ -142,7 +142,8 @@ def eight_bit(image: Image.Image, bits: int, is_so: dict[str, bool]) -> Image.Im
 
 
 def significant_bits(image: Image.Image) -> int:
-    """Of grey of 16 bits, as the chunk sBIT of a PNG or the tag BitsPerSample of a TIFF says; 16 where nothing does."""
+    """The bits that count of grey of 16 bits, as the chunk sBIT of a PNG or the tag BitsPerSample of a TIFF says; 16 where
+    nothing does."""
     if image.format == "TIFF":
         return int(min(16, *image.tag_v2.get(258, (16,)), 16))  # type: ignore[attr-defined]
     if image.format != "PNG" or not image.mode.startswith("I"):
@@ -161,7 +162,7 @@ def significant_bits(image: Image.Image) -> int:
 
 
 def in_srgb(image: Image.Image) -> Image.Image:
-    """By the colour profile in its file, if there is one that fits its pixels."""
+    """The image in sRGB, by the colour profile in its file, if there is one that fits its pixels."""
     profile = image.info.get("icc_profile")
     if not profile or image.mode not in ("L", "RGB", "CMYK", "RGBA", "LA", "P"):
         return image
@@ -184,7 +185,7 @@ def in_srgb(image: Image.Image) -> Image.Image:
 
 @functools.lru_cache(maxsize=64)
 def to_srgb(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
-    """From pixels of a mode to RGB in sRGB; None where the profile is sRGB already. Raises PyCMSError."""
+    """The transform from pixels of a mode to RGB in sRGB; None where the profile is sRGB already. Raises PyCMSError."""
     source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
     name = source.profile.profile_description or ""
     if mode == "RGB" and "sRGB" in name and "linear" not in name.lower():

@@ -145,7 +145,7 @@ def class_of(label: Any) -> int | None:
 
 
 def names_of(dataset: Any, labels: Iterable[Tensor]) -> list[str]:
-    """Of the classes, as the Dataset says; numbers where it does not."""
+    """The names of the classes, as the Dataset says; numbers where it does not."""
     count = 1 + max(int(part.max()) for part in labels)
     names = getattr(dataset, "classes", None)
     usable = isinstance(names, Sequence) and len(names) >= count and all(isinstance(name, str) for name in names)

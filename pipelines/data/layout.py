@@ -203,7 +203,7 @@ def label_of(name: str) -> str:
 
 
 def listed(left_out: Counter[str]) -> str:
-    """As in "300 .heic, 2 hidden or system folders"."""
+    """What was left out, in words such as "300 .heic, 2 hidden or system folders"."""
     kinds = left_out.most_common()
     named = [counted(count, kind, None if kind.endswith(NOUNS) else kind) for kind, count in kinds[:LISTED]]
     more = sum(count for _, count in kinds[LISTED:])

@@ -63,8 +63,10 @@ class OwnImages:
             raise UserError(f"--data.background is a colour by its name or as #rrggbb, not {self.background!r}") from error
 
     def splits(self, sets: dict[str, ImageSet], where: str, label_names: list[str], report: Path | None) -> Splits:
-        """Of the sets for `train`, `test` and perhaps `validation`; or of `all`, a share of which is held out. Raises as
-        `readable`, and where only some sets have captions."""
+        """The splits made of the sets for `train`, `test` and perhaps `validation`; or of `all`, a share of which is held out.
+
+        Raises as `readable`, and where only some sets have captions.
+        """
         captioned = [split for split, images in sets.items() if images.captions is not None]
         if captioned and len(captioned) < len(sets):
             raise UserError(f"of {where}, only the images for {' and '.join(captioned)} have captions")
@@ -96,7 +98,7 @@ class OwnImages:
         return splits
 
     def warn_of_duplicates(self, splits: Splits, where: str, chosen: bool) -> None:
-        """Where near-duplicates of training images are test images. chosen: whether the split was made here."""
+        """Say so where near-duplicates of training images are test images. chosen: whether the split was made here."""
         train, test = splits.train, splits.test
         if not (isinstance(train.images, Tensor) and isinstance(test.images, Tensor) and train.groups and test.groups):
             return  # on disk, where nothing is read first
@@ -160,7 +162,7 @@ def without_test(images: ImageSet, share: float = FOLDER_TEST_SHARE) -> tuple[Im
 def labels_of(
     parts: Sequence[tuple[Sequence[str], Sequence[str | None]]], rows: str, label: str
 ) -> tuple[list[Tensor | None], list[str]]:
-    """For each part, of which the names and the labels as texts are given, the number of each label; and the labels by number.
+    """The labels of each part as numbers, and their names by number. parts: the names and the labels as texts of each.
 
     None and no labels unless all have one; nor are there any where all have the same, which says nothing. rows, label: what
     they are called.
@@ -246,7 +248,7 @@ def readable(
 
 
 def known_unreadable(report: Path, listing: str, stored: list[Stored]) -> list[dict[int, str]] | None:
-    """For each part, the unreadable images by number, from a report on the very same files; None when there is none."""
+    """The unreadable images of each part by number, from a report on the very same files; None when there is none."""
     try:
         found = json.loads(report.read_text())
         if found["listing"] != listing:

@@ -58,7 +58,7 @@ class Parquet(OwnImages):
         return self.splits(sets, str(self.root), label_names, report)
 
     def rows(self, paths: list[Path]) -> "Rows":
-        """Of the files of one split. Raises UserError for one that is no Parquet file, or has no images."""
+        """The rows of the files of one split. Raises UserError for one that is no Parquet file, or has no images."""
         assert self.root is not None
         files: list[tuple[Path, str, str]] = []
         groups: list[tuple[int, int, int, int]] = []
@@ -282,7 +282,7 @@ class ParquetFiles:
         return printable(self.names[index])
 
     def size(self, index: int) -> int:
-        """On average in its row group."""
+        """The average size of an image in its row group, in bytes."""
         _, _, rows, size = self.groups[self.place(index)[0]]
         return size // rows
 

@@ -32,10 +32,10 @@ class Files(Protocol):
         """The files that they lie in."""
 
     def name(self, index: int) -> str:
-        """For a person."""
+        """What an image is called in messages."""
 
     def size(self, index: int) -> int:
-        """In bytes; 0 where it is not there."""
+        """The size of an image's file in bytes; 0 where it is not there."""
 
     def open(self, index: int) -> str | BinaryIO:
         """What Pillow opens. Raises OSError."""
@@ -188,7 +188,7 @@ class Stored:
 
 
 def content_of(images: Tensor | Stored) -> bytes | memoryview:
-    """For a checksum: the images' bytes, or of those on disk what names them and says how they are read."""
+    """What goes into a checksum: the images' bytes, or of those on disk what names them and says how they are read."""
     if not isinstance(images, Stored):
         return images.contiguous().flatten().numpy().data  # no copy
     return f"{images.digest()} {tuple(images.shape)} {images.background}".encode()

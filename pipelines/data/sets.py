@@ -90,7 +90,7 @@ class TorchvisionSet:
 
 
 def image_set(dataset: Any) -> ImageSet:
-    """From torchvision's in-memory arrays, N H W or N H W C."""
+    """An image set from torchvision's in-memory arrays, N H W or N H W C."""
     images = torch.as_tensor(dataset.data)
     images = images[:, None] if images.ndim == 3 else images.permute(0, 3, 1, 2)
     return ImageSet(images.contiguous(), torch.as_tensor(dataset.targets).long())

@@ -62,7 +62,7 @@ class OfShard:
         return cls([member.key for member in members], places, annotations, dict(left_out))
 
     def packed(self, shard: tuple[int, int]) -> bytes:
-        """As a file. shard: size of the tar file, and when it was last written."""
+        """The content of the file that keeps it. shard: size of the tar file, and when it was last written."""
         columns: dict[str, Any] = {"shard": np.array([VERSION, *shard], np.int64), "places": self.places}
         columns["keys"] = as_bytes("\0".join(self.keys).encode(errors="surrogateescape"))
         columns["left_out"] = as_bytes(json.dumps(self.left_out).encode())
@@ -75,7 +75,7 @@ class OfShard:
 
     @classmethod
     def unpacked(cls, path: Path, shard: tuple[int, int]) -> "OfShard | None":
-        """From a file, which may come from anyone; None where it is not there, not whole, or of another state of the shard."""
+        """Read a file, which may come from anyone; None where it is not there, not whole, or of another state of the shard."""
         try:
             with zipfile.ZipFile(path) as parts:
                 if any(part.compress_type != zipfile.ZIP_STORED for part in parts.infolist()):  # a few bytes for gigabytes
@@ -134,7 +134,7 @@ def index_of(paths: list[str], split_name: SplitName, left_out: Counter[str], ca
 
 
 def index_of_shard(path: str, split_name: SplitName, cache: Path) -> OfShard:
-    """Of one shard: read from the file that keeps it, or made and kept there.
+    """The index of one shard: read from the file that keeps it, or made and kept there.
 
     That file lies beside the shard, or in a folder of the cache where nothing can be written beside it. It counts as long as
     the shard has the same size and age. Raises UserError for a shard that is not a tar file, is compressed, or is cut off.

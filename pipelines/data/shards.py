@@ -55,7 +55,7 @@ class Shards(OwnImages):
         processes.shared(lambda url: index_of_shard(self.local(url), split, self.cache), [*urls], "indexing the shards", "shards")
 
     def patterns(self) -> dict[str, str]:
-        """By the split that they are for, or `all`."""
+        """The patterns of URLs, by the split that they are for, or `all`."""
         if self.urls is None:
             raise UserError("the preset webdataset needs your shards: --data.urls 'data/train-{000..099}.tar'")
         return {"all": self.urls} if self.test_urls is None else {"train": self.urls, "test": self.test_urls}

@@ -112,7 +112,8 @@ def after_zeros(file: BinaryIO, length: int) -> int | None:
 
 
 def samples(entries: list[Entry], split_name: SplitName) -> tuple[list[Member], Counter[str]]:
-    """Of one shard, in whatever order its files come; and what is left out. A name that comes again begins another sample."""
+    """The samples of one shard, in whatever order its files come, and what is left out. A name that comes again begins another
+    sample."""
     everything: list[dict[str, Entry]] = []
     current: dict[str, dict[str, Entry]] = {}
     keys: list[str] = []

@@ -121,7 +121,7 @@ def how_asked(temperature: float, guidance: float, autoguidance: float) -> Sampl
 
 
 def upload_of(label: str) -> gr.Image:
-    """For a picture from a file, which is handed on as it is: what reads it says what is wrong with it."""
+    """A field for a picture from a file, which is handed on as it is: what reads it says what is wrong with it."""
     image = gr.Image(type="filepath", label=label, sources=["upload"], height=150, min_width=140)
     image.preprocess = lambda payload: None if payload is None else payload.path  # type: ignore[method-assign]
     return image
@@ -136,7 +136,7 @@ class Page:
 
     @property
     def names(self) -> list[str]:
-        """Of the runs there are now, the one shown first among them."""
+        """The names of the runs that there are now, with that of the run shown first."""
         names = names_of_runs()
         return names if self.first in names else [self.first, *names]
 
@@ -152,7 +152,7 @@ class Page:
         return self.opened(name)
 
     def settings(self, name: str | None) -> list[Any]:
-        """Of a run that was chosen: labels, caption, temperature, guidance, autoguidance."""
+        """The settings of a run that was chosen: labels, caption, temperature, guidance, autoguidance."""
         try:
             views = self.views(name)
         except UserError:  # which drawing says

@@ -67,7 +67,7 @@ class LatentNumbers:
 
 @dataclass(frozen=True, kw_only=True)
 class Bounds:
-    """Of the same images and draws for every prior."""
+    """The bounds of every prior, from the same images and draws."""
 
     images: int
     images_of: str

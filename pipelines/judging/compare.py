@@ -286,9 +286,9 @@ def interpolations(subject: Subject) -> Tensor:
 
 @torch.inference_mode()
 def nats_of_latents(subject: Subject) -> dict[str, Tensor]:
-    """For each prior -log p(z) in nats, of one z ~ q(z|x) of each chosen image, N, float64; the same draws for every prior.
+    """Each prior's -log p(z) in nats of one z ~ q(z|x) of each chosen image, N, float64; the same draws for every prior.
 
-    None of latents without a density.
+    Empty for latents without a density.
     """
 
     def nats(batch: Tensor) -> dict[str, Tensor]:

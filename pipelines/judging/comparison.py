@@ -45,7 +45,7 @@ ROWS = {
     "tuned": "learned, tuned",
     "posterior": "posterior (not a generator)",
 }
-"""Of the rows, in the order shown."""
+"""The titles of the rows, in the order shown."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -198,7 +198,7 @@ class Comparison:
         return best.sampling if best is not None and best.sampling is not None else AS_FITTED
 
     def title(self, name: str) -> str:
-        """Of a row."""
+        """The title of a row, with how it was drawn."""
         how = self.rows[name].sampling if name in self.rows else None
         if how is not None:
             return f"learned, {described(how)}"
@@ -206,7 +206,7 @@ class Comparison:
 
 
 def title(name: str, codes: bool) -> str:
-    """Of a row, by its name. codes: whether the latents are codes."""
+    """The title of a row, by its name. codes: whether the latents are codes."""
     return "uniform codes" if name == "standard" and codes else ROWS[name]
 
 
@@ -224,7 +224,7 @@ def converter() -> cattrs.Converter:
 
 
 def to_dict(comparison: Comparison) -> dict[str, Any]:
-    """As JSON holds it."""
+    """JSON-ready values."""
     values = converter().unstructure(comparison)
     return values | {"priors": values["priors"] | {name: {"note": why} for name, why in comparison.missing.items()}}
 

@@ -210,7 +210,7 @@ class FeatureSpace:
 
     @torch.inference_mode()
     def of_batch(self, images: Tensor, mirror: bool = False) -> Tensor:
-        """Of uint8 images B C H W, B F as `unscaled` gives them."""
+        """The features of uint8 images B C H W, as `unscaled` gives them; B F."""
         parts = [self.fabric.to_device(part) for part in images.split(at_once(self.model, images))]
         return torch.cat([self.model.features(part.flip(-1) if mirror else part).float().cpu() for part in parts])
 
@@ -253,7 +253,7 @@ class FeatureSpace:
 
 
 def moments(points: Joined) -> tuple[float, float]:
-    """Of points N F: the sum of the variances of all F, and the mean of the squared lengths."""
+    """The sum of the variances of all F features of points N F, and the mean of the squared lengths."""
     count, mean, around, square = 0, torch.zeros(()), torch.zeros(()), 0.0
     for block in blocks(len(points), points[:1].shape[1]):
         some = points[block]

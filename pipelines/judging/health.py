@@ -38,7 +38,7 @@ class Health:
 
     @property
     def gains_nothing(self) -> bool:
-        """Over the best rival, beyond the error; of a single image, it cannot be told."""
+        """Whether the prior is not better than the best rival beyond the error; from a single image, this cannot be told."""
         return self.gain < self.plus_minus < math.inf
 
 

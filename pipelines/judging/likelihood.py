@@ -179,7 +179,7 @@ class Measurement:
         return digest.hexdigest()[:16]
 
     def columns(self, count: int) -> dict[str, Tensor]:
-        """By name, one value for each of the first images, in nats: from disk as far as they are there, else measured.
+        """Columns by name, one value for each of the first images, in nats: from disk as far as they are there, else measured.
 
         Batches begin and end at the same images whatever the count and what was measured before. So do the draws, and the
         figure of an image depends on neither. Of the last batch more images are measured than asked for.

@@ -85,7 +85,7 @@ def chunks(rows: int, columns: int) -> list[Tensor]:
 
 
 def squared_distances(products: Tensor, one: Tensor, other: Tensor) -> Tensor:
-    """Of points N F and M F from their inner products, N M."""
+    """Squared distances between points N F and M F from their inner products, N M."""
     return (one.square().sum(1)[:, None] + other.square().sum(1) - 2 * products).clamp(min=0)
 
 
@@ -209,7 +209,7 @@ class FrechetDistance:
         return float(self.metric.compute())
 
     def under(self, features: Tensor, weights: Tensor) -> Tensor:
-        """For each weighting; of wide features only for the first few."""
+        """The distance under each weighting; of wide features only under the first few."""
         weights = weights[: 1 + RESAMPLES_OF_WIDE] if features.shape[1] > WIDE else weights
         return torch.tensor([self(features.repeat_interleave(counts.long(), 0)) for counts in weights], dtype=torch.float64)
 
@@ -226,7 +226,7 @@ class GivenFeatures(nn.Module):
 
 
 def nearest_neighbours(points: Tensor, others: Tensor | Joined) -> tuple[Tensor, Tensor]:
-    """For points N F the distance to the nearest of the others M F, and which it is; both N. Others on disk are read once."""
+    """The distance from each point N F to the nearest of others M F, and which it is; both N. Others on disk are read once."""
     # ‖x-y‖² = ‖x‖² + (‖y‖² - 2 x·y), of which the first does not decide which y is nearest.
     nearest = torch.full((len(points),), math.inf, dtype=points.dtype)
     which = torch.zeros(len(points), dtype=torch.long)
@@ -242,13 +242,13 @@ def nearest_neighbours(points: Tensor, others: Tensor | Joined) -> tuple[Tensor,
 
 
 def blocks(rows: int, features: int) -> list[slice]:
-    """Of as many features F as are held at once."""
+    """Slices of the rows, each of as many as are held at once. features: F."""
     size = max(1, CHUNK // features)
     return [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
 
 
 def nearer(distances: Tensor, held_out: Tensor) -> Tensor:
-    """For each sample the share of held-out images that lie farther from the training set than it does; ties count half.
+    """The share of held-out images that lie farther from the training set than each sample does; ties count half.
 
     distances, held_out: to the nearest training image, N and M. The mean over samples is the statistic of the test for data
     copying of Meehan et al. 2020 (section 3): 1/2 where samples lie as near to the training set as new images do, above it
@@ -258,7 +258,7 @@ def nearer(distances: Tensor, held_out: Tensor) -> Tensor:
 
 
 def share_below(values: Tensor, others: Tensor) -> Tensor:
-    """For each of N values the share of others, M, that are smaller; ties count half."""
+    """The share of M others that are smaller than each of N values; ties count half."""
     ordered = others.sort().values
     below = torch.searchsorted(ordered, values) + torch.searchsorted(ordered, values, right=True)
     return below.double() / (2 * len(others))
@@ -275,7 +275,7 @@ def nearest_share(images: int) -> float:
 
 
 def copied(distances: Tensor, held_out: Tensor) -> Tensor:
-    """Of each sample, whether it lies as near to the training set as the nearest percent of held-out images do.
+    """Whether each sample lies as near to the training set as the nearest percent of held-out images do.
 
     distances, held_out: to the nearest training image, N and M. The mean over samples is 0.01 for new images, and more where
     some samples are copies. The mean of `nearer` hides them where the other samples lie far from all images; this one does not.

@@ -77,20 +77,20 @@ class Subject:
 
     @cached_property
     def code_counts(self) -> list[Tensor]:
-        """For each level, how often the test split, or an even part of it where latents are many, uses each code, K; empty for
-        continuous latents."""
+        """How often each code is used, K for each level, over the test split, or an even part of it where latents are many; empty
+        for continuous latents."""
         levels = zip(self.latents.subsample(), self.specs)
         return [torch.bincount(level["codes"].flatten(), minlength=spec.vocabulary) for level, spec in levels if spec.vocabulary]
 
     @property
     def labels(self) -> Tensor | None:
-        """Of the chosen images, where the learned prior is conditioned on labels or captions."""
+        """The labels of the chosen images, where the learned prior is conditioned on labels or captions."""
         labels = self.splits.test.labels
         return None if labels is None or self.contexts is None else labels[self.chosen]
 
     @cached_property
     def shown(self) -> dict[str, Tensor]:
-        """By label, the places of the first samples drawn as it, where there are as many as are shown."""
+        """The places of the first samples drawn as each label, where there are as many as are shown."""
         if self.labels is None:
             return {}
         named = enumerate(self.splits.label_names[:MOST_LABELS])
@@ -157,7 +157,7 @@ class Rows:
         return f"comparison, {ROWS[row] if row in ROWS else f'trying {row}'}"
 
     def look(self, row: str, places: Tensor, images: Tensor) -> Seen:
-        """At a batch of a row: images uint8 B C H W, at these places in it."""
+        """What is kept of a batch of a row: images uint8 B C H W, at these places in it."""
         fabric, labels, read, confidence = self.subject.run.fabric, self.subject.labels, None, None
         if self.reader is not None and row in ("real", "reconstruction", "learned", "tuned"):
             read = logits_of(fabric, self.reader, images).argmax(1)
@@ -172,7 +172,7 @@ class Rows:
         return {name: seen.images[self.subject.kept(name) < GRID] for name, seen in self.seen.items()}
 
     def by_label(self, row: str) -> dict[str, Tensor]:
-        """Of a row of BY_LABEL, the first A_LABEL samples of each label, where there are as many, uint8 A_LABEL C H W."""
+        """The first A_LABEL samples of each label, where there are as many, uint8 A_LABEL C H W. row: of BY_LABEL."""
         images, kept = self.seen[row].images, self.subject.kept(row)
         return {name: images[torch.searchsorted(kept, places)] for name, places in self.subject.shown.items()}
 
@@ -215,7 +215,7 @@ class Rows:
         return Seen.joined(processes.in_batches(seen, torch.arange(len(subject.chosen)), BATCH, doing))
 
     def add_samples(self, row: str, prior: Prior, how: Sampling = AS_FITTED) -> None:
-        """As many as there are held-out images, drawn from a prior."""
+        """Draw a row from a prior, of as many samples as there are held-out images."""
 
         def seen(places: Tensor, samples: Samples) -> tuple[Seen, Tensor]:
             first = [level[places < POINTS] for level in samples.levels]

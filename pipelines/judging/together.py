@@ -74,7 +74,7 @@ def sharing(comparisons: Mapping[str, Comparison]) -> list[list[str]]:
 
 
 def names_of(comparisons: Mapping[str, Comparison]) -> dict[str, str]:
-    """Of each run's learned prior: its kind; where others are of that kind, also what it is conditioned on, or else the run."""
+    """The name of each run's learned prior: its kind; where others are of it, also what it is conditioned on, or the run."""
     conditions: dict[str, set[str | None]] = {}  # by kind
     for comparison in comparisons.values():
         conditions.setdefault(comparison.prior, set()).add(comparison.conditioned_on)
@@ -115,12 +115,12 @@ def ranking(comparisons: Mapping[str, Comparison], exhibits: Mapping[str, Exhibi
 
 
 def candidates(entries: Sequence[Entry]) -> list[Entry]:
-    """Of a ranking, the priors that can be named the best: those with a Fréchet distance, whose samples are no copies."""
+    """The priors of a ranking that can be named the best: those with a Fréchet distance, whose samples are no copies."""
     return [entry for entry in entries if entry.generates and entry.row.fd is not None and not entry.row.copies]
 
 
 def above_best(entries: Sequence[Entry]) -> dict[int, tuple[float, float]]:
-    """By the place in the ranking, how many nats an image a prior needs more than the best one, and half of the 95 % interval.
+    """How many nats an image each prior needs more than the best one, by its place in the ranking, and half of the 95 % interval.
 
     Paired: every prior sees the same draws of the same held-out latents, so that what is hard for all falls out.
     """

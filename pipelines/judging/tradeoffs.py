@@ -82,7 +82,7 @@ def described(how: Sampling) -> str:
 
 
 def departures(how: Sampling) -> dict[str, float]:
-    """By which settings a way to draw departs from the density as fitted."""
+    """The settings by which a way to draw departs from the density as fitted."""
     return {field.name: getattr(how, field.name) for field in fields(how) if getattr(how, field.name) != field.default}
 
 
@@ -177,8 +177,8 @@ def lowest_fd(points: Sequence[Tradeoff]) -> Tradeoff | None:
 
 
 def best_of(points: Sequence[Tradeoff]) -> Tradeoff | None:
-    """Of the points whose fd is within the error of the lowest, that of the highest label accuracy; where that is not known, the
-    lowest. None where no point has an fd.
+    """The point of the highest label accuracy, among those whose fd is within the error of the lowest; where accuracy is not
+    known, the point of the lowest fd. None where no point has an fd.
 
     The Fréchet distance does not tell those points apart, and hardly sees a few malformed images among many good ones.
     """

@@ -20,7 +20,7 @@ COLLAPSED = 0.02  # of the codes, the perplexity below which they count as colla
 
 
 def diagnosis(run: Run, comparison: Comparison) -> list[str]:
-    """In sentences: what limits first, then whether stage 2 has learned, what the data allow, and which figures do not count."""
+    """Sentences: what limits first, then whether stage 2 has learned, what the data allow, and which figures do not count."""
     health = health_line(comparison)
     return [
         limit(run, comparison),
@@ -80,7 +80,7 @@ def more_held_out(run: Run) -> str:
 
 
 def error(one: Row, other: Row) -> float:
-    """Of the difference of two Fréchet distances."""
+    """The error of the difference of two Fréchet distances."""
     return (one.plus_minus.get("fd", 0.0) ** 2 + other.plus_minus.get("fd", 0.0) ** 2) ** 0.5
 
 

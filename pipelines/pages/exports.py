@@ -158,7 +158,7 @@ def in_half(tensors: dict[str, Tensor]) -> bool:
 
 
 def rounded(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """In a type of ROUNDING; the same tensor where it has numbers out of that type's range, or no more bits than it.
+    """A tensor in a type of ROUNDING; as it is where it has numbers out of that type's range, or no more bits than it.
 
     float16 has as many bits as bfloat16 and is eight times as exact.
     """
@@ -170,7 +170,7 @@ def rounded(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def first_samples(run: Run, autoencoder: Autoencoder, prior: Prior) -> Tensor:
-    """Of `networks_of`, uint8 N C H W; with captions, those of the facts."""
+    """The first samples of what `networks_of` returns, uint8 N C H W; with captions, those of the facts."""
     captions = read_facts(run).caption_examples if run.conditioned_on == "caption" else []
     contexts = contexts_asked(run, SHOWN, caption=[*islice(cycle(captions), SHOWN)]) if captions else None
     return generate(autoencoder, prior, SHOWN, seed=0, device=run.fabric.device, contexts=contexts).images
@@ -255,7 +255,7 @@ def card(
 
 
 def kind_of_latents(run: Run) -> str:
-    """As a tag on the hub."""
+    """The kind of latents, as a tag on the hub."""
     bottleneck = run.config.autoencoder.bottleneck
     if not bottleneck.continuous:
         return "discrete-latents"

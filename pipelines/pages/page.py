@@ -176,7 +176,7 @@ def overview(figure: Figure) -> Picture:
 
 
 def pictures_of(comparison: Comparison, exhibits: Exhibits) -> list[Picture]:
-    """In the order shown."""
+    """The pictures of a comparison, in the order shown."""
     return [
         *samples(comparison, exhibits),
         *reconstructions(exhibits),
@@ -203,7 +203,7 @@ def samples(comparison: Comparison, exhibits: Exhibits) -> list[Picture]:
 
 
 def reconstructions(exhibits: Exhibits) -> list[Picture]:
-    """And interpolations, where there are any."""
+    """The pictures of reconstructions, and of interpolations where there are any."""
     pairs = torch.stack([exhibits.images[name][:SHOWN] for name in ("real", "reconstruction")]).flatten(0, 1)
     made = [images_picture("Reconstructions", "Held-out images above, their reconstructions below.", pairs)]
     if exhibits.interpolations is not None:

@@ -29,7 +29,7 @@ COLOURS = {
     "tuned": "tab:cyan",
     "posterior": "0.65",
 }
-"""Of the rows, the same in every plot; what is no row's has another colour. No run has both Gaussians and codes."""
+"""The colours of the rows, the same in every plot; what is no row's has another colour. No run has both Gaussians and codes."""
 
 
 def nearest_plot(distances: dict[str, Tensor], comparison: Comparison) -> Figure:

@@ -118,7 +118,7 @@ def write_results(path: Path, results: Results) -> None:
 
 
 def in_place(old: list[Made], new: Made) -> list[Made]:
-    """With a new one in the place of the same command's on the same seed. Commands keep the order they came in."""
+    """The results with a new one in the place of the same command's on the same seed. Commands keep the order they came in."""
     order = list(dict.fromkeys(one.command for one in [*old, new]))
     others = [one for one in old if (one.command, one.seed) != (new.command, new.seed)]
     return sorted([*others, new], key=lambda one: (order.index(one.command), one.seed))

@@ -83,12 +83,12 @@ def check_ranges(config: Any, name: str = "") -> None:
         elif (interval := intervals[entry.name]) is not None and value is not None:
             for number in value if isinstance(value, tuple) else (value,):
                 if not inside(number, interval):
-                    raise UserError(f"--{here} is a number {described(interval)}, not {number}")
+                    raise UserError(f"--{here} is a number {interval_in_words(interval)}, not {number}")
 
 
 @functools.cache
 def intervals_of(kind: type) -> dict[str, Interval | None]:
-    """By the names of a config's fields."""
+    """The intervals of a config's fields, by name."""
     return {name: interval_of(hint) for name, hint in get_type_hints(kind, include_extras=True).items()}
 
 
@@ -104,7 +104,7 @@ def inside(number: float, interval: Interval) -> bool:
     return all(test(number, bound) for name, test in tests.items() if (bound := getattr(interval, name)) is not None)
 
 
-def described(interval: Interval) -> str:
+def interval_in_words(interval: Interval) -> str:
     lower = f"from {interval.ge}" if interval.ge is not None else f"above {interval.gt},"
     upper = (
         f"up and below {interval.lt}" if interval.le is None else f"{'to' if interval.gt is None else 'at most'} {interval.le:,}"
@@ -134,7 +134,7 @@ def name_of_file(value: Any) -> str:
 
 
 def to_dict(config: RunConfig) -> dict[str, Any]:
-    """As JSON holds it; a union's member is named by `kind`."""
+    """JSON-ready values; a union's member is named by `kind`."""
     return converter().unstructure(config, unstructure_as=RunConfig)
 
 

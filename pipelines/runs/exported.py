@@ -18,7 +18,7 @@ FORMAT = 1
 
 
 def is_export(folder: Path) -> bool:
-    """By its list or its card, so that an export that was copied in part is not taken for a run."""
+    """Whether a folder is an export, by its list or its card, so that one that was copied in part is not taken for a run."""
     return (folder / LIST).is_file() or LIBRARY in metadata_of(folder / CARD).splitlines()
 
 

@@ -25,7 +25,7 @@ BOTTLENECK, PRIOR, CONDITION = "autoencoder.bottleneck", "prior", "prior.conditi
 
 
 def kinds_of(config: Any, path: str = "") -> dict[str, dict[str, type]]:
-    """For each part of a config of which there are several kinds, by its dotted path, the kinds by name.
+    """The kinds by name of each part of a config of which there are several, by its dotted path.
 
     The data set is not among them: a preset names it.
     """
@@ -109,7 +109,7 @@ class Choice(NamedTuple):
 
 
 def first_choice(config: RunConfig, arguments: list[str]) -> Choice | None:
-    """Of the arguments that choose a kind, the one of the outermost part. Raises UserError for a kind that there is not."""
+    """The argument that chooses the kind of the outermost part. Raises UserError for a kind that there is not."""
     found = []
     for path, kinds in choices(config).items():
         for index, argument in enumerate(arguments):

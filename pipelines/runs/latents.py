@@ -139,7 +139,7 @@ def other_latents(path: Path, why: str) -> UserError:
 def latent_dataset(
     shards: list[dict[str, Tensor]], contexts: Tensor | None = None, vectors: Tensor | None = None
 ) -> LatentDataset:
-    """Of posteriors as `encoded` names them, in one or several parts."""
+    """A data set of posteriors as `encoded` names them, in one or several parts."""
     levels: dict[int, dict[str, Tensor | Joined]] = {}
     for key in shards[0]:
         level, name = key.split(".")

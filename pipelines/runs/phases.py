@@ -225,12 +225,12 @@ class Phases:
         encode_training(run, autoencoder, self.splits.train)
 
     def reconstructions(self, autoencoder: Autoencoder) -> dict[str, Tensor]:
-        """For a tracker: validation images, and what the autoencoder makes of them."""
+        """Validation images for a tracker, and what the autoencoder makes of them."""
         (shown,) = self.run.fabric.to_device(self.splits.validation[slice(GRID_COLUMNS)])
         return {"reconstructions": torch.cat([shown, autoencoder.render(autoencoder.mean(autoencoder.encode(shown)))])}
 
     def samples(self, prior: Prior, autoencoder: Autoencoder) -> dict[str, Tensor]:
-        """For a tracker: samples, where the prior can be drawn from without a caption."""
+        """Samples for a tracker, where the prior can be drawn from without a caption."""
         indices = torch.arange(GRID_COLUMNS, device=self.run.fabric.device)
         try:
             return {"samples": autoencoder.render(prior.sample(indices, seed=0))}

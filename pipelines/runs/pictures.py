@@ -93,7 +93,7 @@ def legible(images: Tensor) -> int:
 
 
 def name_of(number: int) -> str:
-    """Of the file of an image by its number, in a folder of them."""
+    """The name of an image's file by its number, in a folder of them."""
     return f"{number:05}.png"
 
 

@@ -113,7 +113,7 @@ TUNED: dict[str, dict[str, Any]] = {
         "prior.bottom.input_noise": 0.0,
     },
 }
-"""By preset, what is otherwise than its recipe makes of its data set."""
+"""What is otherwise than a preset's recipe makes of its data set, by preset."""
 
 
 def vae(data: DataSet) -> RunConfig:
@@ -227,7 +227,7 @@ def eight_bit(data: DataSet) -> RunConfig:
 
 
 def compiled(data: DataSet, config: RunConfig) -> RunConfig:
-    """With both stages compiled, unless that takes longer than it saves."""
+    """The config with both stages compiled, unless that takes longer than it saves."""
     if data.few:
         return config
     return replace(config, stage1=replace(config.stage1, compile=True), stage2=replace(config.stage2, compile=True))

@@ -43,7 +43,7 @@ PHASES: dict[Phase, PhaseNames] = {
     "stage2": PhaseNames("stage2", "stage 2"),
     "refined": PhaseNames("refine", "joint fine-tuning"),
 }
-"""In the order of training."""
+"""The phases in the order of training."""
 FREE = (
     *("data.root:", "data.urls:", "data.test_urls:", "data.cache:", "data.in_memory:", "data.skip_unreadable:", "metrics."),
     *(f"{phase.config}.{setting}:" for phase in PHASES.values() for setting in ("compile", "checkpoint_steps")),
@@ -59,7 +59,7 @@ def folder_of(name: str) -> Path:
 
 
 def names_of_runs() -> list[str]:
-    """Of the runs under checkpoints/, finished or not, and of the exports that come with the software."""
+    """The names of the runs under checkpoints/, finished or not, and of the exports that come with the software."""
     return sorted({path.parent.name for place in (CHECKPOINTS, TRAINED) for path in place.glob("*/config.json")})
 
 

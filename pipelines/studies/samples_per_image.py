@@ -85,7 +85,7 @@ def samples_per_image(trained: Trained) -> Findings:
 
 
 def gradients_of_draws(trained: Trained, image: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Of `count` draws z ~ q(z|x) of one image: log weights under N(0, I), L; their gradients with respect to the posterior's
+    """The log weights of `count` draws z ~ q(z|x) of one image under N(0, I), L; their gradients with respect to the posterior's
     mean and log standard deviation, L 2·C·h·w; and z."""
     model = trained.autoencoder
     pixels = model.likelihood.scale(trained.on_device(image[None]))

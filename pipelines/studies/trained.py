@@ -61,7 +61,7 @@ class Trained:
 
     @torch.no_grad()
     def typical(self) -> Tensor:
-        """Of some test images the one whose rate is nearest the median, C H W."""
+        """The one of some test images whose rate is nearest their median, C H W."""
         images = self.held_out(500)
         (posterior,) = self.autoencoder.encode(self.on_device(images))
         rate = gaussian_rate(posterior["mean"], posterior["std"].log())

@@ -188,7 +188,7 @@ def check(folder: Path) -> Checkpoint:
 
 
 def folders(folder: Path) -> list[Path]:
-    """Those of checkpoints under a folder, good or bad, by their steps. Whatever else lies there is the user's."""
+    """The folders of checkpoints under a folder, good or bad, by their steps. Whatever else lies there is the user's."""
     found = [path for path in folder.glob("step-*") if re.fullmatch(r"step-\d{7,}", path.name)]
     return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
 
@@ -224,7 +224,7 @@ def usable(folder: Path) -> list[Checkpoint]:
 
 
 def resumable(found: list[Checkpoint]) -> list[Checkpoint]:
-    """Of usable checkpoints those up to the newest that training can go on from; each one after it is named.
+    """The usable checkpoints up to the newest that training can go on from; each one after it is named.
 
     Raises UserError where there are some, and none has the state of its training.
     """

@@ -23,7 +23,7 @@ COEFFICIENTS = (
     (2.8769, -3.1427, 1.2046),
     (2.8366, -3.0525, 1.2012),
 )
-"""Of a polynomial for each iteration, fitted for singular values from 0.001 to 1 to end near 1
+"""The coefficients of a polynomial for each iteration, fitted for singular values from 0.001 to 1 to end near 1
 (https://leloykun.github.io/ponder/muon-opt-coeffs)."""
 MOMENTUM = 0.95  # as in the post
 FEWEST = 4  # rows, or columns, of a matrix that is worth it
