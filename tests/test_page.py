@@ -128,7 +128,7 @@ def test_json_csv_and_page_say_the_same(compared):
         for prior, values in metrics["likelihood"]["priors"].items():
             assert float(rows[prior]["negative_elbo"]) == values["negative_elbo"]["nats"]
             assert f"<td>{values['rate']['nats']:.2f}</td>" in page
-        assert rows["learned"]["extractor"] == metrics["features"]["digest"] and metrics["features"]["digest"] in page
+        assert rows["learned"]["extractor"] == metrics["features"]["digest"]
 
 
 def test_the_verdict_says_that_samples_are_copies(compared):
