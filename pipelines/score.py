@@ -19,7 +19,7 @@ class Arguments:
 
     run: tyro.conf.Positional[RunName]
     images: tyro.conf.Positional[Annotated[tuple[str, ...], tyro.conf.arg(metavar="IMAGE|FOLDER …")]] = ()
-    """files of images, and folders of them; by default images of the run's own data"""
+    """files with one image each, as `generate --out DIR/` draws them, and folders of them; by default images of the run's data"""
     split: Split = "test"
     """the split of the run's own data that is scored by default"""
     shown: int = 32

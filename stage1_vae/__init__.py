@@ -26,6 +26,7 @@ Without `pipelines`, in a loop of your own. A VQ-VAE:
 - `progress`, the share of the training that is done, drives all schedules. Left out, they stay at their beginning: then a dVAE
   has no rate in its loss, and a codebook still replaces codes at the end.
 - In training mode, `encode` would normalize by the batch, and change the running means of a VQ-VAE.
+- Values of a config outside of the range in its annotation are refused by the command line, but not here.
 - Weights are float32; mixed precision is that of `torch.autocast`. Models can be compiled, copied, pickled, saved as state_dict.
 - Other bottlenecks, networks and likelihoods are other configs, with the same loop: see bottlenecks.py, hierarchy.py (VQ-VAE-2),
   networks.py, likelihoods.py. bounds.py has the bounds on log p(x), under any prior.

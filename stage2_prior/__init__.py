@@ -36,6 +36,7 @@ Without `pipelines`, in a loop of your own. A PixelCNN of codes, conditioned on 
     clearer = prior.sample(torch.arange(8), seed=0, how=Sampling(autoguidance=0.5), contexts=threes)
     nats = prior.log_prob(drawn, threes)  # 8
 
+- Values of a config outside of the range in its annotation are refused by the command line, but not here.
 - `estimate` fits what has no gradient: the scales of latents, frequencies of labels, clusters. Without it, latents are not
   standardized, and labels are drawn equally often.
 - `sample` takes the numbers of the samples. Number i under a seed is the same in any batch.

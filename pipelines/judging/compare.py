@@ -195,7 +195,7 @@ def comparison_of(subject: Subject, rows: Rows, judged: Judged, tried: list[Trad
     if not run.learned:
         withheld = NO_LEARNED_PRIOR
     elif "fd" in judged.withheld:
-        withheld = f"no Fréchet distance: {judged.withheld['fd']}"
+        withheld = "there is no Fréchet distance"
     verdict = verdict_of(judged.fd, withheld, title("standard", bool(subject.code_counts)))
     history = checkpoints.usable(run.folder / "stage2")[-1].record.history if run.learned else []
     labels = splits.test.labels
