@@ -60,7 +60,7 @@ RIVALS = {
         "--prior flow --stage2.steps 3000",
     ),
 }
-"""By command and seed, priors that are trained on its decoder, too: by what stands after train_all --stage1-from."""
+"""Priors that are trained on the decoder of a command and seed, too: by what stands after train_all --stage1-from."""
 JPEG = "cifar10-jpg"
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "docs" / "results.json"
@@ -117,7 +117,7 @@ def reproduce(command: str, seed: int, data: Path | None) -> None:
 
 
 def folder_of(command: str, seed: int) -> Path:
-    """Of the run."""
+    """The folder of a run."""
     return Path("checkpoints") / "reproduce" / f"{re.sub('[^a-z0-9]+', '-', command.lower())}-seed-{seed}"
 
 
@@ -161,7 +161,7 @@ def training_of(folder: Path, command: str, seed: int) -> "Training":
 
 
 def commit() -> str:
-    """Of the code, with a + where files were changed since; the figures and their tables do not count."""
+    """The commit of the code, with a + where files were changed since; the figures and their tables do not count."""
 
     def git(*arguments: str) -> str:
         return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()

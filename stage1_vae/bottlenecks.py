@@ -49,7 +49,7 @@ class Bottleneck(Protocol):
 
 
 def full_precision(x: Tensor) -> Tensor:
-    """At least float32, so that mixed precision rounds no density."""
+    """The tensor in float32 at least, so that mixed precision rounds no density."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 

@@ -214,7 +214,7 @@ class Discretized(distributions.Distribution):
         super().__init__(loc.shape, validate_args=False)
 
     def log_prob(self, value: Tensor) -> Tensor:
-        """By σ(b) - σ(a) = σ(b) σ(-a) (1 - e^(a-b)), where no digits cancel, however narrow or distant the logistic is."""
+        """log p, as σ(b) - σ(a) = σ(b) σ(-a) (1 - e^(a-b)): no digits cancel, however narrow or distant the logistic is."""
         upper = (value + HALF_GREY_LEVEL - self.loc) / self.spread
         lower = (value - HALF_GREY_LEVEL - self.loc) / self.spread
         first, last = value < HALF_GREY_LEVEL, value > 1 - HALF_GREY_LEVEL
@@ -226,7 +226,7 @@ class Discretized(distributions.Distribution):
         )
 
     def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
-        """By torch's random state. The likelihood's `sample` takes the random numbers as an argument."""
+        """Samples drawn from torch's random state. The likelihood's `sample` takes the random numbers as an argument."""
         values = self.loc + self.spread * torch.rand(*sample_shape, *self.loc.shape).to(self.loc).logit()
         return (255 * values.clamp(0, 1)).round() / 255
 

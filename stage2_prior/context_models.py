@@ -39,7 +39,7 @@ class IndependentCodes(Prior):
             )
 
     def tables(self) -> list[Tensor]:
-        """For each level, log p of every code at every position: h w K."""
+        """log p of every code at every position, h w K for each level."""
         return [getattr(self, f"log_probabilities_{level}") for level in range(len(self.specs))]
 
     def estimate(self, dataset: LatentDataset) -> None:

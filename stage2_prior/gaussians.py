@@ -143,7 +143,7 @@ class GaussianMixturePrior(ResizableBuffers, Prior):
         return torch.stack(per_component, -1).logsumexp(-1)
 
     def sample(self, indices: Tensor, seed: int, how: Sampling = AS_FITTED, contexts: Tensor | None = None) -> list[Tensor]:
-        """For the temperature see `tempered`."""
+        """Sample as `Prior.sample` says. The temperature is that of `tempered`."""
         how.check(codes=False, contexts=False)
         scales = self.factors.diagonal(dim1=-2, dim2=-1) if self.full else self.factors  # K D
         logits = tempered(self.weights.log(), scales.log(), how.temperature)

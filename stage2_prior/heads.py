@@ -175,7 +175,7 @@ class GaussianMixtureHead(Head):
         return MixtureDraws(how, candidates[..., 0].contiguous().unbind(), normals.unbind(), choice.unbind(1), compiled)
 
     def draw(self, features: Tensor, position: int, state: MixtureDraws, weaker: Sequence[Weaker] = ()) -> Tensor:
-        """For the temperature see `tempered`.
+        """Draw from the mixture at a temperature, as `tempered` says, and with guidance.
 
         Guidance asks for p(z) Π (p(z) / weaker(z))^w, which need not have a finite integral. So CANDIDATES are drawn from
         p(z)^(1/T), and one of them is chosen with weights Π (p(z) / weaker(z))^(w/T). This is exact as their number grows. GIVT

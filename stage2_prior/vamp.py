@@ -78,7 +78,7 @@ class VampPrior(FlattenedPrior):
 
     @torch.no_grad()
     def sample(self, indices: Tensor, seed: int, how: Sampling = AS_FITTED, contexts: Tensor | None = None) -> list[Tensor]:
-        """For the temperature see `tempered`."""
+        """Sample as `Prior.sample` says. The temperature is that of `tempered`."""
         contexts = self.contexts_to_sample(indices, seed, how, contexts)
         stds = self.stds()
         logits = tempered(self.log_weights(contexts), stds.log(), how.temperature)

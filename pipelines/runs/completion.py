@@ -77,7 +77,7 @@ def known_pixels(keep: str, image_shape: tuple[int, int, int]) -> Tensor:
 def held_latents(
     autoencoder: Autoencoder, image: Tensor, known: Tensor, device: torch.device
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """For each level, the latent of the picture with hidden pixels blanked, and where it is held, h w."""
+    """The latent of the picture with hidden pixels blanked, and where it is held, h w, for each level."""
     noise = torch.Generator().manual_seed(0)
     grey = torch.linspace(0, 255, 8).round().to(torch.uint8).view(-1, 1, 1, 1).expand(-1, *image.shape)
     blanked = torch.where(known, image, 0)
