@@ -119,6 +119,8 @@ def write_asked(asked: Arguments) -> None:
     caption = [captions[number % len(captions)] for number in range(count)] if captions else asked.caption
     model = TwoStage.open(asked.run, asked.device, asked.dtype)
     how = tuned(model) if asked.tuned else asked.how
+    if asked.tuned and how.guidance and caption is None and model.captions:
+        raise UserError(f"--tuned guides this prior toward a caption: add --caption, such as {shlex.quote(model.captions[0])}")
     if asked.complete is None:
         images = model.sample(
             count,
@@ -160,14 +162,20 @@ def write_asked(asked: Arguments) -> None:
 
 def tuned(model: "TwoStage") -> Sampling:
     """The settings that the comparison of a run chose. Raises UserError where the run was not compared."""
-    from pipelines.judging.comparison import comparison_file
+    from pipelines.judging.comparison import comparison_file, read_comparison
+    from pipelines.judging.tradeoffs import described
 
-    if not comparison_file(model.run).is_file():
-        name = model.run.known_as
+    name, path = model.run.known_as, comparison_file(model.run)
+    if not path.is_file():
         raise UserError(f"--tuned: {name} was not compared; first run python -m pipelines.compare {shlex.quote(name)}")
-    if not model.tuned:
-        say(f"--tuned: the comparison of {model.run.known_as} names no better settings than as fitted")
-    return Sampling(**model.tuned)
+    how, chosen = Sampling(**model.tuned), read_comparison(path).tuned(weaker=True)
+    if how != chosen:
+        say(
+            f"--tuned: {described(chosen)} needs the weaker copy of the prior, which {name} lacks; drawn {described(how)} instead"
+        )
+    elif how == AS_FITTED:
+        say(f"--tuned: the comparison of {name} names no better settings than as fitted")
+    return how
 
 
 def texts_of(model: "TwoStage", asked: Arguments, count: int, caption: str | list[str] | None) -> list[str]:

@@ -130,7 +130,8 @@ VECTOR = 16  # principal components that represent a code's vector
 class ClusterCondition(nn.Module):
     """K-means clusters of the coarsest level: of posterior means, or of the vectors of codes.
 
-    Callers give no contexts. The cluster k(z) is a function of the latent, and sampling draws a cluster from p(k):
+    Densities take no contexts: the cluster k(z) is a function of the latent. Sampling draws a cluster from p(k), or takes the
+    numbers of clusters as contexts:
 
         p(z) = Σ_k p(k) p(z|k) ≥ p(k(z)) p(z|k(z))
 

@@ -92,7 +92,7 @@ BAD = [
     (["generate", "mnist5k", "--temperature", "-1"], "temperature is 0 or more"),
     (["generate", "mnist5k", "--top-p", "0"], "top-p lies above 0"),
     (["generate", "mnist5k", "--top-k", "3"], "continuous"),
-    (["generate", "mnist5k", "--label", "11"], "there is no label number 11"),
+    (["generate", "mnist5k", "--label", "11"], "there is no label '11'"),
     (["generate", "mnist5k", "--caption", "a three"], "takes no caption; it takes a label"),
     (["generate", "mnist5k", "--guidance", "-2"], "guidance is 0 or more"),
     (["generate", "mnist5k", "--out", "x.jpg"], ".png or .npz"),

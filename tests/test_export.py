@@ -125,7 +125,7 @@ def test_without_a_weaker_copy_a_card_names_the_best_way_to_draw_that_needs_none
     whole, small = (exports.card(run, comparison, "x", True, None, autoguidance=known) for known in (True, False))
     assert "chose autoguidance 1." in whole and "| learned, autoguidance 1 | 1.00 |" in whole
     assert "chose guidance 1." in small and "`--tuned --caption " in small and "| learned, autoguidance" not in small
-    assert "Better still is autoguidance 1, which needs the weaker copy of the prior." in small and "Better still" not in whole
+    assert "Of all settings, the comparison chose autoguidance 1. That needs the weaker copy" in small and "Of all" not in whole
     assert dataclasses.replace(comparison, sampling=ways[:1]).tuned(weaker=False) == AS_FITTED
     assert dataclasses.replace(comparison, sampling=[]).tuned(weaker=False) == AS_FITTED
 
@@ -175,6 +175,8 @@ def test_where_there_is_no_comparison_or_a_damaged_one_nothing_is_advised(tmp_pa
     (run / LIST).write_text(json.dumps(listing))
     generate.main([str(run), "--count", "1", "--device", "cpu", "--out", str(tmp_path / "x.png")])
     assert "better" not in capsys.readouterr().out and (tmp_path / "x.png").is_file()
+    with pytest.raises(UserError, match="metrics.json cannot be read"):
+        generate.main([str(run), "--tuned", "--device", "cpu"])
     metrics.unlink()
     del listing["files"]["compare/metrics.json"]
     (run / LIST).write_text(json.dumps(listing))

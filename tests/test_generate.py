@@ -89,8 +89,11 @@ def test_a_label_by_name_and_guidance(runs, tmp_path):
         assert (drawn(runs[name], "--label", "2", tmp_path=tmp_path) == plain).all()
         assert (drawn(runs[name], "--label", "2", "--guidance", "50", tmp_path=tmp_path) != plain).any()
     names = ["0 - zero", "Ankle boot"]
-    assert [label_number(name, names) for name in ("0", "Zero", "0 - zero", "ankle boot", "1")] == [0, 0, 0, 1, 1]
-    assert label_number("1", ["two", "1", "0"]) == 1 and label_number("0", ["two", "1", "0"]) == 2  # names go before numbers
+    assert [label_number(name, names) for name in ("0", "Zero", "0 - zero", "ankle boot")] == [0, 0, 0, 1]
+    assert label_number("1", ["Shirt", "Ankle boot"]) == 1
+    for name, others in (("2", ["3", "7", "8"]), ("2", ["Shirt", "Ankle boot"]), ("9" * 5000, ["Shirt"])):
+        with pytest.raises(UserError, match="there is no label"):
+            label_number(name, others)
     with pytest.raises(UserError, match="no label 'two'.*There are: 0, 1, 2, 3"):
         drawn(runs["mnist-vqvae"], "--label", "two", tmp_path=tmp_path)
 

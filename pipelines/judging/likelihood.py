@@ -171,7 +171,7 @@ class Measurement:
 
     def key(self) -> str:
         """Names the weights, the images and what is asked of them, but not how many images."""
-        digest = hashlib.sha256(repr((self.samples, self.naive, self.seed, list(self.priors))).encode())
+        digest = hashlib.sha256(repr(("whole batches", self.samples, self.naive, self.seed, list(self.priors))).encode())
         models = [self.autoencoder, *self.priors.values()]
         digest.update(content_of(self.images))
         for tensor in (tensor for model in models for tensor in model.state_dict().values()):

@@ -158,8 +158,8 @@ def learning(run: Run, comparison: Comparison) -> list[str]:
     if found.gains_nothing:
         rival = ("" if found.rival == "standard" else "the ") + comparison.title(found.rival)
         lines.append(
-            f"The learned prior is no better than {rival}: {found.gain:+.1f} ± {found.plus_minus:.1f} nats an image. Train it"
-            f" longer: {longer(run, 'stage2')}"
+            f"The learned prior is no better than {rival}: it saves {found.gain:.1f} ± {found.plus_minus:.1f} nats an image."
+            f" Train it longer: {longer(run, 'stage2')}"
         )
     return lines
 

@@ -236,18 +236,19 @@ def card(
         *([f'The prior is conditioned on the {context}: `model.sample(64, {context}="{example}")`.', ""] if context else []),
         *([labels_table(facts.label_names), ""] if context == "label" else []),
     ]
-    how = AS_FITTED if comparison is None else comparison.tuned(autoguidance)
+    how, found = (AS_FITTED if comparison is None else comparison.tuned(weaker) for weaker in (autoguidance, True))
     if how != AS_FITTED:
         caption = f'caption="{example}", ' if how.guidance and context == "caption" else ""  # there is no guidance without one
+        chose = "The comparison chose" if how == found else "Without autoguidance, the comparison chose"
         option = f" --caption {shlex.quote(example)}" if caption else ""
         lines += [
-            f"The comparison chose {described(how)}. To draw so, call `model.sample(64, {caption}**model.tuned)`, or add"
+            f"{chose} {described(how)}. To draw so, call `model.sample(64, {caption}**model.tuned)`, or add"
             f" `--tuned{option}` to the command.",
             "",
         ]
-    found = AS_FITTED if comparison is None else comparison.tuned(weaker=True)
     if found != how:
-        lines += [f"Better still is {described(found)}, which needs the weaker copy of the prior. This export leaves it out.", ""]
+        needs = "needs the weaker copy of the prior, which this export leaves out"
+        lines += [f"Of all settings, the comparison chose {described(found)}. That {needs}.", ""]
     if comparison is not None:
         rounded_since = half and comparison.weights != (weights_of(run) if weights is None else weights)
         lines += figures(comparison, rounded_since, autoguidance)

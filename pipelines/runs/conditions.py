@@ -124,8 +124,8 @@ def asked_of_each(run: Run, count: int, label: Any = None, caption: Any = None) 
 def label_number(name: Any, names: list[str]) -> int:
     """The number of a label.
 
-    name: its name, in upper or lower case, or either half of a name like "5 - five"; or its number, as digits too where no label
-    has that name. Raises UserError for an unknown label, and for what is neither.
+    name: its name, in upper or lower case, or either half of a name like "5 - five"; or its number, as digits too where names are
+    no numbers. Raises UserError for an unknown label, and for what is neither.
     """
     name = name.item() if isinstance(name, Tensor | np.generic) else name
     if isinstance(name, bool) or not isinstance(name, str | int):
@@ -136,8 +136,9 @@ def label_number(name: Any, names: list[str]) -> int:
         return name
     found = [number for number, known in enumerate(names) if name.lower() in (known.lower(), *known.lower().split(" - "))]
     found = [number for number in found if names[number] == name] or found
-    if not found and name.isdecimal():
-        return label_number(int(name), names)
+    numbers = {str(number): number for number in range(len(names))}
+    if not found and name in numbers and not any(known.split(" - ")[0].isdecimal() for known in names):
+        return numbers[name]
     if not found:
         raise UserError(f"there is no label {name!r}{nearest(name, names)}")
     return found[0]

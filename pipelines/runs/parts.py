@@ -69,7 +69,9 @@ def load_autoencoder(run: Run) -> Autoencoder:
 def check_density(run: Run, autoencoder: Autoencoder) -> None:
     """Raises UserError where the encoder has no density q(z|x)."""
     if not autoencoder.bottleneck.has_density:
-        raise UserError(f"{run.folder} has a deterministic encoder: there is no density q(z|x), so no bound on log p(x)")
+        raise UserError(
+            f"{run.folder} has a deterministic encoder: there is no density q(z|x), so no bound on log p(x) and no score"
+        )
 
 
 def load_prior(run: Run, specs: list[LatentSpec]) -> Prior:

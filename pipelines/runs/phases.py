@@ -31,10 +31,9 @@ from pipelines.training.trackers import GRID_COLUMNS, Draw, Tracking
 from stage1_vae.autoencoder import Autoencoder
 from stage2_prior.autoregressive import LearnedPrior
 from stage2_prior.baselines import baselines
-from stage2_prior.conditions import Caption
+from stage2_prior.conditions import Caption, CaptionCondition
 from stage2_prior.latents import LatentDataset, LatentSpec
 from stage2_prior.prior import Prior
-from stage2_prior.sampling import CannotSample
 
 BESIDE = {"standard": "N(0, I)", "gaussian": "Gaussian"}
 BESIDE_CODES = {"standard": "uniform", "unigram": "unigram"}
@@ -232,10 +231,9 @@ class Phases:
     def samples(self, prior: Prior, autoencoder: Autoencoder) -> dict[str, Tensor]:
         """Samples for a tracker, where the prior can be drawn from without a caption."""
         indices = torch.arange(GRID_COLUMNS, device=self.run.fabric.device)
-        try:
-            return {"samples": autoencoder.render(prior.sample(indices, seed=0))}
-        except CannotSample:
+        if isinstance(prior.given_condition, CaptionCondition) and prior.given_condition.dropout == 0:
             return {}
+        return {"samples": autoencoder.render(prior.sample(indices, seed=0))}
 
 
 def warn_of_unused_codes(latents: LatentDataset, specs: list[LatentSpec]) -> None:
