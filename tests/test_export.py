@@ -189,11 +189,11 @@ def test_where_the_images_of_an_export_are_looked_for_is_said(monkeypatch):
     """No option of a command names another place, and it cannot be trained on to put one down."""
 
     def nowhere(*_, **__):
-        raise NotThere("MNIST could not be downloaded", ": name a folder with --data.root")
+        raise NotThere("Fashion-MNIST could not be downloaded", ": name a folder with --data.root")
 
     monkeypatch.setattr(TorchvisionSet, "part", nowhere)
-    with pytest.raises(UserError, match="^MNIST could not be downloaded: put the images there, or make data a link"):
-        load_data(Run.open(str(TRAINED / "mnist"), "cpu"))
+    with pytest.raises(UserError, match="^Fashion-MNIST could not be downloaded: put the images there, or make data a link"):
+        load_data(Run.open(str(TRAINED / "fashion-vqvae2"), "cpu"))
 
 
 def test_own_images_of_an_export_are_looked_for_beside_downloads(tmp_path, monkeypatch):

@@ -107,7 +107,8 @@ TUNED: dict[str, dict[str, Any]] = {
     "cifar10-vqvae2": {
         "stage1.steps": 12_000,
         "stage1.batch_size": 16,
-        "stage2.steps": 5000,
+        "stage2.optimizer": "muon",
+        "stage2.steps": 7500,
         "stage2.batch_size": 32,
         "prior.top.input_noise": 0.0,
         "prior.bottom.input_noise": 0.0,
