@@ -118,9 +118,7 @@ def write_asked(asked: Arguments) -> None:
         check_own("--out", asked.out, count)
     caption = [captions[number % len(captions)] for number in range(count)] if captions else asked.caption
     model = TwoStage.open(asked.run, asked.device, asked.dtype)
-    how = tuned(model) if asked.tuned else asked.how
-    if asked.tuned and how.guidance and caption is None and model.captions:
-        raise UserError(f"--tuned guides this prior toward a caption: add --caption, such as {shlex.quote(model.captions[0])}")
+    how = tuned(model, caption) if asked.tuned else asked.how
     if asked.complete is None:
         images = model.sample(
             count,
@@ -138,8 +136,8 @@ def write_asked(asked: Arguments) -> None:
         say(f"{counted(count, 'image')} from the {asked.prior} prior of {model.run.known_as}{drawn}: {asked.out}")
         if asked.prior == "learned" and caption is None and (examples := model.captions):
             say(f"they were drawn without a caption; with one they are better, such as --caption {shlex.quote(examples[0])}")
-        elif asked.prior == "learned" and how == AS_FITTED and asked.keep_best == 1 and model.tuned:
-            best = described(Sampling(**model.tuned))
+        elif asked.prior == "learned" and how == AS_FITTED and asked.keep_best == 1 and (settings := model.tuned):
+            best = described(Sampling(**settings))
             say(f"they were drawn as fitted; by the comparison of this run, samples are better with --tuned: {best}")
         return
     picture, known = model.read(asked.complete), known_pixels(asked.keep, model.image_shape)
@@ -160,8 +158,11 @@ def write_asked(asked: Arguments) -> None:
     say(f"{counted(count, 'completion')} of {asked.complete}, keeping {kept}: {asked.out}")
 
 
-def tuned(model: "TwoStage") -> Sampling:
-    """The settings that the comparison of a run chose. Raises UserError where the run was not compared."""
+def tuned(model: "TwoStage", caption: str | list[str] | None) -> Sampling:
+    """The settings that the comparison of a run chose.
+
+    Raises UserError where the run was not compared, and for guidance toward a caption without one.
+    """
     from pipelines.judging.comparison import comparison_file, read_comparison
     from pipelines.judging.tradeoffs import described
 
@@ -169,10 +170,10 @@ def tuned(model: "TwoStage") -> Sampling:
     if not path.is_file():
         raise UserError(f"--tuned: {name} was not compared; first run python -m pipelines.compare {shlex.quote(name)}")
     how, chosen = Sampling(**model.tuned), read_comparison(path).tuned(weaker=True)
+    if how.guidance and caption is None and (examples := model.captions):
+        raise UserError(f"--tuned guides this prior toward a caption: add --caption, such as {shlex.quote(examples[0])}")
     if how != chosen:
-        say(
-            f"--tuned: {described(chosen)} needs the weaker copy of the prior, which {name} lacks; drawn {described(how)} instead"
-        )
+        say(f"--tuned: {name} lacks the weaker copy of the prior, which {described(chosen)} needs; drawing {described(how)}")
     elif how == AS_FITTED:
         say(f"--tuned: the comparison of {name} names no better settings than as fitted")
     return how
