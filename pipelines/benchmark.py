@@ -30,12 +30,11 @@ def main(arguments: list[str] | None = None) -> None:
     name, *settings = arguments
     if name not in BENCHMARKS:
         raise UserError(f"there is no benchmark {name!r}{nearest(name, BENCHMARKS)}")
-    import tyro
-
+    from pipelines.command_line import read_arguments
     from pipelines.files import check_writable, write_json
 
     kind = getattr(import_module(f"pipelines.benchmarks.{name}"), f"Benchmark{name.title()}")
-    asked = tyro.cli(kind, prog=f"python -m pipelines.benchmark {name}", args=settings, console_outputs=first_process())
+    asked = read_arguments(kind, f"benchmark {name}", settings)
     if asked.json is not None:
         check_writable("--json", asked.json)
     rows = asked.rows()

@@ -6,7 +6,8 @@ from typing import Annotated
 
 import tyro
 
-from pipelines.console import UserError, check_least, check_seed, first_process, run_command, say
+from pipelines.command_line import read_arguments
+from pipelines.console import UserError, check_least, check_seed, run_command, say
 from pipelines.runs.names import Device, ExtractorName
 
 
@@ -37,7 +38,7 @@ class Arguments:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    asked = tyro.cli(Arguments, prog="python -m pipelines.compare", args=arguments, console_outputs=first_process())
+    asked = read_arguments(Arguments, "compare", arguments)
     if not asked.runs:
         raise UserError("name a run to compare: python -m pipelines.compare RUN [RUN …]")
     check_seed(asked.seed)

@@ -8,7 +8,8 @@ from typing import Annotated
 
 import tyro
 
-from pipelines.console import UserError, first_process, run_command, say
+from pipelines.command_line import read_arguments
+from pipelines.console import UserError, run_command, say
 from pipelines.runs.names import Device
 
 
@@ -26,7 +27,7 @@ class Arguments:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    asked = tyro.cli(Arguments, prog="python -m pipelines.explore", args=arguments, console_outputs=first_process())
+    asked = read_arguments(Arguments, "explore", arguments)
     check_port(asked.host, asked.port)
     serve(asked)
 

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import tyro
 
-from pipelines.console import first_process, run_command, say
+from pipelines.command_line import read_arguments
+from pipelines.console import run_command, say
 from pipelines.runs.names import CardDevice, Half, RunName
 
 
@@ -27,7 +28,7 @@ class Arguments:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    asked = tyro.cli(Arguments, prog="python -m pipelines.export", args=arguments, console_outputs=first_process())
+    asked = read_arguments(Arguments, "export", arguments)
     # Slow to import, and --help needs none of it.
     from pipelines.pages.exports import export
     from pipelines.runs.exported import files_of

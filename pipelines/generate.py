@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
-from pipelines.console import UserError, check_least, counted, first_process, run_command, say
+from pipelines.command_line import read_arguments
+from pipelines.console import UserError, check_least, counted, run_command, say
 from pipelines.runs.names import Device, Pixels, PriorName, RunName
 from stage2_prior.sampling import AS_FITTED, CannotSample, Sampling
 
@@ -85,7 +86,7 @@ class Arguments:
 
 def main(arguments: list[str] | None = None) -> None:
     try:
-        asked = tyro.cli(Arguments, prog="python -m pipelines.generate", args=arguments, console_outputs=first_process())
+        asked = read_arguments(Arguments, "generate", arguments)
     except CannotSample as error:
         raise UserError(str(error)) from error
     asked.check()

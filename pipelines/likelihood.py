@@ -7,7 +7,8 @@ from typing import Annotated
 
 import tyro
 
-from pipelines.console import check_least, check_seed, counted, first_process, run_command, say
+from pipelines.command_line import read_arguments
+from pipelines.console import check_least, check_seed, counted, run_command, say
 from pipelines.runs.names import PRIORS, Device, RunName
 
 
@@ -36,7 +37,7 @@ class Arguments:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    asked = tyro.cli(Arguments, prog="python -m pipelines.likelihood", args=arguments, console_outputs=first_process())
+    asked = read_arguments(Arguments, "likelihood", arguments)
     asked.check()
     # Slow to import, and --help needs none of it.
     from pipelines.files import check_writable, write_json

@@ -7,7 +7,8 @@ from typing import Annotated
 
 import tyro
 
-from pipelines.console import UserError, first_process, run_command, say
+from pipelines.command_line import read_arguments
+from pipelines.console import UserError, run_command, say
 from pipelines.runs.names import CardDevice, Half, RunName
 
 
@@ -27,7 +28,7 @@ class Arguments:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    asked = tyro.cli(Arguments, prog="python -m pipelines.publish", args=arguments, console_outputs=first_process())
+    asked = read_arguments(Arguments, "publish", arguments)
     # Slow to import, and --help needs none of it.
     from pipelines.pages.exports import FOLDERS, export
     from pipelines.runs import hub

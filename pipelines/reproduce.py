@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING
 
 import tyro
 
-from pipelines.console import UserError, first_process, run_command, say
+from pipelines.command_line import read_arguments
+from pipelines.console import UserError, run_command, say
 
 if TYPE_CHECKING:
     from pipelines.pages.results import Training
@@ -83,7 +84,7 @@ class Arguments:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    asked = tyro.cli(Arguments, prog="python -m pipelines.reproduce", args=arguments, console_outputs=first_process())
+    asked = read_arguments(Arguments, "reproduce", arguments)
     if not DOCUMENTS[0].is_file():
         raise UserError(
             "reproduce writes into README.md and docs/: run it in a clone of the repository, installed with pip install -e ."

@@ -7,7 +7,8 @@ from typing import Annotated, Literal
 
 import tyro
 
-from pipelines.console import UserError, check_least, counted, first_process, run_command, say
+from pipelines.command_line import read_arguments
+from pipelines.console import UserError, check_least, counted, run_command, say
 from pipelines.runs.names import Device, RunName
 
 Split = Literal["train", "validation", "test"]
@@ -30,7 +31,7 @@ class Arguments:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    asked = tyro.cli(Arguments, prog="python -m pipelines.score", args=arguments, console_outputs=first_process())
+    asked = read_arguments(Arguments, "score", arguments)
     check_least(asked, shown=1)
     if asked.out.suffix != ".csv":
         raise UserError(f"--out is the file of a table, such as scores.csv, not {asked.out}")

@@ -18,7 +18,8 @@ from typing import Annotated
 
 import tyro
 
-from pipelines.console import UserError, first_process, nearest, run_command, say
+from pipelines.command_line import read_arguments
+from pipelines.console import UserError, nearest, run_command, say
 from pipelines.runs.names import DEFAULT_PRESET, Device
 
 STUDIES = ("samples-per-image", "mean-or-sample", "evidence", "aggregate-posterior", "unusual-images")
@@ -36,7 +37,7 @@ class Arguments:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    asked = tyro.cli(Arguments, prog="python -m pipelines.study", args=arguments, console_outputs=first_process())
+    asked = read_arguments(Arguments, "study", arguments)
     if asked.study not in STUDIES:
         raise UserError(f"there is no study {asked.study!r}{nearest(asked.study, STUDIES)}")
     from pipelines.files import write_file, write_json

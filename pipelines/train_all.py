@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
+from pipelines.command_line import read_arguments
 from pipelines.console import UserError, counted, first_process, run_command, say
 from pipelines.runs.names import DATA, DEFAULT_PRESET, RECIPES, preset_name
 
@@ -63,13 +64,12 @@ def parse(arguments: list[str]) -> "tuple[str, RunConfig, Options]":
         options: Annotated[Options, tyro.conf.arg(name="")] = DEFAULTS
 
     kinds = "\n".join(f"  --{path.replace('_', '-')} {{{','.join(kinds)}}}" for path, kinds in choices(default).items())
-    asked = tyro.cli(
+    asked = read_arguments(
         Arguments,
-        prog=f"python -m pipelines.train_all {preset or ''}".rstrip(),
+        f"train_all {preset or ''}".rstrip(),
+        left,
         description=f"Train both stages, sample and compare. Kinds of parts, each with settings of its own:\n\n{kinds}",
-        args=left,
         config=(tyro.conf.AvoidSubcommands,),
-        console_outputs=first_process(),
     )
     check(asked.config, folder_of(asked.run), given=options_in(arguments))
     return asked.run, asked.config, asked.options

@@ -27,7 +27,7 @@ COMMANDS = {
 }
 LAYERS = [
     {"console"},
-    {"processes", "grids", "arguments"},
+    {"processes", "grids", "arguments", "command_line"},
     {"files"},
     {"data", "training"},
     {"runs"},

@@ -8,12 +8,14 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import redirect_stdout
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 import pipelines.__main__ as everything
+from pipelines.command_line import read_arguments
 from pipelines.data.sets import EmbeddedDigits
 from tests.forks import forked
 from tests.parts import small_splits
@@ -156,6 +158,22 @@ def test_help_imports_little(imported, asked):
     said, slow = imported[asked]
     assert set(slow) <= ({"torch"} if asked in WITH_TORCH else set())
     assert f"python -m pipelines.{asked.split()[0]}" in said and len(said) > 200
+
+
+@dataclass
+class Asked:
+    """What a command is asked for."""
+
+    count: int = 1
+    """how many images to draw, which is said here in a sentence
+    of two lines"""
+
+
+def test_help_does_not_break_lines_where_the_source_does(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    with pytest.raises(SystemExit):
+        read_arguments(Asked, "draw", ["--help"])
+    assert "which is said here in a sentence of two lines (default: 1)" in capsys.readouterr().out
 
 
 def test_drawing_imports_neither_metrics_nor_plots(imported):
