@@ -59,10 +59,10 @@ ATTEMPTS = 100  # to begin a file; a file system that makes none says the same a
 
 @contextmanager
 def aside(path: Path, folder: bool = False, cleared: bool = False) -> Iterator[Path]:
-    """A new file or folder beside `path`, to be renamed to it: deleted where that does not happen.
+    """A new file or folder beside `path`, renamed to it at the end; after an exception it is deleted instead.
 
-    It is locked as long as it is written. So what killed writers of the same path have left is known, and deleted first, unless
-    that is done already (cleared).
+    The files' content is flushed by those who write it. It is locked as long as it is written: so what killed writers of the
+    same path have left is known, and deleted first, unless that is done already (cleared).
     """
     if not cleared:
         clear_partial(path.parent, path.name.__eq__)
@@ -77,6 +77,10 @@ def aside(path: Path, folder: bool = False, cleared: bool = False) -> Iterator[P
                 raise
     try:
         yield made
+        if folder:
+            flush(made)
+        os.replace(made, path)
+        flush(path.parent)
     finally:
         delete(made)
         if lock is not None:
@@ -162,8 +166,6 @@ def replace_file(path: Path, content: bytes, cleared: bool = False) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with aside(path, cleared=cleared) as made:
         write_flushed(made, content)
-        os.replace(made, path)
-        flush(path.parent)
 
 
 def check_writable(option: str, path: Path, folder: bool = False) -> None:

@@ -322,9 +322,11 @@ def test_what_a_killed_writer_left_is_deleted_by_the_next_and_what_is_being_writ
     (left,) = tmp_path.iterdir()
     with files.aside(path, folder) as made:
         assert not left.exists()
-        with files.aside(path, folder) as other:
+        with pytest.raises(KeyError), files.aside(path, folder) as other:
             assert {*tmp_path.iterdir()} == {made, other}
-    assert not [*tmp_path.iterdir()]
+            raise KeyError
+        assert [*tmp_path.iterdir()] == [made]
+    assert [*tmp_path.iterdir()] == [path]
 
 
 def test_a_folder_of_many_images_is_listed_once(tmp_path, monkeypatch):

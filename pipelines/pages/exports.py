@@ -1,7 +1,6 @@
 """A run as a folder to hand on: what drawing needs, its figures and a card, and nothing more."""
 
 import hashlib
-import os
 import re
 import shlex
 import shutil
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from pipelines.console import UserError
-from pipelines.files import as_json, aside, check_writable, flush, found_shards, read_tensors, write_flushed
+from pipelines.files import as_json, aside, check_writable, found_shards, read_tensors, write_flushed
 from pipelines.judging.comparison import Comparison, comparison_file, read_comparison
 from pipelines.judging.tradeoffs import described
 from pipelines.pages.tables import markdown
@@ -119,9 +118,6 @@ def export(
                     shutil.copy(shard, made / "latents")
         sums = {file: checksum(made / file) for file in files_of(made)}
         write_flushed(made / LIST, as_json({"format": FORMAT, "files": sums}))
-        flush(made)
-        os.rename(made, folder)
-        flush(folder.parent)
 
 
 def networks_of(run: Run) -> tuple[Autoencoder, Prior]:

@@ -6,7 +6,6 @@ The longer phase continues from its last checkpoint. Schedules are functions of 
 on they are those of the longer training: the learning rate rises to what that has at this step, and decays again.
 """
 
-import os
 import shutil
 from pathlib import Path
 
@@ -56,7 +55,6 @@ def keep(folder: Path, aside: Path) -> None:
     ignored = shutil.ignore_patterns("track", ".*")
     with files.aside(aside, folder=True) as made:
         shutil.copytree(folder, made, copy_function=link, ignore=ignored, dirs_exist_ok=True)
-        os.rename(made, aside)
 
 
 def same(aside: Path, folder: Path) -> bool:

@@ -54,7 +54,6 @@ def share_stage1(run: Run, source: Run) -> None:
                 with aside(target, folder=True) as made:
                     for path in checkpoint.folder.iterdir():
                         link(path, made / path.name)
-                    os.rename(made, target)
         if source.exported or taken_over(source, "stage1"):  # where the best checkpoint need not be the last
             write_json(run.folder / "stage1" / TAKEN_OVER, vars(TakenOver(source.config.stage1.steps)))
         say(f"stage 1: that of {source.folder}")

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from pipelines.console import UserError, say
-from pipelines.files import aside, clear_partial, discard, flush, read_tensors, structured, write_flushed
+from pipelines.files import aside, clear_partial, discard, read_tensors, structured, write_flushed
 from pipelines.training import sharding
 
 CHECKSUMS = "checksums.json"
@@ -133,15 +133,12 @@ def save(folder: Path, record: Record, model: dict[str, Tensor], training: dict[
     with aside(target, folder=True) as made:
         for name, content in contents.items():
             write_flushed(made / name, content)
-        flush(made)
         if target.exists():
             try:
                 check(target)
                 discard(target)  # the very same
             except UserError:
                 set_aside(target)
-        os.rename(made, target)
-        flush(folder)
     return Checkpoint(target, record)
 
 
