@@ -190,20 +190,16 @@ def write_json(path: Path, value: Any) -> None:
     write_file(path, as_json(value))
 
 
-def read_json(path: Path) -> Any:
-    """Raises UserError when that is not what the file holds."""
-    try:
-        return json.loads(path.read_text())
-    except (ValueError, RecursionError) as error:
-        raise damaged(path, error) from error
+AGAIN = "delete it and run train_all again, to have it made again"
 
 
-def read_as(path: Path, kind: type[T]) -> T:
-    """A file of JSON as a dataclass; the file may come from anyone. Raises UserError when that is not what it holds."""
+def read_as(path: Path, make: Callable[[Any], T], mend: str = AGAIN) -> T:
+    """What `make` makes of the values in a file of JSON, which may come from anyone. mend: ends the message of the UserError that
+    is raised where the file is no JSON, or `make` raises what other values lead to."""
     try:
-        return structured(read_json(path), kind)
-    except ValueError as error:
-        raise error if isinstance(error, UserError) else damaged(path, error) from error
+        return make(json.loads(path.read_text()))
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(f"{path} cannot be read ({error})" + (f"; {mend}" if mend else "")) from error
 
 
 def structured(values: Any, kind: type[T], by: cattrs.Converter | None = None) -> T:
@@ -232,10 +228,6 @@ def strict(converter: cattrs.Converter) -> cattrs.Converter:
 @functools.cache  # it makes code for each class that it reads
 def converter() -> cattrs.Converter:
     return strict(cattrs.Converter())
-
-
-def damaged(path: Path, error: Exception) -> UserError:
-    return UserError(f"{path} cannot be read ({error}); delete it and run train_all again, to have it made again")
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:

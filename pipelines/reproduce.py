@@ -132,7 +132,7 @@ def called(module: str, arguments: list[str]) -> None:
 
 def rank(command: str, seed: int, rivals: tuple[str, ...]) -> None:
     """Train other priors on the decoder of a finished training, compare all, and put the ranking into docs/results.json."""
-    from pipelines.files import read_json, structured
+    from pipelines.files import read_as, structured
     from pipelines.judging.together import Standing
     from pipelines.pages.results import Ranking, read_results, write_results
 
@@ -143,20 +143,20 @@ def rank(command: str, seed: int, rivals: tuple[str, ...]) -> None:
         called("train_all", [*how, "--run", str(folder), "--no-compare"])
     page = first.with_name(f"{first.name}-priors.html")
     called("compare", [str(first), *map(str, folders), "--out", str(page)])
-    (found,) = read_json(page.with_suffix(".json"))["rankings"]
+    (found,) = read_as(page.with_suffix(".json"), lambda found: found["rankings"])
     ranking = Ranking(command, seed, [structured(standing, Standing) for standing in found], commit(), hardware())
     write_results(RESULTS, read_results(RESULTS).with_ranking(ranking))
 
 
 def training_of(folder: Path, command: str, seed: int) -> "Training":
     """A finished run's figures, with what it was made by."""
-    from pipelines.files import read_as
+    from pipelines.files import read_as, structured
     from pipelines.judging.comparison import read_comparison
     from pipelines.pages.report import Timing
     from pipelines.pages.results import Training
 
     comparison = read_comparison(folder / "compare" / "metrics.json")
-    timing = read_as(folder / "compare" / "timing.json", Timing)
+    timing = read_as(folder / "compare" / "timing.json", lambda values: structured(values, Timing))
     seconds = timing.seconds_of_training | {"comparison": timing.seconds}
     return Training.of(command, seed, comparison, seconds, commit(), hardware())
 

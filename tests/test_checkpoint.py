@@ -253,7 +253,7 @@ def test_an_output_path_that_cannot_be_ends_in_a_sentence(tmp_path, capsys, path
 def test_json_that_is_none_is_named(tmp_path):
     (tmp_path / "facts.json").write_text('{"image_shape": [1, 28')
     with pytest.raises(UserError, match="facts.json cannot be read .*train_all again"):
-        files.read_json(tmp_path / "facts.json")
+        files.read_as(tmp_path / "facts.json", dict)
 
 
 def test_a_full_disk_leaves_the_last_good_one(tmp_path, monkeypatch):

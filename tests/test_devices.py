@@ -117,7 +117,7 @@ def test_windows_opens_no_folder(tmp_path, monkeypatch):
     monkeypatch.setattr(files, "fcntl", None)
     for number in range(2):
         files.write_json(tmp_path / "x.json", number)
-    assert files.read_json(tmp_path / "x.json") == 1 and [path.name for path in tmp_path.iterdir()] == ["x.json"]
+    assert files.read_as(tmp_path / "x.json", int) == 1 and [path.name for path in tmp_path.iterdir()] == ["x.json"]
 
 
 def test_benchmarks_are_imported_where_there_is_no_module_resource(monkeypatch):

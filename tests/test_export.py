@@ -316,7 +316,7 @@ def test_a_tensor_with_numbers_out_of_the_range_of_a_smaller_type_stays_as_it_is
         ("stage1/step-*/model.safetensors", None, "model.safetensors is missing"),
         ("stage2/more.json", "{}", "stage2/more.json was added"),
         (LIST, None, "is a part of an export: it has no export.json"),
-        (LIST, "{}", "export.json is damaged"),
+        (LIST, "{}", "export.json cannot be read"),
         (LIST, json.dumps({"format": 2, "files": {}}), "by a later version.*: update it"),
     ],
 )

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from pipelines.console import UserError
-from pipelines.files import read_json
+from pipelines.files import read_as
 from pipelines.runs import run as run_module
 from pipelines.runs.config import read_config, replaced, to_dict
 from pipelines.runs.parts import finished, weights_of
@@ -68,7 +68,7 @@ def test_a_longer_stage_1_makes_all_that_depends_on_it_anew_and_keeps_the_run_as
     assert weights_of(kept) == before and (kept.folder / "compare" / "metrics.json").is_file()
     assert str(kept.folder) in said and "stage2, compare" in said
     assert finished(longer, "stage1").digest() != before.get("stage1")
-    assert read_json(longer.folder / "stage2" / "after.json") == {"stage1": finished(longer, "stage1").digest()}
+    assert read_as(longer.folder / "stage2" / "after.json", dict) == {"stage1": finished(longer, "stage1").digest()}
     assert (longer.folder / "latents" / "stage1-train.safetensors").read_bytes() != latents
     assert (kept.folder / "latents" / "stage1-train.safetensors").read_bytes() == latents
     assert not (longer.folder / "compare").exists() and read_config(longer.folder / "config.json").stage1.steps == 60

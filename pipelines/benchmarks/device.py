@@ -18,7 +18,7 @@ from pipelines.benchmarks.batches import apart
 from pipelines.benchmarks.measuring import Rows, median_seconds, peak_bytes
 from pipelines.benchmarks.sampling import BenchmarkSampling, grid_of
 from pipelines.console import UserError, first_line, nearest, say
-from pipelines.files import read_json, write_json
+from pipelines.files import read_as, write_json
 from pipelines.runs.names import Device
 from stage2_prior.replay import GraphedFunction, replayed
 
@@ -97,7 +97,7 @@ class BenchmarkDevice:
                     code = subprocess.run(command, stderr=errors, timeout=max(0, ends - time.monotonic())).returncode
                 except subprocess.TimeoutExpired:
                     error, code = f"not finished after the {self.minutes:g} minutes of --minutes", 0
-                yield from read_json(file) if file.exists() else []
+                yield from read_as(file, list) if file.exists() else []
                 errors.seek(0)
                 said = errors.read().decode(errors="replace").strip() or "it said nothing"
                 if code:

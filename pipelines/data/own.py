@@ -1,13 +1,12 @@
 """What all of the user's own images have in common, wherever they lie: which can be read, and how they are split."""
 
 import hashlib
-import json
 import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from annotated_types import Interval
@@ -21,7 +20,7 @@ from pipelines.data.identity import Used
 from pipelines.data.images import ImageSet, Splits, split, too_few_groups, with_validation
 from pipelines.data.layout import some
 from pipelines.data.reading import Stored, printable
-from pipelines.files import write_json
+from pipelines.files import read_as, write_json
 
 FOLDER_TEST_SHARE = 0.1
 LEAST_ALIKE = 0.01  # share of the test images from which near-duplicates are told of
@@ -249,8 +248,8 @@ def readable(
 
 def known_unreadable(report: Path, listing: str, stored: list[Stored]) -> list[dict[int, str]] | None:
     """The unreadable images of each part by number, from a report on the very same files; None when there is none."""
-    try:
-        found = json.loads(report.read_text())
+
+    def known_in(found: Any) -> list[dict[int, str]] | None:
         if found["listing"] != listing:
             return None
         reasons = {row["file"]: row["reason"] for row in found["unreadable"]}
@@ -258,12 +257,15 @@ def known_unreadable(report: Path, listing: str, stored: list[Stored]) -> list[d
         known = [{index: reasons[name] for index, name in part if name in reasons} for part in named]
         if sum(map(len, known)) != len(found["unreadable"]):
             raise ValueError("it names other files")
-    except FileNotFoundError:
+        return known
+
+    try:
+        known = read_as(report, known_in, "all images are read again") if report.is_file() else None
+    except UserError as error:
+        say(f"warning: {error}")
         return None
-    except (ValueError, KeyError, TypeError):
-        say(f"warning: {report} is damaged; all images are read again")
-        return None
-    say(f"all images were read before; delete {report} to have them read again")
+    if known is not None:
+        say(f"all images were read before; delete {report} to have them read again")
     return known
 
 

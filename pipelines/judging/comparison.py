@@ -20,8 +20,7 @@ import cattrs
 from cattrs.gen import make_dict_unstructure_fn, override
 from torch import Tensor
 
-from pipelines.console import UserError
-from pipelines.files import read_json, strict, structured, write_json
+from pipelines.files import read_as, strict, structured, write_json
 from pipelines.judging.bounds import Bound, Bounds, BoundsOfPrior, Estimate, Naive
 from pipelines.judging.features import Features
 from pipelines.judging.health import Health
@@ -248,12 +247,7 @@ def write_comparison(path: Path, comparison: Comparison) -> None:
 
 def read_comparison(path: Path) -> Comparison:
     """Raises UserError where the file holds none."""
-    try:
-        return from_dict(read_json(path))
-    except UserError:
-        raise
-    except ValueError as error:
-        raise UserError(f"{path} cannot be read ({error}); delete it, to have it made again") from error
+    return read_as(path, from_dict, "delete it, to have it made again")
 
 
 def comparison_file(run: Run) -> Path:

@@ -14,7 +14,7 @@ from statistics import mean, stdev
 from typing import TypeVar
 
 from pipelines.console import UserError
-from pipelines.files import read_json, structured, write_json
+from pipelines.files import read_as, structured, write_json
 from pipelines.judging.comparison import Comparison
 from pipelines.judging.together import Standing
 from pipelines.judging.tradeoffs import described
@@ -107,10 +107,7 @@ def read_results(path: Path) -> Results:
     """Raises UserError where the file holds something else."""
     if not path.is_file():
         return Results()
-    try:
-        return structured(read_json(path), Results)
-    except (ValueError, TypeError) as error:
-        raise UserError(f"{path} holds no results of trainings; delete it, or bring back its last version") from error
+    return read_as(path, lambda values: structured(values, Results), "delete it, or bring back its last version")
 
 
 def write_results(path: Path, results: Results) -> None:

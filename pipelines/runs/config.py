@@ -1,7 +1,6 @@
 """RunConfig, and its reading and writing. The union types of the configs are the registry."""
 
 import functools
-import json
 import operator
 import os
 from collections.abc import Mapping
@@ -16,7 +15,7 @@ from cattrs.strategies import configure_tagged_union
 
 from pipelines.console import UserError, nearest
 from pipelines.data.sets import DataConfig
-from pipelines.files import strict, structured
+from pipelines.files import read_as, strict, structured
 from pipelines.runs.names import ExtractorName, Pixels
 from pipelines.training.config import FitConfig, Precision
 from stage1_vae.autoencoder import AutoencoderConfig, BottleneckConfig
@@ -159,12 +158,13 @@ def differences(old: Any, new: Any, name: str = "") -> list[str]:
 
 def read_config(path: Path) -> RunConfig:
     """What is not in the file has its default. Raises UserError for another file."""
-    try:
-        config = from_dict(json.loads(path.read_text()))
+
+    def checked(values: dict[str, Any]) -> RunConfig:
+        config = from_dict(values)
         check_ranges(config)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} cannot be read as the config.json of a run ({error}); mend the file, or name another") from error
-    return config
+        return config
+
+    return read_as(path, checked, "mend the file, or name another")
 
 
 def with_settings(config: RunConfig, settings: Mapping[str, Any]) -> RunConfig:

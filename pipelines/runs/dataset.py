@@ -100,7 +100,7 @@ def read_facts(run: Run) -> Facts:
     path = run.folder / FACTS
     if not path.is_file():
         raise run.unfinished("stage 1 has not been trained")
-    return files.read_as(path, Facts)
+    return files.read_as(path, lambda values: files.structured(values, Facts))
 
 
 def load_data(run: Run) -> Splits:

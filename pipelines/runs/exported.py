@@ -3,11 +3,10 @@
 Its export.json lists the SHA-256 of every other file, so a copy is known to be whole. `pipelines.pages.exports` writes it.
 """
 
-import json
 from pathlib import Path
-from typing import Any
 
 from pipelines.console import UserError
+from pipelines.files import read_as
 from pipelines.training.checkpoints import checksum
 
 LIST, CARD = "export.json", "README.md"
@@ -36,24 +35,30 @@ def files_of(folder: Path) -> list[str]:
     return sorted(name.as_posix() for name in names if name.name != LIST and not any(part[0] == "." for part in name.parts))
 
 
-def check(folder: Path, again: str = "get the export again, or make it again with python -m pipelines.export") -> None:
+AGAIN = "get the export again, or make it again with python -m pipelines.export"
+
+
+def files_listed(folder: Path, again: str = AGAIN) -> dict[str, str]:
+    """The checksums of an export's files by their names, from its list. again: how to get it as it was made.
+
+    Raises UserError where the list is missing or damaged, or of a later version.
+    """
+    if not (folder / LIST).is_file():
+        raise UserError(f"{folder} is a part of an export: it has no {LIST}; {again}")
+    version, listed = read_as(folder / LIST, lambda values: (int(values["format"]), dict(values["files"].items())), again)
+    if version > FORMAT:
+        raise UserError(f"{folder} was exported by a later version of this software: update it, then run the command again")
+    return listed
+
+
+def check(folder: Path, again: str = AGAIN) -> None:
     """Raises UserError where an export is of a later version, or is not as it was made. Nothing in it is run or followed.
 
     The card may be edited: it is for people. again: how to get it as it was made.
     """
-    try:
-        content: Any = json.loads((folder / LIST).read_text())
-        version, listed = content["format"], content["files"]
-        if version > FORMAT:
-            raise UserError(f"{folder} was exported by a later version of this software: update it, then run the command again")
-        found = {name: checksum(folder / name) for name in files_of(folder)}
-        differing = sorted(name for name in {*found, *listed} if name != CARD and found.get(name) != listed.get(name))
-    except FileNotFoundError as error:
-        raise UserError(f"{folder} is a part of an export: it has no {LIST}; {again}") from error
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"{folder / LIST} is damaged; {again}") from error
+    listed = files_listed(folder, again)
+    found = {name: checksum(folder / name) for name in files_of(folder)}
+    differing = sorted(name for name in {*found, *listed} if name != CARD and found.get(name) != listed.get(name))
     if differing:
         name = differing[0]
         how = "is missing" if name not in found else "was added" if name not in listed else "is truncated or altered"

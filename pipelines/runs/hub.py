@@ -3,7 +3,6 @@
 What is fetched lies in the cache of huggingface_hub, which serves it where there is no network. It is checked as any export is.
 """
 
-import json
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -11,7 +10,7 @@ from pathlib import Path
 from types import ModuleType
 
 from pipelines.console import DISK, UserError, first_line
-from pipelines.runs.exported import LIST, check
+from pipelines.runs.exported import LIST, check, files_listed
 
 PREFIX = "hub:"
 NAME = re.compile(r"[\w.-]+/[\w.-]+")
@@ -45,19 +44,12 @@ def fetched(name: str) -> Path:
         folder = Path(hub.snapshot_download(repository, revision=revision, allow_patterns=[LIST]))
         if not (folder / LIST).is_file():
             raise UserError(f"{repository} on the hub was not made by python -m pipelines.publish: it has no {LIST}")
-        names = names_in(folder / LIST)
+        again = f"delete {folder.parent.parent}, and the same command fetches it again"
+        names = files_listed(folder, again)
         # By the commit, so that what is fetched now belongs to the list.
         folder = Path(hub.snapshot_download(repository, revision=folder.name, allow_patterns=[LIST, *names]))
-    check(folder, f"delete {folder.parent.parent}, and the same command fetches it again")
+    check(folder, again)
     return folder
-
-
-def names_in(path: Path) -> list[str]:
-    """The files that an export's list names; none where it is damaged, of which `check` says more."""
-    try:
-        return [*json.loads(path.read_text())["files"]]
-    except (ValueError, KeyError, TypeError, RecursionError):
-        return []
 
 
 def publish(folder: Path, repository: str, folders: Iterable[str], private: bool = False) -> str:

@@ -143,7 +143,9 @@ def finished(run: Run, phase: Phase) -> checkpoints.Checkpoint:
 def taken_over(run: Run, phase: Phase) -> bool:
     """Whether a phase came finished from an export, and is to take no more steps."""
     path = run.folder / phase / TAKEN_OVER
-    return phase == "stage1" and path.is_file() and run.config.stage1.steps <= files.read_as(path, TakenOver).steps
+    if phase != "stage1" or not path.is_file():
+        return False
+    return run.config.stage1.steps <= files.read_as(path, lambda values: files.structured(values, TakenOver)).steps
 
 
 def weights_of(run: Run) -> dict[str, str]:
@@ -160,7 +162,7 @@ def follow(run: Run, phase: Phase, before: Phase) -> None:
     def check() -> None:
         if not (path.is_file() and checkpoints.folders(path.parent)):
             files.write_json(path, now)
-        elif files.read_json(path) != now:
+        elif files.read_as(path, dict) != now:
             raise UserError(
                 f"{path.parent} was trained after another {PHASES[before].title} than the one that is there now: delete"
                 f" {path.parent} too, to train it again"

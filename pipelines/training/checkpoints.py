@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from pipelines.console import UserError, say
-from pipelines.files import aside, clear_partial, discard, read_tensors, structured, write_flushed
+from pipelines.files import aside, clear_partial, discard, read_as, read_tensors, structured, write_flushed
 from pipelines.training import sharding
 
 CHECKSUMS = "checksums.json"
@@ -159,7 +159,7 @@ def checksum_of_state(path: Path, state: tuple[int, ...]) -> str:
 def verify(folder: Path, *names: str) -> None:
     """Raises UserError naming the file of a checkpoint that is missing, truncated or altered."""
     try:
-        checksums = json.loads((folder / CHECKSUMS).read_text())
+        checksums = read_as(folder / CHECKSUMS, dict, mend="")
         for name in names:
             if checksum(folder / name) != checksums.get(name):
                 raise UserError(f"{folder / name} is truncated or altered: its checksum does not fit")
@@ -172,16 +172,11 @@ def check(folder: Path) -> Checkpoint:
 
     Raises UserError naming the file that is missing, truncated or altered.
     """
-    try:
-        verify(folder, "model.safetensors", "config.json")
-        found = Checkpoint(folder, structured(json.loads((folder / "config.json").read_text()), Record))
-        if found.step != int(folder.name.removeprefix("step-")):
-            raise ValueError("a checkpoint of another step")
-        return found
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"{folder / CHECKSUMS}, or the record beside it, is unreadable") from error
+    verify(folder, "model.safetensors", "config.json")
+    found = Checkpoint(folder, read_as(folder / "config.json", lambda values: structured(values, Record), mend=""))
+    if found.step != int(folder.name.removeprefix("step-")):
+        raise UserError(f"{folder} holds the checkpoint of another step")
+    return found
 
 
 def folders(folder: Path) -> list[Path]:
