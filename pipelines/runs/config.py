@@ -148,12 +148,14 @@ def from_dict(values: dict[str, Any]) -> RunConfig:
     return structured(values, RunConfig, converter())
 
 
-def differences(old: Any, new: Any, name: str = "") -> list[str]:
+def differences(old: Any, new: Any, name: str = "") -> dict[str, tuple[Any, Any]]:
     """The fields in which two configs as dicts differ, by dotted name with both values."""
-    if isinstance(old, dict) and isinstance(new, dict):
-        inner = [differences(old.get(key), new.get(key), f"{name}.{key}" if name else key) for key in {**old, **new}]
-        return [difference for found in inner for difference in found]
-    return [] if old == new else [f"{name}: {old} in the run, {new} asked for"]
+    if not (isinstance(old, dict) and isinstance(new, dict)):
+        return {} if old == new else {name: (old, new)}
+    found: dict[str, tuple[Any, Any]] = {}
+    for key in {**old, **new}:
+        found |= differences(old.get(key), new.get(key), f"{name}.{key}" if name else key)
+    return found
 
 
 def read_config(path: Path) -> RunConfig:

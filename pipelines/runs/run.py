@@ -2,11 +2,11 @@
 
 import os
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, NamedTuple, cast
+from typing import Any, Literal, NamedTuple, cast
 
 from filelock import FileLock, Timeout
 
@@ -44,11 +44,11 @@ PHASES: dict[Phase, PhaseNames] = {
     "refined": PhaseNames("refine", "joint fine-tuning"),
 }
 """The phases in the order of training."""
-FREE = (
-    *("data.root:", "data.urls:", "data.test_urls:", "data.cache:", "data.in_memory:", "data.skip_unreadable:", "metrics."),
-    *(f"{phase.config}.{setting}:" for phase in PHASES.values() for setting in ("compile", "checkpoint_steps")),
-)
-"""Settings of the same images and the same training: a run goes on under others."""
+FREE = {
+    *("data.root", "data.urls", "data.test_urls", "data.cache", "data.in_memory", "data.skip_unreadable"),
+    *(f"{phase.config}.{setting}" for phase in PHASES.values() for setting in ("compile", "checkpoint_steps")),
+}
+"""Settings of the same images and the same training: a run goes on under others. So are all of metrics."""
 
 
 def folder_of(name: str) -> Path:
@@ -237,14 +237,20 @@ def longer(before: RunConfig, now: RunConfig) -> list[Phase]:
     return [phase for phase, (old, new) in pairs.items() if old is not None and new is not None and new.steps > old.steps]
 
 
+def changes(before: dict[str, Any], now: dict[str, Any], free: Set[str] = FREE) -> str:
+    """What differs between two configs as dicts, but for the free settings, in words; "" where nothing does."""
+    found = differences(before, now)
+    kept = [name for name in found if name not in free and not name.startswith("metrics.")]
+    return "; ".join(f"{name}: {found[name][0]} in the run, {found[name][1]} asked for" for name in kept)
+
+
 def refuse_another(path: Path, config: RunConfig) -> None:
     """Raises UserError where a run's config.json is of another config, which is not just of a longer training."""
     before = read_config(path)
-    free = FREE + tuple(f"{PHASES[phase].config}.steps:" for phase in longer(before, config))
-    changed = [change for change in differences(to_dict(before), to_dict(config)) if not change.startswith(free)]
-    if changed:
+    steps = {f"{PHASES[phase].config}.steps" for phase in longer(before, config)}
+    if changed := changes(to_dict(before), to_dict(config), FREE | steps):
         folder = shlex.quote(str(path.parent))
         raise UserError(
-            f"{path.parent} holds a run of another config ({'; '.join(changed)}). To go on with it as it was begun:"
+            f"{path.parent} holds a run of another config ({changed}). To go on with it as it was begun:"
             f" python -m pipelines.train_all --run {folder}. To train another one, give it another name with --run."
         )

@@ -11,9 +11,9 @@ from pathlib import Path
 from pipelines import processes
 from pipelines.console import UserError, say
 from pipelines.files import aside, write_json
-from pipelines.runs.config import differences, to_dict
+from pipelines.runs.config import to_dict
 from pipelines.runs.parts import TAKEN_OVER, TakenOver, finished, taken_over
-from pipelines.runs.run import FREE, Run
+from pipelines.runs.run import Run, changes
 from pipelines.training import checkpoints
 
 STAGE1_SETTINGS = ("data", "mirror", "precision", "stage1", "autoencoder")
@@ -25,9 +25,9 @@ def check_source(run: Run, source: Run) -> None:
     if source.folder.resolve() == run.folder.resolve():
         raise UserError(f"--stage1-from names the run itself, {run.folder}: give the new run another name with --run")
     theirs, ours = ({name: to_dict(each.config)[name] for name in STAGE1_SETTINGS} for each in (source, run))
-    if changed := [change for change in differences(theirs, ours) if not change.startswith(FREE)]:
+    if changed := changes(theirs, ours):
         raise UserError(
-            f"the stage 1 of {source.folder} does not fit ({'; '.join(changed)}): leave these settings as they are there, or"
+            f"the stage 1 of {source.folder} does not fit ({changed}): leave these settings as they are there, or"
             " train a stage 1 of its own, without --stage1-from"
         )
     if own_stage1(run) not in (None, finished(source, "stage1").digest()):
