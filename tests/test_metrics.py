@@ -232,7 +232,7 @@ def space(tmp_path, count: int) -> FeatureSpace:
     torch.manual_seed(0)
     model = Classifier(1, 2, (28, 28))
     images = torch.randint(0, 256, (count, 1, 28, 28), dtype=torch.uint8)
-    return FeatureSpace(model, {"extractor": "test"}, ImageSet(images), open_fabric("cpu", "float32"), tmp_path)
+    return FeatureSpace(model, "test", ImageSet(images), open_fabric("cpu", "float32"), tmp_path)
 
 
 def judged(space: FeatureSpace, count: int) -> tuple[Judge, dict]:
@@ -326,7 +326,7 @@ def test_features_that_do_not_vary_are_withheld_with_the_reason(tmp_path, dead):
     images = torch.full((100, 1, 8, 8), 7, dtype=torch.uint8)
     if dead:
         images.random_(generator=torch.Generator().manual_seed(0))
-    made = FeatureSpace(model, {"extractor": "test"}, ImageSet(images), open_fabric("cpu", "float32"), tmp_path)
+    made = FeatureSpace(model, "test", ImageSet(images), open_fabric("cpu", "float32"), tmp_path)
     features = made.features(images, "features")
     distances, _ = nearest_neighbours(features, made.reference)
     judge = Judge(made, distances, seed=0)
@@ -397,8 +397,8 @@ def inception_file(tmp_path_factory):
 
 def test_inception_features_are_those_of_torch_fidelity(inception_file):
     network, path = inception_file
-    model, description = published("inception", path)
-    assert description["extractor"] == "inception (not its standard weights, but random.pth)"
+    model, name = published("inception", path)
+    assert name == "inception (not its standard weights, but random.pth)"
     images = torch.randint(0, 256, (2, 1, 28, 28), dtype=torch.uint8)
     (expected,) = network(images.repeat(1, 3, 1, 1))
     features = model.features(images)
@@ -428,8 +428,8 @@ def small_dinov2(monkeypatch):
 @pytest.mark.parametrize("shape", [(1, 28, 28), (3, 40, 24), (3, 256, 256)])
 def test_dinov2_looks_at_images_as_dgm_eval_prepares_them(small_dinov2, tmp_path, shape):
     torch.save(small_dinov2, tmp_path / "random.pth")
-    model, description = published("dinov2", tmp_path / "random.pth")
-    assert description["extractor"] == "dinov2 (not its standard weights, but random.pth)"
+    model, name = published("dinov2", tmp_path / "random.pth")
+    assert name == "dinov2 (not its standard weights, but random.pth)"
     images = torch.randint(0, 256, (2, *shape), dtype=torch.uint8)
     pictures = [Image.fromarray(image.expand(3, -1, -1).movedim(0, -1).numpy()) for image in images]
     dgm_eval = transforms.Compose(
@@ -586,12 +586,12 @@ def test_a_second_run_waits_for_the_classifier_that_another_is_training(tmp_path
     def trained():
         return features.trained_classifier(open_fabric("cpu", "float32"), config, splits, tmp_path, seed=0)
 
-    first, described = trained()
+    first, accuracy = trained()
     (folder,) = (path for path in tmp_path.iterdir() if path.is_dir())
     last = sorted(folder.iterdir())[-1]
     shutil.rmtree(last)  # as if the other were still at it
-    second, described_again = made_by_a_second_run(trained, last, folder.with_suffix(".lock"), capsys)
-    assert described_again == described
+    second, accuracy_again = made_by_a_second_run(trained, last, folder.with_suffix(".lock"), capsys)
+    assert accuracy_again == accuracy
     assert all(torch.equal(a, b) for a, b in zip(first.state_dict().values(), second.state_dict().values()))
 
 
@@ -615,10 +615,9 @@ def test_accuracy_of_a_classifier_is_measured_once_for_the_same_test_images(tmp_
     monkeypatch.setattr(features, "evaluate", counted)
 
     def accuracy(test: ImageSet) -> float:
-        _, described = features.trained_classifier(
+        return features.trained_classifier(
             open_fabric("cpu", "float32"), config, dataclasses.replace(splits, test=test), tmp_path, seed=0
-        )
-        return described["accuracy"]
+        )[1]
 
     other_labels = ImageSet(splits.test.images, 1 - splits.test.labels)
     first, again, other = accuracy(splits.test), accuracy(splits.test), accuracy(other_labels)

@@ -162,19 +162,27 @@ class FeatureSpace:
     Of more than MOST_TRAINING images these are of some, evenly spaced.
     """
 
-    def __init__(self, model: nn.Module, description: dict[str, Any], train: ImageSet, fabric: Fabric, cache: Path):
-        assert isinstance(model, Classifier | Inception | DinoV2)
+    def __init__(
+        self,
+        model: Classifier | Inception | DinoV2,
+        extractor: str,
+        train: ImageSet,
+        fabric: Fabric,
+        cache: Path,
+        accuracy: float | None = None,
+    ):
+        """extractor, accuracy: as of `Features`."""
         self.model, self.fabric, self.scale, self.cache = model.eval(), fabric, 1.0, cache
         self.compared = torch.arange(0, len(train), math.ceil(len(train) / MOST_TRAINING))
         """the numbers of the training images that are compared with, M"""
         self.images = len(train)
         self.train = train if len(self.compared) == len(train) else train.subset(self.compared)
         self.description = Features(
-            extractor=description["extractor"],
+            extractor=extractor,
             dimensions=model.dimensions,
             digest=digest_of(model.state_dict()),
             reference=Reference(len(self.train), hashlib.sha256(content_of(self.train.images)).hexdigest()[:16]),
-            accuracy=description.get("accuracy"),
+            accuracy=accuracy,
         )
         self.reference = self.of_training()
         spread, square = moments(self.reference)
@@ -335,10 +343,8 @@ def in_parts(config: FitConfig, pixels: int) -> FitConfig:
     return replace(config, microbatches=max(config.microbatches, min(fitting, default=share)))
 
 
-def trained_classifier(
-    fabric: Fabric, config: MetricsConfig, splits: Splits, cache: Path, seed: int
-) -> tuple[Classifier, dict[str, Any]]:
-    """A classifier of the data set's labels, trained or loaded from `cache`, and its description.
+def trained_classifier(fabric: Fabric, config: MetricsConfig, splits: Splits, cache: Path, seed: int) -> tuple[Classifier, float]:
+    """A classifier of the data set's labels, trained or loaded from `cache`, and the share of test images that it reads right.
 
     Of several runs on one data set, the first to need it trains it; the others wait. Its accuracy is said once.
     """
@@ -364,7 +370,7 @@ def trained_classifier(
     test = hashlib.sha256(content_of(splits.test.images))
     test.update(content_of(splits.test.labels))
     accuracy = files.cached(folder / "accuracy.safetensors", test.hexdigest()[:16], on_test_images)["accuracy"]
-    return model.eval(), {"extractor": "classifier", "accuracy": float(accuracy)}
+    return model.eval(), float(accuracy)
 
 
 def feature_space(fabric: Fabric, config: MetricsConfig, splits: Splits, cache: Path, seed: int = 0) -> FeatureSpace:
@@ -372,17 +378,19 @@ def feature_space(fabric: Fabric, config: MetricsConfig, splits: Splits, cache: 
 
     seed: of a classifier's training, or of random weights. Raises UserError where published weights are not to be had.
     """
-    model: nn.Module
+    model: Classifier | Inception | DinoV2
+    extractor, accuracy = "classifier", None
     if config.extractor in PUBLISHED:
         with fabric.rank_zero_first(local=True):  # which may download them
-            model, description = published(config.extractor, config.weights)
+            model, extractor = published(config.extractor, config.weights)
     elif splits.label_names:
-        model, description = trained_classifier(fabric, config, splits, cache, seed)
+        model, accuracy = trained_classifier(fabric, config, splits, cache, seed)
     else:
         torch.manual_seed(seed)
         model = Classifier(splits.image_shape[0], 2, splits.image_shape[1:])
-        description = {"extractor": f"random network, seed {seed} (no labels)"}
-    return FeatureSpace(fabric.to_device(model), description, splits.train, fabric, cache)
+        extractor = f"random network, seed {seed} (no labels)"
+    fabric.to_device(model)
+    return FeatureSpace(model, extractor, splits.train, fabric, cache, accuracy)
 
 
 def choosing_space(fabric: Fabric, config: MetricsConfig, splits: Splits, cache: Path) -> FeatureSpace:

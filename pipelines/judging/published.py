@@ -8,7 +8,6 @@ import importlib
 import io
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any
 from urllib.error import URLError
 
 import torch
@@ -91,8 +90,11 @@ def resized(positions: Tensor, side: int) -> Tensor:
 PUBLISHED: dict[str, type[Inception] | type[DinoV2]] = {"inception": Inception, "dinov2": DinoV2}
 
 
-def published(name: str, weights: Path | None) -> tuple[Inception | DinoV2, dict[str, Any]]:
-    """The network of this name with weights from a file, or downloaded. Raises UserError where they are not to be had."""
+def published(name: str, weights: Path | None) -> tuple[Inception | DinoV2, str]:
+    """The network of this name with weights from a file, or downloaded, and what tables call it.
+
+    Raises UserError where the weights are not to be had.
+    """
     network = PUBLISHED[name]
     source = weights or network.address
     size = f"{network.megabytes:,} MB"
@@ -102,8 +104,7 @@ def published(name: str, weights: Path | None) -> tuple[Inception | DinoV2, dict
         content = (weights or downloaded(network.address, network.checksum)).read_bytes()
         state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)  # which runs nothing of the file
         standard = hashlib.sha256(content).hexdigest().startswith(network.checksum)
-        description = name if standard else f"{name} (not its standard weights, but {Path(source).name})"
-        return network(state), {"extractor": description}
+        return network(state), name if standard else f"{name} (not its standard weights, but {Path(source).name})"
     except ImportError as error:
         raise UserError(f"the {name} features need {network.package}: pip install -e '.[{name}]'") from error
     except (FileNotFoundError, IsADirectoryError) as error:
