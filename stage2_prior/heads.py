@@ -243,6 +243,10 @@ class CodeDraws(NamedTuple):
     compiled: CompiledDraw | None
 
 
+class Logits(nn.Linear):
+    """The layer before the logits of K codes: row k of its weights belongs to code k, as in an embedding."""
+
+
 class CategoricalHead(Head):
     """Two linear layers from the features to the logits of K codes."""
 
@@ -250,7 +254,7 @@ class CategoricalHead(Head):
         super().__init__()
         self.embedding = nn.Embedding(vocabulary, width)
         self.hidden = nn.Linear(width, hidden)
-        self.output = nn.Linear(hidden, vocabulary)
+        self.output = Logits(hidden, vocabulary)
 
     def values(self, latent: Tensor) -> Tensor:
         return latent

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from pipelines.training.muon import MOMENTUM, Muon, is_matrix, orthogonal
+from stage2_prior.heads import Logits
 
 SHAPES = [(4, 4), (4, 40), (40, 4), (64, 576), (100, 100)]
 
@@ -30,23 +31,37 @@ def test_neither_scale_nor_company_matters():
     assert torch.equal(orthogonal(torch.zeros(1, 6, 30)), torch.zeros(1, 6, 30))
 
 
-def test_vectors_and_slim_matrices_are_adamw_s():
+class Codes(nn.Module):
+    """Weights of all kinds that are not made orthogonal."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding, self.slim, self.logits = nn.Embedding(9, 4), nn.Linear(4, 3), Logits(4, 9)
+
+    def forward(self):
+        features = self.embedding(torch.arange(9))
+        return self.logits(features).logsumexp(1).sum() + self.slim(features).square().sum()
+
+
+def test_vectors_slim_matrices_and_tables_of_codes_are_adamw_s():
     assert not any(is_matrix(torch.empty(shape)) for shape in ((8,), (), (8, 3), (1, 64), (3, 8, 3, 3)))
     assert all(is_matrix(torch.empty(shape)) for shape in ((8, 4), (8, 1, 3, 3), (4, 4)))
-    models = [nn.Linear(3, 8), nn.Linear(3, 8)]
+    models = [Codes(), Codes()]
     models[1].load_state_dict(models[0].state_dict())
-    for model, kind in zip(models, (Muon, torch.optim.AdamW)):
-        optimizer = kind(model.parameters(), lr=0.1, weight_decay=0.2, betas=(0.9, 0.99))
+    settings = {"lr": 0.1, "weight_decay": 0.2, "betas": (0.9, 0.99)}
+    optimizers = [Muon(models[0], **settings), torch.optim.AdamW(models[1].parameters(), **settings)]
+    for model, optimizer in zip(models, optimizers):
         for _ in range(3):
-            model(torch.ones(1, 3)).square().sum().backward()
+            model().backward()
             optimizer.step()
     assert all(torch.allclose(*pair, rtol=1e-5) for pair in zip(models[0].parameters(), models[1].parameters()))
+    assert not optimizers[0].matrices
 
 
 def test_two_steps_are_as_the_formula_says():
     """Of a convolution: m ← μ m + (1-μ) g, then w ← (1-ρλ) w - 0.2 ρ √max(R, C) O((1-μ) g + μ m)."""
     layer, lr, decay = nn.Conv2d(4, 6, 3, bias=False), 0.01, 0.5
-    optimizer = Muon(layer.parameters(), lr=lr, weight_decay=decay, betas=(0.9, 0.99))
+    optimizer = Muon(layer, lr=lr, weight_decay=decay, betas=(0.9, 0.99))
     expected, momentum = layer.weight.detach().clone().reshape(6, 36), torch.zeros(6, 36)
     for _ in range(2):
         optimizer.zero_grad()
@@ -62,7 +77,7 @@ def test_two_steps_are_as_the_formula_says():
 def test_a_weight_without_a_gradient_stays():
     layers = nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)])
     before = [parameter.detach().clone() for parameter in layers.parameters()]
-    optimizer = Muon(layers.parameters(), lr=0.1, weight_decay=0.1, betas=(0.9, 0.99))
+    optimizer = Muon(layers, lr=0.1, weight_decay=0.1, betas=(0.9, 0.99))
     layers[0](torch.ones(1, 4)).sum().backward()
     optimizer.step()
     moved = [not torch.equal(*pair) for pair in zip(before, layers.parameters())]

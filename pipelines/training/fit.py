@@ -35,7 +35,7 @@ from pipelines.training import checkpoints, sharding
 from pipelines.training.average import Average
 from pipelines.training.config import FitConfig, OnNan, check_batches
 from pipelines.training.fabric import Fabric, ModelParallelStrategy
-from pipelines.training.muon import Muon, is_matrix
+from pipelines.training.muon import Muon
 from pipelines.training.order import Order, Source, in_order, prefetch, seed_of
 
 REMEDY = "A lower learning rate, under another --run, may help"
@@ -222,9 +222,14 @@ class Training:
                 torch._functorch.config.backward_pass_autocast = "off"
             model.compile()
         self.wrapped = fabric.setup_module(model)
-        kind = Muon if config.optimizer == "muon" else torch.optim.AdamW
-        self.optimizer = kind(
-            model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay, betas=(0.9, 0.99), fused=True
+        settings: dict[str, Any] = {
+            "lr": config.learning_rate,
+            "weight_decay": config.weight_decay,
+            "betas": (0.9, 0.99),
+            "fused": True,
+        }
+        self.optimizer = (
+            Muon(model, **settings) if config.optimizer == "muon" else torch.optim.AdamW(model.parameters(), **settings)
         )
         self.wrapped_optimizer: Any = fabric.setup_optimizers(self.optimizer)
         self.average = Average(model, config.average_decay)
@@ -445,7 +450,7 @@ class Training:
         state: dict[int, dict[str, Tensor]] = {}
         for index, moments in found.items():
             shape = parameters[index].shape if index in parameters else None
-            orthogonal = isinstance(self.optimizer, Muon) and index in parameters and is_matrix(parameters[index])
+            orthogonal = isinstance(self.optimizer, Muon) and parameters.get(index) in self.optimizer.matrices
             names = ["momentum"] if orthogonal else ["exp_avg", "exp_avg_sq"]
             if {name: tensor.shape for name, tensor in moments.items()} != {"step": (), **dict.fromkeys(names, shape)}:
                 raise UserError(f"{last.folder / 'training.safetensors'} is of another training: optimizer.{index} does not fit")

@@ -1,20 +1,21 @@
 """Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon): momentum for matrices, made orthogonal.
 
 The momentum M = U S Vᵀ of a matrix is replaced by about U Vᵀ: all directions are learned at one pace, not the strongest first.
-Vectors and scalars, which have no such directions, are left to AdamW.
+Vectors and scalars, which have no such directions, are left to AdamW. So are tables with a row for each code, as in the post:
+embeddings and the layer before the logits. Their rare codes should not move as far as the frequent ones.
 
 torch.optim.Muon refuses the weights of convolutions, and iterates in bfloat16, which is slow on CPUs that emulate it.
 """
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pipelines.training import sharding
+from stage2_prior.heads import Logits
 
 COEFFICIENTS = (
     (4.0848, -6.8946, 2.9270),
@@ -29,8 +30,13 @@ MOMENTUM = 0.95  # as in the post
 FEWEST = 4  # rows, or columns, of a matrix that is worth it
 
 
+def matrices_of(model: nn.Module) -> list[Tensor]:
+    """Weights that have several rows and columns, with all their dimensions but the first as one, and are no tables of codes."""
+    tables = {module.weight for module in model.modules() if isinstance(module, (nn.Embedding, Logits))}
+    return [weight for weight in model.parameters() if is_matrix(weight) and weight not in tables]
+
+
 def is_matrix(weight: Tensor) -> bool:
-    """Whether a weight, with all its dimensions but the first as one, has several rows and columns."""
     return weight.dim() > 1 and min(len(weight), weight.numel() // len(weight)) >= FEWEST
 
 
@@ -53,18 +59,19 @@ def orthogonal(matrices: Tensor) -> Tensor:
 
 
 class Muon(torch.optim.AdamW):
-    """Muon for weights of which `is_matrix` is true, AdamW for the others; both at the learning rates of AdamW.
+    """Muon for `matrices_of` a model, AdamW for its other weights; both at the learning rates of AdamW.
 
     The root mean square of a matrix's update is 0.2 times the learning rate, about that of AdamW (Liu et al. 2025,
     https://arxiv.org/abs/2502.16982).
     """
 
-    def __init__(self, weights: Iterable[Tensor], **settings: Any):
+    def __init__(self, model: nn.Module, **settings: Any):
         """settings: those of AdamW, of which matrices take lr and weight_decay."""
-        weights = list(weights)
-        others = {"params": [weight for weight in weights if not is_matrix(weight)]}
-        matrices = {"params": [weight for weight in weights if is_matrix(weight)]}
-        super().__init__([others, matrices], **settings)
+        matrices = matrices_of(model)
+        self.matrices = set(matrices)
+        others = [weight for weight in model.parameters() if weight not in self.matrices]
+        groups: list[dict[str, Any]] = [{"params": others}, {"params": matrices}]
+        super().__init__(groups, **settings)
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
