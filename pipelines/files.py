@@ -1,15 +1,16 @@
-"""Files that are whole or absent: they are written aside, flushed and renamed. Also JSON, tensors, locks and caches.
+"""Files that are whole or absent: they are written aside, flushed and renamed. Also JSON, tensors, digests, locks and caches.
 
 Nothing is read by pickle.
 """
 
 import functools
+import hashlib
 import json
 import os
 import re
 import secrets
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
@@ -253,6 +254,14 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         return safetensors.torch.load_file(path)
     except (safetensors.SafetensorError, ValueError, KeyError, OverflowError) as error:
         raise UserError(f"{path} is not a file of tensors ({error}); delete {path.parent} to have it made again") from error
+
+
+def digest_of(parts: Iterable[bytes | memoryview]) -> str:
+    """Names what is in the parts, one after another: the first 64 bits of their SHA-256."""
+    key = hashlib.sha256()
+    for part in parts:
+        key.update(part)
+    return key.hexdigest()[:16]
 
 
 def cached(path: Path, key: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:

@@ -39,7 +39,7 @@ from pipelines.judging.features import (
     Classifier,
     FeatureSpace,
     Judge,
-    digest_of,
+    digest_of_state,
     feature_space,
     label_log_prob,
     rejection_sampled,
@@ -357,7 +357,7 @@ def test_the_classifier_looks_at_large_images_as_at_smaller_copies(tmp_path):
     whole, reducing = Classifier(3, 2, (64, 32)).eval(), Classifier(3, 2, (256, 128)).eval()
     reducing.load_state_dict(whole.state_dict(), strict=False)
     assert torch.allclose(whole.features(images), reducing.features(large), atol=1e-5)
-    assert repr(whole) != repr(reducing) and digest_of(whole.state_dict()) != digest_of(reducing.state_dict())
+    assert repr(whole) != repr(reducing) and digest_of_state(whole.state_dict()) != digest_of_state(reducing.state_dict())
 
 
 def test_of_too_many_training_images_some_are_compared_with(tmp_path, monkeypatch):

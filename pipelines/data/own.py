@@ -1,9 +1,8 @@
 """What all of the user's own images have in common, wherever they lie: which can be read, and how they are split."""
 
-import hashlib
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -20,7 +19,7 @@ from pipelines.data.identity import Used
 from pipelines.data.images import ImageSet, Splits, split, too_few_groups, with_validation
 from pipelines.data.layout import some
 from pipelines.data.reading import Stored, printable
-from pipelines.files import read_as, write_json
+from pipelines.files import digest_of, read_as, write_json
 
 FOLDER_TEST_SHARE = 0.1
 LEAST_ALIKE = 0.01  # share of the test images from which near-duplicates are told of
@@ -180,15 +179,18 @@ def labels_of(
 
 def listing_of(sets: list[ImageSet], left_out: list[dict[int, str]], label_names: list[str]) -> str:
     """A checksum of the names and labels of images in files, wherever those lie, but of those that are left out."""
-    key = hashlib.sha256(repr(label_names).encode())
-    for images, out in zip(sets, left_out):
-        assert isinstance(images.images, Stored)
-        labels = [None] * len(images) if images.labels is None else images.labels.tolist()
-        for index, (name, label) in enumerate(zip(images.images.files.names, labels)):
-            if index not in out:
-                key.update(os.fsencode(f"{name}\0{label}\0"))
-        key.update(b"\0")
-    return key.hexdigest()[:16]
+
+    def parts() -> Iterator[bytes]:
+        yield repr(label_names).encode()
+        for images, out in zip(sets, left_out):
+            assert isinstance(images.images, Stored)
+            labels = [None] * len(images) if images.labels is None else images.labels.tolist()
+            for index, (name, label) in enumerate(zip(images.images.files.names, labels)):
+                if index not in out:
+                    yield os.fsencode(f"{name}\0{label}\0")
+            yield b"\0"
+
+    return digest_of(parts())
 
 
 def readable(

@@ -4,9 +4,9 @@ N images, B a batch of them, C colour channels, H×W pixels.
 """
 
 import copy
-import hashlib
 import os
 from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
 from pathlib import Path
 from typing import BinaryIO, Protocol
 
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from pipelines.console import Progress, UserError, say
 from pipelines.data.decoding import REMARKS, Unreadable, read_image
+from pipelines.files import digest_of
 
 READERS = min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
 CHUNK = 1000  # images read at once where all are read
@@ -179,12 +180,10 @@ class Stored:
 
     def digest(self) -> str:
         """Names these images: a checksum of their order and names, and of the size and age of their files."""
-        key = hashlib.sha256(self.rows.numpy().tobytes())
-        for index in range(len(self.files)):
-            key.update(self.files.name(index).encode() + b"\0")
-        for path in self.files.paths:
-            key.update(repr(size_and_mtime(path)).encode())
-        return key.hexdigest()[:16]
+        names = (self.files.name(index).encode() + b"\0" for index in range(len(self.files)))
+        return digest_of(
+            chain([self.rows.numpy().tobytes()], names, (repr(size_and_mtime(path)).encode() for path in self.files.paths))
+        )
 
 
 def content_of(images: Tensor | Stored) -> bytes | memoryview:

@@ -3,7 +3,6 @@
 N samples with an image.
 """
 
-import hashlib
 import io
 import json
 import os
@@ -21,7 +20,7 @@ from numpy.typing import NDArray
 from pipelines.console import NotThere, Progress, UserError
 from pipelines.data.reading import size_and_mtime
 from pipelines.data.tars import ANNOTATIONS, MOST_OF_IMAGE, Member, Numbers, SplitName, entries_of, samples
-from pipelines.files import replace_file
+from pipelines.files import digest_of, replace_file
 
 VERSION = 1
 
@@ -150,7 +149,7 @@ def index_of_shard(path: str, split_name: SplitName, cache: Path) -> OfShard:
 
 def places_for(path: str, cache: Path) -> list[Path]:
     """Where the index of a shard is kept: the first of these that can be written."""
-    name = hashlib.sha256(os.fsencode(os.path.abspath(path))).hexdigest()[:16]
+    name = digest_of([os.fsencode(os.path.abspath(path))])
     return [Path(f"{path}.index"), cache / f"{name}.index"]
 
 

@@ -1,6 +1,5 @@
 """The user's own images in WebDataset shards, which are tar files."""
 
-import hashlib
 import json
 import re
 from collections import Counter
@@ -16,6 +15,7 @@ from pipelines.data.own import FEWEST_IMAGES, OwnImages, labels_of
 from pipelines.data.reading import Stored
 from pipelines.data.shard_index import Index, index_of, index_of_shard
 from pipelines.data.tars import SplitName, TarFiles
+from pipelines.files import digest_of
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ def split_name() -> SplitName:
 
 def cache_name(url: str) -> str:
     """Shards of one name from several places are several files."""
-    return f"{hashlib.sha256(url.encode()).hexdigest()[:16]}-{re.sub(r'[^A-Za-z0-9.-]+', '-', url)[-100:]}"
+    return f"{digest_of([url.encode()])}-{re.sub(r'[^A-Za-z0-9.-]+', '-', url)[-100:]}"
 
 
 def text_of(content: bytes | None) -> str | None:

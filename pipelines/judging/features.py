@@ -7,8 +7,8 @@ training images' covariance is 100 and a Fréchet distance reads like a percenta
 `dinov2`, the networks of published figures (published.py). The reference is the training split.
 """
 
-import hashlib
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -180,8 +180,8 @@ class FeatureSpace:
         self.description = Features(
             extractor=extractor,
             dimensions=model.dimensions,
-            digest=digest_of(model.state_dict()),
-            reference=Reference(len(self.train), hashlib.sha256(content_of(self.train.images)).hexdigest()[:16]),
+            digest=digest_of_state(model.state_dict()),
+            reference=Reference(len(self.train), files.digest_of([content_of(self.train.images)])),
             accuracy=accuracy,
         )
         self.reference = self.of_training()
@@ -272,13 +272,15 @@ def moments(points: Joined) -> tuple[float, float]:
     return float(around.sum()) / max(1, count - 1), square / count
 
 
-def digest_of(tensors: dict[str, Tensor]) -> str:
+def digest_of_state(tensors: dict[str, Tensor]) -> str:
     """Names tensors by what is in them."""
-    key = hashlib.sha256()
-    for name, tensor in sorted(tensors.items()):
-        key.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        key.update(tensor.detach().cpu().contiguous().numpy().tobytes())
-    return key.hexdigest()[:16]
+
+    def parts() -> Iterator[bytes]:
+        for name, tensor in sorted(tensors.items()):
+            yield f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode()
+            yield tensor.detach().cpu().contiguous().numpy().tobytes()
+
+    return files.digest_of(parts())
 
 
 class Judge:
@@ -350,11 +352,9 @@ def trained_classifier(fabric: Fabric, config: MetricsConfig, splits: Splits, ca
     """
     torch.manual_seed(seed)
     model = Classifier(splits.image_shape[0], len(splits.label_names), splits.image_shape[1:])
-    key = hashlib.sha256(repr((model, config.classifier, seed)).encode())
-    for part in (splits.train.images, splits.train.labels, splits.validation.images):
-        assert part is not None
-        key.update(content_of(part))
-    folder = cache / key.hexdigest()[:16]
+    assert splits.train.labels is not None and splits.test.labels is not None
+    parts = (splits.train.images, splits.train.labels, splits.validation.images)
+    folder = cache / files.digest_of([repr((model, config.classifier, seed)).encode(), *map(content_of, parts)])
     last, label = folder / f"step-{config.classifier.steps:07d}", "second classifier" if seed else "classifier"
     with files.alone(folder, last.is_dir):
         training = in_parts(config.classifier, math.prod(model.size))
@@ -366,10 +366,8 @@ def trained_classifier(fabric: Fabric, config: MetricsConfig, splits: Splits, ca
         say(f"{label}: accuracy {100 * found:.1f} % on {counted(len(splits.test), 'test image')}")
         return {"accuracy": torch.tensor(found, dtype=torch.float64)}
 
-    assert splits.test.labels is not None
-    test = hashlib.sha256(content_of(splits.test.images))
-    test.update(content_of(splits.test.labels))
-    accuracy = files.cached(folder / "accuracy.safetensors", test.hexdigest()[:16], on_test_images)["accuracy"]
+    test = files.digest_of([content_of(splits.test.images), content_of(splits.test.labels)])
+    accuracy = files.cached(folder / "accuracy.safetensors", test, on_test_images)["accuracy"]
     return model.eval(), float(accuracy)
 
 

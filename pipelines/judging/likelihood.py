@@ -12,12 +12,12 @@ they are of -log p(x|context), such as a label.
 N images, L draws of z an image, C latent channels, h×w latent grid. Errors are standard errors over images.
 """
 
-import hashlib
 import math
 import signal
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -171,12 +171,10 @@ class Measurement:
 
     def key(self) -> str:
         """Names the weights, the images and what is asked of them, but not how many images."""
-        digest = hashlib.sha256(repr(("whole batches", self.samples, self.naive, self.seed, list(self.priors))).encode())
-        models = [self.autoencoder, *self.priors.values()]
-        digest.update(content_of(self.images))
-        for tensor in (tensor for model in models for tensor in model.state_dict().values()):
-            digest.update(tensor.cpu().contiguous().numpy().tobytes())
-        return digest.hexdigest()[:16]
+        asked = repr(("whole batches", self.samples, self.naive, self.seed, list(self.priors))).encode()
+        tensors = (tensor for model in (self.autoencoder, *self.priors.values()) for tensor in model.state_dict().values())
+        weights = (tensor.cpu().contiguous().numpy().tobytes() for tensor in tensors)
+        return files.digest_of(chain([asked, content_of(self.images)], weights))
 
     def columns(self, count: int) -> dict[str, Tensor]:
         """Columns by name, one value for each of the first images, in nats: from disk as far as they are there, else measured.

@@ -1,6 +1,5 @@
 """Is q(z) really N(0, I)?"""
 
-import hashlib
 import math
 from dataclasses import dataclass
 
@@ -11,6 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Circle
 from torch import Tensor
 
+from pipelines.files import digest_of
 from pipelines.judging.likelihood import mutual_information
 from pipelines.pages.plots import COLOURS, plain
 from pipelines.runs.dataset import read_facts
@@ -170,7 +170,7 @@ def swept_network(trained: Trained, layers: int, width: int, positions: int) -> 
     model.encoder, _ = FullyConnected(layers, width, positions).encoder(splits.image_shape)
     name = f"fully-connected-{layers}x{width}-{positions}"
     settings = repr((decoder, SWEEP_FIT, run.config.seed, read_facts(run).content))
-    folder = run.work / "studies" / f"{name}-{hashlib.sha256(settings.encode()).hexdigest()[:8]}"
+    folder = run.work / "studies" / f"{name}-{digest_of([settings.encode()])[:8]}"
     label = f"encoder of {layers} × {width}, {positions} latent numbers"
     fit(run.fabric, model, splits.train, splits.validation, SWEEP_FIT, run.config.seed, folder, label)
     terms = evaluate(run.fabric, model, splits.test, CHUNK, 0)
