@@ -24,7 +24,7 @@ from pipelines.runs.dataset import background_of, load_data, read_facts, write_g
 from pipelines.runs.names import Pixels, preset_name
 from pipelines.runs.options import DEFAULTS, Options
 from pipelines.runs.parts import check_density, load_autoencoder, specs_of
-from pipelines.runs.priors import WithoutContext, densities, open_prior
+from pipelines.runs.priors import WithoutContext, open_prior, prior_names
 from pipelines.runs.recipes import parts_of, preset
 from pipelines.runs.run import GIVEN, Run, folder_of
 from pipelines.runs.sampling import generate
@@ -145,7 +145,7 @@ class TwoStage:
     @property
     def priors(self) -> list[str]:
         """Names of the priors that can be sampled, the learned one last."""
-        return densities(self.run, self.specs)
+        return prior_names(self.run, self.specs)
 
     @property
     def tuned(self) -> dict[str, Any]:

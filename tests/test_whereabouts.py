@@ -73,7 +73,7 @@ def test_what_a_command_has_named_is_believed_from_then_on(tmp_path, monkeypatch
 
 
 def test_a_run_that_is_opened_is_not_believed_and_one_that_is_made_is(run, monkeypatch):
-    assert run.given and not Run.open(str(run.folder), "cpu").given
+    assert run.trusted and not Run.open(str(run.folder), "cpu").trusted
     monkeypatch.setattr(whereabouts, "places", lambda config: {"--data.root": Path("/")})
     with pytest.raises(UserError, match="you have not confirmed on this machine"):
         load_data(Run.open(str(run.folder), "cpu"))

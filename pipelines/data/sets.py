@@ -4,7 +4,7 @@ N images, C colour channels, H×W pixels.
 
 Both stages are trained on `train`, which is also the reference of the Fréchet distance; checkpoints are chosen on `validation`;
 every figure is measured on `test`. Splits are stratified by label and seeded. Images are in memory, or `Stored` when they are
-too many. To add a data set: a function that returns `Splits`, its config, and its name in the union at the end.
+too many. To add a data set: a config whose `load` returns `Splits`, and its name in the union at the end.
 """
 
 from dataclasses import dataclass
@@ -58,7 +58,7 @@ class TorchvisionSet:
 
     def load(self, report: Path | None = None) -> Splits:
         train, test = (self.part(train=train) for train in (True, False))
-        splits = with_validation(image_set(train), image_set(test), list(train.classes))
+        splits = with_validation(from_arrays(train), from_arrays(test), list(train.classes))
         return splits.binarized() if self.binarize else splits
 
     def part(self, train: bool) -> Any:
@@ -89,7 +89,7 @@ class TorchvisionSet:
             ) from error
 
 
-def image_set(dataset: Any) -> ImageSet:
+def from_arrays(dataset: Any) -> ImageSet:
     """An image set from torchvision's in-memory arrays, N H W or N H W C."""
     images = torch.as_tensor(dataset.data)
     images = images[:, None] if images.ndim == 3 else images.permute(0, 3, 1, 2)

@@ -35,7 +35,7 @@ from pipelines.data.reading import Stored, content_of
 from pipelines.judging.bounds import Bound, Bounds, BoundsOfPrior, Estimate, LatentNumbers, Naive
 from pipelines.runs.latents import encode
 from pipelines.runs.parts import check_density, load_autoencoder, specs_of
-from pipelines.runs.priors import densities, open_prior
+from pipelines.runs.priors import open_prior, prior_names
 from pipelines.runs.run import Run
 from pipelines.training.order import seed_of
 from stage1_vae.autoencoder import Autoencoder
@@ -83,7 +83,7 @@ def likelihood(
     check_density(run, autoencoder)
     specs = specs_of(autoencoder)
     discrete = specs[0].vocabulary is not None
-    known = densities(run, specs) + ([] if discrete else ["posterior"])
+    known = prior_names(run, specs) + ([] if discrete else ["posterior"])
     for name in priors:
         if name not in known:
             raise UserError(f"there is no prior {name!r} with a density over these latents{nearest(name, known)}")

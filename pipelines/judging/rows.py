@@ -26,7 +26,7 @@ from pipelines.judging.features import (
 from pipelines.runs.config import MetricsConfig
 from pipelines.runs.latents import encode
 from pipelines.runs.parts import load_autoencoder, specs_of
-from pipelines.runs.priors import densities, open_prior
+from pipelines.runs.priors import open_prior, prior_names
 from pipelines.runs.run import Run
 from pipelines.runs.sampling import Samples, not_numbers, pixel_noise, sampler
 from stage1_vae.autoencoder import Autoencoder
@@ -72,7 +72,7 @@ class Subject:
         chosen = torch.randperm(len(splits.test), generator=torch.Generator().manual_seed(seed))[:count]
         latents = encode(run, autoencoder, splits.test, "test")
         contexts = None if latents.contexts is None or run.conditioned_on is None else latents.contexts[chosen]
-        priors = {name: open_prior(run, name, specs) for name in (*densities(run, specs), "posterior")}
+        priors = {name: open_prior(run, name, specs) for name in (*prior_names(run, specs), "posterior")}
         return cls(run, splits, judging, seed, autoencoder, specs, space, latents, chosen, contexts, priors)
 
     @cached_property

@@ -77,7 +77,7 @@ def write_facts(run: Run, splits: Splits) -> None:
         telling = sorted(some, key=len)[len(some) // 2]  # neither the tersest nor the wordiest comes first
         facts = replace(facts, caption_examples=[telling, *(caption for caption in some if caption != telling)])
     files.write_json(run.folder / FACTS, vars(facts))
-    if run.given:
+    if run.trusted:
         whereabouts.remember(run.config)
 
 
@@ -109,7 +109,7 @@ def load_data(run: Run) -> Splits:
     Raises UserError when the run is trained on other splits: drawn anew, the test split would hold images of the training. Also
     where the config was read from the run's folder and names a place that no command on this machine has.
     """
-    if not run.given:
+    if not run.trusted:
         whereabouts.check(run.config, run.folder)
     data = run.config.data
     if (place := place_of_own_images(run)) is not None and isinstance(data, Folder | Parquet):

@@ -16,8 +16,8 @@ from stage2_prior.prior import Prior
 from stage2_prior.sampling import AS_FITTED, CannotSample, Sampling
 
 
-def densities(run: Run, specs: list[LatentSpec]) -> list[str]:
-    """The names of the priors that a run has, the learned one last; `posterior`, which is no generator, is not among them."""
+def prior_names(run: Run, specs: list[LatentSpec]) -> list[str]:
+    """The priors that a run has, the learned one last; `posterior`, which is no generator, is not among them."""
     return [*baselines(specs), *(["learned"] if run.learned else [])]
 
 
@@ -29,7 +29,7 @@ def open_prior(run: Run, name: str, specs: list[LatentSpec]) -> Prior:
         return AggregatePosterior(training_latents(run, specs))
     known = baselines(specs)
     if name not in known:
-        raise UserError(f"there is no prior {name!r} for these latents{nearest(name, [*densities(run, specs), 'posterior'])}")
+        raise UserError(f"there is no prior {name!r} for these latents{nearest(name, [*prior_names(run, specs), 'posterior'])}")
     baseline = known[name](specs)
 
     def fitted() -> dict[str, Tensor]:

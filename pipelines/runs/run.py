@@ -68,7 +68,7 @@ class Run:
     folder: Path
     config: RunConfig
     fabric: Fabric
-    given: bool = True
+    trusted: bool = True
     """whether a command gave the config; else it was read from the folder, and where it says that data lie is not believed"""
     on_hub: str | None = None
     """the name that it was opened by, where it comes from the hub"""
@@ -126,7 +126,7 @@ class Run:
             refuse_links(folder)
         config = read_config(folder / "config.json")
         fabric = open_fabric(device, config.precision)
-        return cls(folder, replace(config, precision=resolved(config.precision, device)), fabric, given=False, on_hub=on_hub)
+        return cls(folder, replace(config, precision=resolved(config.precision, device)), fabric, trusted=False, on_hub=on_hub)
 
     def unfinished(self, what: str) -> UserError:
         """What to raise where more is asked for than was trained. what: is missing, in words."""
