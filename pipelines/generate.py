@@ -3,13 +3,13 @@
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
 from pipelines.command_line import read_arguments
 from pipelines.console import UserError, check_least, counted, run_command, say
-from pipelines.runs.names import Device, Pixels, PriorName, RunName
+from pipelines.runs.names import Device, Dtype, Pixels, PriorName, RunName
 from stage2_prior.sampling import AS_FITTED, CannotSample, Sampling
 
 if TYPE_CHECKING:
@@ -58,8 +58,7 @@ class Arguments:
     how: Annotated[Sampling, tyro.conf.arg(name="")] = AS_FITTED
     batch_size: int = 256
     """images sampled at once"""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """precision of the learned prior's backbone; its densities and the decoder stay float32"""
+    dtype: Dtype = "float32"
     device: Device = "auto"
 
     def check(self) -> None:

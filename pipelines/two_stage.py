@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ from pipelines.runs.completion import completions, known_pixels, picture_to_comp
 from pipelines.runs.conditions import asked_of_each, contexts_asked
 from pipelines.runs.config import RunConfig, with_settings
 from pipelines.runs.dataset import background_of, load_data, read_facts, write_given
-from pipelines.runs.names import Pixels, preset_name
+from pipelines.runs.names import Dtype, Pixels, preset_name
 from pipelines.runs.options import DEFAULTS, Options
 from pipelines.runs.parts import check_density, load_autoencoder, specs_of
 from pipelines.runs.priors import WithoutContext, open_prior, prior_names
@@ -42,8 +42,7 @@ if TYPE_CHECKING:
 
 PIXELS = get_args(Pixels)
 BATCH = 500  # images encoded or judged at once
-Dtype = Literal["float32", "bfloat16"]
-DTYPES = get_args(Dtype)
+DTYPES = get_args(get_args(Dtype)[0])
 
 
 class TwoStage:

@@ -4,14 +4,14 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from pipelines.benchmarks.measuring import Rows, median_seconds, peak_bytes
 from pipelines.console import UserError, check_least, nearest, say
-from pipelines.runs.names import Device
+from pipelines.runs.names import Device, Dtype
 from stage2_prior.autoregressive import AutoregressiveConfig, AutoregressivePrior, BackboneConfig
 from stage2_prior.heads import Categorical, GaussianMixture, HeadConfig
 from stage2_prior.latents import LatentSpec
@@ -51,8 +51,7 @@ class BenchmarkSampling:
     growth: tuple[int, ...] = (8, 16, 32, 64)
     """sides of the square grids on which the growth of time with the number of positions is fitted, at batch size 16; fewer than
     two leave it out"""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """precision of the backbone"""
+    dtype: Dtype = "float32"
     repeats: int = 5
     """measured repeats; the medians are printed"""
     json: Path | None = None

@@ -32,6 +32,10 @@ SHORT = {"fashion": "fashion-mnist"}
 
 ExtractorName = Literal["classifier", "inception", "dinov2"]
 Pixels = Literal["mean", "sample"]
+Dtype = Annotated[
+    Literal["float32", "bfloat16"],
+    tyro.conf.arg(help="precision of the learned prior's backbone; its densities and the decoder stay float32"),
+]
 PRIORS = ("standard", "gaussian", "mixture", "unigram", "order2", "learned", "posterior")
 
 Device = Annotated[
