@@ -15,7 +15,7 @@ N images, L draws of z an image, C latent channels, h×w latent grid. Errors are
 import math
 import signal
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
 
@@ -40,8 +40,6 @@ from pipelines.runs.run import Run
 from pipelines.training.order import seed_of
 from stage1_vae.autoencoder import Autoencoder
 from stage1_vae.bounds import (
-    DECODED_AT_ONCE,
-    LogPrior,
     draws,
     effective_samples,
     grouped,
@@ -194,11 +192,7 @@ class Measurement:
 
         def measured(rows: Tensor) -> dict[str, Tensor]:
             torch.manual_seed(seed_of(self.seed, int(rows[0])))
-            return self.of_images(self.order[rows], prior_draws, advance)
-
-        def advance(share: float) -> None:
-            """share: of the work for the images that are measured now."""
-            progress.update(int(done + share * len(rows)) - progress.done)
+            return self.of_images(self.order[rows], prior_draws)
 
         with Progress("likelihood", total, "images", done) as progress, Signals() as signals:
             while done < total:
@@ -206,7 +200,7 @@ class Measurement:
                 for new in processes.in_batches(measured, rows, at_once):
                     columns = {name: torch.cat([columns.get(name, values[:0]), values]) for name, values in new.items()}
                 done += len(rows)
-                progress.update(done - progress.done)
+                progress.update(len(rows))
                 received = processes.largest(signals.received or 0, self.run.fabric.device)
                 if done == total or received or time.monotonic() - saved > SAVE_SECONDS:
                     files.write_tensors(path, columns)
@@ -233,29 +227,11 @@ class Measurement:
             drawn[name] = [torch.cat(level).to(device) for level in zip(*batches)]
         return drawn
 
-    def of_images(
-        self, batch: Tensor, prior_draws: dict[str, list[Tensor]], advance: Callable[[float], None]
-    ) -> dict[str, Tensor]:
-        """The columns of a batch of images. advance: is called often, with the share of the work that is done."""
+    def of_images(self, batch: Tensor, prior_draws: dict[str, list[Tensor]]) -> dict[str, Tensor]:
+        """The columns of a batch of images."""
         images = self.run.fabric.to_device(self.images[batch])
         contexts = None if self.contexts is None else self.run.fabric.to_device(self.contexts[batch])
-        naive = sum(len(levels[0]) for levels in prior_draws.values())
-        evaluated, total = 0, len(batch) * self.samples * len(self.priors) + naive  # latents
-
-        def count_latents(count: int) -> None:
-            nonlocal evaluated
-            evaluated += count
-            advance(evaluated / total)
-
-        def counting(prior: Prior) -> LogPrior:
-            def log_prob(levels: list[Tensor], contexts: Tensor | None) -> Tensor:
-                found = prior.log_prob(levels, contexts)
-                count_latents(len(levels[0]))
-                return found
-
-            return log_prob
-
-        log_priors = {name: counting(prior) for name, prior in self.priors.items()}
+        log_priors = {name: prior.log_prob for name, prior in self.priors.items()}
         made = draws(self.autoencoder, images, self.samples, log_priors, contexts)
         columns = {"log_likelihood": made.log_likelihood.cpu().double().mean(0)}
         counts = {1, self.samples} | {10**power for power in range(1, 10) if 10**power < self.samples}
@@ -266,11 +242,7 @@ class Measurement:
             for count in sorted(counts):
                 columns[f"{name}/bound/{count}"] = importance_weighted_bound(grouped(weights, count)).mean(0)
         for name, levels in prior_draws.items():
-            parts = []
-            for rows in torch.arange(len(levels[0])).split(DECODED_AT_ONCE):
-                parts.append(log_likelihoods(self.autoencoder, images, [level[rows.to(level.device)] for level in levels]).cpu())
-                count_latents(len(rows))
-            weights = torch.cat(parts).double()
+            weights = log_likelihoods(self.autoencoder, images, levels).cpu().double()
             columns[f"{name}/naive"] = importance_weighted_bound(weights)
             columns[f"{name}/naive_effective"] = effective_samples(weights)
         return columns
