@@ -11,7 +11,7 @@ import re
 import secrets
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -292,20 +292,21 @@ def key_of(path: Path) -> str | None:
         return None
 
 
+def lock_of(path: Path) -> FileLock:
+    """The lock of what lies at a path. Its file, beside that and empty, stays there; a killed process holds no lock."""
+    return FileLock(path.with_name(f".{path.name}.lock"))
+
+
 @contextmanager
 def alone(path: Path, there: Callable[[], bool]) -> Iterator[None]:
     """The first of several runs that need what lies at `path` makes it; the others wait until it has.
 
-    there: whether it is made already, so that nobody has to wait. Called by all processes of a run together. The lock lies
-    beside it; a killed process holds none, but may leave its file.
+    there: whether it is made already, so that nobody has to wait. Called by all processes of a run together.
     """
-    lock = FileLock(path.with_suffix(".lock"))
+    lock = lock_of(path)
 
     def acquire() -> None:
         if there():
-            if os.path.exists(lock.lock_file):  # a killed process left it, unless another is about to release it
-                with suppress(Timeout, OSError):
-                    lock.acquire(timeout=0)
             return
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -318,17 +319,6 @@ def alone(path: Path, there: Callable[[], bool]) -> Iterator[None]:
     try:
         yield
     finally:
-        release(lock)
-
-
-def release(lock: FileLock) -> None:
-    """Release a lock, where this process holds it, and delete its file.
-
-    filelock takes no lock on a deleted file, so a process that waits for this one tries the next. The file is deleted before the
-    lock is released: later it could be that of another holder.
-    """
-    if lock.is_locked:
-        Path(lock.lock_file).unlink(missing_ok=True)
         lock.release()
 
 

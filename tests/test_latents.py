@@ -100,10 +100,10 @@ def test_many_latents_lie_in_several_files(tmp_path, monkeypatch):
     with pytest.raises(Killed):
         encode(run, autoencoder, splits.train, "train")
     names = [f"stage1-train-0000{number}-of-00004.safetensors" for number in (1, 2, 3, 4)]
-    assert [path.name for path in sorted(folder.glob("*train-*"))] == names[:2]
+    assert [path.name for path in sorted(folder.glob("stage1-train-*"))] == names[:2]
     several = encode(run, autoencoder, splits.train, "train")
     assert count == 8 + 12 - 6  # the first two were kept
-    assert sorted(path.name for path in folder.glob("*train*")) == names
+    assert sorted(path.name for path in folder.glob("stage1-train*")) == names
 
     def same(dataset: LatentDataset) -> None:
         for indices in (slice(None), torch.randperm(114)[:16]):
@@ -127,7 +127,7 @@ def test_many_latents_lie_in_several_files(tmp_path, monkeypatch):
     same(encode(run, autoencoder, splits.train, "train"))
     fewer = splits.train.subset(torch.arange(25))
     assert len(encode(run, autoencoder, fewer, "train")) == 25
-    assert [path.name for path in folder.glob("*train*")] == ["stage1-train.safetensors"]
+    assert [path.name for path in folder.glob("stage1-train*")] == ["stage1-train.safetensors"]
 
 
 @pytest.mark.parametrize(("name", "shown"), [("mnist5k", ["N(0, I)", "Gaussian"]), ("mnist5k-vqvae", ["uniform", "unigram"])])

@@ -29,6 +29,7 @@ from torch_fidelity.metric_kid import kernel_poly, mmd2
 from torchmetrics.image.kid import poly_mmd
 from torchvision import transforms
 
+from pipelines import files
 from pipelines.benchmarks.measuring import peak_bytes
 from pipelines.console import UserError
 from pipelines.data.images import ImageSet
@@ -557,10 +558,10 @@ def test_the_share_kept_is_the_surest_of_each_label():
         assert len(rejection_sampled(confidence, torch.tensor([0, 0, 0, 1, 1, 1, 1, 1]), share)) >= share * len(images)
 
 
-def made_by_a_second_run(make: Callable[[], Any], path: Path, lock: Path, capsys) -> Any:
+def made_by_a_second_run(make: Callable[[], Any], path: Path, lock: FileLock, capsys) -> Any:
     """What it makes once another lets go of the lock; until then it says that it waits, and nothing is at the path."""
     made: list[Any] = []
-    with FileLock(lock):
+    with lock:
         second = Thread(target=lambda: made.append(make()))
         second.start()
         while "waiting for another process" not in capsys.readouterr().out:
@@ -576,7 +577,7 @@ def test_a_second_run_waits_for_the_features_that_another_is_making(tmp_path, ca
     first = space(tmp_path, 100)
     (path,) = tmp_path.glob("features-*.safetensors")
     path.unlink()  # as if the other were still at it
-    second = made_by_a_second_run(lambda: space(tmp_path, 100), path, path.with_suffix(".lock"), capsys)
+    second = made_by_a_second_run(lambda: space(tmp_path, 100), path, files.lock_of(path), capsys)
     assert torch.equal(second.reference[:], first.reference[:])
 
 
@@ -590,7 +591,7 @@ def test_a_second_run_waits_for_the_classifier_that_another_is_training(tmp_path
     (folder,) = (path for path in tmp_path.iterdir() if path.is_dir())
     last = sorted(folder.iterdir())[-1]
     shutil.rmtree(last)  # as if the other were still at it
-    second, accuracy_again = made_by_a_second_run(trained, last, folder.with_suffix(".lock"), capsys)
+    second, accuracy_again = made_by_a_second_run(trained, last, files.lock_of(folder), capsys)
     assert accuracy_again == accuracy
     assert all(torch.equal(a, b) for a, b in zip(first.state_dict().values(), second.state_dict().values()))
 

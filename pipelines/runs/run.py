@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast
 
-from filelock import FileLock, Timeout
+from filelock import Timeout
 
 from pipelines import files, processes
 from pipelines.console import UserError, nearest
@@ -136,11 +136,10 @@ class Run:
     @contextmanager
     def locked(self) -> Iterator[None]:
         """Keeps other processes from writing to this run. Raises UserError when one does; a killed process holds no lock."""
-        path = self.work.parent / f".{self.work.name}.lock"
-        lock = FileLock(path)
+        lock = files.lock_of(self.work)
 
         def acquire() -> None:
-            path.parent.mkdir(parents=True, exist_ok=True)
+            self.work.parent.mkdir(parents=True, exist_ok=True)
             try:
                 lock.acquire(timeout=0)
             except Timeout as error:
@@ -150,7 +149,7 @@ class Run:
         try:
             yield
         finally:
-            files.release(lock)
+            lock.release()
 
     @property
     def name(self) -> str:
