@@ -28,7 +28,7 @@ from pipelines.runs.priors import WithoutContext, open_prior, prior_names
 from pipelines.runs.recipes import parts_of, preset
 from pipelines.runs.run import GIVEN, Run, folder_of
 from pipelines.runs.sampling import generate
-from stage1_vae.bounds import LogPrior, draws, importance_weighted_bound
+from stage1_vae.bounds import draws, importance_weighted_bound
 from stage2_prior.autoregressive import LearnedPrior
 from stage2_prior.conditions import LabelCondition
 from stage2_prior.prior import Prior
@@ -328,7 +328,7 @@ class TwoStage:
         self.check_some(images)
         check_density(self.run, self.autoencoder)
         contexts, network = self.contexts(len(images), prior, label, caption), self.prior(prior)
-        log_prior = network.log_prob if contexts is not None else marginal(network)
+        log_prior = network.log_prob if contexts is not None else WithoutContext(network).log_prob
         samples = 1 if self.specs[0].vocabulary is not None else samples
         bounds = []
         with own_random_state(self.device):
@@ -467,17 +467,3 @@ def sampling(temperature: float, top_k: int | None, top_p: float, guidance: floa
         return Sampling(temperature, top_k, top_p, guidance, autoguidance)
     except CannotSample as error:
         raise UserError(str(error)) from error
-
-
-def marginal(prior: Prior) -> LogPrior:
-    """log p(z) without a condition: of the mixture over labels, Σ p(label) p(z|label); of captions, under the empty caption."""
-    condition = prior.given_condition
-    if not isinstance(condition, LabelCondition):
-        return WithoutContext(prior).log_prob
-
-    def log_prob(levels: list[Tensor], _: Tensor | None) -> Tensor:
-        labels, log_shares = condition.frequencies.nonzero().flatten(), condition.frequencies.log()
-        each = [log_shares[label] + prior.log_prob(levels, label.expand(len(levels[0]))) for label in labels]
-        return torch.stack(each).logsumexp(0)
-
-    return log_prob

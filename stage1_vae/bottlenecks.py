@@ -341,13 +341,14 @@ class CodeUse(nn.Module):
         self.register_buffer("counts", torch.zeros(codes))
 
     def forward(self, codes: Tensor) -> dict[str, Tensor]:
-        """Codes of a batch, of any shape, to the terms that training reports.
+        """Codes of a batch, of any shape, to the terms that training reports. There are none in eval mode.
 
         perplexity: of the average usage. usage: share of the codes that are used more than a hundredth of uniform use.
         """
-        if self.training:
-            now = all_reduce_sum(torch.bincount(codes.flatten(), minlength=len(self.counts)).to(self.counts))
-            self.counts += 0.01 * (now - self.counts)  # not lerp_, which torch.compile does not trace with a number
+        if not self.training:
+            return {}
+        now = all_reduce_sum(torch.bincount(codes.flatten(), minlength=len(self.counts)).to(self.counts))
+        self.counts += 0.01 * (now - self.counts)  # not lerp_, which torch.compile does not trace with a number
         often = self.counts > 0.01 * self.counts.sum() / len(self.counts)
         return {"perplexity": perplexity(self.counts), "usage": often.to(self.counts.dtype).mean()}
 

@@ -87,10 +87,10 @@ class AutoregressivePrior(Prior):
 
     @torch.no_grad()
     def show_positions(self) -> None:
-        """Initialize positions at least as large as embeddings, where they are the only information about the grid.
+        """Initialize positions about as large as embeddings, where they are the only information about the grid.
 
         Embeddings of codes get the standard deviation of GPT (Radford et al. 2018, section 4.1), which the positions have
-        already. Embeddings of continuous latents have a standard deviation near 1, so there the positions are scaled up.
+        already. Embeddings of continuous latents have one of about 0.6, so there the positions are scaled up, to 0.3.
         """
         if isinstance(self.head, CategoricalHead):
             nn.init.normal_(self.head.embedding.weight, std=0.02)

@@ -23,7 +23,7 @@ from stage2_prior.latents import LatentSpec, Posterior, moments
 from stage2_prior.sampling import AS_FITTED, Sampling, choose, choose_many, inverse_normal_cdf
 
 LOG_SQRT_2PI = 0.5 * math.log(2 * math.pi)
-CANDIDATES = 32  # under guidance, drawn at each position of which one is chosen
+CANDIDATES = 32  # drawn at each position under guidance; one of them is chosen
 MINIMUM_LOG_STD = -7.0  # of standardized latents, so that no component can collapse onto a single training latent
 
 

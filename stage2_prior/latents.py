@@ -112,8 +112,8 @@ class Joined:
 class LatentDataset:
     """The encoded training set: for each image a context, and a new z ~ q(z|x) each time it is read.
 
-    Because mean and std are stored, not a single draw, the data set is the aggregate posterior q(z) = 1/N Σ q(z|x_i) itself,
-    not N points of it.
+    Because mean and std are stored, not a single draw, the data set is the aggregate posterior of the training images,
+    1/N Σ q(z|x_i), itself, not N points of it.
     """
 
     def __init__(

@@ -6,9 +6,15 @@ There are two stacks of gated convolutions. At (r, c), the *vertical* stack sees
 columns left of c in row r, and reads the vertical stack at (r, c). Together they see what comes before (r, c) in raster order. A
 single stack of masked convolutions has a blind spot above and to the right, at any depth.
 
-                  v v v v v
-                  v v v v v           v  seen at · by the vertical stack
-                  h h · . .           h  seen in addition by the horizontal stack
+                  v v v v v           o  the position that is predicted
+                  v v v v v           v  what the vertical stack sees there
+                  h h o               h  what the horizontal stack sees in addition
+
+Inputs are embeddings of latents. The features go to a head (heads.py), which has the density: here are no pixels, and no order
+of channels.
+
+Causality needs no masks. Inputs are shifted once: down by a row for v, right by a column for h. This replaces the paper's mask A.
+Then kernels are cropped, so that they reach to their own position and not beyond. This replaces mask B. So all layers are alike.
 
                            ┌───────────── residual ────────────┐
                  vertical  v ──▶ norm ──▶ crop k×k conv ──┬──▶ gate ──+──▶ v'
@@ -18,8 +24,7 @@ single stack of masked convolutions has a blind spot above and to the right, at 
 
 Where we deviate:
 - The vertical stack is residual too. Without that, its signal fades with depth.
-- Features are normalized before every convolution and at the end, as in a transformer.
-- Inputs are shifted once, before the first layer. So all layers are alike, and none needs a mask.
+- Features are normalized before every k×k and 1×k convolution and at the end, as in a transformer.
 - Dropout follows the gates.
 - Conditions are one map, added to the inputs of both stacks, not to every gate.
 

@@ -11,9 +11,10 @@ two stacks of a PixelCNN, then attention over the horizontal stack:
 
 Where we deviate:
 - The residual blocks are the two stacks of a gated PixelCNN (see pixelcnn.py). The paper has one stack with ELUs.
-- A key is made of features that start from the input at the position before (`shift_raster`, across the ends of rows), and a
-  query sees its own position's key too. In the paper a key also sees the input at its own position, and a query sees only
-  earlier keys. The inputs that a query depends on are the same, but here the first position is no special case.
+- The horizontal stack starts from the input before in raster order (`shift_raster`): at column 0 the last one of the row above,
+  where pixelcnn.py has zero. So the key of every position knows the newest input, and a query sees its own position's key too.
+  In the paper a key sees the input at its own position, and a query only earlier keys. The inputs that a query depends on are
+  the same, but here the first position is no special case.
 - Attention has a normalization before and a residual connection, as in a transformer. The paper merges it by a gated block.
 - Keys and values are as wide as the features.
 - A prefix is additional keys and values in every block.

@@ -4,9 +4,9 @@ B batch, D numbers of one latent, and of the second latent u, S draws of u.
 
     p(z) = ∫ N(u; 0, I) N(z; decoder(u), γ² I) du
 
-The posterior noise makes z fill all its D dimensions. A second VAE with as many latents can therefore match N(0, I): the paper's
-argument for a second stage. Training maximizes the ELBO of z, with one learned γ. `log_prob` is the importance-weighted bound
-(Burda et al. 2016). With labels, encoder and decoder also see an embedding of the label.
+The posterior noise makes z fill all its D dimensions. So the aggregate posterior q(u) of a second VAE with as many latents can
+match N(0, I): the paper's argument for a second stage. Training maximizes the ELBO of z, with one learned γ. `log_prob` is the
+importance-weighted bound (Burda et al. 2016). With labels, encoder and decoder also see an embedding of the label.
 """
 
 import math

@@ -214,10 +214,11 @@ def test_the_code_that_is_stored_is_the_likeliest():
 
 
 def test_usage_and_perplexity():
-    use = CodeUse(4).eval()
-    use.counts.copy_(torch.tensor([5.0, 5.0, 0.0, 0.0]))
-    terms = use(torch.zeros(3, dtype=torch.int64))
+    use = CodeUse(4)
+    for _ in range(3):
+        terms = use(torch.tensor([0, 1, 1, 0]))
     assert terms["usage"] == 0.5 and terms["perplexity"] == pytest.approx(2)
+    assert use.eval()(torch.tensor([0, 1, 1, 0])) == {}  # they would be those of training
 
 
 def test_the_relaxation_anneals_and_its_rate_is_the_divergence_from_uniform():

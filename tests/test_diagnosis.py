@@ -32,8 +32,8 @@ RUN = Run.create(Path("nowhere") / "run", preset("mnist5k"), "cpu")
 
 
 def row(fd: float | None, kid: float = 1.0, precision: float = 0.5, nll: float | None = None, **more) -> Row:
-    figures = dict(recall=0.5, density=0.5, coverage=0.5, nearer=0.5, distance_to_training=1.0)
-    return Row(fd=fd, kid=kid, precision=precision, nll=nll, plus_minus={"fd": 0.5}, **figures, **more)
+    figures = dict(recall=0.5, density=precision, coverage=0.5, nearer=0.5, distance_to_training=1.0)
+    return Row(fd=fd, kid=kid, precision=precision, nll=nll, plus_minus={"fd": 0.5}, **(figures | more))
 
 
 def made(reconstruction: float = 0.6, learned: float = 1.2, mixture: float = 20.0, **more) -> Comparison:
@@ -169,7 +169,7 @@ def test_figures_of_too_few_images_are_flagged_and_what_new_images_give_is_right
     few = made(images=8)
     assert "Too few held-out images, 8 of at least 50" in said(few) and "Too few" not in said(made(images=50))
     for images, share in ((8, "12.5"), (100, "1"), (1000, "1"), (150, "1.33")):
-        assert f"New images give {share} %;" in "\n".join(about_measures(made(images=images)))
+        assert f"New images give {share} %." in "\n".join(about_measures(made(images=images)))
 
 
 @pytest.mark.parametrize(
@@ -197,6 +197,9 @@ def test_figures_that_fail_a_check_are_flagged():
     assert "does not count" not in said(made())
     fooled = replace(made(), reconstruction=row(1.0, kid=9.5, precision=0.05))
     assert "kid: does not count here. N(0, I) scores 9.00" in said(fooled) and "precision: does not count here" in said(fooled)
+    codes = made()
+    codes.priors["unigram"] = row(8.0, density=2.0)
+    assert "density: does not count here. unigram of codes scores 2.00" in said(codes)
     weak = replace(made(), features=replace(made().features, accuracy=0.839), commonest=0.6)
     assert "its accuracy on test images is 83.9 %, and always guessing the commonest label reaches 60.0 %" in said(weak)
     assert "--metrics.classifier.steps 800" in said(weak)

@@ -140,8 +140,8 @@ def test_the_verdict_says_that_samples_are_copies(compared):
         changed.pop("gap_closed_tuned", None)
         changed["priors"][name] |= {"copying_p": p, "copied": 0.209}
         comparison = from_dict(changed)
-        assert ("copies of training images: 20.9 %" in verdict_in_words(comparison)) == says
-        assert any("Some are copies; look" in note for note in notes(comparison)) == says
+        assert ("some samples may be copies: 20.9 %" in verdict_in_words(comparison)) == says
+        assert any("More than by chance: look" in note for note in notes(comparison)) == says
 
 
 def test_runs_of_the_same_images_are_compared_in_words_and_others_are_not(compared):
@@ -221,7 +221,9 @@ def test_copies_are_not_named_the_best_of_several(compared):
     said = verdict_of_several([reconstruction, entry("one", copies), entry("other", honest)])
     assert said.startswith("Of 2 ways to draw z for one decoder, other lies nearest")
     assert "one is left out: 40.0 % of its samples" in said and "other is left out" not in said
-    assert verdict_of_several([reconstruction, entry("one", copies)]).endswith("every prior gives copies of training images.")
+    assert verdict_of_several([reconstruction, entry("one", copies)]).endswith(
+        "samples of every prior lie too near to training images."
+    )
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no chromium here")

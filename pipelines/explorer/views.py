@@ -26,7 +26,8 @@ from pipelines.runs.completion import with_hidden_grey
 from pipelines.runs.conditions import remarks_on
 from pipelines.runs.dataset import load_data
 from pipelines.runs.latents import training_latents
-from pipelines.two_stage import TwoStage, marginal
+from pipelines.runs.priors import WithoutContext
+from pipelines.two_stage import TwoStage
 from stage2_prior.sampling import Sampling
 
 TILES = 20  # images of the decoded plane, along either side
@@ -146,7 +147,7 @@ class Views:
         level = z.view(1, *self.model.specs[0].shape)
         with torch.inference_mode():
             nats = {
-                title(name, False): float(marginal(self.model.prior(name))([level.to(self.model.device)], None))
+                title(name, False): float(WithoutContext(self.model.prior(name)).log_prob([level.to(self.model.device)]))
                 for name in self.model.priors
             }
         densities = ", ".join(f"{value:.1f} under {name}" for name, value in nats.items())

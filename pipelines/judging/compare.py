@@ -149,7 +149,8 @@ def judge(subject: Subject, rows: Rows, how: Sampling) -> Judged:
         note = f"{len(mixture.weights)} components with {kind} covariances, the best of {', '.join(map(str, mixture.tried))}"
         figures["mixture"] = replace(figures["mixture"], note=note)
     if "tuned" in figures:
-        figures["tuned"] = replace(figures["tuned"], sampling=how)
+        # Guided samples are typical images, which lie nearer to training images without being copies: the prior itself is tested.
+        figures["tuned"] = replace(figures["tuned"], sampling=how, copying_p=figures["learned"].copying_p)
     distances = {name: found["fd"] for name, found in values.items() if "fd" in found}
     nats = nats_of_latents(subject)
     figures = with_labels_read(subject, rows, with_nats(subject, nats, figures))

@@ -1,9 +1,9 @@
 """The comparison of a run's priors, as data: every figure of it, written to and read from metrics.json.
 
 fd          Fréchet distance; kid, precision, recall, density, coverage: see quality.py
-nearer      share of held-out images that lie farther from the training set than a sample does: 1/2 without memorization
+nearer      share of held-out images that lie farther from the training set than a sample does: 1/2 of new images
 copied      share of samples that lie as near to the training set as the nearest percent of held-out images do: about 0.01
-            without memorization
+            of new images. Both are higher of typical images, as guidance draws them, without a copy among them
 nll         -E_q[log p(z)] of held-out images' latents under a prior, in nats an image
 gap_closed  (fd(standard) - fd(learned)) / (fd(standard) - fd(reconstruction)): 0 where the learned prior gains nothing,
             1 where its samples are as near to the data as the decoder's own reconstructions; gap_closed_tuned is of
@@ -31,7 +31,7 @@ from stage2_prior.sampling import AS_FITTED, Sampling
 
 SCHEMA = 1
 SURELY = 0.01
-"""The largest probability of `copying_p` at which samples are called copies."""
+"""The largest probability of `copying_p` at which the page tells to look for copies."""
 ROWS = {
     "real": "real images",
     "reconstruction": "reconstructions",
@@ -62,7 +62,7 @@ class Row:
     plus_minus: dict[str, float]
     """of each figure above, half of its 95 % interval"""
     copying_p: float | None = None
-    """the probability that `copied` is by chance what it is, if no sample is a copy"""
+    """the probability of so many near samples if they lay as held-out images do; of the tuned row that of the prior as fitted"""
     distance_to_training: float
     """median distance to the nearest training image"""
     mse: float | None = None
@@ -84,7 +84,7 @@ class Row:
 
     @property
     def copies(self) -> bool:
-        """Whether some of its images are surely copies of training images."""
+        """Whether surely more of its images lie near training images than new images would."""
         return self.copying_p is not None and self.copying_p < SURELY
 
 

@@ -252,7 +252,7 @@ def nearer(distances: Tensor, held_out: Tensor) -> Tensor:
 
     distances, held_out: to the nearest training image, N and M. The mean over samples is the statistic of the test for data
     copying of Meehan et al. 2020 (section 3): 1/2 where samples lie as near to the training set as new images do, above it
-    where they are copied from it.
+    where they are copied from it, or more typical than new images.
     """
     return 1 - share_below(distances, held_out)
 
@@ -284,7 +284,9 @@ def copied(distances: Tensor, held_out: Tensor) -> Tensor:
 
 
 def copying_p(distances: Tensor, held_out: Tensor) -> float:
-    """The probability that so many of N new images lie so near to the training set; small where some are copies.
+    """The probability that so many of N new images lie so near to the training set.
+
+    It is small where some are copies, and also where samples are more typical than new images, as guided ones are.
 
     Fisher's exact test of how many samples and how many held-out images lie within a distance. The distance is that of the
     nearest held-out image, of the second, of the fourth and so on, up to the nearest percent. The smallest probability counts,

@@ -97,7 +97,7 @@ class Scorer:
 
     @torch.inference_mode()
     def __call__(self, images: ImageSet, label: str = "scoring") -> Scores:
-        """The scores of images as the model takes them. A conditional prior is used without its condition."""
+        """The scores of images as the model takes them. A conditional prior is used under its null context."""
 
         def scored(rows: Tensor) -> Scores:
             torch.manual_seed(seed_of(0, int(rows[0])))

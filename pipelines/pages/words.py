@@ -99,7 +99,8 @@ def about_measures(comparison: Comparison) -> list[str]:
         "nearer: how often a sample lies nearer to its nearest training image than a held-out image lies to its own. New images"
         " give 0.5 (Meehan et al. 2020).",
         f"copied: share of samples that lie as near to a training image as the nearest {nearest} of held-out images do."
-        f" New images give {nearest}; above that, some are copies.",
+        f" New images give {nearest}.",
+        "Guidance draws typical images. They lie nearer to training images than new ones, without being copies.",
         f"±: half of the interval of {comparison.intervals}. It is for the mean over many sets of so many samples of this model:"
         " two such sets differ by up to 1.4 times as much, those of another training by more. If precision, nearer or"
         " copied is exactly 0 or 1, ± is an upper bound, about 3 / number of images.",
@@ -107,17 +108,14 @@ def about_measures(comparison: Comparison) -> list[str]:
 
 
 def about_copies(comparison: Comparison) -> list[str]:
-    """Whether samples of the prior that the run is meant to be drawn from are copies of training images."""
-    rows = {f"from {drawn_from(comparison)}": comparison.priors[comparison.generator]}
-    if "tuned" in comparison.priors:
-        rows[f"with {described_tuned(comparison)}"] = comparison.priors["tuned"]
-    lines = []
-    for drawn, row in rows.items():
-        if row.copied is not None and row.copying_p is not None:
-            share, chance = percent(row.copied, row.plus_minus.get("copied")), f"p = {row.copying_p:.2g}"
-            says = "Some are copies; look at the nearest training images" if row.copies else "No more than by chance"
-            lines.append(f"copies: {share} % of the samples drawn {drawn} lie that near to a training image. {says} ({chance}).")
-    return lines
+    """Whether samples of the prior that the run is meant to be drawn from, as fitted, may be copies of training images."""
+    row = comparison.priors[comparison.generator]
+    if row.copied is None or row.copying_p is None:
+        return []
+    share, chance = percent(row.copied, row.plus_minus.get("copied")), f"p = {row.copying_p:.2g}"
+    says = "More than by chance: look at the nearest training images" if row.copies else "No more than by chance"
+    drawn = f"of the samples drawn from {drawn_from(comparison)}"
+    return [f"copies: {share} % {drawn} lie that near to a training image. {says} ({chance})."]
 
 
 def about_trouble(comparison: Comparison) -> list[str]:
@@ -253,7 +251,7 @@ def verdict_of_several(entries: Sequence[Entry]) -> str:
     every = [entry for entry in entries if entry.generates and entry.row.fd is not None]
     priors = candidates(entries)
     if not priors:
-        why = "every prior gives copies of training images" if every else "too few images for a Fréchet distance"
+        why = "samples of every prior lie too near to training images" if every else "too few images for a Fréchet distance"
         return f"No prior can be named the best: {why}."
     best = priors[0]
     reconstruction = next(entry for entry in entries if entry.key == "reconstruction")
@@ -263,7 +261,7 @@ def verdict_of_several(entries: Sequence[Entry]) -> str:
         f" distance of {cell(best.row, 'fd')}{ahead}. The decoder's own reconstructions lie at {cell(reconstruction.row, 'fd')}."
         + "".join(
             f" {entry.title} is left out: {100 * (entry.row.copied or 0):.1f} % of its samples lie as near to a training image as"
-            " the nearest held-out images do, so some are copies."
+            " the nearest held-out images do, which is more than by chance."
             for entry in every
             if entry.row.copies
         )
@@ -271,14 +269,13 @@ def verdict_of_several(entries: Sequence[Entry]) -> str:
 
 
 def verdict_in_words(comparison: Comparison) -> str:
-    """How near samples lie to the data, and that some are copies of training images where that is so."""
-    rows = [comparison.priors[name] for name in (comparison.generator, "tuned") if name in comparison.priors]
-    copies = max((row.copied or 0 for row in rows if row.copies), default=None)
-    if copies is None:
+    """How near samples lie to the data, and that some may be copies of training images where that is so."""
+    row = comparison.priors[comparison.generator]
+    if not row.copies:
         return about_nearness(comparison)
     return (
-        f"{about_nearness(comparison)} But some samples are copies of training images: {100 * copies:.1f} % lie as near to one as"
-        " the nearest held-out images do."
+        f"{about_nearness(comparison)} But some samples may be copies: {100 * (row.copied or 0):.1f} % lie as near to a training"
+        " image as the nearest held-out images do, which is more than by chance."
     )
 
 

@@ -10,6 +10,7 @@ from pipelines.runs.parts import finished, last_phase, load_prior
 from pipelines.runs.run import Run
 from pipelines.training.order import seed_of
 from stage2_prior.baselines import baselines
+from stage2_prior.conditions import LabelCondition
 from stage2_prior.gaussians import AggregatePosterior
 from stage2_prior.latents import LatentSpec
 from stage2_prior.prior import Prior
@@ -63,16 +64,27 @@ def check_without_context(prior: Prior) -> None:
 
 
 class WithoutContext(Prior):
-    """A prior under null contexts, so that it compares with unconditional priors."""
+    """A prior without its condition, so that it compares with unconditional priors.
+
+    Of labels it is the exact mixture, p(z) = Σ p(label) p(z|label). Of captions, which cannot be summed over, it is the prior
+    under the empty caption.
+    """
 
     def __init__(self, prior: Prior):
-        """Raises UserError as `check_without_context`."""
+        """Raises UserError as `check_without_context`, but not for labels."""
         super().__init__()
-        check_without_context(prior)
+        self.by_label = isinstance(prior.given_condition, LabelCondition)
+        if not self.by_label:
+            check_without_context(prior)
         self.prior = prior
 
     def log_prob(self, levels: list[Tensor], contexts: Tensor | None = None) -> Tensor:
-        return self.prior.log_prob(levels, self.prior.null_contexts(len(levels[0])))
+        condition, batch = self.prior.given_condition, len(levels[0])
+        if not isinstance(condition, LabelCondition):
+            return self.prior.log_prob(levels, self.prior.null_contexts(batch))
+        labels, log_shares = condition.frequencies.nonzero().flatten(), condition.frequencies.log()
+        each = [log_shares[label] + self.prior.log_prob(levels, label.expand(batch)) for label in labels]
+        return torch.stack(each).logsumexp(0)
 
     def sample(self, indices: Tensor, seed: int, how: Sampling = AS_FITTED, contexts: Tensor | None = None) -> list[Tensor]:
-        return self.prior.sample(indices, seed, how, self.prior.null_contexts(len(indices)))
+        return self.prior.sample(indices, seed, how, None if self.by_label else self.prior.null_contexts(len(indices)))
