@@ -35,7 +35,7 @@ PUBLISHED = {
     "fashion-vqvae2": (0,),
     "mnist5k-dalle": (0,),
     "folder --data.size 32 --prior.condition class-label": (0,),
-    "folder-vqvae2 --data.size 32 --prior.condition class-label": (0,),
+    "folder-vqvae2 --data.size 32 --prior.condition class-label --mirror": (0,),
 }
 """What README and docs report: by what stands after train_all, the seeds."""
 RIVALS = {
