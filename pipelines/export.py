@@ -20,8 +20,6 @@ class Arguments:
     half: Half = False
     latents: bool = False
     """include the latents of the training images, which baselines are fitted to; without, they are encoded again where needed"""
-    autoguidance: bool = True
-    """include the earlier weights of the prior that autoguidance needs: as large as the prior, with --half half as large"""
     license: str | None = None
     """licence of the weights, by its identifier on the Hugging Face hub, such as mit or cc-by-4.0; an export keeps its own"""
     device: CardDevice = "auto"
@@ -34,14 +32,7 @@ def main(arguments: list[str] | None = None) -> None:
     from pipelines.runs.exported import files_of
     from pipelines.runs.run import Run
 
-    export(
-        Run.open(asked.run, asked.device),
-        asked.out,
-        asked.half,
-        asked.latents,
-        license=asked.license,
-        autoguidance=asked.autoguidance,
-    )
+    export(Run.open(asked.run, asked.device), asked.out, asked.half, asked.latents, license=asked.license)
     size = sum((asked.out / name).stat().st_size for name in files_of(asked.out))
     say(f"{asked.out}: {size / 1e6:.1f} MB; to draw from it: python -m pipelines.generate {asked.out}")
 

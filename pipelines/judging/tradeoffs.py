@@ -111,12 +111,9 @@ def choose_sampling(
         replace(point, sampling=how, label_read=None if labels is None else space.share_read(features[how], labels[:few]))
         for how, point in along(features, space).items()
     ]
-    if few >= FEW_PER_FEATURE * space.model.dimensions:
-        needing_none = [point for point in tried if point.sampling and not point.sampling.autoguidance]
-        lowest = {point.sampling for point in (lowest_fd(tried), lowest_fd(needing_none)) if point}
-        for index, point in enumerate(tried):
-            if point.sampling and point.sampling in lowest:
-                tried[index] = replace(point, fd_plus_minus=space.error_of(features[point.sampling]))
+    lowest = lowest_fd(tried)
+    if few >= FEW_PER_FEATURE * space.model.dimensions and lowest is not None and lowest.sampling is not None:
+        tried[tried.index(lowest)] = replace(lowest, fd_plus_minus=space.error_of(features[lowest.sampling]))
     best = best_of(tried)
     return (best.sampling if best and best.sampling else AS_FITTED), tried
 

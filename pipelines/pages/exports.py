@@ -59,15 +59,13 @@ def export(
     latents: bool = False,
     name: str | None = None,
     license: str | None = None,
-    autoguidance: bool = True,
 ) -> None:
     """Write an export of a finished run to a new folder; it is there whole or not at all.
 
     half: weights in float16, the matrices of the earlier state of the prior in 8 bits, but statistics and codebooks as they are;
-    then samples differ a little. latents: also those of the training images, which the baselines are fitted to. autoguidance:
-    whether the earlier state of the prior, which it needs, goes along. name: to open it by, the folder's when None. license: its
-    identifier on the hub; that of the run's card when None. Raises UserError where the run is not finished, or the folder is
-    there.
+    then samples differ a little. latents: also those of the training images, which the baselines are fitted to. name: to open
+    it by, the folder's when None. license: its identifier on the hub; that of the run's card when None. Raises UserError where
+    the run is not finished, or the folder is there.
     """
     if license is not None and not LICENSE.fullmatch(license):
         raise UserError(f"--license is an identifier such as mit or cc-by-4.0, not {license!r}")
@@ -88,7 +86,7 @@ def export(
         half = half or halves
         kept |= {f"{place}/model.safetensors": model, f"{place}/config.json": (best / "config.json").read_bytes()}
         weights[phase] = hashlib.sha256(model).hexdigest()
-    if autoguidance and (early := early_prior(run)) is not None:
+    if (early := early_prior(run)) is not None:
         kept[EARLY_PRIOR], _ = stored(early, trained, matrices=torch.float8_e4m3fn)  # it is meant to be weak
     if run.conditioned_on == "caption":
         kept["tokenizer.json"] = (run.folder / "tokenizer.json").read_bytes()
@@ -184,13 +182,13 @@ def card(
     name: str,
     half: bool,
     license: str | None,
-    autoguidance: bool = False,
+    weaker: bool = False,
     weights: dict[str, str] | None = None,
 ) -> str:
     """README.md, as the Hugging Face hub has it: metadata, what the model is, its figures with how they were measured.
 
-    autoguidance: whether the earlier state of the prior goes along, so that it can be drawn with. weights: digests of those that
-    are handed on, by phase; the run's own when None.
+    weaker: whether the earlier state of the prior is there, so that autoguidance can be drawn with. weights: digests of those
+    that are handed on, by phase; the run's own when None.
     """
     facts = read_facts(run)
     channels, height, width = facts.image_shape
@@ -232,22 +230,19 @@ def card(
         *([f'The prior is conditioned on the {context}: `model.sample(64, {context}="{example}")`.', ""] if context else []),
         *([labels_table(facts.label_names), ""] if context == "label" else []),
     ]
-    how, found = (AS_FITTED if comparison is None else comparison.tuned(weaker) for weaker in (autoguidance, True))
+    how = AS_FITTED if comparison is None else comparison.tuned(weaker)
     if how != AS_FITTED:
         caption = f'caption="{example}", ' if how.guidance and context == "caption" else ""  # there is no guidance without one
-        chose = "The comparison chose" if how == found else "Without autoguidance, the comparison chose"
         option = f" --caption {shlex.quote(example)}" if caption else ""
+        chose = "The comparison chose" if weaker else "Without autoguidance, the comparison chose"
         lines += [
             f"{chose} {described(how)}. To draw so, call `model.sample(64, {caption}**model.tuned)`, or add"
             f" `--tuned{option}` to the command.",
             "",
         ]
-    if found != how:
-        needs = "needs the weaker copy of the prior, which this export leaves out"
-        lines += [f"Of all settings, the comparison chose {described(found)}. That {needs}.", ""]
     if comparison is not None:
         rounded_since = half and comparison.weights != (weights_of(run) if weights is None else weights)
-        lines += figures(comparison, rounded_since, autoguidance)
+        lines += figures(comparison, rounded_since, weaker)
     return "\n".join(lines) + "\n"
 
 
@@ -263,9 +258,9 @@ def labels_table(names: list[str]) -> str:
     return markdown([["number", "label"], *([str(number), name] for number, name in enumerate(names))])
 
 
-def figures(comparison: Comparison, rounded_since: bool, autoguidance: bool) -> list[str]:
+def figures(comparison: Comparison, rounded_since: bool, weaker: bool) -> list[str]:
     """What the comparison says of what can be drawn, and how it was measured."""
-    shown = {name: row for name, row in comparison.rows.items() if autoguidance or not (row.sampling or AS_FITTED).autoguidance}
+    shown = {name: row for name, row in comparison.rows.items() if weaker or not (row.sampling or AS_FITTED).autoguidance}
     rows = [[comparison.title(name), "" if row.fd is None else f"{row.fd:.2f}"] for name, row in shown.items()]
     reference = comparison.images_of.reference
     return [
