@@ -54,8 +54,9 @@ class RunConfig:
     stage1: FitConfig
     stage2: FitConfig
     mirror: bool = False
-    """augment the training images with their mirror images, left to right: for scenes and objects, not for writing. Captions are
-    not changed: where they say left or right, they are wrong for the mirror image"""
+    """fit the priors to the latents of mirror images too, left to right: for scenes and objects, not for writing. Stage 1, which
+    reconstructs mirror images as well without, is not trained on them. Captions are not changed: where they say left or right,
+    they are wrong for the mirror image"""
     autoencoder: AutoencoderConfig = field(default_factory=AutoencoderConfig)
     prior: PriorConfig = field(default_factory=AutoregressiveConfig)
     refine: FitConfig | None = None

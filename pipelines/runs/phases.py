@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from pipelines import processes
 from pipelines.console import UserError, say
 from pipelines.data import captions
-from pipelines.data.images import Splits
+from pipelines.data.images import Mirrored, Splits
 from pipelines.runs.conditions import check_captions
-from pipelines.runs.dataset import examples_of, load_data, refuse_other_images, write_facts
+from pipelines.runs.dataset import load_data, refuse_other_images, write_facts
 from pipelines.runs.latents import encode, encode_training
 from pipelines.runs.longer import keep_shorter
 from pipelines.runs.options import DEFAULTS, Options
@@ -138,7 +138,7 @@ class Phases:
             run.fabric.to_device(autoencoder).eval()
             say("stage 1: finished, skipped")
             return
-        self.fit("stage1", autoencoder, examples_of(run, self.splits.train), self.splits.validation, self.reconstructions)
+        self.fit("stage1", autoencoder, self.splits.train, self.splits.validation, self.reconstructions)
 
     def fit(
         self,
@@ -219,7 +219,7 @@ class Phases:
         def both(model: BothStages) -> dict[str, Tensor]:
             return self.reconstructions(model.autoencoder) | self.samples(model.prior, model.autoencoder)
 
-        train = examples_of(run, self.splits.train)
+        train = Mirrored(self.splits.train) if run.config.mirror else self.splits.train
         self.fit("refined", BothStages(autoencoder, prior), train, self.splits.validation, both)
         encode_training(run, autoencoder, self.splits.train)
 

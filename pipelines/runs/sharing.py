@@ -1,7 +1,8 @@
 """One stage 1 for several runs: another prior is trained on the very same encoder and decoder.
 
 The files of stage 1, its latents and the fitted baselines are linked (hard links), not copied. So they take no more disk, either
-run may be deleted, and nothing else needs to know where they came from. No file of a run is ever changed in place.
+run may be deleted, and nothing else needs to know where they came from. No file of a run is ever changed in place. Baselines
+that were fitted without mirror images are not those of a run with them, and are fitted anew.
 """
 
 import os
@@ -16,8 +17,8 @@ from pipelines.runs.parts import TAKEN_OVER, TakenOver, finished, taken_over
 from pipelines.runs.run import Run, changes
 from pipelines.training import checkpoints
 
-STAGE1_SETTINGS = ("data", "mirror", "precision", "stage1", "autoencoder")
-"""What the encoder, the decoder and the latents depend on. The seed may differ: then it is that of stage 2 alone."""
+STAGE1_SETTINGS = ("data", "precision", "stage1", "autoencoder")
+"""What the encoder and the decoder depend on. The seed may differ: then it is that of stage 2 alone."""
 
 
 def check_source(run: Run, source: Run) -> None:
@@ -44,7 +45,8 @@ def share_stage1(run: Run, source: Run) -> None:
     """Give a run the stage 1, the latents and the fitted baselines of another. Done already, this changes nothing."""
 
     def share() -> None:
-        for pattern in ("latents/stage1-*.safetensors", "baselines/*.safetensors"):
+        fitted = ["baselines/*.safetensors"] if run.config.mirror == source.config.mirror else []
+        for pattern in ("latents/stage1-*.safetensors", *fitted):
             for path in source.folder.glob(pattern):
                 link(path, run.folder / path.relative_to(source.folder))
         for checkpoint in checkpoints.usable(source.folder / "stage1"):

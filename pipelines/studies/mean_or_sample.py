@@ -6,7 +6,6 @@ import torch
 from matplotlib.figure import Figure
 
 from pipelines.judging.features import feature_space
-from pipelines.runs.dataset import examples_of
 from pipelines.studies.trained import CHUNK, Findings, Trained
 from pipelines.training.fit import fit
 from stage1_vae.bottlenecks import Deterministic, gaussian_rate
@@ -19,8 +18,7 @@ def mean_or_sample(trained: Trained) -> Findings:
     torch.manual_seed(0)
     point = config.build(splits.image_shape)
     folder = run.work / "studies" / "point-posterior"
-    train = examples_of(run, splits.train)
-    fit(run.fabric, point, train, splits.validation, run.config.stage1, run.config.seed, folder, "point posterior")
+    fit(run.fabric, point, splits.train, splits.validation, run.config.stage1, run.config.seed, folder, "point posterior")
     space = feature_space(run.fabric, run.config.metrics, splits, run.classifiers)
     images = trained.held_out(200)
     with torch.inference_mode():
