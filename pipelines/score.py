@@ -44,7 +44,7 @@ def score(asked: Arguments) -> None:
     from pipelines.files import check_writable
     from pipelines.judging.scores import Scorer, Usual, auroc, check_held_out, every
     from pipelines.pages.scores import write_scores
-    from pipelines.runs.dataset import background_of, load_data
+    from pipelines.runs.dataset import background_of, drawn_alike, load_data
     from pipelines.runs.run import Run
 
     started = time.monotonic()
@@ -56,6 +56,7 @@ def score(asked: Arguments) -> None:
     check_held_out(len(splits.test))
     if asked.images:
         names, images = images_at(asked.images, splits.image_shape, background_of(run))
+        images = drawn_alike(run, images)
     else:
         images = getattr(splits, asked.split)
         names = [f"{asked.split} {number}" for number in range(len(images))]

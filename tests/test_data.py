@@ -554,10 +554,16 @@ def test_samples_without_labels_or_captions(tmp_path):
     for sample in (lambda index: {"json": {"n": index}}, lambda index: {"txt": "c", "cls": "1"} if index else {"json": b"["}):
         splits = written(sample)
         assert splits.train.captions is None and splits.train.labels is None and splits.label_names == []
+    assert written(lambda index: {"cls": f"{index % 2}", "txt": b"\xef\xbb\xbfa caf\xc3\xa9"}).train.captions == ["a café"] * 17
+    for sample in (lambda index: {"txt": b"caf\xe9"}, lambda index: {"cls": b"\xe9" if index % 2 else b"\xe8"}):
+        with pytest.raises(UserError, match="a text of the sample dir/0 is not in UTF-8"):
+            written(sample)
     splits = written(lambda index: {"cls": "one and the same"})
     assert splits.train.labels is None and splits.label_names == []
     splits = written(lambda index: {"cls": str(8 + index % 3), "mask.png": encoded(noise((3, 3)), "PNG")})
     assert splits.label_names == ["8", "9", "10"] and splits.train.images.shape == (17, 3, 8, 8)
+    # Whatever the order of a set: every process numbers the labels alike.
+    assert written(lambda index: {"cls": ("01", "1", "001")[index % 3]}).label_names == ["001", "01", "1"]
 
 
 def test_an_unreadable_image_in_a_shard_is_named(shards, tmp_path):
@@ -749,10 +755,11 @@ def test_images_on_disk_are_known_by_the_age_of_their_files(tmp_path):
     assert images.digest() != before
 
 
-def test_captions_of_one_part_alone_are_refused(tmp_path):
+def test_captions_of_one_part_alone_are_not_used(tmp_path, capsys):
     for part in ("train", "test"):
         fill(tmp_path / part, 12)
     lines = [json.dumps({"file_name": f"{index}.png", "text": "t"}) for index in range(12)]
     (tmp_path / "test" / "captions.jsonl").write_text("\n".join(lines))
-    with pytest.raises(UserError, match="only the images for test have captions"):
-        Folder(tmp_path, size=8).load()
+    splits = Folder(tmp_path, size=8).load()
+    assert [part.captions for part in parts(splits)] == [None, None, None]
+    assert "no captions: of" in (said := capsys.readouterr().out) and "only the images for test have them" in said

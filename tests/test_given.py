@@ -62,6 +62,11 @@ def test_pictures_of_16_bits_and_transparent_ones_look_as_in_a_folder():
     assert np.array_equal(square(deep), values.numpy()) and np.array(square(colours)).min() == 255
 
 
+def test_arrays_that_run_backwards_are_read():
+    images = [np.full((4, 4, 3), (0, 100, 200), np.uint8)[..., ::-1].transpose(2, 0, 1) for _ in range(12)]  # BGR to RGB
+    assert image_set(Listed(images), "reading").images[0, :, 0, 0].tolist() == [200, 100, 0]
+
+
 def test_class_numbers_of_every_kind_are_labels_and_others_are_said(capsys):
     images = [*torch.zeros(12, 1, 4, 4, dtype=torch.uint8)]
     for kind in (np.int64, np.uint8, torch.tensor, lambda number: torch.tensor([number]), lambda number: np.array([[number]])):

@@ -438,8 +438,10 @@ def test_dark_images_of_16_bits_are_said(tmp_path, capsys):
     fill(tmp_path)
     (tmp_path / "a.png").write_bytes(grey_png(np.full((8, 8), 4095)).getvalue())
     (tmp_path / "b.png").write_bytes(grey_png(np.full((8, 8), 40_000)).getvalue())
+    (tmp_path / "c.png").write_bytes(grey_png(np.full((8, 8), 200)).getvalue())
+    (tmp_path / "d.png").write_bytes(grey_png(np.zeros((8, 8))).getvalue())
     loaded(tmp_path)
-    assert "1 image is of 16 bits and darker than a quarter; of each, values are as in the file" in capsys.readouterr().out
+    assert "2 images are of 16 bits and darker than a quarter; of each, values are as in the file" in capsys.readouterr().out
 
 
 def swapped_profile() -> bytes:

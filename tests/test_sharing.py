@@ -16,6 +16,7 @@ from pipelines.runs.options import Options
 from pipelines.runs.parts import load_autoencoder, load_prior, specs_of, weights_of
 from pipelines.runs.priors import open_prior
 from pipelines.runs.run import Run
+from pipelines.runs.sharing import check_source, link, share_stage1
 from pipelines.train_all import parse
 from pipelines.training import checkpoints
 from pipelines.training import fit as fitting
@@ -85,6 +86,35 @@ def test_a_stage_1_that_does_not_fit_is_refused_in_one_sentence(run, monkeypatch
     phases.train(own)
     with pytest.raises(UserError, match="own has a stage 1 already, which is not that of"):
         phases.train(own, Options(device="cpu", stage1_from=str(run.folder)))
+
+
+def test_a_prior_with_mirror_images_takes_over_a_stage_1_but_no_fitted_baselines(run):
+    open_prior(run, "gaussian", specs_of(load_autoencoder(run)))
+    other = sharing(run, "mirrored", mirror=True)
+    assert weights_of(other)["stage1"] == weights_of(run)["stage1"] and not (other.folder / "baselines").exists()
+    assert len(training_latents(other, specs_of(load_autoencoder(run)))) == 2 * len(load_data(run).train)
+
+
+def test_a_stage_1_that_was_taken_over_in_part_is_taken_over_to_its_end(run, monkeypatch):
+    """Whichever of the source's checkpoints is its best."""
+    for best in (0, -1):
+        monkeypatch.setattr(checkpoints, "best", lambda found, best=best: found[best])
+        source = replaced(run.config, "prior.backbone", OTHER)
+        other, linked = Run.create(run.folder.parent / f"interrupted-{best}", source, "cpu"), []
+
+        def interrupted(path, target, linked=linked):
+            if "stage1" in str(target) and path.name == "model.safetensors":
+                linked.append(path)
+                if len(linked) == 2:
+                    raise KeyboardInterrupt
+            link(path, target)
+
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr("pipelines.runs.sharing.link", interrupted)
+            share_stage1(other, run)
+        check_source(other, run)
+        share_stage1(other, run)
+        assert weights_of(other)["stage1"] == weights_of(run)["stage1"]
 
 
 def test_the_stage_1_of_an_export_is_taken_over_whose_best_checkpoint_is_not_its_last(run, tmp_path, monkeypatch):

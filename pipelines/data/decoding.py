@@ -133,7 +133,7 @@ def eight_bit(image: Image.Image, bits: int, is_so: dict[str, bool]) -> Image.Im
     if values.min() < 0 or values.max() > 65535:
         raise ValueError("pixels of more than 16 bits, whose range is not known")
     full = 2**bits - 1 if values.max() < 2**bits else 65535
-    is_so["dark"] = full == 65535 and 255 < values.max() < 2**14
+    is_so["dark"] = full == 65535 and 0 < values.max() < 2**14
     grey = Image.fromarray(((values * 255 + full // 2) // full).astype(np.uint8))
     see_through = image.info.get("transparency")
     if see_through is not None:  # the grey that is not seen

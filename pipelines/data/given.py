@@ -109,7 +109,7 @@ def pixels_of(image: Any, index: int) -> Tensor:
         grey = image.mode.partition(";")[0] in GREY
         pixels = torch.from_numpy(np.array(shown.convert("L" if grey else "RGB")))
         return pixels[None] if grey else pixels.permute(2, 0, 1).contiguous()
-    pixels = torch.from_numpy(image) if isinstance(image, np.ndarray) else image
+    pixels = torch.from_numpy(np.ascontiguousarray(image)) if isinstance(image, np.ndarray) else image
     if isinstance(pixels, Tensor):
         pixels = pixels[None] if pixels.ndim == 2 else pixels
         if pixels.ndim == 3 and len(pixels) in (1, 3) and pixels.dtype == torch.uint8:

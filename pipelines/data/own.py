@@ -63,11 +63,13 @@ class OwnImages:
     def splits(self, sets: dict[str, ImageSet], where: str, label_names: list[str], report: Path | None) -> Splits:
         """The splits made of the sets for `train`, `test` and perhaps `validation`; or of `all`, a share of which is held out.
 
-        Raises as `readable`, and where only some sets have captions.
+        Where only some sets have captions, none is used. Raises as `readable`.
         """
         captioned = [split for split, images in sets.items() if images.captions is not None]
         if captioned and len(captioned) < len(sets):
-            raise UserError(f"of {where}, only the images for {' and '.join(captioned)} have captions")
+            say(f"no captions: of {where}, only the images for {' and '.join(captioned)} have them")
+            for images in sets.values():
+                images.captions = None
         for images in sets.values():
             assert isinstance(images.images, Stored)
             images.groups = groups_of(images.images.files.names, self.split_by)
@@ -172,7 +174,7 @@ def labels_of(
     known = {text for _, texts in parts for text in texts if text is not None}
     if without or len(known) < 2:
         return [None for _ in parts], []
-    ordered = sorted(known, key=lambda text: (0, int(text), "") if text.isdecimal() else (1, 0, text))
+    ordered = sorted(known, key=lambda text: (0, int(text), text) if text.isdecimal() else (1, 0, text))
     number = {name: index for index, name in enumerate(ordered)}
     return [torch.tensor([number[text] for text in texts if text is not None]) for _, texts in parts], ordered
 

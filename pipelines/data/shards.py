@@ -37,7 +37,7 @@ class Shards(OwnImages):
         patterns = self.patterns()
         self.check()
         found = [self.samples(pattern) for pattern in patterns.values()]
-        texts = [(index.keys, [*map(text_of, index.annotations["cls"])]) for _, index in found]
+        texts = [(index.keys, [*map(text_of, index.keys, index.annotations["cls"])]) for _, index in found]
         labels, label_names = labels_of(texts, "samples", "cls")
         sets = {}
         for split, (paths, index), part_labels in zip(patterns, found, labels):
@@ -114,8 +114,12 @@ def cache_name(url: str) -> str:
     return f"{digest_of([url.encode()])}-{re.sub(r'[^A-Za-z0-9.-]+', '-', url)[-100:]}"
 
 
-def text_of(content: bytes | None) -> str | None:
-    return None if content is None else content.decode(errors="replace").strip()
+def text_of(key: str, content: bytes | None) -> str | None:
+    """Raises UserError for a text that is not in UTF-8."""
+    try:
+        return None if content is None else content.decode("utf-8-sig").strip()
+    except UnicodeDecodeError as error:
+        raise UserError(f"a text of the sample {key} is not in UTF-8 ({error}): write the shard again with UTF-8") from error
 
 
 def captions_in(index: Index) -> list[str] | None:
@@ -128,9 +132,9 @@ def captions_in(index: Index) -> list[str] | None:
 
 
 def caption_in(key: str, txt: bytes | None, json_text: bytes | None) -> str | None:
-    """Raises UserError where the json has a caption that is no text."""
+    """Raises UserError for a caption that is no text, or not in UTF-8."""
     if txt is not None:
-        return text_of(txt)
+        return text_of(key, txt)
     if json_text is None:
         return None
     try:

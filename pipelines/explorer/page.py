@@ -79,7 +79,7 @@ def picture(views: Views, number: float | None, file: str | None) -> Tensor:
     return views.model.read(file) if file else views.held_out(whole(number, HELD_OUT))
 
 
-def plane_picture(plane: Plane, points: bool) -> Image.Image:
+def plane_picture(views: Views, plane: Plane, points: bool) -> Image.Image:
     """The decoded plane, and the points on it in the colours of their labels; without margins, as clicks are read off it."""
     figure = Figure(figsize=(PLANE_PIXELS / 100,) * 2, dpi=100)
     axis = figure.add_axes((0, 0, 1, 1))
@@ -89,7 +89,11 @@ def plane_picture(plane: Plane, points: bool) -> Image.Image:
         axis.imshow(sheet.convert("RGB"), extent=(low_x, high_x, low_y, high_y), aspect="auto", interpolation="nearest")
     if points and len(plane.points):
         x, y = plane.points.T
-        axis.scatter(x, y, s=12, linewidths=0, alpha=0.8, c="tab:orange" if plane.labels is None else plane.labels, cmap="tab10")
+        if plane.labels is None:
+            colours: dict[str, Any] = {"c": "tab:orange"}
+        else:  # as in the legend, where each label of the run has its colour
+            colours = {"c": plane.labels, "cmap": "tab10", "vmin": 0, "vmax": max(1, len(views.data.label_names) - 1)}
+        axis.scatter(x, y, s=12, linewidths=0, alpha=0.8, **colours)
     axis.set(xlim=(low_x, high_x), ylim=(low_y, high_y))
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
@@ -182,7 +186,7 @@ class Page:
         try:
             views = self.views(name)
             plane = views.plane
-            return [gr.update(value=plane_picture(plane, points), visible=True), legend(views, plane)]
+            return [gr.update(value=plane_picture(views, plane, points), visible=True), legend(views, plane)]
         except UserError as error:
             return [gr.update(value=None, visible=False), sentence(error)]
 

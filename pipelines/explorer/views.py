@@ -3,6 +3,7 @@
 N images, C colour channels, H×W pixels. Every function raises UserError, in one sentence, where the run lacks what it needs.
 """
 
+import math
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -14,6 +15,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from pipelines.console import UserError
+from pipelines.data.decoding import opaque
 from pipelines.data.images import ImageSet, Splits
 from pipelines.judging.compare import nearest_training_images
 from pipelines.judging.comparison import title
@@ -24,7 +26,7 @@ from pipelines.judging.tradeoffs import described, has_weaker, takes_guidance
 from pipelines.pages.scores import BRIGHTEST, heat
 from pipelines.runs.completion import with_hidden_grey
 from pipelines.runs.conditions import remarks_on
-from pipelines.runs.dataset import load_data
+from pipelines.runs.dataset import background_of, drawn_alike, load_data, read_facts
 from pipelines.runs.latents import training_latents
 from pipelines.runs.priors import WithoutContext
 from pipelines.two_stage import TwoStage
@@ -34,7 +36,7 @@ TILES = 20  # images of the decoded plane, along either side
 POINTS = 4000  # latents shown on the plane
 OUTSIDE = 0.002  # share of latents beyond either edge of the plane
 HELD_OUT = 1000  # held-out images, at most, that say which scores are usual
-NEIGHBOURS = 50_000  # training images, at most, that the nearest is looked for among
+NEIGHBOUR_BYTES = 2**30  # of training images, at most, that the nearest is looked for among
 
 
 @dataclass(frozen=True)
@@ -117,7 +119,7 @@ class Views:
     def usual(self) -> Usual:
         """What scores of held-out images are like."""
         test = self.data.test
-        return Usual.of(self.scorer(test.subset(torch.arange(min(len(test), HELD_OUT))), "scoring held-out images"))
+        return Usual.of(self.scorer(test.subset(evenly(len(test), HELD_OUT)), "scoring held-out images"))
 
     def remarks(self, caption: str | None) -> str:
         """What of a caption the prior does not see."""
@@ -195,11 +197,12 @@ class Views:
         """Samples of the learned prior, and below each the training image that is nearest: in pixels and in features."""
         data = self.data
         samples = self.model.sample(count, seed=seed, label=label, caption=caption, **vars(how))
-        rows = torch.arange(min(len(data.train), NEIGHBOURS))
-        some = "" if len(rows) == len(data.train) else f" Looked for among the first {len(rows)} training images."
-        pixels, drawn = data.train.images[rows].flatten(1).float() / 255, samples.flatten(1).float() / 255
+        rows = evenly(len(data.train), max(1, NEIGHBOUR_BYTES // (4 * samples[0].numel())))
+        some = "" if len(rows) == len(data.train) else f" Looked for among {len(rows)} training images, evenly spaced."
+        pixels, drawn = (part.flatten(1).float().div_(255) for part in (data.train.images[rows], samples))
         _, places = nearest_neighbours(drawn, pixels)
-        by_pixels = (drawn - pixels[places]).norm(dim=1), places  # what the search gives is rounded: a copy is not quite at 0
+        # What the search gives is rounded: a copy is not quite at 0.
+        by_pixels = (drawn - pixels[places]).norm(dim=1), rows[places]
         distances, places = nearest_neighbours(self.space.features(samples, "features of the samples"), self.space.reference)
         by_features = distances, self.space.numbers(places)
         strips = [Strip("samples of the learned prior", samples, self.remarks(caption))]
@@ -211,7 +214,7 @@ class Views:
 
     def score(self, picture: Tensor) -> list[Strip]:
         """How unusual a picture is, uint8 C H W, and where: its bits at each position, beside held-out images'."""
-        scores, usual = self.scorer(ImageSet(picture[None])), self.usual
+        scores, usual = self.scorer(drawn_alike(self.run, ImageSet(picture[None]))), self.usual
         size = (picture.shape[1], picture.shape[2])
         maps = [heat(level, size) for level in usual.excess(scores)]
         percent = float(100 * usual.more_usual(usual.distance(scores)))
@@ -228,6 +231,11 @@ class Views:
         ]
 
 
+def evenly(count: int, most: int) -> Tensor:
+    """The numbers of `count` images, or of as many evenly spaced ones as are allowed: the first may be of one class."""
+    return torch.arange(0, count, math.ceil(count / most))
+
+
 @torch.inference_mode()
 def plane_of(views: Views) -> Plane:
     """Raises UserError where the latents are not two numbers."""
@@ -239,13 +247,14 @@ def plane_of(views: Views) -> Plane:
         raise UserError(f"{views.run.name} has {size} latent {kind}, and a plane two numbers: choose the run mnist5k-2d")
     labels = None
     try:
-        points = training_latents(views.run, model.specs).posteriors(slice(POINTS))[0]["mean"].flatten(1)
+        rows = evenly(read_facts(views.run).images["train"], POINTS)  # mirror images, which come after, have no labels
+        points = training_latents(views.run, model.specs).posteriors(rows)[0]["mean"].flatten(1)
         low, high = points.quantile(OUTSIDE, 0), points.quantile(1 - OUTSIDE, 0)
     except UserError:
         points, low, high = torch.empty(0, 2), torch.full((2,), -3.0), torch.full((2,), 3.0)
     try:
         known = views.data.train.labels
-        labels = None if known is None or not len(points) else known[: len(points)]
+        labels = None if known is None or not len(points) else known[rows]
     except UserError:
         pass
     middles = (torch.arange(TILES) + 0.5) / TILES
@@ -269,7 +278,8 @@ def hidden_part(model: TwoStage, picture: str, layers: Sequence[str]) -> tuple[T
         hidden |= torch.from_numpy(np.array(share)) > 0
     pixels = model.read(picture)
     with Image.open(picture) as image:
-        large = np.array(image.convert("L" if channels == 1 else "RGB"))
+        shown = opaque(image, background_of(model.run), {})
+        large = np.array(shown.convert("L" if channels == 1 else "RGB"))
     times = large.shape[0] // height
     if large.shape[:2] == (times * height, times * width):
         small = large[::times, ::times]

@@ -12,7 +12,7 @@ from pipelines.data.captions import captions_of
 from pipelines.data.decoding import MOST_PIXELS
 from pipelines.data.given import file_of
 from pipelines.data.identity import content_of_captions, content_of_files, stamp
-from pipelines.data.images import Splits
+from pipelines.data.images import Binarized, ImageSet, Splits
 from pipelines.data.sets import Folder, Parquet, Shards
 from pipelines.runs import whereabouts
 from pipelines.runs.config import to_dict
@@ -167,3 +167,8 @@ def refuse_other_images(run: Run, splits: Splits) -> None:
 def background_of(run: Run) -> str:
     """The colour behind transparent pixels of pictures that the run is given; of data sets that have none, white."""
     return getattr(run.config.data, "background", "white")
+
+
+def drawn_alike(run: Run, images: ImageSet) -> ImageSet:
+    """Pictures that a run is given, drawn black or white where its own images are."""
+    return ImageSet(Binarized(images).images) if getattr(run.config.data, "binarize", False) else images

@@ -49,7 +49,9 @@ def share_stage1(run: Run, source: Run) -> None:
         for pattern in ("latents/stage1-*.safetensors", *fitted):
             for path in source.folder.glob(pattern):
                 link(path, run.folder / path.relative_to(source.folder))
-        for checkpoint in checkpoints.usable(source.folder / "stage1"):
+        found = checkpoints.usable(source.folder / "stage1")
+        # The best one first: by it `check_source` knows what was taken over, should this be interrupted.
+        for checkpoint in [checkpoints.best(found), *found]:
             target = run.folder / "stage1" / checkpoint.folder.name
             if not target.exists():  # whole or not at all, as a checkpoint is written
                 target.parent.mkdir(parents=True, exist_ok=True)

@@ -29,7 +29,7 @@ class FitConfig:
     """peak learning rate, after a linear warm-up and before a cosine decay to 0"""
     optimizer: Optimizer = "adamw"
     """muon makes the momentum of matrices orthogonal (Jordan et al. 2024), so that a convolutional autoencoder needs fewer steps;
-    vectors, embeddings and the layer before the logits are left to AdamW, at the same learning rate"""
+    vectors, embeddings of codes and the layer before their logits are left to AdamW, at the same learning rate"""
     warmup_steps: Annotated[int, Interval(ge=0, le=1_000_000_000)] = 100
     """steps of linear warm-up"""
     weight_decay: Annotated[float, Interval(ge=0, le=100)] = 0.01

@@ -1,8 +1,8 @@
 """Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon): momentum for matrices, made orthogonal.
 
 The momentum M = U S Vᵀ of a matrix is replaced by about U Vᵀ: all directions are learned at one pace, not the strongest first.
-Vectors and scalars, which have no such directions, are left to AdamW. So are tables with a row for each code, as in the post:
-embeddings and the layer before the logits. Their rare codes should not move as far as the frequent ones.
+Vectors and scalars, which have no such directions, are left to AdamW. So are embeddings of codes and the prior's layer before
+their logits, as in the post: rare codes should not move as far as frequent ones. Maps of labels are matrices here.
 
 torch.optim.Muon refuses the weights of convolutions, and iterates in bfloat16, which is slow on CPUs that emulate it.
 """
