@@ -409,9 +409,12 @@ def test_a_picture_for_a_model_of_images_that_are_not_square_is_not_cut(tmp_path
     layer = Image.new("RGBA", (2 * width, 2 * height))
     layer.paste((255, 0, 0, 255), (0, 0, 6, 2 * height))
     layer.save(painted)
-    model = SimpleNamespace(image_shape=shape, read=lambda file: picture_to_complete(Path(file), shape))
+    run = SimpleNamespace(config=SimpleNamespace(data=SimpleNamespace(background="white")))
+    model = SimpleNamespace(image_shape=shape, run=run, read=lambda file: picture_to_complete(Path(file), shape))
     read, hidden = hidden_part(model, path, [painted])
     assert torch.equal(read, expected) and torch.equal(hidden, known)
+    Image.new("RGBA", (width, height), (0, 0, 0, 0)).save(path)
+    assert (hidden_part(model, path, [painted])[0] == 255).all(), "black was not seen"
 
 
 # Values
