@@ -19,7 +19,7 @@ from pipelines.training import fit as fitting
 from pipelines.training.average import Average
 from pipelines.training.config import FitConfig
 from pipelines.training.fit import REWINDS, UNTRACKED, Training, fit, learning_rate, warn_of_divergence
-from pipelines.training.order import Order, seed_of
+from pipelines.training.order import Order, evenly, seed_of
 
 CONFIG = FitConfig(steps=12, batch_size=4, checkpoint_steps=4, warmup_steps=2, learning_rate=0.05)
 
@@ -492,3 +492,7 @@ def test_the_weights_of_an_eighth_of_the_training_are_kept_apart(tmp_path):
         expected = {name: tensor.clone() for name, tensor in training.model.state_dict().items()}
     for kept in (read_tensors(path) for path in files):
         assert kept.keys() == expected.keys() and all(torch.equal(kept[name], expected[name]) for name in kept)
+
+
+def test_some_examples_are_evenly_spaced_and_few_are_all():
+    assert evenly(10, 4).tolist() == [0, 3, 6, 9] and evenly(3, 4).tolist() == [0, 1, 2]

@@ -3,7 +3,6 @@
 N images, C colour channels, H×W pixels. Every function raises UserError, in one sentence, where the run lacks what it needs.
 """
 
-import math
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -29,6 +28,7 @@ from pipelines.runs.conditions import remarks_on
 from pipelines.runs.dataset import background_of, drawn_alike, load_data, read_facts
 from pipelines.runs.latents import training_latents
 from pipelines.runs.priors import WithoutContext
+from pipelines.training.order import evenly
 from pipelines.two_stage import TwoStage
 from stage2_prior.sampling import Sampling
 
@@ -214,26 +214,22 @@ class Views:
 
     def score(self, picture: Tensor) -> list[Strip]:
         """How unusual a picture is, uint8 C H W, and where: its bits at each position, beside held-out images'."""
-        scores, usual = self.scorer(drawn_alike(self.run, ImageSet(picture[None]))), self.usual
+        given = drawn_alike(self.run, ImageSet(picture[None]))
+        scores, usual, shown = self.scorer(given), self.usual, given.images[:]
         size = (picture.shape[1], picture.shape[2])
         maps = [heat(level, size) for level in usual.excess(scores)]
         percent = float(100 * usual.more_usual(usual.distance(scores)))
         verdict = f"More unusual than {percent:.0f} % of {len(usual.distances)} held-out images"
         order = " From the coarse grid to the fine one." if len(maps) > 1 else ""
-        again = self.model.decode(self.model.encode(picture[None]))
+        again = self.model.decode(self.model.encode(shown))
         return [
-            Strip("the picture, and its reconstruction", torch.cat([picture[None], again]), f"{verdict}: {scores.in_words(0)}."),
+            Strip("the picture, and its reconstruction", torch.cat([shown, again]), f"{verdict}: {scores.in_words(0)}."),
             Strip(
                 "where its bits of z lie",
                 torch.cat(maps),
                 f"Bright: more bits than in held-out images, up to {BRIGHTEST:g} standard deviations.{order}",
             ),
         ]
-
-
-def evenly(count: int, most: int) -> Tensor:
-    """The numbers of `count` images, or of as many evenly spaced ones as are allowed: the first may be of one class."""
-    return torch.arange(0, count, math.ceil(count / most))
 
 
 @torch.inference_mode()

@@ -39,7 +39,7 @@ from pipelines.runs.config import MetricsConfig
 from pipelines.training.config import FitConfig
 from pipelines.training.fabric import Fabric
 from pipelines.training.fit import evaluate, fit
-from pipelines.training.order import in_order
+from pipelines.training.order import evenly, in_order
 from stage1_vae.statistics import BatchNorm
 from stage2_prior.latents import Joined
 
@@ -173,7 +173,7 @@ class FeatureSpace:
     ):
         """extractor, accuracy: as of `Features`."""
         self.model, self.fabric, self.scale, self.cache = model.eval(), fabric, 1.0, cache
-        self.compared = torch.arange(0, len(train), math.ceil(len(train) / MOST_TRAINING))
+        self.compared = evenly(len(train), MOST_TRAINING)
         """the numbers of the training images that are compared with, M"""
         self.images = len(train)
         self.train = train if len(self.compared) == len(train) else train.subset(self.compared)

@@ -1,5 +1,6 @@
 """Which examples a batch has: in training a function of (seed, step), otherwise all in turn. Also seeds."""
 
+import math
 from typing import Any, Protocol
 
 import torch
@@ -31,6 +32,11 @@ def in_order(source: Any, rows: Tensor, batch_size: int, alone: bool = False) ->
     batch = source[start : start + len(rows)]
     prefetch(source, slice(after, after + batch_size))
     return batch
+
+
+def evenly(count: int, most: int) -> Tensor:
+    """The numbers of `count` examples; of more than are allowed, evenly spaced ones: the first may all be of one class."""
+    return torch.arange(0, count, math.ceil(count / most))
 
 
 class Order:
